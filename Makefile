@@ -1,0 +1,64 @@
+# Everything starts here and needs only make and Python >= 3.11. `make` alone lists the targets.
+# Works with GNU make 3.81 (macOS) and newer.
+
+PYTHON = python3
+DATASET = planted
+PRESET = quick
+METHODS = padded unpadded recent random rastp map stamp
+SEEDS = 3
+OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)
+
+# The build of torch: the CPU's, unless another index is named or was named before (.venv remembers it).
+LAST_INDEX := $(shell cat .venv/torch-index 2>/dev/null)
+TORCH_INDEX = $(or $(LAST_INDEX),https://download.pytorch.org/whl/cpu)
+OTHER_INDEX = $(filter-out $(TORCH_INDEX),$(LAST_INDEX))
+
+READY = .venv/ready
+BIN = .venv/bin
+VARIABLES = PYTHON TORCH_INDEX DATASET PRESET METHODS SEEDS OUTPUT_DIR
+UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
+ifneq ($(UNKNOWN),)
+$(error unknown variable: $(UNKNOWN). Valid ones are: $(VARIABLES))
+endif
+
+.PHONY: help setup lab reproduce test clean FORCE
+help:
+	@echo "make setup      install everything into .venv; on a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cu130"
+	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, paper)"
+	@echo "                METHODS=\"unpadded rastp\" SEEDS=3 (seeds 0, 1, 2) OUTPUT_DIR=runs/<dataset>-<preset>"
+	@echo "make test       run all tests"
+	@echo "make clean      remove .venv, build products and caches; runs/ stays"
+
+setup: $(READY)
+
+# Torch first and alone: with the extra index in every step, pip would ask it for each of the other packages too.
+# Few retries, so that a machine which cannot reach that index goes on with what its other indexes have.
+# The stamp is the last thing written, so that a broken install is tried again.
+$(READY): pyproject.toml constraints.txt $(if $(OTHER_INDEX),FORCE)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	    { echo "sidlab needs Python >= 3.11; name one: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@rm -f $@
+	$(if $(OTHER_INDEX),$(BIN)/pip uninstall --yes torch)
+	@echo "$(TORCH_INDEX)" > .venv/torch-index
+	$(BIN)/pip install --retries 1 --timeout 15 --extra-index-url "$(TORCH_INDEX)" -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lab: $(READY)
+	$(BIN)/jupyter-lab --ServerApp.root_dir=notebooks
+
+# The kernel runs in this folder, so that relative paths mean what they mean on the command line.
+reproduce: $(READY)
+	@mkdir -p "$(OUTPUT_DIR)"
+	$(BIN)/papermill notebooks/reproduce.ipynb "$(OUTPUT_DIR)/reproduce.ipynb" -k python3 --cwd . \
+	    --log-output --no-progress-bar -r dataset "$(DATASET)" -r preset "$(PRESET)" -r methods "$(METHODS)" \
+	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)"
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find sidlab tests notebooks -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""sidlab: understand, teach and explore semantic-ID generative recommendation and the pruning of its input tokens.
+
+An item is a short sequence of codes, its semantic ID (SID); a user's history is its items' SIDs; a transformer generates the
+SID of the next item. RASTP and STAMP keep only the history tokens that matter; STAMP also predicts further items ahead.
+
+Axes, everywhere: B batch, N history tokens, K kept tokens, H heads, d hidden size, L levels of an SID, W codes per level, S
+auxiliary steps. Masks are 1 for real and 0 for padding. Ratios are kept fractions. Layers count from 1.
+
+Names are imported on first use, so `import sidlab` itself costs next to nothing.
+"""
+
+import importlib
+
+_HOME = {
+    "Catalogue": "data.catalogue",
+    "load_catalogue": "data.catalogue",
+    "save_catalogue": "data.folder",
+    "ResidualKMeans": "sids.residual_kmeans",
+    "SidTable": "sids.table",
+    "TokenPruner": "pruning",
+    "PruningConfig": "pruning",
+    "MapConfig": "map_loss",
+    "SidT5": "models.t5",
+    "SidT5Config": "models.t5",
+    "TrainConfig": "training",
+    "train": "training",
+    "recommend": "decoding",
+}
+_ROOMS = ("baselines", "comparison", "decoding", "map_loss", "metrics", "papers", "pruning", "saliency", "training", "viz", "windows")
+
+__all__ = [*_HOME, *_ROOMS]
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"sidlab.{_HOME[name]}"), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"sidlab.{name}")
+    else:
+        raise AttributeError(f"module 'sidlab' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

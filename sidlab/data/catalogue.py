@@ -1,0 +1,150 @@
+"""A catalogue: items, what users did with them, and a vector for every item. Everything downstream starts here."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from dataclasses import InitVar, dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from sidlab.data.text import text_embeddings
+
+COLUMNS = ("item_id", "title", "brand", "categories", "text")
+
+
+@dataclass(eq=False)
+class Catalogue:
+    """Items and histories, checked when built.
+
+    items: one row per item: `item_id` (1..n in order), `title`, `brand`, `text` (str or None), `categories` (list of
+        str, root first). Row 0 is item 1.
+    histories: one int64 array of item ids per user, oldest first, never empty.
+    user_ids: one unique str per history.
+    truth: what a synthetic world knows about itself; None for real data.
+    dirty: what the reader had to skip or repair, `{kind: {"count": int, "first": "file line n: what"}}`.
+    embeddings: float32 [n_items, d], row 0 is item 1. Where none are given, they are computed from `text` when first
+        read (`sidlab.data.text`); ValueError then, if no item has a text.
+    """
+
+    name: str
+    items: pd.DataFrame
+    histories: list
+    user_ids: list
+    truth: object = None
+    dirty: dict = field(default_factory=dict)
+    embeddings: InitVar[np.ndarray | None] = None
+
+    def __post_init__(self, embeddings):
+        self.items = _checked_items(self.items)
+        self.histories = [np.asarray(history) for history in self.histories]
+        for user, history in enumerate(self.histories):
+            if history.ndim != 1 or history.size == 0 or not np.issubdtype(history.dtype, np.integer):
+                raise ValueError(f"histories[{user}] must be a non-empty one-dimensional array of integer item ids, "
+                                 f"got shape {history.shape} and dtype {history.dtype}")
+            if history.min() < 1 or history.max() > self.n_items:
+                raise ValueError(f"histories[{user}] holds item ids {history.min()}..{history.max()}; "
+                                 f"the catalogue has the ids 1..{self.n_items}")
+        self.histories = [history.astype(np.int64, copy=False) for history in self.histories]
+        self.user_ids = [str(user) for user in self.user_ids]
+        if len(self.user_ids) != len(self.histories) or len(set(self.user_ids)) != len(self.user_ids):
+            raise ValueError(f"user_ids must name each of the {len(self.histories)} histories once, got "
+                             f"{len(self.user_ids)} ids, {len(set(self.user_ids))} of them different")
+        self.given_embeddings = None if embeddings is None else _checked_embeddings(embeddings, self.n_items)
+        self._embeddings = self.given_embeddings
+
+    @property
+    def n_items(self) -> int:
+        return len(self.items)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of a sha256 over histories, item texts and given embeddings: two catalogues with the same
+        fingerprint train the same models, so results can be matched to data."""
+        digest = hashlib.sha256(json.dumps(self.items["text"].tolist()).encode())
+        digest.update(np.array([len(history) for history in self.histories], dtype="<i8").tobytes())
+        for history in self.histories:
+            digest.update(history.astype("<i8", copy=False).tobytes())
+        if self.given_embeddings is not None:
+            digest.update(str(self.given_embeddings.shape).encode())
+            digest.update(self.given_embeddings.astype("<f4", copy=False).tobytes())
+        return digest.hexdigest()[:16]
+
+    def _embeddings_or_compute(self) -> np.ndarray:
+        """float32 [n_items, d], row 0 is item 1."""
+        if self._embeddings is None:
+            texts = self.items["text"].tolist()
+            if not any(texts):
+                raise ValueError(f"no item of catalogue {self.name!r} has a text to embed: pass embeddings= (float32 "
+                                 f"[{self.n_items}, d], row 0 is item 1) or put an embeddings.npy in its folder")
+            self._embeddings = text_embeddings(texts)
+        return self._embeddings
+
+
+# The constructor takes `embeddings`, the instance computes them late: a dataclass can't declare both under one name.
+Catalogue.embeddings = property(Catalogue._embeddings_or_compute)
+
+
+def compose_text(title: str | None, brand: str | None, categories: list) -> str | None:
+    """The text of an item whose source has none: `Title: …; Brand: …; Categories: A > B`, without what is missing."""
+    parts = {"Title": title, "Brand": brand, "Categories": " > ".join(categories)}
+    return "; ".join(f"{label}: {value}" for label, value in parts.items() if value) or None
+
+
+def load_catalogue(name_or_folder, *, embeddings=None, on_dirty="warn", **options) -> Catalogue:
+    """A catalogue by name or from a folder.
+
+    name_or_folder: "planted" (the synthetic world; `options` go to `planted_catalogue`), a folder in the open format
+        (`sidlab.data.folder`), or the name of such a folder inside the folder that the environment variable
+        SIDLAB_DATA points to, e.g. "amazon-beauty".
+    embeddings: float32 [n_items, d], row 0 is item 1; instead of the folder's embeddings.npy or the text embeddings.
+    on_dirty: "warn" counts, skips and reports dirty lines, "raise" stops at the first (ValueError).
+    """
+    if name_or_folder == "planted":
+        from sidlab.data.planted import planted_catalogue
+
+        catalogue = planted_catalogue(**options)
+        return catalogue if embeddings is None else dataclasses.replace(catalogue, embeddings=embeddings)
+    if options:
+        raise ValueError(f"options {sorted(options)} are for 'planted' only, not for {str(name_or_folder)!r}")
+
+    from sidlab.data.folder import read_folder
+
+    root = os.environ.get("SIDLAB_DATA")
+    tried = [pathlib.Path(name_or_folder)] + ([pathlib.Path(root) / name_or_folder] if root else [])
+    for folder in tried:
+        if folder.is_dir():
+            return read_folder(folder, embeddings=embeddings, on_dirty=on_dirty)
+    raise ValueError(
+        f"no catalogue {str(name_or_folder)!r}: neither 'planted' nor a folder (looked at "
+        f"{', '.join(str(folder.absolute()) for folder in tried)}). A folder holds items.jsonl.gz (one JSON object a "
+        f"line: item_id 1, 2, 3 …, optional title, brand, categories, text), sequences.txt.gz (one user a line: "
+        f"user_id item item …, oldest first) and optionally embeddings.npy. For a name such as 'amazon-beauty' set the "
+        f"environment variable SIDLAB_DATA to the folder that holds amazon-beauty/ (now {root!r})."
+    )
+
+
+def _checked_items(items):
+    missing = [column for column in COLUMNS if column not in items.columns]
+    if missing or len(items) == 0:
+        raise ValueError(f"items must be a non-empty DataFrame with the columns {list(COLUMNS)}; "
+                         f"{len(items)} rows, missing columns {missing}")
+    if not np.array_equal(items["item_id"].to_numpy(), np.arange(1, len(items) + 1)):
+        raise ValueError(f"items.item_id must be 1..{len(items)} in order, since ids are positions; "
+                         f"got {items['item_id'].tolist()[:5]} …")
+    items = items.loc[:, list(COLUMNS)].reset_index(drop=True)
+    for column in ("title", "brand", "text"):  # pandas' str dtype turns None into NaN
+        values = items[column].astype(object)
+        items[column] = values.where(values.notna(), None)
+    return items
+
+
+def _checked_embeddings(embeddings, n_items):
+    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+    if embeddings.ndim != 2 or len(embeddings) != n_items:
+        hint = " (one row too many: drop the padding row with embeddings[1:])" if len(embeddings) == n_items + 1 else ""
+        raise ValueError(f"embeddings must have the shape [{n_items}, d], got {list(embeddings.shape)}{hint}")
+    if not np.isfinite(embeddings).all():
+        raise ValueError(f"embeddings must be finite; item {1 + np.argmin(np.isfinite(embeddings).all(axis=1))} is not")
+    return embeddings

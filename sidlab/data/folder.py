@@ -1,0 +1,160 @@
+"""The open folder format: bring your own data as two text files.
+
+    items.jsonl(.gz)     one JSON object a line: item_id 1, 2, 3 …, optional title, brand, text (str), categories (list)
+    sequences.txt(.gz)   one user a line: user_id item item item …, oldest first
+    embeddings.npy       optional: float [n_items, d], row 0 is item 1
+
+Other fields of an item are ignored. Real files have dirty lines: these are counted by kind and the first of each kind
+is named with file and line; what happens to it depends on what it breaks:
+
+    unparsable JSON, not an object, item_id missing, duplicate item_id   the line is skipped
+    a field of the wrong type                                            the item stays, without the field
+    item_id out of order                                                 the item is put in its place
+    a non-integer id, an unknown item, an empty sequence, a known user   the whole sequence is skipped
+
+Ids are positions, so a gap that is left in the item ids is an error.
+"""
+
+import gzip
+import json
+import os
+import pathlib
+import warnings
+
+import numpy as np
+import pandas as pd
+
+from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
+
+
+class _Dirt:
+    """Counts dirty lines by kind, or stops at the first."""
+
+    def __init__(self, on_dirty):
+        if on_dirty not in ("warn", "raise"):
+            raise ValueError(f"on_dirty must be 'warn' or 'raise', got {on_dirty!r}")
+        self.on_dirty, self.kinds = on_dirty, {}
+
+    def add(self, kind, path, line_number, line):
+        first = f"{path.name} line {line_number}: {line[:80].decode(errors='replace').strip()!r}"
+        if self.on_dirty == "raise":
+            raise ValueError(f"{kind}: {path.parent / first}")
+        self.kinds.setdefault(kind, {"count": 0, "first": first})["count"] += 1
+
+    def __str__(self):
+        return "; ".join(f"{kind}: {found['count']} (first: {found['first']})" for kind, found in self.kinds.items())
+
+
+def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
+    """The catalogue in `folder`, named after it; `embeddings` replaces its embeddings.npy. See the module's text.
+
+    on_dirty: "warn" gives one warning with the count and the first example of each kind (also in `Catalogue.dirty`),
+    "raise" a ValueError at the first dirty line. ValueError too for a gap in the item ids and for unreadable files.
+    """
+    folder, dirt = pathlib.Path(folder), _Dirt(on_dirty)
+    items = _read_items(_find(folder, "items.jsonl"), dirt)
+    user_ids, histories = _read_sequences(_find(folder, "sequences.txt"), len(items), dirt)
+    if dirt.kinds:
+        warnings.warn(f"dirty lines in {folder}: {dirt}", stacklevel=3)
+    if embeddings is None and (folder / "embeddings.npy").exists():
+        embeddings = np.load(folder / "embeddings.npy", allow_pickle=False)
+    return Catalogue(folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings)
+
+
+def save_catalogue(catalogue: Catalogue, folder) -> None:
+    """Write `catalogue` to `folder` in the open format, replacing a catalogue that is there. Embeddings are written
+    only if they were given; those computed from text are computed again. `truth` is not part of the format."""
+    for user in catalogue.user_ids:
+        if user.split() != [user]:
+            raise ValueError(f"user_ids must not be empty or hold white space in this format, got {user!r}")
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = catalogue.items.to_dict("records")
+    items = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    sequences = "".join(f"{user} {' '.join(map(str, history.tolist()))}\n"
+                        for user, history in zip(catalogue.user_ids, catalogue.histories, strict=True))
+    for name, text in {"items.jsonl.gz": items, "sequences.txt.gz": sequences}.items():
+        beside = folder / f"{name}.tmp"
+        beside.write_bytes(gzip.compress(text.encode(), mtime=0))  # mtime=0: equal content, equal bytes
+        os.replace(beside, folder / name)
+    if catalogue.given_embeddings is None:
+        (folder / "embeddings.npy").unlink(missing_ok=True)
+    else:
+        beside = folder / "embeddings.tmp.npy"
+        np.save(beside, catalogue.given_embeddings)
+        os.replace(beside, folder / "embeddings.npy")
+
+
+def _find(folder, name):
+    found = [path for path in (folder / f"{name}.gz", folder / name) if path.exists()]
+    if len(found) != 1:
+        raise ValueError(f"{folder} must hold either {name}.gz or {name}, found {[path.name for path in found]}; "
+                         f"there are {sorted(path.name for path in folder.iterdir())[:10]}")
+    return found[0]
+
+
+def _lines(path):
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            yield from enumerate(file, start=1)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged or cut off: {error}") from error
+
+
+def _read_items(path, dirt):
+    rows, highest = {}, 0
+    for line_number, line in _lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError:  # bad JSON or bad UTF-8
+            dirt.add("unparsable JSON", path, line_number, line)
+            continue
+        item_id = record.get("item_id") if isinstance(record, dict) else None
+        if type(item_id) is not int:  # a bool is an int, too
+            dirt.add("no integer item_id", path, line_number, line)
+            continue
+        if item_id in rows:
+            dirt.add("duplicate item_id", path, line_number, line)
+            continue
+        if item_id < highest:
+            dirt.add("item_id out of order", path, line_number, line)
+        highest = max(highest, item_id)
+        fields = {}
+        for name in ("title", "brand", "text"):
+            fields[name] = record.get(name) or None
+            if not isinstance(fields[name], str | None):
+                dirt.add(f"{name} is not a text", path, line_number, line)
+                fields[name] = None
+        categories = record.get("categories") or []
+        if not isinstance(categories, list) or not all(isinstance(category, str) for category in categories):
+            dirt.add("categories are not a list of texts", path, line_number, line)
+            categories = []
+        text = fields["text"] or compose_text(fields["title"], fields["brand"], categories)
+        rows[item_id] = (item_id, fields["title"], fields["brand"], categories, text)
+    if not rows or min(rows) != 1 or highest != len(rows):
+        gap = next((item_id for item_id in range(1, highest) if item_id not in rows), None)
+        raise ValueError(f"the item ids of {path} must be 1..n without a gap, since ids are positions: {len(rows)} "
+                         f"items with ids {min(rows, default=None)}..{max(rows, default=None)}, first missing id {gap}"
+                         + (f". Dirty lines: {dirt}" if dirt.kinds else ""))
+    items = pd.DataFrame([rows[item_id] for item_id in sorted(rows)], columns=list(COLUMNS), dtype=object)
+    return items.astype({"item_id": np.int64})
+
+
+def _read_sequences(path, n_items, dirt):
+    sequences = {}
+    for line_number, line in _lines(path):
+        try:
+            user, *ids = line.decode().split() or [""]
+            ids = [int(item) for item in ids]
+        except ValueError:  # bad UTF-8, too
+            dirt.add("an id that is no integer", path, line_number, line)
+            continue
+        if not ids:
+            dirt.add("empty sequence", path, line_number, line)
+        elif user in sequences:
+            dirt.add("duplicate user", path, line_number, line)
+        elif min(ids) < 1 or max(ids) > n_items:
+            dirt.add(f"an item outside 1..{n_items}", path, line_number, line)
+        else:
+            sequences[user] = np.array(ids, dtype=np.int64)
+    return list(sequences), list(sequences.values())

@@ -1,0 +1,112 @@
+"""Was the held-out item found, how high, and how sure are we: recall, NDCG, bootstrap intervals, paired tests.
+
+Every user has one target (leave-one-out). `U` users, `S` seeds, `k` recommended items.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+_CELLS = 2**22  # random numbers held at a time: 32 MB
+
+
+def rank_of_target(items, targets) -> np.ndarray:
+    """int64 [U]: the place (1 is the top) of `targets` [U] in the ranked lists `items` [U, k], 0 where missing.
+
+    Item ids count from 1; 0 in `items` means "no recommendation"."""
+    items, targets = np.asarray(items), np.asarray(targets)
+    if items.ndim != 2 or targets.shape != items.shape[:1]:
+        raise ValueError(f"items must be [U, k] and targets [U], got {items.shape} and {targets.shape}")
+    if targets.size and targets.min() < 1:
+        raise ValueError(f"targets must be item ids from 1 on, got {targets.min()}")
+    found = items == targets[:, None]  # [U, k]
+    return np.where(found.any(axis=1), found.argmax(axis=1) + 1, 0).astype(np.int64)
+
+
+def recall_at(ranks, k: int) -> np.ndarray:
+    """float64 [U]: 1 where the target is among the first k. With one target this is also the hit rate."""
+    return _found(ranks, k).astype(np.float64)
+
+
+def ndcg_at(ranks, k: int) -> np.ndarray:
+    """float64 [U]: 1 / log2(1 + rank) where the target is among the first k, else 0. With one target the ideal DCG
+    is 1 (Järvelin and Kekäläinen 2002)."""
+    return np.where(_found(ranks, k), 1 / np.log2(1 + np.maximum(ranks, 1)), 0.0)
+
+
+def summary(ranks, ks=(5, 10)) -> dict:
+    """Means over users: {"recall@5": …, "recall@10": …, "ndcg@5": …, "ndcg@10": …}."""
+    if np.size(ranks) == 0:
+        raise ValueError("ranks must hold at least one user")
+    return {f"{name}@{k}": float(metric(ranks, k).mean())
+            for name, metric in (("recall", recall_at), ("ndcg", ndcg_at)) for k in ks}
+
+
+def bootstrap_interval(values, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """(low, high): percentile bootstrap interval of the mean of `values` [U] or [S, U] (Efron and Tibshirani 1993).
+
+    Users are drawn with replacement; with S > 1 seeds are, too and independently, since another seed is another model
+    (a row must hold the same users as the others). A handful of seeds says little about their spread: with S = 3 read
+    the interval as a lower bound. Ranking metrics take few different values, so one multinomial draw of how often each
+    occurs stands for drawing U users: the same distribution, in bounded memory.
+    """
+    values = _checked_values(values, "values")
+    if not 0 < level < 1 or resamples < 1:
+        raise ValueError(f"level must be in (0, 1) and resamples at least 1, got {level} and {resamples}")
+    rng = np.random.default_rng(seed)
+    n_seeds, n_users = values.shape
+    distinct, counts = np.unique(values, axis=1, return_counts=True)  # [S, D], [D]
+    means, chunk = [], max(1, _CELLS // len(counts))
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        users = rng.multinomial(n_users, counts / n_users, size=size)  # [size, D]
+        seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=size)  # [size, S]
+        means.append(((users @ distinct.T) * seeds).sum(axis=1) / (n_users * n_seeds))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+class PairedTest(NamedTuple):
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+def paired_test(a, b, resamples: int = 10000, seed: int = 0) -> PairedTest:
+    """Do two methods differ on the same users? Per-user values `a`, `b`: [U] or [S, U] (same users, same seeds).
+
+    difference: mean of a − b. interval: its 95 % bootstrap interval over users (and seeds). p_value: two-sided
+    sign-flip permutation test on the per-user differences, averaged over seeds first: (1 + flips at least as extreme)
+    / (1 + resamples). It asks about these trained models; only the interval asks about other seeds, so it can
+    include 0 where p is small.
+    """
+    a, b = _checked_values(a, "a"), _checked_values(b, "b")
+    if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
+        raise ValueError(f"a and b must hold the same users (and seeds), got [S, U] = {a.shape} and {b.shape}")
+    differences = a - b  # [S, U]
+    interval = bootstrap_interval(differences, resamples=resamples, seed=seed)
+    sizes, counts = np.unique(np.abs(differences.mean(axis=0)), return_counts=True)  # [D]: flips leave sizes alone
+    sizes, counts = sizes[sizes > 0], counts[sizes > 0]
+    observed = abs(differences.mean(axis=0).sum())
+    slack = 1e-9 * (sizes @ counts)  # a flip that gives the same sum in another order is as extreme
+    rng, extreme, chunk = np.random.default_rng(seed), 0, max(1, _CELLS // max(1, len(sizes)))
+    for start in range(0, resamples, chunk):
+        positive = rng.binomial(counts, 0.5, size=(min(chunk, resamples - start), len(counts)))  # [size, D]
+        extreme += int((np.abs((2 * positive - counts) @ sizes) >= observed - slack).sum())
+    return PairedTest(float(differences.mean()), interval, (1 + extreme) / (1 + resamples))
+
+
+def _found(ranks, k):
+    ranks = np.asarray(ranks)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if ranks.ndim != 1 or (ranks.size and ranks.min() < 0):
+        raise ValueError(f"ranks must be [U], 1 for the top and 0 for missing, got shape {ranks.shape}")
+    return (ranks >= 1) & (ranks <= k)
+
+
+def _checked_values(values, name):
+    values = np.atleast_2d(np.asarray(values, dtype=np.float64))  # [S, U]
+    if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"{name} must be finite numbers [U] or [S, U], at least one user, got shape {values.shape}")
+    return values

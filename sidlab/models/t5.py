@@ -1,0 +1,352 @@
+"""SidT5: an encoder-decoder recommender over semantic IDs, with a pruning layer inside the encoder.
+
+A subclass of Hugging Face's T5 that overrides three short pieces and nothing else:
+
+* `PrunedEncoder.forward`: the loop over encoder blocks, with the `TokenPruner` behind block `after_layer`;
+* `SidT5.forward`: output heads by level, cross-attention on the pruned mask, the MAP loss;
+* the attention of the one block that scores, registered with `transformers.AttentionInterface`: all other blocks keep the
+  library's fused attention.
+
+An item is its SID's tokens, followed by one learned separator where `separators` is on. The decoder starts from BOS and
+predicts the L tokens of the target; there is no EOS, for a SID has a fixed length.
+"""
+
+import copy
+import dataclasses
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, T5Config, T5ForConditionalGeneration
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.t5.modeling_t5 import T5DenseActDense, T5PreTrainedModel, T5Stack
+from transformers.utils.output_capturing import capture_outputs
+
+from sidlab.map_loss import MapConfig, MapHead, map_loss
+from sidlab.pruning import PruningConfig, TokenPruner
+from sidlab.saliency import NEEDS_CENTRALITY, Signals, attention_centrality, semantic_saliency, token_importance
+from sidlab.sids.table import BOS, PAD, SidTable
+
+
+class SidT5Config(T5Config):
+    """T5's configuration plus: `widths`, codes per level; `separators`, one after each item; `max_items` of history;
+    `ffn_hidden_layers`, 2 in RASTP's model and 1 in T5's; `pruning` and `map`, the fields of `PruningConfig` and `MapConfig` as
+    dicts, or None."""
+
+    model_type = "sid_t5"
+
+    widths: list[int] | tuple[int, ...] = (256, 256, 256)
+    separators: bool = True
+    max_items: int = 30
+    ffn_hidden_layers: int = 1
+    pruning: dict | None = None
+    map: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        self.widths = list(self.widths)
+        self.vocab_size = 3 + sum(self.widths)
+        super().__post_init__(**kwargs)
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = PAD, BOS, None
+        self.decoder_start_token_id = BOS
+        self.scale_decoder_outputs = False  # the heads are not tied to the embeddings
+        if self.pruning is not None:
+            after = PruningConfig(**self.pruning | {"scorer": "rastp"}).after_layer
+            if after > self.num_layers:
+                raise ValueError(f"after_layer={after} lies beyond the last encoder layer; use 1..{self.num_layers}")
+        if self.map is not None:
+            MapConfig(**self.map)
+
+
+@dataclasses.dataclass
+class PrunedEncoderOutput(BaseModelOutput):
+    """The encoder's output. With pruning `last_hidden_state` is [B, K, d], `attention_mask` and `positions` are int64 [B, K], and
+    `importance`, `centrality`, `saliency` float32 [B, N] are the scores and their two factors. Without it K = N and the last
+    four are None."""
+
+    attention_mask: Tensor | None = None
+    positions: Tensor | None = None
+    importance: Tensor | None = None
+    centrality: Tensor | None = None
+    saliency: Tensor | None = None
+
+
+@dataclasses.dataclass
+class SidOutput(Seq2SeqLMOutput):
+    """Hugging Face's output plus `main_loss` and `map_loss`, the two terms of `loss`, and `encoder_attention_mask` int64 [B, K],
+    the mask of `encoder_last_hidden_state` behind the pruner."""
+
+    main_loss: Tensor | None = None
+    map_loss: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
+
+
+def scored_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, record=None,
+                     token_mask=None, **kwargs):
+    """Plain attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * (1.0 if scaling is None else scaling)  # [B, H, N, N]
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1)
+    record["centrality"] = attention_centrality(weights.detach(), token_mask)  # [B, N]
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("sidlab_scored", scored_attention)
+AttentionMaskInterface.register("sidlab_scored", sdpa_mask)
+
+
+class _LibraryInit:
+    """Initialise as the library's own classes do.
+
+    For classes defined elsewhere it passes over modules that own no parameter directly, such as T5's attention, and leaves
+    their projections at standard deviation 1, some eight times too large; such a model hardly learns.
+    """
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False
+
+
+class PrunedEncoder(_LibraryInit, T5Stack):
+    """T5's encoder with a `TokenPruner` behind block `pruning.after_layer`; without `pruning` it is T5's encoder."""
+
+    def __init__(self, config: SidT5Config):
+        super().__init__(config)
+        # Level of every token of the vocabulary: BOS −1 (level 0 comes next), codes 0..L−1, PAD and SEP L.
+        n_levels = len(config.widths)
+        level = [n_levels, -1, n_levels] + [level for level, width in enumerate(config.widths) for _ in range(width)]
+        self.register_buffer("token_level", torch.tensor(level), persistent=True)
+        self.pruning = None
+        if config.pruning is not None:
+            scorer = config.pruning["scorer"]
+            own = _missing_scorer(scorer) if scorer.startswith("own:") else scorer
+            self.pruning = PruningConfig(**config.pruning | {"scorer": own})
+            self.pruner = TokenPruner(self.pruning.keep, self.pruning.unit)
+            attention = self.block[self.pruning.after_layer - 1].layer[0].SelfAttention
+            attention.config = copy.copy(config)  # this block alone scores; the others keep the library's choice
+            attention.config._attn_implementation = "sidlab_scored"
+
+    @capture_outputs
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, truth=None, **kwargs):
+        """`input_ids` int64 [B, N] or `inputs_embeds` [B, N, d]; `attention_mask` [B, N] (default: not PAD); `truth` float [B, N],
+        for the oracle scorer. Returns `PrunedEncoderOutput`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if attention_mask is None:
+            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long) if input_ids is None else (input_ids != PAD).long()
+            attention_mask = attention_mask.to(inputs_embeds.device)
+        pruning = self.pruning if self.training or (self.pruning is not None and self.pruning.at_inference) else None
+        out = PrunedEncoderOutput(attention_mask=attention_mask)
+        hidden = self.dropout(inputs_embeds)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask)
+        bias = None
+        for number, block in enumerate(self.block, start=1):
+            scoring = pruning is not None and number == pruning.after_layer
+            record = {"record": {}, "token_mask": attention_mask} if self.pruning and number == self.pruning.after_layer else {}
+            hidden, bias, _ = block(hidden, mask, bias, **record, **kwargs)
+            if scoring:
+                hidden, bias, mask = self._prune(hidden, bias, record["record"]["centrality"], input_ids, truth, out)
+        out.last_hidden_state = self.dropout(self.final_layer_norm(hidden))
+        return out
+
+    def _prune(self, hidden, bias, centrality, input_ids, truth, out):
+        """Scores, chooses, gathers, and fills the fields of `out`. Returns the state, bias and mask of the layers behind."""
+        pruning, tokens = self.pruning, out.attention_mask
+        levels = item_index = None
+        if input_ids is not None:
+            levels = self.token_level[input_ids]  # [B, N]
+            item_index = ((levels == 0).cumsum(1) - 1).clamp_min(0)
+        # Drawn from the global state in training; from a fixed seed otherwise, so that recommendations repeat.
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        signals = Signals(hidden.detach(), centrality, tokens, (tokens.cumsum(1) - 1).clamp_min(0), levels, item_index, truth, generator)
+        out.importance = token_importance(signals, pruning.scorer)
+        out.centrality, out.saliency = centrality, semantic_saliency(signals.hidden) * tokens
+        protect = levels == len(self.config.widths) if pruning.protect_separators and levels is not None else None
+        pruned = self.pruner(hidden, tokens, out.importance, protect=protect, item_index=item_index)
+        out.attention_mask, out.positions = pruned.mask, pruned.positions
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=pruned.hidden, attention_mask=pruned.mask)
+        return pruned.hidden, self._bias_behind(bias, pruned), mask
+
+    def _bias_behind(self, bias, pruned):
+        """Relative position bias of the kept tokens, [B, H, K, K] or [1, H, K, K]."""
+        slots = pruned.positions.shape[1]
+        if self.pruning.positions == "none":
+            return torch.zeros_like(bias[..., :slots, :slots])
+        if self.pruning.positions == "compact":
+            return bias[..., :slots, :slots]
+        rows = bias[0][:, pruned.positions]  # [H, B, K, N]
+        columns = pruned.positions[None, :, None].expand(len(rows), -1, slots, -1)
+        return rows.gather(3, columns).transpose(0, 1)  # [B, H, K, K]
+
+
+class DeepFeedForward(T5DenseActDense):
+    """T5's feed-forward layer with more than one hidden layer, as in RASTP's model (d → d_ff → d_ff → d)."""
+
+    def __init__(self, config: SidT5Config):
+        super().__init__(config)
+        self.hidden = nn.ModuleList(nn.Linear(config.d_ff, config.d_ff, bias=False) for _ in range(config.ffn_hidden_layers - 1))
+        for layer in self.hidden:  # as T5 draws `wo`; marked, or the library would draw them again at its default size
+            nn.init.normal_(layer.weight, std=config.initializer_factor * config.d_ff**-0.5)
+            layer._is_hf_initialized = True
+
+    def forward(self, hidden_states):
+        hidden_states = self.dropout(self.act(self.wi(hidden_states)))
+        for layer in self.hidden:
+            hidden_states = self.dropout(self.act(layer(hidden_states)))
+        return self.wo(hidden_states)
+
+
+class SidT5(_LibraryInit, T5ForConditionalGeneration):
+    """Generates the SID of the next item from the SIDs of a history.
+
+    Build it with `SidT5(config, table)`. `save_pretrained` writes the table beside the weights, `from_pretrained` reads it.
+    """
+
+    config_class = SidT5Config
+    _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
+
+    def __init__(self, config: SidT5Config, table: SidTable | None = None):
+        # Not the parent's own __init__: it would build and initialise an encoder that is then thrown away.
+        T5PreTrainedModel.__init__(self, config)
+        self.model_dim = config.d_model
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        encoder_config, decoder_config = copy.deepcopy(config), copy.deepcopy(config)
+        encoder_config.is_decoder, encoder_config.use_cache = False, False
+        decoder_config.is_decoder, decoder_config.num_layers = True, config.num_decoder_layers
+        self.encoder, self.decoder = PrunedEncoder(encoder_config), T5Stack(decoder_config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.ffn_hidden_layers > 1:
+            for block in [*self.encoder.block, *self.decoder.block]:
+                block.layer[-1].DenseReluDense = DeepFeedForward(config)
+        self.map_config = MapConfig(**config.map) if config.map is not None else None
+        self.map_head = MapHead(config.d_model, self.map_config.steps) if self.map_config is not None else None
+        self.table = None
+        if table is not None:
+            self.set_table(table)
+        self.post_init()
+        self.generation_config.update(max_new_tokens=len(config.widths), max_length=None, eos_token_id=None, pad_token_id=PAD,
+                                      decoder_start_token_id=BOS)
+
+    def set_table(self, table: SidTable):
+        """Attach the `SidTable` this model speaks; its widths must be the model's."""
+        if list(table.widths) != list(self.config.widths):
+            raise ValueError(f"the table has widths {tuple(table.widths)}, the model {tuple(self.config.widths)}")
+        self.table = table
+
+    def set_scorer(self, scorer):
+        """Replace the saliency scorer: a name or a callable (see `saliency.token_importance`)."""
+        if self.encoder.pruning is None:
+            raise ValueError("this model does not prune: build it with a PruningConfig first")
+        self.encoder.pruning = dataclasses.replace(self.encoder.pruning, scorer=scorer)
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SidT5):
+            init.normal_(module.lm_head.weight, std=self.config.initializer_factor * self.config.d_model**-0.5)
+        elif isinstance(module, MapHead):
+            # In a fork, so that adding the head leaves every other random number as it was.
+            with torch.random.fork_rng(devices=[]):
+                init.ones_(module.norm)
+                init.normal_(module.step, std=0.02)
+                init.normal_(module.projection, std=self.config.d_model**-0.5)
+
+    def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None,
+                encoder_outputs=None, past_key_values=None, inputs_embeds=None, labels=None, map_labels=None, truth=None,
+                use_cache=None, num_items_in_batch=None, **kwargs) -> SidOutput:
+        """One pass.
+
+        Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
+        `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; the others as in T5.
+        Returns `SidOutput`; `logits` [B, L, V] are −inf off each position's level, and left out (None) while training.
+        `num_items_in_batch`, given by the Trainer, is the number of label tokens in the whole update: the loss is then this
+        batch's part of the update's mean.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+                                           truth=truth, **kwargs)
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = PrunedEncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=attention_mask)
+        # Cross-attention sees the pruned history, and so its mask.
+        seen = getattr(encoder_outputs, "attention_mask", None)
+        seen = attention_mask if seen is None else seen
+        if labels is not None and decoder_input_ids is None:
+            decoder_input_ids = self._shift_right(labels)
+        decoded = self.decoder(
+            input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, past_key_values=past_key_values,
+            encoder_hidden_states=encoder_outputs.last_hidden_state, encoder_attention_mask=seen,
+            use_cache=use_cache, **kwargs,
+        )
+        hidden = decoded.last_hidden_state  # [B, L, d]
+        out = SidOutput(
+            past_key_values=decoded.past_key_values, decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions, cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state, encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions, encoder_attention_mask=seen,
+        )
+        if labels is not None:
+            self._add_losses(out, hidden, labels, map_labels, num_items_in_batch)
+        if labels is None or not self.training:
+            token_level = self.encoder.token_level
+            level = token_level[decoder_input_ids] + 1  # [B, L], what each position predicts
+            out.logits = self.lm_head(hidden).masked_fill(level.unsqueeze(-1) != token_level, -torch.inf)
+        return out
+
+    def _add_losses(self, out, hidden, labels, map_labels, num_items_in_batch):
+        share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
+        losses = self._token_losses(hidden, labels)  # [B, L]
+        out.main_loss = losses.sum() / (labels != -100).sum().clamp_min(1)
+        out.loss = out.main_loss * share
+        if self.map_head is not None and map_labels is not None:
+            steps = self._token_losses(self.map_head(hidden), map_labels)  # [B, S, L]
+            out.map_loss = map_loss(steps, map_labels, self.map_config.decay)
+            out.loss = out.loss + self.map_config.weight * out.map_loss * share
+
+    def _token_losses(self, hidden, labels):
+        """Cross-entropy of each label against the codes of its own level: [..., L, d] and [..., L] → float32 [..., L], 0 at −100.
+
+        A position always carries the same level, but for MAP's token unit, where step s is s levels on.
+        """
+        out = torch.zeros(labels.shape, device=hidden.device)
+        start = 3
+        for level, width in enumerate(self.config.widths):
+            here = (labels >= start) & (labels < start + width)
+            logits = F.linear(hidden[here], self.lm_head.weight[start : start + width])  # [labels of this level, W]
+            out[here] = F.cross_entropy(logits.float(), labels[here] - start, reduction="none")
+            start += width
+        return out
+
+    def save_pretrained(self, save_directory, *args, drop_map=False, state_dict=None, **kwargs):
+        """As in Hugging Face, with the `SidTable` in the same folder. `drop_map`: leave out the MAP head, which inference does
+        not use; the loaded model recommends the same."""
+        if drop_map and self.map_head is not None:
+            state = state_dict if state_dict is not None else self.state_dict()
+            bare = SidT5(copy.deepcopy(self.config), self.table)
+            bare.config.map = bare.map_config = bare.map_head = None
+            bare.load_state_dict({k: v for k, v in state.items() if not k.startswith("map_head.")})
+            return bare.save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if self.table is not None:
+            self.table.save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, **kwargs):
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if os.path.isfile(os.path.join(folder, "sids.json")):
+            model.set_table(SidTable.load(folder))
+        return loaded
+
+
+def _missing_scorer(name):
+    def scorer(signals):
+        raise ValueError(f"this model was built with an own scorer ({name}); give it back with model.set_scorer(function)")
+
+    return scorer

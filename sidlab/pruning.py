@@ -1,0 +1,159 @@
+"""The pruning layer: keep the most important tokens of each row, in their original order, and drop the rest for good.
+
+A row with n real tokens keeps ceil(keep · n) of them. That is a share of *its own* tokens, where the published code keeps
+a share of the padded length, and so mostly prunes padding. Kept tokens are gathered into a shorter tensor: every layer
+behind this one is cheaper, which masking alone would not give.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sidlab.saliency import SCORERS
+
+UNITS = ("token", "item")
+POSITIONS = ("original", "compact", "none")
+
+
+class Pruned(NamedTuple):
+    """`hidden` [B, K, d]; `mask` int64 [B, K], 1 used; `positions` int64 [B, K], ascending slots in the unpruned row (0
+    where unused); `importance` float32 [B, N], the scores the choice was made from."""
+
+    hidden: Tensor
+    mask: Tensor
+    positions: Tensor
+    importance: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningConfig:
+    """What to prune, where and by which score.
+
+    `after_layer`: counted from 1; pruning happens behind this layer and scores come from it. `keep`: the kept fraction, in
+    (0, 1]. `scorer`: a name in `saliency.SCORERS` or a callable (a callable cannot be saved with a model). `unit`: "token" or
+    "item" (whole items). `protect_separators`: keep every separator, on top. `positions`: position information behind the
+    pruner: "original" (places in the full history), "compact" (places among the kept) or "none" (as the published code does
+    by accident). `at_inference`: prune there too, as the published code does. `mode`: "corrected".
+    """
+
+    after_layer: int = 2
+    keep: float = 1 / 3
+    scorer: str | Callable = "rastp"
+    unit: str = "token"
+    protect_separators: bool = False
+    positions: str = "original"
+    at_inference: bool = True
+    mode: str = "corrected"
+
+    def __post_init__(self):
+        _check_keep(self.keep)
+        _one_of("unit", self.unit, UNITS)
+        _one_of("positions", self.positions, POSITIONS)
+        _one_of("mode", self.mode, ("corrected",))
+        if isinstance(self.scorer, str):
+            _one_of("scorer", self.scorer, tuple(SCORERS))
+        if self.after_layer < 1:
+            raise ValueError(f"after_layer is counted from 1, got {self.after_layer}")
+
+
+def kept_count(n: Tensor, keep: float) -> Tensor:
+    """How many of `n` tokens (int64, any shape) are kept: ceil(keep · n − 1e-6) in float64, at least 1 where n > 0.
+
+    The 1e-6 makes 1/3 of 30 ten and not eleven.
+
+    >>> kept_count(torch.tensor([0, 1, 30, 31]), 1 / 3)
+    tensor([ 0,  1, 10, 11])
+    """
+    count = torch.ceil(n.double() * keep - 1e-6).long()
+    return torch.minimum(count.clamp_min(1), n)
+
+
+class TokenPruner(nn.Module):
+    """Keeps the `keep` share of each row's real tokens (`unit="token"`) or items (`unit="item"`); no parameters.
+
+    >>> pruner = TokenPruner(keep=0.5)
+    >>> hidden, mask = torch.randn(1, 4, 8), torch.ones(1, 4, dtype=torch.long)
+    >>> pruner(hidden, mask, torch.tensor([[0.1, 0.9, 0.2, 0.7]])).positions
+    tensor([[1, 3]])
+    """
+
+    def __init__(self, keep: float = 1 / 3, unit: str = "token"):
+        super().__init__()
+        _check_keep(keep)
+        _one_of("unit", unit, UNITS)
+        self.keep, self.unit = keep, unit
+
+    def forward(self, hidden: Tensor, mask: Tensor, importance: Tensor, *, protect: Tensor | None = None,
+                item_index: Tensor | None = None, slots: int | None = None) -> Pruned:
+        """Choose and gather.
+
+        Args: `hidden` [B, N, d]; `mask` [B, N], 1 real, 0 padding; `importance` float [B, N] (ignored at padding); `protect`
+        bool [B, N], tokens kept on top of the share; `item_index` int64 [B, N], needed by `unit="item"`, ascending from 0;
+        `slots`: K if the caller knows it. Without it K is ceil(keep · N) in token mode, from the shape alone, and is read
+        from the mask (one synchronisation on a GPU) in item mode and with `protect`.
+        Returns `Pruned`. Where scores are equal the lowest position is kept. Raises ValueError on shapes that do not agree.
+        """
+        if hidden.ndim != 3 or mask.shape != hidden.shape[:2] or importance.shape != hidden.shape[:2]:
+            raise ValueError("hidden, mask and importance must be [B, N, d], [B, N] and [B, N], got "
+                             f"{tuple(hidden.shape)}, {tuple(mask.shape)} and {tuple(importance.shape)}")
+        kept = self.choose(mask, importance, protect=protect, item_index=item_index)
+        width = mask.shape[1]
+        if slots is None:
+            from_shape = self.unit == "token" and protect is None
+            slots = max(math.ceil(self.keep * width - 1e-6), min(width, 1)) if from_shape else int(kept.sum(1).max())
+        # Kept tokens first, each group in its original order: a stable sort of the booleans does both.
+        positions = torch.argsort(~kept, dim=1, stable=True)[:, :slots]  # [B, K]
+        used = torch.arange(positions.shape[1], device=mask.device) < kept.sum(1, keepdim=True)  # [B, K]
+        positions = positions.masked_fill(~used, 0)
+        gathered = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, K, d]
+        return Pruned(gathered, used.long(), positions, importance)
+
+    @torch.no_grad()
+    def choose(self, mask: Tensor, importance: Tensor, *, protect: Tensor | None = None,
+               item_index: Tensor | None = None) -> Tensor:
+        """Which tokens stay: bool [B, N]. Arguments as in `forward`."""
+        real = mask.bool()
+        # A real token always beats padding, even one whose score is −inf.
+        score = torch.where(real, importance.float().clamp_min(torch.finfo(torch.float32).min), -torch.inf)
+        protect = real & protect.bool() if protect is not None else None
+        if self.unit == "item":
+            kept = self._whole_items(real, score, protect, item_index)
+        else:
+            candidates = score if protect is None else score.masked_fill(protect, -torch.inf)
+            kept = _top(candidates, kept_count(real.sum(1), self.keep)) & real
+        return kept if protect is None else kept | protect
+
+    def _whole_items(self, real, score, protect, item_index):
+        if item_index is None:
+            raise ValueError('unit="item" needs item_index [B, N]: which item each token belongs to')
+        item_index = item_index.clamp_min(0)
+        votes = torch.where(real if protect is None else real & ~protect, score, 0.0)
+        total = torch.zeros_like(score).scatter_add(1, item_index, votes)  # [B, N], one column an item
+        exists = torch.zeros_like(score).scatter_add(1, item_index, real.float()) > 0
+        total = total.clamp_min(torch.finfo(torch.float32).min).masked_fill(~exists, -torch.inf)
+        kept_items = _top(total, kept_count(exists.sum(1), self.keep)) & exists
+        return kept_items.gather(1, item_index) & real
+
+    def extra_repr(self):
+        return f"keep={self.keep:.4g}, unit={self.unit!r}"
+
+
+def _top(score: Tensor, count: Tensor) -> Tensor:
+    """bool [B, N]: the `count[b]` highest scores of each row; of equal ones the lowest position."""
+    order = torch.argsort(score, dim=1, descending=True, stable=True)  # [B, N]
+    taken = torch.arange(score.shape[1], device=score.device) < count[:, None]
+    return torch.zeros_like(taken).scatter(1, order, taken)
+
+
+def _check_keep(keep):
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the kept fraction and must lie in (0, 1], got {keep}")
+
+
+def _one_of(name, value, valid):
+    if value not in valid:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, valid))}")

@@ -1,0 +1,108 @@
+"""The saliency scorer: what makes a token worth keeping.
+
+RASTP (arXiv 2511.16943) and STAMP's SAP (arXiv 2604.05329) score token i after one encoder layer by
+
+    importance(i) = attention centrality(i) × semantic saliency(i)
+    centrality(i) = Σ_heads Σ_queries A[head, query, i]        (how much attention it receives, `attention_centrality`)
+    saliency(i)   = ‖hidden state of i‖₁                        (`semantic_saliency`)
+
+Unlike the published code, only real queries vote and the attention is the clean one (before dropout). A scorer is any callable
+from `Signals` to a float tensor [B, N]; `SCORERS` holds the named ones. Everything here runs under `no_grad`: which tokens are
+kept is a choice, not something gradients flow through.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Signals:
+    """What a scorer may look at. Fields are None where unknown.
+
+    Shapes: `hidden` float [B, N, d], the state after the scoring layer; `centrality` float [B, N]; `mask` [B, N], 1 real, 0
+    padding; `positions` int64 [B, N], the token's place in its history, 0 for the oldest; `levels` int64 [B, N], its level
+    in its SID counted from 0, `L` for a separator; `item_index` int64 [B, N], which item of the history it belongs to, 0 for the
+    oldest; `truth` float [B, N], true information in nats (planted catalogue); `generator` for random scorers.
+    """
+
+    hidden: Tensor
+    centrality: Tensor | None
+    mask: Tensor
+    positions: Tensor | None = None
+    levels: Tensor | None = None
+    item_index: Tensor | None = None
+    truth: Tensor | None = None
+    generator: torch.Generator | None = None
+
+
+@torch.no_grad()
+def attention_centrality(attention: Tensor, mask: Tensor) -> Tensor:
+    """Attention each token receives, summed over heads and real queries (RASTP, S_attn).
+
+    Args: `attention` float [B, H, N, N], post-softmax, rows are queries; `mask` [B, N], 1 real, 0 padding.
+    Returns float32 [B, N], 0 at padding.
+    """
+    batch, _, queries, keys = attention.shape
+    if queries != keys or mask.shape != (batch, keys):
+        raise ValueError(f"attention must be [B, H, N, N] with mask [B, N], got {tuple(attention.shape)} and {tuple(mask.shape)}")
+    votes = mask.to(attention.dtype)
+    received = torch.einsum("bhqk,bq->bk", attention, votes)  # [B, N]
+    return received.float() * mask
+
+
+@torch.no_grad()
+def semantic_saliency(hidden: Tensor, p: float = 1) -> Tensor:
+    """The p-norm of each hidden state: float [B, N, d] → float32 [B, N] (RASTP, S_sem, with p = 1)."""
+    return torch.linalg.vector_norm(hidden, ord=p, dim=-1, dtype=torch.float32)
+
+
+def _need(signals: Signals, scorer: str, field: str) -> Tensor:
+    value = getattr(signals, field)
+    if value is None:
+        raise ValueError(f"scorer={scorer!r} needs signals.{field}, which is None"
+                         + (": only the planted catalogue knows it" if field == "truth" else ""))
+    return value
+
+
+def _random(signals: Signals) -> Tensor:
+    # Drawn on the CPU by position in the history, so that padding on either side draws the same numbers.
+    positions = _need(signals, "random", "positions")
+    generator = signals.generator
+    device = generator.device if generator is not None else "cpu"
+    draw = torch.rand(positions.shape, generator=generator, device=device).to(positions.device)
+    return draw.gather(1, positions.clamp_min(0))
+
+
+SCORERS: dict[str, Callable[[Signals], Tensor]] = {
+    "rastp": lambda s: _need(s, "rastp", "centrality") * semantic_saliency(s.hidden),
+    "norm": lambda s: semantic_saliency(s.hidden),
+    "centrality": lambda s: _need(s, "centrality", "centrality"),
+    "random": _random,
+    "recent": lambda s: _need(s, "recent", "positions"),
+    "oracle": lambda s: _need(s, "oracle", "truth"),
+}
+NEEDS_CENTRALITY = ("rastp", "centrality")  # the others are spared the scores; a callable may want them
+
+
+@torch.no_grad()
+def token_importance(signals: Signals, scorer: str | Callable[[Signals], Tensor] = "rastp") -> Tensor:
+    """How much each token is worth keeping: float32 [B, N], −inf where the mask is 0.
+
+    Args: `scorer`: a name in `SCORERS`, or any callable from `Signals` to a float tensor [B, N].
+    Raises ValueError for an unknown name, a signal that is missing, or a result of the wrong shape or with NaN.
+    """
+    if isinstance(scorer, str):
+        if scorer not in SCORERS:
+            raise ValueError(f"scorer={scorer!r} is unknown; use one of {', '.join(SCORERS)} or a callable")
+        score = SCORERS[scorer](signals)
+    else:
+        score = scorer(signals)
+        if not isinstance(score, Tensor) or score.shape != signals.mask.shape:
+            got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(f"the scorer must return a tensor of shape {tuple(signals.mask.shape)} ([B, N]), got {got}")
+        if torch.isnan(score).any():
+            raise ValueError("the scorer returned NaN; every real token needs a number")
+    return score.float().masked_fill(signals.mask == 0, -torch.inf)

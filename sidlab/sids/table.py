@@ -1,0 +1,211 @@
+"""SidTable: which item has which semantic ID, and which token ids spell it. Collisions are resolved here, nowhere else.
+
+Token ids: PAD 0, BOS 1, SEP 2, then the codes level by level: code `c` of level `l` is `offsets[l] + c`. There is no
+EOS, since a SID has a fixed length.
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sidlab.sids.residual_kmeans import load_arrays, save_arrays
+from sidlab.sids.trie import Trie, as_codes
+
+PAD, BOS, SEP = 0, 1, 2
+FIRST_CODE = 3  # the token id of code 0 of level 1
+
+
+class SidTable:
+    """The semantic IDs of a catalogue.
+
+    Args:
+        codes: int [n, L], row 0 is item 1, each in 0..width-1.
+        width: codes per level, an int or one int per level.
+        collisions: what to do with items that share a SID. "extend" adds one level to every item if any two collide:
+            0 for the first of a group by item id, 1.. for the others (the de-duplication digit of TIGER, arXiv
+            2305.05065); its width is the largest group. "share" leaves them, and a hit counts for all sharers (as in
+            AL-GR / FORGE).
+
+    Attributes: `codes` int64 [n, L'], `widths` (tuple), `levels` L', `base_levels` L, `n_items`, `vocab_size`,
+    `offsets` (tuple: the token id of code 0 of each level), `item_tokens` torch int64 [n + 1, L'] (row = item id, row
+    0 is PAD), `collisions`.
+
+    >>> table = SidTable(np.array([[0, 1], [3, 1], [0, 1]]), width=4)
+    >>> table.widths, table.vocab_size
+    ((4, 4, 2), 13)
+    >>> table.item_tokens[3]
+    tensor([ 3,  8, 12])
+    >>> table.items_of([[3, 1, 0], [3, 1, 1]])
+    [[2], []]
+    """
+
+    def __init__(self, codes, width=256, collisions: str = "extend"):
+        if collisions not in ("extend", "share"):
+            raise ValueError(f'collisions must be "extend" or "share", got {collisions!r}')
+        base, base_widths = as_codes(codes, width)
+        self.collisions, self.base_levels = collisions, base.shape[1]
+        self._base_trie = Trie(base, base_widths)
+        self.codes, self.widths = base, base_widths
+        largest = self._base_trie.max_items
+        if collisions == "extend" and largest > 1:
+            self.codes = np.concatenate([base, _rank_in_group(self._base_trie)[:, None]], axis=1)
+            self.widths = (*base_widths, largest)
+        self.n_items, self.levels = self.codes.shape
+        starts = np.cumsum((FIRST_CODE, *self.widths)).tolist()
+        self.offsets, self.vocab_size = tuple(starts[:-1]), starts[-1]
+        tokens = np.full((self.n_items + 1, self.levels), PAD)
+        tokens[1:] = self.codes + np.array(self.offsets)
+        self.item_tokens = torch.from_numpy(tokens)
+
+    @functools.cached_property
+    def trie(self) -> Trie:
+        """The set of valid SIDs."""
+        return self._base_trie if self.levels == self.base_levels else Trie(self.codes, self.widths)
+
+    def items_of(self, codes):
+        """The ids of the items with each SID of `codes` int [..., L']: sorted lists, nested like the leading axes."""
+        if np.shape(codes)[-1:] != (self.levels,):
+            raise ValueError(f"codes must have the shape [..., {self.levels}], got {list(np.shape(codes))}")
+        leaves, found = self.trie.find(codes)
+        items, valid = self.trie.leaf_items(leaves)
+        return _ragged(items, valid & found.unsqueeze(-1))
+
+    def report(self, encoder=None, embeddings=None) -> "SidReport":
+        """The quality of the SIDs: a dict of plain values that prints as a table.
+
+        Of the codes as given, before any level was added: `unique_sids`, `collision_rate` (share of the items whose
+        SID another item has too), `largest_group`. `per_level`, a dict for each level: `width`, `used` codes,
+        `utilisation` = used / width, `perplexity` = exp(entropy of the code usage over items), the distinct
+        `prefixes` up to that level, and the `mean_group` and `largest_group` of items that share one. With an
+        `encoder` and its `embeddings` float [n, d] also `reconstruction_error` = Σ ‖x − decode(prefix)‖² / Σ ‖x‖²,
+        None at the added level.
+        """
+        if (encoder is None) != (embeddings is None):
+            raise ValueError("encoder and embeddings go together: got only one of them")
+        if embeddings is not None and len(embeddings) != self.n_items:
+            raise ValueError(f"embeddings must have one row per item ({self.n_items}), got {len(embeddings)}")
+        groups = self._base_trie.items_per_node(self.base_levels)
+        per_level = []
+        for level, width in enumerate(self.widths, start=1):
+            usage = np.bincount(self.codes[:, level - 1])
+            share = usage[usage > 0] / self.n_items
+            prefix = self.trie.items_per_node(level)
+            row = {
+                "level": level,
+                "width": width,
+                "used": len(share),
+                "utilisation": len(share) / width,
+                "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+                "prefixes": len(prefix),
+                "mean_group": self.n_items / len(prefix),
+                "largest_group": int(prefix.max()),
+            }
+            if encoder is not None:
+                row["reconstruction_error"] = None
+                if level <= self.base_levels:
+                    x = np.asarray(embeddings, np.float64)
+                    error = x - encoder.decode(self.codes[:, :level])
+                    row["reconstruction_error"] = float((error**2).sum() / (x**2).sum())
+            per_level.append(row)
+        return SidReport(
+            n_items=self.n_items,
+            levels=self.levels,
+            unique_sids=len(groups),
+            collision_rate=float(groups[groups > 1].sum() / self.n_items),
+            largest_group=int(groups.max()),
+            per_level=per_level,
+        )
+
+    def fingerprint(self) -> str:
+        """12 hex digits (SHA-256) that change with the codes, the widths and the way collisions are resolved."""
+        digest = hashlib.sha256(json.dumps([self.codes.shape, self.widths, self.collisions]).encode())
+        digest.update(self.codes.astype("<i8").tobytes())
+        return digest.hexdigest()[:12]
+
+    def save(self, folder) -> None:
+        """Writes `sids.safetensors` (`codes` [n, L']) and `sids.json` into `folder`."""
+        meta = {"widths": self.widths, "base_levels": self.base_levels, "collisions": self.collisions,
+                "fingerprint": self.fingerprint()}
+        save_arrays(folder, "sids", {"codes": self.codes}, meta)
+
+    @classmethod
+    def load(cls, folder) -> "SidTable":
+        """The table that `save` wrote into `folder`; ValueError where its two files do not belong together."""
+        arrays, meta = load_arrays(folder, "sids")
+        base = meta["base_levels"]
+        table = cls(arrays["codes"][:, :base], meta["widths"][:base], meta["collisions"])
+        if table.fingerprint() != meta["fingerprint"]:
+            raise ValueError(f"{folder}: sids.safetensors does not match sids.json (fingerprint {table.fingerprint()}, "
+                             f"expected {meta['fingerprint']})")
+        return table
+
+    @classmethod
+    def from_file(cls, path, width=256, collisions: str = "extend") -> "SidTable":
+        """Reads a published table: a line `item_id c1 c2 …` per item, ids 1..n in any order; gzip if named .gz.
+
+        A line that is not of this form, a missing item or a code outside its width is a ValueError that says where.
+        """
+        path = pathlib.Path(path)
+        rows, levels = {}, None
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                where, got = f"{path}, line {number}", f"got {line.rstrip()!r}"
+                try:
+                    item, *sid = map(int, line.split())
+                except ValueError:
+                    raise ValueError(f"{where}: expected `item_id c1 c2 …` (integers), {got}") from None
+                if item < 1 or item in rows or not sid:
+                    raise ValueError(f"{where}: expected a new item id from 1 and its codes, {got}")
+                levels = levels or len(sid)
+                if len(sid) != levels:
+                    raise ValueError(f"{where}: item {item} has {len(sid)} codes, the lines before have {levels}")
+                rows[item] = sid
+        if not rows:
+            raise ValueError(f"{path}: no items, the file is empty")
+        missing = max(rows) - len(rows)
+        if missing:
+            first = next(item for item in range(1, max(rows)) if item not in rows)
+            raise ValueError(f"{path}: {missing} of the items 1..{max(rows)} are missing, the first is item {first}")
+        try:
+            return cls(np.array([rows[item] for item in range(1, len(rows) + 1)]), width, collisions)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+class SidReport(dict):
+    """`SidTable.report()`: a dict that shows itself as a sentence and a table, in a terminal and in a notebook."""
+
+    def frame(self) -> pd.DataFrame:
+        """`per_level` as a data frame, one row per level."""
+        return pd.DataFrame(self["per_level"]).set_index("level")
+
+    def _summary(self) -> str:
+        return (f"{self['n_items']:,} items, {self['unique_sids']:,} distinct SIDs; {self['collision_rate']:.1%} "
+                f"of the items share theirs, the largest group counts {self['largest_group']}")
+
+    def __str__(self) -> str:
+        return f"{self._summary()}\n{self.frame().to_string(float_format='{:.3f}'.format)}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self._summary()}</p>{self.frame().to_html(float_format='{:.3f}'.format)}"
+
+
+def _rank_in_group(trie: Trie) -> np.ndarray:
+    """The place of each item among those that share its SID, by item id: int64 [n]."""
+    item, first = trie.item.numpy(), trie.first_item.numpy()
+    rank = np.empty(len(item), np.int64)
+    rank[item - 1] = np.arange(len(item)) - np.repeat(first[:-1], np.diff(first))
+    return rank
+
+
+def _ragged(items, valid):
+    """Nested lists of the valid entries of each row of `items` [..., M]."""
+    if items.ndim == 1:
+        return items[valid].tolist()
+    return [_ragged(i, v) for i, v in zip(items, valid)]

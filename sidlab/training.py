@@ -1,0 +1,347 @@
+"""Training: one configuration, one catalogue, one SidTable → a trained model and what it cost.
+
+Hugging Face's `Trainer` does the loop, the checkpoints and the resuming. Ours are the batches (`windows.LengthBatches`), the
+evaluation (recall of constrained recommendation on validation users, which also stops early and picks the best checkpoint)
+and the meter, which counts training time and memory without evaluation and saving.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from sidlab.data.catalogue import Catalogue
+from sidlab.decoding import recommend
+from sidlab.map_loss import MapConfig
+from sidlab.metrics import rank_of_target, summary
+from sidlab.models.t5 import SidT5, SidT5Config
+from sidlab.pruning import PruningConfig
+from sidlab.sids.table import SidTable
+from sidlab.windows import Collator, LengthBatches, Windows, leave_one_out
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run depends on besides the data.
+
+    Model: `d_model`, `d_kv`, `num_heads`, `d_ff`, `ffn_hidden_layers`, `num_layers` (encoder), `num_decoder_layers`, `dropout`,
+    `separators`, `max_items` of history, `pruning`, `map`. Batches: `batch_tokens` encoder slots in a batch and `accumulation`
+    batches an update (so that an update mixes lengths); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`,
+    the published way, in the same batches). Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all
+    updates) and `schedule` (a Hugging Face name). Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every`
+    updates on `eval_users` validation users (None: all), stopping after `patience` evaluations without a better recall@5.
+    `precision`: "fp32", "bf16" or "auto" (bf16 where the processor gains from it). `seed` reaches weights, dropout and order.
+    """
+
+    arch: str = "t5"
+    d_model: int = 128
+    d_kv: int = 64
+    num_heads: int = 6
+    d_ff: int = 1024
+    ffn_hidden_layers: int = 2
+    num_layers: int = 4
+    num_decoder_layers: int = 4
+    dropout: float = 0.15
+    separators: bool = True
+    max_items: int = 30
+    pruning: PruningConfig | None = None
+    map: MapConfig | None = None
+    padding: str = "batch"
+    batch_tokens: int = 4096
+    accumulation: int = 4
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    epochs: float = 100
+    max_updates: int | None = None
+    eval_every: int = 100
+    eval_users: int | None = None
+    patience: int = 10
+    beam: int = 10
+    precision: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, valid in (("arch", ("t5",)), ("padding", ("batch", "fixed")), ("precision", ("auto", "fp32", "bf16"))):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(map(repr, valid))}")
+        for name in ("d_model", "max_items", "batch_tokens", "accumulation", "eval_every", "beam"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.pruning is not None and self.pruning.after_layer > self.num_layers:
+            raise ValueError(f"after_layer={self.pruning.after_layer} lies beyond the last encoder layer; use 1..{self.num_layers}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "TrainConfig":
+        """"smoke" (seconds, only shows that everything runs), "quick" (minutes on two cores) or "paper" (RASTP's configuration
+        as far as it is published; see papers.py), with any field overridden."""
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r} is unknown; use one of {', '.join(PRESETS)}")
+        return cls(**PRESETS[name] | overrides)
+
+    def to_dict(self) -> dict:
+        """JSON-ready; a callable scorer becomes "own:<name>"."""
+        out = dataclasses.asdict(self)
+        if self.pruning is not None and callable(self.pruning.scorer):
+            out["pruning"]["scorer"] = "own:" + getattr(self.pruning.scorer, "__name__", "scorer")
+        return out
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "TrainConfig":
+        """The inverse of `to_dict`."""
+        nested = {"pruning": PruningConfig, "map": MapConfig}
+        return cls(**{k: nested[k](**v) if k in nested and v is not None else v for k, v in fields.items()})
+
+
+SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=256, ffn_hidden_layers=1, num_layers=4, num_decoder_layers=2, dropout=0.0)
+PRESETS = {
+    "smoke": SMALL | dict(d_model=32, d_ff=64, max_updates=20, eval_every=10, eval_users=50, batch_tokens=2048, accumulation=1),
+    "quick": SMALL | dict(epochs=3, eval_every=200, eval_users=500, patience=5, learning_rate=3e-3),
+    "paper": dict(batch_tokens=4096, accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10),
+}
+
+
+@dataclasses.dataclass
+class TrainResult:
+    """`model`: the best checkpoint, in evaluation mode. `metrics`: validation recall and NDCG of it. `timing`: "train_seconds"
+    (without evaluation and saving), "seconds_per_1k_windows", "windows", "updates". `peak_memory`: MB while training, resident
+    memory on a CPU and allocated memory on a GPU. `tokens`: "real_token_fraction" of the slots and "kept_token_fraction" of
+    the real tokens. `log`: dicts with "step" and what was logged there ("loss", "recall@5", …)."""
+
+    model: SidT5
+    metrics: dict
+    timing: dict
+    peak_memory: float
+    tokens: dict
+    log: list[dict]
+
+
+def build_model(config: TrainConfig, table: SidTable) -> SidT5:
+    """A fresh model; weights depend on `config.seed` alone, whatever is pruned or predicted besides."""
+    fields = config.to_dict()
+    set_seed(config.seed)
+    model = SidT5(SidT5Config(
+        widths=table.widths, separators=config.separators, max_items=config.max_items, d_model=config.d_model, d_kv=config.d_kv,
+        num_heads=config.num_heads, d_ff=config.d_ff, ffn_hidden_layers=config.ffn_hidden_layers, num_layers=config.num_layers,
+        num_decoder_layers=config.num_decoder_layers, dropout_rate=config.dropout, pruning=fields["pruning"], map=fields["map"],
+    ), table)
+    if config.pruning is not None and callable(config.pruning.scorer):
+        model.set_scorer(config.pruning.scorer)
+    return model
+
+
+def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_dir=None, progress: bool = True,
+          callbacks: list[TrainerCallback] | None = None) -> TrainResult:
+    """Train `config` on `catalogue` with the SIDs of `table`.
+
+    With `output_dir` checkpoints are kept there, and a call with the same arguments goes on from the newest readable one; a
+    folder that holds a different configuration, data or table is refused. Without it nothing is left on disk. `callbacks`:
+    further Hugging Face callbacks.
+    """
+    if table.n_items != catalogue.n_items:
+        raise ValueError(f"the table has {table.n_items} items, the catalogue {catalogue.n_items}")
+    oracle = config.pruning is not None and config.pruning.scorer == "oracle"
+    if oracle and catalogue.truth is None:
+        raise ValueError('scorer="oracle" needs catalogue.truth, which only the planted catalogue has')
+    truth = catalogue.truth if oracle else None
+    split = leave_one_out(catalogue.histories)
+    windows = Windows(split.train, config.max_items)
+    collator = Collator(windows, table, separators=config.separators, max_items=config.max_items,
+                        fixed_slots=config.padding == "fixed", map_config=config.map, truth=truth)
+    batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed)
+    model = build_model(config, table)
+    with contextlib.ExitStack() as stack:
+        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        checkpoint = _resume_point(pathlib.Path(folder), config, catalogue, table) if output_dir else None
+        set_seed(config.seed)
+        trainer = _SidTrainer(
+            model=model, args=_arguments(config, folder, keep=bool(output_dir), progress=progress), train_dataset=windows, eval_dataset=windows,  # the Trainer asks for one; `evaluate` uses `cases`
+            data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth,
+            callbacks=[EarlyStoppingCallback(config.patience), *(callbacks or [])],
+        )
+        if checkpoint is not None:
+            trainer.meter.load(checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.meter.pause()
+    model = trainer.model.eval()
+    best = max((e for e in trainer.state.log_history if "eval_recall@5" in e), key=lambda e: e["eval_recall@5"])
+    return TrainResult(
+        model=model, metrics={k.removeprefix("eval_"): v for k, v in best.items() if "@" in k},
+        timing=trainer.meter.timing(trainer.state.global_step), peak_memory=trainer.meter.peak, tokens=trainer.meter.tokens(),
+        log=[{k.removeprefix("eval_"): v for k, v in e.items()} for e in trainer.state.log_history if "train_runtime" not in e],
+    )
+
+
+def evaluate(model, histories, targets, *, k: int = 10, beam: int | None = None, exclude_seen: bool = False, truth=None) -> np.ndarray:
+    """Rank of each target among the k recommended items, 0 where missing: int64 [U]. Feed it to `metrics.recall_at`."""
+    items, _ = recommend(model, histories, k=k, beam=beam, exclude_seen=exclude_seen, truth=truth)
+    return rank_of_target(items.numpy(), targets)
+
+
+def _eval_cases(split, config):
+    histories, targets = split.cases("validation")
+    if config.eval_users is not None and config.eval_users < len(targets):
+        # The same users for every method and seed of a comparison.
+        chosen = np.sort(np.random.default_rng(0).choice(len(targets), config.eval_users, replace=False))
+        histories, targets = [histories[i] for i in chosen], targets[chosen]
+    return histories, targets
+
+
+def _arguments(config, folder, *, keep, progress):
+    return TrainingArguments(
+        output_dir=str(folder), seed=config.seed, per_device_train_batch_size=1, gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate, weight_decay=config.weight_decay, lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup, num_train_epochs=config.epochs, max_steps=config.max_updates or -1,
+        eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
+        save_total_limit=2, save_only_model=not keep, load_best_model_at_end=True, metric_for_best_model="recall@5",
+        greater_is_better=True, logging_steps=max(1, config.eval_every // 5), bf16=_use_bf16(config), optim="adamw_torch_fused",
+        disable_tqdm=not progress, report_to=[], remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _use_bf16(config):
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    # AMX makes bf16 products several times faster; at small sizes the casts cost more than that saves.
+    return torch.cpu._is_amx_tile_supported() and config.d_model >= 128
+
+
+def _resume_point(folder, config, catalogue, table):
+    """The newest checkpoint in `folder` with a readable trainer_state.json, or None; refuses another run's folder."""
+    what = {"config": config.to_dict(), "catalogue": catalogue.fingerprint(), "table": table.fingerprint()}
+    stamp = folder / "run.json"
+    if stamp.exists():
+        if json.loads(stamp.read_text()) != json.loads(json.dumps(what)):
+            raise ValueError(f"output_dir={str(folder)!r} holds a run of another configuration, catalogue or table; choose another folder")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = stamp.with_suffix(".tmp")
+        beside.write_text(json.dumps(what))
+        os.replace(beside, stamp)
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            print(f"{path} is not complete and is passed over", file=sys.stderr)
+            continue
+        return str(path)
+    return None
+
+
+class _SidTrainer(Trainer):
+    """The Trainer with our batches, our evaluation and a meter."""
+
+    def __init__(self, *, batches, cases, beam, truth, **kwargs):
+        super().__init__(**kwargs)
+        self.batches, self.cases, self.beam, self.truth = batches, cases, beam, truth
+        self.meter = Meter()
+
+    def get_train_dataloader(self):
+        loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator,
+                                             pin_memory=self.args.dataloader_pin_memory)
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self.meter.count(inputs["attention_mask"], outputs.encoder_attention_mask)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        with self.meter.paused():
+            ranks = evaluate(self.model, *self.cases, beam=self.beam, truth=self.truth)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(ranks).items()}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model, trial):
+        with self.meter.paused():
+            super()._save_checkpoint(model, trial)
+            self.meter.save(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def training_step(self, *args, **kwargs):
+        self.meter.resume()
+        return super().training_step(*args, **kwargs)
+
+
+class Meter:
+    """Seconds, peak memory and tokens of the training steps alone.
+
+    Memory on a CPU is the highest resident size of the process; Linux lets it be reset, so evaluation does not count.
+    """
+
+    def __init__(self):
+        self.seconds, self.peak, self.windows = 0.0, 0.0, 0
+        self._since = None
+        self._slots = 0
+        self._real, self._kept = [], []
+
+    def count(self, mask, kept_mask):
+        self.windows += len(mask)
+        self._slots += mask.numel()
+        self._real.append(mask.sum())  # tensors: no wait for the device here
+        self._kept.append(kept_mask.sum())
+
+    def resume(self):
+        if self._since is None:
+            self._since = time.perf_counter()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            elif os.access("/proc/self/clear_refs", os.W_OK):
+                pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+    def pause(self):
+        if self._since is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+            self.peak = max(self.peak, _peak_mb())
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.pause()
+        yield
+        self.resume()
+
+    def save(self, checkpoint):
+        """Leave what was counted beside a checkpoint, so that a resumed run reports the whole."""
+        counts = {"seconds": self.seconds, "peak": self.peak, "windows": self.windows, "slots": self._slots,
+                  "real": int(sum(self._real)), "kept": int(sum(self._kept))}
+        (checkpoint / "meter.json").write_text(json.dumps(counts))
+
+    def load(self, checkpoint):
+        counts = json.loads((pathlib.Path(checkpoint) / "meter.json").read_text())
+        self.seconds, self.peak, self.windows, self._slots = (counts[k] for k in ("seconds", "peak", "windows", "slots"))
+        self._real, self._kept = [counts["real"]], [counts["kept"]]
+
+    def timing(self, updates):
+        return {"train_seconds": self.seconds, "seconds_per_1k_windows": 1000 * self.seconds / max(self.windows, 1),
+                "windows": self.windows, "updates": updates}
+
+    def tokens(self):
+        real = float(sum(self._real)) or 1.0
+        return {"real_token_fraction": real / max(self._slots, 1), "kept_token_fraction": float(sum(self._kept)) / real}
+
+
+def _peak_mb():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,190 @@
+"""From histories to batches: the leave-one-out split, training windows, batches of similar length, the collator.
+
+The last item of a user is the test target, the one before it the validation target, the rest is for training. A training
+window is one prefix of that rest and its next item: every prefix is used once an epoch.
+
+The published code pads every history to a fixed number of slots. Here a batch holds windows of (nearly) equal length and as
+many of them as fit a token budget, so that at least 95 % of the slots are real; `fixed_slots=True` keeps the very same
+batches and pads them as published, so that only the padding differs.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sidlab.map_loss import MapConfig, map_labels
+from sidlab.sids.table import PAD, SEP, SidTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Leave-one-out. Users with fewer than three items are left out and counted in `skipped`.
+
+    `train`: list of int64 arrays, history[:-2]. For "validation" the history is history[:-2] and the target history[-2]; for
+    "test" they are history[:-1] and history[-1]."""
+
+    train: list[np.ndarray]
+    histories: list[np.ndarray]
+    skipped: int
+
+    def cases(self, part: str) -> tuple[list[np.ndarray], np.ndarray]:
+        """Histories and targets (int64 [U]) of "validation" or "test"."""
+        if part not in ("validation", "test"):
+            raise ValueError(f'part={part!r} is unknown; use "validation" or "test"')
+        cut = -2 if part == "validation" else -1
+        return [h[:cut] for h in self.histories], np.array([h[cut] for h in self.histories], np.int64)
+
+
+def leave_one_out(histories) -> Split:
+    """Split histories (arrays of item ids, oldest first) by leave-one-out."""
+    usable = [np.asarray(h, np.int64) for h in histories if len(h) >= 3]
+    if not usable:
+        raise ValueError("no user has three items or more, so there is nothing to train and test on")
+    return Split([h[:-2] for h in usable], usable, len(histories) - len(usable))
+
+
+class Windows(torch.utils.data.Dataset):
+    """Every prefix of every training history with its next item, as indices into one flat array.
+
+    Window w has history `items[start[w]:target[w]]` (at most the last `max_items`) and target `items[target[w]]`; its user's
+    training part ends before `end[w]`, so auxiliary labels never reach a user's last two items. `windows[i]` is i itself:
+    the `Collator` builds whole batches at once.
+    """
+
+    def __init__(self, train: list[np.ndarray], max_items: int):
+        if max_items < 1:
+            raise ValueError(f"max_items must be at least 1, got {max_items}")
+        sizes = np.array([len(h) for h in train], np.int64)
+        self.items = np.concatenate([np.asarray(h, np.int64) for h in train]) if len(train) else np.empty(0, np.int64)
+        begin = np.cumsum(sizes) - sizes
+        count = np.maximum(sizes - 1, 0)
+        user = np.repeat(np.arange(len(sizes)), count)
+        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + 1  # target's place within its user
+        self.target = begin[user] + place
+        self.start = np.maximum(begin[user], self.target - max_items)
+        self.end = (begin + sizes)[user]
+        if len(self.target) == 0:
+            raise ValueError("no training window: every user has fewer than two items before the held-out ones")
+
+    def __len__(self):
+        return len(self.target)
+
+    def __getitem__(self, index):
+        return index
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Items of history per window, int64 [windows]."""
+        return self.target - self.start
+
+
+class LengthBatches(torch.utils.data.Sampler):
+    """Batches of windows of similar length, `batch_tokens` slots each, newly shuffled every epoch.
+
+    Windows are sorted by length with ties in random order, cut into batches, and the batches shuffled. The cuts depend on the
+    lengths alone, so the number of batches is the same in every epoch. `tokens_per_item` turns lengths into slots.
+    """
+
+    def __init__(self, lengths: np.ndarray, tokens_per_item: int, batch_tokens: int, seed: int = 0):
+        longest = int(lengths.max()) * tokens_per_item
+        if batch_tokens < longest:
+            raise ValueError(f"batch_tokens={batch_tokens} is less than one window's {longest} tokens")
+        self.lengths, self.seed, self.epoch = lengths, seed, 0
+        ordered = np.sort(lengths) * tokens_per_item
+        cuts, begin = [0], 0
+        while begin < len(ordered):
+            # The longest window that still fits decides: slots = windows in the batch × its length.
+            size = np.arange(1, min(batch_tokens // ordered[begin], len(ordered) - begin) + 1)
+            begin += int(np.searchsorted(size * ordered[begin : begin + len(size)], batch_tokens, side="right"))
+            cuts.append(begin)
+        self.cuts = np.array(cuts)
+
+    def set_epoch(self, epoch: int):
+        """Choose the shuffle."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.cuts) - 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.lengths))
+        order = order[np.argsort(self.lengths[order], kind="stable")]
+        for b in rng.permutation(len(self)):
+            yield order[self.cuts[b] : self.cuts[b + 1]].tolist()
+
+
+def history_tokens(items: np.ndarray, table: SidTable, separators: bool = True) -> Tensor:
+    """Item ids int64 [B, M] (0 is padding) → token ids int64 [B, M · (L + separators)]; a separator follows its item."""
+    items = torch.from_numpy(items)
+    tokens = table.item_tokens[items]  # [B, M, L]
+    if separators:
+        after = torch.where(items > 0, SEP, PAD).unsqueeze(-1)
+        tokens = torch.cat([tokens, after], dim=-1)  # [B, M, L + 1]
+    return tokens.flatten(1)
+
+
+def pad_histories(histories, max_items: int, n_items: int, slots: int | None = None) -> np.ndarray:
+    """The last `max_items` of each history, padded on the right with 0 to the longest (or to `slots`): int64 [B, M]."""
+    recent = [np.asarray(h, np.int64)[-max_items:] for h in histories]
+    out = np.zeros((len(recent), slots or max((len(h) for h in recent), default=0)), np.int64)
+    for row, history in zip(out, recent):
+        if len(history) == 0 or history.min() < 1 or history.max() > n_items:
+            raise ValueError(f"a history must hold item ids in 1..{n_items} and at least one, got {history.tolist()[:10]}")
+        row[: len(history)] = history
+    return out
+
+
+def truth_tokens(truth, histories, levels: int, separators: bool, shape) -> Tensor:
+    """The planted information (nats) of every history token, laid out as the token ids are: float32 [B, N].
+
+    A SID level takes the planted level of the same number; SID levels beyond the planted ones hold nothing, and the last SID
+    level holds what planted levels are left.
+    """
+    nats = truth.information(histories)  # [B, M, planted levels]
+    out = np.zeros((*nats.shape[:2], levels + separators), np.float32)
+    shared = min(levels, nats.shape[2])
+    out[..., :shared] = nats[..., :shared]
+    out[..., shared - 1] += nats[..., shared:].sum(-1)
+    full = torch.zeros(shape)
+    flat = torch.from_numpy(out).flatten(1)
+    full[:, : flat.shape[1]] = flat
+    return full
+
+
+class Collator:
+    """Window indices → a batch of tensors for the model.
+
+    `input_ids`, `attention_mask` int64 [B, N]; `labels` int64 [B, L]; with `map_config` also `map_labels` int64 [B, S, L]; with
+    `truth` (a `PlantedTruth`) also `truth` float32 [B, N]. `fixed_slots`: pad to `max_items` items, as published.
+    """
+
+    def __init__(self, windows: Windows, table: SidTable, *, separators: bool, max_items: int, fixed_slots: bool = False,
+                 map_config: MapConfig | None = None, truth=None):
+        self.windows, self.table, self.separators = windows, table, separators
+        self.max_items, self.fixed_slots, self.map_config, self.truth = max_items, fixed_slots, map_config, truth
+
+    def __call__(self, indices: list[int]) -> dict[str, Tensor]:
+        w = self.windows
+        start, target, end = w.start[indices], w.target[indices], w.end[indices]
+        length = target - start
+        width = self.max_items if self.fixed_slots else int(length.max())
+        place = np.arange(width)
+        real = place < length[:, None]
+        items = np.where(real, w.items[np.where(real, start[:, None] + place, 0)], 0)  # [B, M]
+        tokens = history_tokens(items, self.table, self.separators)  # [B, N]
+        labels = self.table.item_tokens[torch.from_numpy(w.items[target])]  # [B, L]
+        batch = {"input_ids": tokens, "attention_mask": (tokens != PAD).long(), "labels": labels}
+        if self.map_config is not None:
+            ahead = target[:, None] + np.arange(1, self.map_config.steps + 1)  # [B, S]
+            exists = ahead < end[:, None]
+            after = self.table.item_tokens[torch.from_numpy(np.where(exists, w.items[np.where(exists, ahead, 0)], 0))]
+            after = after.masked_fill(~torch.from_numpy(exists).unsqueeze(-1), -100)  # [B, S, L]
+            batch["map_labels"] = map_labels(labels, after, self.map_config)
+        if self.truth is not None:
+            histories = [row[:n] for row, n in zip(items, length)]
+            batch["truth"] = truth_tokens(self.truth, histories, self.table.levels, self.separators, tokens.shape)
+        return batch

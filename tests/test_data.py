@@ -1,0 +1,310 @@
+"""Catalogues: what is checked, what a folder may get wrong, and what the text embeddings are."""
+
+import gzip
+import json
+import sys
+import types
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SHARED, needs_shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from sidlab.data import text as text_module
+from sidlab.data.catalogue import Catalogue, compose_text, load_catalogue
+from sidlab.data.folder import read_folder, save_catalogue
+from sidlab.data.text import text_embeddings
+
+ITEMS = [
+    {"item_id": 1, "title": "Red lacquer", "brand": "OPI", "categories": ["Beauty", "Nails"]},
+    {"item_id": 2, "text": "a blue brush"},
+    {"item_id": 3},
+]
+SEQUENCES = ["u1 1 2 3", "u2 3 1"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SIDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SIDLAB_DATA", raising=False)
+
+
+def write(folder, items=ITEMS, sequences=SEQUENCES):
+    """Items may be dicts or raw lines."""
+    folder.mkdir(exist_ok=True)
+    lines = [item if isinstance(item, str) else json.dumps(item) for item in items]
+    (folder / "items.jsonl").write_text("".join(line + "\n" for line in lines))
+    (folder / "sequences.txt").write_text("".join(line + "\n" for line in sequences))
+    return folder
+
+
+def frame(texts):
+    return pd.DataFrame({"item_id": range(1, len(texts) + 1), "title": None, "brand": None,
+                         "categories": [[] for _ in texts], "text": texts})
+
+
+def catalogue(texts=("red", "blue brush", None), histories=((1, 2), (3,)), **options):
+    users = [f"u{row}" for row in range(len(histories))]
+    return Catalogue("small", frame(list(texts)), [np.array(history) for history in histories], users, **options)
+
+
+# --- the catalogue ---
+
+def test_a_catalogue_holds_what_it_was_given():
+    small = catalogue()
+    assert small.n_items == 3 and small.user_ids == ["u0", "u1"] and small.truth is None and small.dirty == {}
+    assert [history.tolist() for history in small.histories] == [[1, 2], [3]]
+    assert all(history.dtype == np.int64 for history in small.histories)
+    assert small.items["text"].tolist() == ["red", "blue brush", None], "missing texts are None, not NaN"
+
+
+@pytest.mark.parametrize("histories, message", [
+    (((0, 1),), "1..3"), (((1, 4),), "1..3"), (((),), "non-empty"), (((1.0, 2.0),), "integer"),
+    ((((1, 2), (2, 3)),), "one-dimensional"),
+])
+def test_bad_histories_are_refused(histories, message):
+    with pytest.raises(ValueError, match=message):
+        catalogue(histories=histories)
+
+
+def test_bad_items_users_and_embeddings_are_refused():
+    with pytest.raises(ValueError, match="positions"):
+        Catalogue("x", frame(["a", "b"]).assign(item_id=[1, 3]), [np.array([1])], ["u"])
+    with pytest.raises(ValueError, match="missing columns .'text'"):
+        Catalogue("x", frame(["a"]).drop(columns="text"), [np.array([1])], ["u"])
+    with pytest.raises(ValueError, match="user_ids"):
+        Catalogue("x", frame(["a"]), [np.array([1]), np.array([1])], ["u", "u"])
+    with pytest.raises(ValueError, match=r"padding row with embeddings\[1:\]"):
+        catalogue(embeddings=np.zeros((4, 2)))
+    with pytest.raises(ValueError, match="item 2 is not"):
+        catalogue(embeddings=[[1, 2], [np.nan, 0], [0, 0]])
+
+
+def test_embeddings_are_the_given_ones_or_those_of_the_text():
+    given_ones = catalogue(embeddings=np.arange(6).reshape(3, 2))
+    assert given_ones.embeddings.dtype == np.float32 and given_ones.embeddings.tolist() == [[0, 1], [2, 3], [4, 5]]
+    late = catalogue()
+    np.testing.assert_array_equal(late.embeddings, text_embeddings(["red", "blue brush", None]))
+    assert late.embeddings is late.embeddings, "computed once"
+    with pytest.raises(ValueError, match="embeddings.npy"):
+        catalogue(texts=(None, None, None)).embeddings  # noqa: B018
+
+
+def test_fingerprint_changes_with_what_training_sees_and_with_nothing_else():
+    base, same = catalogue(), catalogue(dirty={"x": {}}, truth="known")
+    assert same.embeddings.any(), "computed late: not part of the data"
+    assert base.fingerprint() == same.fingerprint()
+    different = [catalogue(histories=((1,), (2, 3))), catalogue(histories=((2, 1), (3,))),
+                 catalogue(texts=("a", "b", None)), catalogue(texts=("red", "blue brush", "")),
+                 catalogue(embeddings=np.zeros((3, 2))), catalogue(embeddings=np.ones((3, 2)))]
+    assert len({small.fingerprint() for small in [base, *different]}) == 1 + len(different)
+
+
+def test_compose_text():
+    assert compose_text("Red", "OPI", ["A", "B"]) == "Title: Red; Brand: OPI; Categories: A > B"
+    assert compose_text(None, "OPI", []) == "Brand: OPI" and compose_text(None, None, []) is None
+
+
+# --- names and folders ---
+
+def test_names_and_folders_find_their_catalogue(monkeypatch, tmp_path):
+    write(tmp_path / "mine")
+    assert load_catalogue(str(tmp_path / "mine")).name == "mine"
+    with pytest.raises(ValueError, match="SIDLAB_DATA.*None"):
+        load_catalogue("mine")
+    monkeypatch.setenv("SIDLAB_DATA", str(tmp_path))
+    assert load_catalogue("mine", embeddings=np.ones((3, 2))).embeddings.shape == (3, 2)
+    with pytest.raises(ValueError, match=f"neither 'planted' nor a folder.*{tmp_path}"):
+        load_catalogue("absent")
+    with pytest.raises(ValueError, match="n_items"):
+        load_catalogue("mine", n_items=3)
+
+
+def test_planted_gets_its_options(monkeypatch):
+    planted = types.ModuleType("sidlab.data.planted")
+    planted.planted_catalogue = lambda n: catalogue(texts=["a word"] * n, truth="known")
+    monkeypatch.setitem(sys.modules, "sidlab.data.planted", planted)
+    assert load_catalogue("planted", n=4).n_items == 4
+    replaced = load_catalogue("planted", n=3, embeddings=np.eye(3))
+    assert replaced.truth == "known" and replaced.embeddings.tolist() == np.eye(3).tolist()
+
+
+def test_a_clean_folder_is_read_without_a_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = read_folder(write(tmp_path / "clean"))
+    composed = "Title: Red lacquer; Brand: OPI; Categories: Beauty > Nails"
+    assert read.items["text"].tolist() == [composed, "a blue brush", None]
+    assert read.items["categories"].tolist() == [["Beauty", "Nails"], [], []]
+    assert [history.tolist() for history in read.histories] == [[1, 2, 3], [3, 1]] and read.user_ids == ["u1", "u2"]
+
+
+DIRTY_ITEMS = {
+    "unparsable JSON": [*ITEMS, '{"item_id": 4, "ti'],
+    "no integer item_id": [*ITEMS, {"title": "who am I"}],
+    "duplicate item_id": [*ITEMS, {"item_id": 3, "title": "again"}],
+    "item_id out of order": [ITEMS[0], ITEMS[2], ITEMS[1]],
+    "title is not a text": [*ITEMS[:2], {"item_id": 3, "title": 5}],
+    "categories are not a list of texts": [*ITEMS[:2], {"item_id": 3, "categories": [["A", "B"]]}],
+}
+DIRTY_SEQUENCES = {
+    "an id that is no integer": [*SEQUENCES, "u3 1 two"],
+    "an item outside 1..3": [*SEQUENCES, "u3 1 4"],
+    "empty sequence": [*SEQUENCES, "u3"],
+    "duplicate user": [*SEQUENCES, "u1 1 1"],
+}
+
+
+@pytest.mark.parametrize("kind", [*DIRTY_ITEMS, *DIRTY_SEQUENCES])
+def test_dirty_lines_are_counted_named_and_skipped_or_stop_the_reader(tmp_path, kind):
+    folder = write(tmp_path / "dirty", DIRTY_ITEMS.get(kind, ITEMS), DIRTY_SEQUENCES.get(kind, SEQUENCES))
+    name = "items.jsonl" if kind in DIRTY_ITEMS else "sequences.txt"
+    with pytest.warns(UserWarning, match=f"{kind}: 1 .first: {name} line [34]") as caught:
+        read = load_catalogue(folder)
+    assert len(caught) == 1 and read.dirty[kind]["count"] == 1
+    assert read.n_items == 3 and [history.tolist() for history in read.histories] == [[1, 2, 3], [3, 1]]
+    assert read.items["text"].tolist()[1:] == ["a blue brush", None], "every item stands in its place"
+    with pytest.raises(ValueError, match=f"{kind}.*{name} line [34]"):
+        load_catalogue(folder, on_dirty="raise")
+
+
+def test_dirty_kinds_are_counted_apart_and_the_first_is_named(tmp_path):
+    folder = write(tmp_path / "dirty", sequences=["", "a 9", "b 1", "c 8", "d"])
+    (folder / "sequences.txt").open("ab").write(b"e 1 \xe9\n")
+    with pytest.warns(UserWarning):
+        read = read_folder(folder)
+    assert {kind: found["count"] for kind, found in read.dirty.items()} == {
+        "empty sequence": 2, "an item outside 1..3": 2, "an id that is no integer": 1}
+    assert read.dirty["an item outside 1..3"]["first"] == "sequences.txt line 2: 'a 9'" and read.user_ids == ["b"]
+    with pytest.raises(ValueError, match="on_dirty"):
+        read_folder(folder, on_dirty="ignore")
+
+
+@pytest.mark.parametrize("items, missing", [
+    ([ITEMS[0], "{broken", ITEMS[2]], "first missing id 2.*unparsable JSON: 1"), ([], "0 items"),
+    ([{"item_id": 0}, ITEMS[0]], "ids 0..1"), ([ITEMS[1], ITEMS[2]], "first missing id 1"),
+])
+def test_a_gap_in_the_item_ids_is_an_error(tmp_path, items, missing):
+    with pytest.raises(ValueError, match=f"without a gap.*{missing}"):
+        read_folder(write(tmp_path / "gap", items))
+
+
+def test_missing_doubled_and_damaged_files_are_named(tmp_path):
+    folder = write(tmp_path / "broken")
+    packed = gzip.compress(json.dumps(ITEMS[0]).encode() * 100)
+    (folder / "items.jsonl.gz").write_bytes(packed[:-9])
+    with pytest.raises(ValueError, match="either items.jsonl.gz or items.jsonl"):
+        read_folder(folder)
+    (folder / "items.jsonl").unlink()
+    with pytest.raises(ValueError, match="items.jsonl.gz is damaged"):
+        read_folder(folder)
+    (folder / "items.jsonl.gz").unlink()
+    with pytest.raises(ValueError, match=r"found \[\]; there are \['sequences.txt'\]"):
+        read_folder(folder)
+
+
+@settings(max_examples=30)
+@given(data=st.data(), n_items=st.integers(1, 6), with_embeddings=st.booleans())
+def test_saving_and_reading_gives_the_same_catalogue(tmp_path_factory, data, n_items, with_embeddings):
+    word = st.none() | st.text(st.characters(codec="utf-8"), min_size=1)
+    rows = [(data.draw(word), data.draw(word), data.draw(st.lists(st.text()))) for _ in range(n_items)]
+    items = pd.DataFrame([(*row, data.draw(word) or compose_text(*row)) for row in rows],
+                         columns=["title", "brand", "categories", "text"]).assign(item_id=range(1, n_items + 1))
+    histories = data.draw(st.lists(st.lists(st.integers(1, n_items), min_size=1), max_size=4))
+    users = [f"ü{row}" for row in range(len(histories))]
+    embeddings = np.random.default_rng(0).normal(size=(n_items, 3)) if with_embeddings else None
+    before = Catalogue("saved", items, histories, users, embeddings=embeddings)
+    folder = tmp_path_factory.mktemp("round") / "saved"
+    save_catalogue(before, folder)
+    after = read_folder(folder, on_dirty="raise")
+    assert after.fingerprint() == before.fingerprint() and after.name == "saved" and after.user_ids == users
+    assert after.items.to_dict("records") == before.items.to_dict("records")
+    assert (after.given_embeddings is not None) == with_embeddings
+
+
+def test_saving_again_replaces_all_and_bad_user_ids_are_refused(tmp_path):
+    save_catalogue(catalogue(embeddings=np.eye(3)), tmp_path)
+    save_catalogue(catalogue(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["items.jsonl.gz", "sequences.txt.gz"]
+    with pytest.raises(ValueError, match="white space.*'a b'"):
+        save_catalogue(Catalogue("x", frame(["a"]), [np.array([1])], ["a b"]), tmp_path)
+
+
+# --- text ---
+
+TEXTS = ["red nail polish", "dark red nail polish", "steel bolt", "steel screw and bolt", None, ""]
+
+
+def test_text_embeddings_of_full_rank_have_the_cosines_of_tf_idf():
+    embeddings = text_embeddings(TEXTS)
+    assert embeddings.shape == (6, 4) and embeddings.dtype == np.float32, "4 texts span at most 4 dimensions"
+    terms = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit_transform(TEXTS[:4])
+    np.testing.assert_allclose((embeddings @ embeddings.T)[:4, :4], (terms @ terms.T).toarray(), atol=1e-5)
+    assert not embeddings[4:].any(), "no text, no direction"
+
+
+def test_text_embeddings_shrink_and_have_unit_rows():
+    assert text_embeddings(TEXTS, dim=2).shape == (6, 2)
+    assert text_embeddings(["word", None, "word"]).tolist() == [[1], [0], [1]], "one term, one dimension"
+    assert abs(text_embeddings(["two words"])).tolist() == [[1]], "one text, one dimension"
+    np.testing.assert_allclose(np.linalg.norm(text_embeddings(TEXTS, dim=2)[:4], axis=1), 1, rtol=1e-5)
+    many = [f"shared unique{row}" for row in range(1200)]
+    assert text_embeddings(many).shape == (1200, 1), "from 1,000 texts on a term must occur twice"
+    for texts in ([None, ""], ["! ?"]):
+        with pytest.raises(ValueError, match="words"):
+            text_embeddings(texts)
+    with pytest.raises(ValueError, match="dim"):
+        text_embeddings(TEXTS, dim=0)
+
+
+def test_text_embeddings_come_from_the_cache_unless_it_is_unreadable(monkeypatch, tmp_path):
+    first = text_embeddings(TEXTS)
+    (cached,) = (tmp_path / "cache").iterdir()
+    text_embeddings(TEXTS, dim=2)
+    text_embeddings(TEXTS[::-1])
+    assert len(list((tmp_path / "cache").iterdir())) == 3, "other settings or texts, another entry"
+    with monkeypatch.context() as patch:
+        patch.setattr(text_module, "TfidfVectorizer", None)  # computing would fail
+        np.testing.assert_array_equal(text_embeddings(TEXTS), first)
+        with pytest.raises(TypeError):
+            text_embeddings(TEXTS, cache=False)
+    cached.write_bytes(cached.read_bytes()[:50])
+    with pytest.warns(UserWarning, match="recomputing"):
+        np.testing.assert_array_equal(text_embeddings(TEXTS), first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text_embeddings(TEXTS)  # the entry was replaced
+    monkeypatch.setenv("SIDLAB_CACHE", str(cached))  # a file: nothing can be written below it
+    with pytest.warns(UserWarning, match="not cached"):
+        np.testing.assert_array_equal(text_embeddings(TEXTS), first)
+
+
+# --- real data: the table of shared/data/README.md ---
+
+@needs_shared
+@pytest.mark.parametrize("name, users, items, interactions, shortest, longest", [
+    ("amazon-beauty", 22363, 12101, 198502, 5, 204), ("amazon-sports", 35598, 18357, 296337, 5, 296),
+    ("amazon-scientific", 8317, 4344, 58492, 5, 78), ("ciao", 7375, 105114, 282650, 4, 1543),
+    ("epinions", 22164, 296277, 912441, 1, 5337),
+])
+def test_real_catalogues_have_the_published_counts(monkeypatch, name, users, items, interactions, shortest, longest):
+    monkeypatch.setenv("SIDLAB_DATA", str(SHARED))
+    read = load_catalogue(name, on_dirty="raise")
+    lengths = [len(history) for history in read.histories]
+    assert (len(lengths), read.n_items, sum(lengths)) == (users, items, interactions)
+    assert (min(lengths), max(lengths)) == (shortest, longest)
+    assert read.items["text"].map(type).eq(str).all(), "where there is no text, it is composed of the categories"
+
+
+@needs_shared
+def test_text_neighbours_of_real_items_share_their_category():
+    read = load_catalogue(SHARED / "amazon-beauty").items[:1000]
+    leaves = np.array([categories[-1] for categories in read["categories"]])
+    embeddings = text_embeddings(read["text"], dim=64)
+    similar = embeddings @ embeddings.T - 2 * np.eye(len(embeddings))
+    by_chance = np.mean(leaves[:, None] == leaves)
+    assert np.mean(leaves[similar.argmax(axis=1)] == leaves) > 0.7 > 10 * by_chance

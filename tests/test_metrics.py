@@ -1,0 +1,129 @@
+"""Metrics against scikit-learn, scipy and enumeration."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import ndcg_score
+
+from sidlab import metrics
+
+
+@given(st.data())
+def test_rank_recall_and_ndcg_agree_with_a_search_by_hand(data):
+    n_items, k = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
+    lists = data.draw(st.lists(st.permutations(range(1, n_items + 1)), min_size=1, max_size=5))
+    items = np.zeros((len(lists), k), dtype=np.int64)  # lists shorter than k end in zeros
+    for row, ranked in enumerate(lists):
+        items[row, : min(k, n_items)] = ranked[:k]
+    targets = np.array([data.draw(st.integers(1, n_items)) for _ in lists])
+    ranks = metrics.rank_of_target(items, targets)
+    assert ranks.dtype == np.int64
+    cut = data.draw(st.integers(1, k))
+    for row, target in enumerate(targets.tolist()):
+        listed = items[row].tolist()
+        assert ranks[row] == (listed.index(target) + 1 if target in listed else 0)
+        assert metrics.recall_at(ranks, cut)[row] == (target in listed[:cut])
+
+
+@given(st.integers(2, 20), st.integers(1, 20), st.integers(0, 10**6))
+def test_ndcg_agrees_with_scikit_learn(n_items, k, seed):
+    scores = np.random.default_rng(seed).permutation(n_items).astype(float)[None]  # [1, n]
+    relevance = np.eye(n_items)[[seed % n_items]]
+    ranked = 1 + np.argsort(-scores, axis=1)
+    ranks = metrics.rank_of_target(ranked, np.array([1 + seed % n_items]))
+    assert metrics.ndcg_at(ranks, k)[0] == pytest.approx(ndcg_score(relevance, scores, k=k))
+
+
+def test_summary_is_the_mean_over_users():
+    found = metrics.summary(np.array([1, 0, 7, 3]))
+    by_hand = {"recall@5": 0.5, "recall@10": 0.75, "ndcg@5": (1 + 0.5) / 4, "ndcg@10": (1 + 0.5 + 1 / 3) / 4}
+    assert found == pytest.approx(by_hand)
+    assert metrics.summary([1, 2], ks=(1,)) == {"recall@1": 0.5, "ndcg@1": 0.5}
+
+
+def some_values(n_users, seed=0):
+    return metrics.ndcg_at(np.random.default_rng(seed).integers(0, 15, n_users), 10)
+
+
+@pytest.mark.parametrize("values", [some_values(300), np.random.default_rng(1).normal(size=200)])
+def test_interval_over_users_agrees_with_scipy(values):
+    options = {"method": "percentile", "confidence_level": 0.9, "n_resamples": 20000}
+    oracle = scipy.stats.bootstrap([values], np.mean, rng=3, **options)
+    low, high = metrics.bootstrap_interval(values, level=0.9, resamples=20000)
+    expected = oracle.confidence_interval
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.03 * (expected.high - expected.low))
+    assert (low, high) == metrics.bootstrap_interval(values[None], level=0.9, resamples=20000), "one seed is one axis"
+
+
+def test_interval_over_seeds_and_users_agrees_with_a_loop():
+    rng = np.random.default_rng(0)
+    values = some_values(80) + rng.normal(0, 0.05, size=(4, 1)) + rng.integers(0, 2, size=(4, 80)) / 10  # [S, U]
+    means = [values[rng.integers(0, 4, 4)][:, rng.integers(0, 80, 80)].mean() for _ in range(20000)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert metrics.bootstrap_interval(values, resamples=20000) == pytest.approx((low, high), abs=0.04 * (high - low))
+
+
+def test_memory_chunks_do_not_change_the_interval(monkeypatch):
+    values = some_values(500)
+    whole = metrics.bootstrap_interval(values, resamples=4000)
+    monkeypatch.setattr(metrics, "_CELLS", 100)
+    assert metrics.bootstrap_interval(values, resamples=4000) == pytest.approx(whole, abs=0.1 * (whole[1] - whole[0]))
+
+
+@pytest.mark.parametrize("n_users, shift", [(6, 0.1), (8, 0.3), (10, 0.0)])
+def test_p_value_agrees_with_enumerating_all_flips(n_users, shift):
+    rng = np.random.default_rng(n_users)
+    a, b = some_values(n_users, 1) + shift, rng.choice([0.0, 0.1, 0.3], n_users)
+    differences = a - b
+    flipped = np.abs([np.dot(signs, differences) for signs in itertools.product((-1, 1), repeat=n_users)])
+    exact = np.mean(flipped >= abs(differences.sum()) - 1e-12)
+    found = metrics.paired_test(a, b, resamples=40000)
+    assert found.difference == pytest.approx(differences.mean())
+    assert found.p_value == pytest.approx(exact, abs=0.012)
+    assert found.interval == metrics.bootstrap_interval(differences, resamples=40000)
+
+
+def test_flips_as_extreme_as_the_data_count_whatever_the_rounding():
+    found = metrics.paired_test(np.full(6, 0.3), np.zeros(6), resamples=40000)  # sums to more than 6 * 0.3 in floats
+    assert found.p_value == pytest.approx(2 / 2**6, abs=0.005)
+
+
+def test_paired_test_over_seeds():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, 50)), rng.random((3, 50))
+    over_seeds, averaged = metrics.paired_test(a, b), metrics.paired_test(a.mean(axis=0), b.mean(axis=0))
+    assert over_seeds.difference == pytest.approx(averaged.difference) and over_seeds.p_value == averaged.p_value
+    assert metrics.paired_test(b, a).p_value == over_seeds.p_value, "two-sided"
+    assert metrics.paired_test(a, b[0]).difference == pytest.approx(a.mean() - b[0].mean()), "a baseline has one seed"
+    one_seed_off = b + np.array([[3.0], [0.0], [0.0]])  # all of the difference comes from one seed
+    found = metrics.paired_test(one_seed_off, b)
+    assert found.p_value < 0.001 and found.interval[0] <= 0 < found.interval[1], "the interval doubts the seeds"
+    assert metrics.paired_test(a, a) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_p_values_are_uniform_when_nothing_differs():
+    rng = np.random.default_rng(0)
+    p_values = [metrics.paired_test(*rng.normal(size=(2, 30)), resamples=200, seed=seed).p_value for seed in range(300)]
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: metrics.rank_of_target(np.ones((2, 3)), np.ones(3)), r"\(2, 3\) and \(3,\)"),
+    (lambda: metrics.rank_of_target(np.ones((2, 3)), np.array([1, 0])), "from 1 on, got 0"),
+    (lambda: metrics.recall_at([1, 2], 0), "k must be at least 1, got 0"),
+    (lambda: metrics.ndcg_at([-1, 2], 3), "ranks"),
+    (lambda: metrics.summary([]), "at least one user"),
+    (lambda: metrics.bootstrap_interval([]), "at least one user"),
+    (lambda: metrics.bootstrap_interval([1, np.nan]), "finite"),
+    (lambda: metrics.bootstrap_interval(np.ones((2, 2, 2))), "shape"),
+    (lambda: metrics.bootstrap_interval([1.0], level=95), "level"),
+    (lambda: metrics.paired_test([1, 2], [1, 2, 3]), "same users"),
+    (lambda: metrics.paired_test(np.ones((2, 3)), np.ones((3, 3))), "seeds"),
+])
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,235 @@
+"""The set-up agrees with itself: one set of pins, one torch index, one Python; Binder, make, lazy import."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
+DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
+MAKEFILE = (ROOT / "Makefile").read_text()
+POSTBUILD = ROOT / "binder" / "postBuild"
+
+
+def applies(requirement, extras=()):
+    """Whether the marker of `requirement` holds in this Python, with any of `extras` asked for."""
+    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras})
+
+
+def constraints():
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+PINS = {canonicalize_name(pin.name): pin for pin in constraints() if applies(pin)}
+
+
+def pip_lines(environment):
+    """The entries of an environment.yml: (conda packages, lines for pip)."""
+    entries = yaml.safe_load((ROOT / environment).read_text())["dependencies"]
+    nested = [entry["pip"] for entry in entries if isinstance(entry, dict)]
+    return [entry for entry in entries if isinstance(entry, str)], [line for lines in nested for line in lines]
+
+
+def run(*command):
+    # MAKEFLAGS of a make that runs these tests would otherwise reach a make started here
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")}
+    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+
+
+def make(*arguments):
+    return run("make", "-n", *arguments)
+
+
+# --- pins ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_constraint_is_one_exact_public_version():
+    for pin in constraints():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==" and "*" not in specifier.version, f"{pin} is not one exact version"
+        assert Version(specifier.version).local is None, f"{pin}: a local version excludes the other builds"
+    applying = [canonicalize_name(pin.name) for pin in constraints() if applies(pin)]
+    assert len(applying) == len(set(applying)), "a package has two pins that apply at once"
+    assert not [name for name in PINS if name.startswith(("nvidia-", "cuda-"))], "torch pins those, per build"
+
+
+def test_versions_are_named_in_constraints_only():
+    for requirement in [*DEPENDENCIES, *(line for lines in EXTRAS.values() for line in lines)]:
+        assert {specifier.operator for specifier in requirement.specifier} <= {">="}, (
+            f"{requirement}: a lower bound only"
+        )
+    for file in ("Makefile", "environment.yml", "binder/environment.yml", "binder/postBuild"):
+        assert "==" not in (ROOT / file).read_text(), f"{file} names a version; constraints.txt is the place"
+
+
+@pytest.mark.parametrize("group", ["dependencies", *EXTRAS])
+def test_every_declared_dependency_is_pinned_within_its_bounds(group):
+    for requirement in DEPENDENCIES if group == "dependencies" else EXTRAS[group]:
+        if applies(requirement):
+            assert canonicalize_name(requirement.name) in PINS, f"{requirement.name} ({group}) has no pin"
+            pinned = next(iter(PINS[canonicalize_name(requirement.name)].specifier)).version
+            assert requirement.specifier.contains(pinned), f"{requirement} ({group}) excludes the pin {pinned}"
+
+
+def test_installed_closure_is_pinned_and_installed_at_the_pins():
+    """Walk what sidlab[dev] needs, by the metadata of what is installed: each has a pin and is at its pin."""
+    todo, seen, missing, differing = [*DEPENDENCIES, *EXTRAS["dev"]], set(), set(), []
+    while todo:
+        requirement = todo.pop()
+        name, key = (
+            canonicalize_name(requirement.name),
+            (canonicalize_name(requirement.name), frozenset(requirement.extras)),
+        )
+        if key in seen:
+            continue
+        seen.add(key)
+        if name not in PINS:
+            missing.add(name)
+            continue
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for instance a dev tool, where only the package was installed
+        if Version(found.version).public != Version(next(iter(PINS[name].specifier)).version).public:
+            differing.append(f"{name} {found.version}, not {PINS[name].specifier}")
+        needs = [Requirement(line) for line in found.requires or ()]
+        todo += [need for need in needs if applies(need, requirement.extras)]
+    missing = {name for name in missing if not name.startswith(("nvidia-", "cuda-"))}
+    assert not missing, f"needed, but not pinned in constraints.txt: {sorted(missing)}"
+    assert not differing, f"installed otherwise than pinned (run make setup): {differing}"
+    assert len(seen) > 100, "the walk ended early"
+
+
+def test_every_import_at_module_level_is_declared():
+    providers = metadata.packages_distributions()
+    declared = {canonicalize_name(requirement.name) for requirement in DEPENDENCIES}
+    undeclared = set()
+    for path in (ROOT / "sidlab").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {name.partition(".")[0] for name in names} - {"sidlab", *sys.stdlib_module_names}:
+                if not declared & {canonicalize_name(name) for name in providers.get(top, [top])}:
+                    undeclared.add(f"{path.relative_to(ROOT)}: {top}")
+    assert not undeclared, f"imported, but no dependency in pyproject.toml: {sorted(undeclared)}"
+
+
+# --- one torch index, one Python ------------------------------------------------------------------------------------
+
+
+def test_one_torch_index_everywhere():
+    default = re.search(r"^TORCH_INDEX = \$\(or \$\(LAST_INDEX\),(\S+)\)$", MAKEFILE, re.MULTILINE)[1]
+    assert default == "https://download.pytorch.org/whl/cpu"
+    assert f"--extra-index-url {default}" in pip_lines("environment.yml")[1]
+    assert re.findall(r"^TORCH_INDEX=(\S+)$", POSTBUILD.read_text(), re.MULTILINE) == [default]
+
+
+def test_constraints_bind_every_install():
+    assert "-c constraints.txt" in pip_lines("environment.yml")[1]
+    for text in (MAKEFILE, POSTBUILD.read_text()):
+        installs = re.findall(r"pip install .*", text)
+        assert len(installs) == 2 and all("-c constraints.txt" in line for line in installs), installs
+
+
+def test_python_versions_agree():
+    least = re.fullmatch(r">=(\d+\.\d+)", PROJECT["requires-python"])[1]
+    for file in ("environment.yml", "binder/environment.yml"):
+        assert f"python={least}" in pip_lines(file)[0], f"{file}: not Python {least}"
+    assert f"sys.version_info < ({least.replace('.', ', ')})" in MAKEFILE
+    assert pip_lines("binder/environment.yml")[1] == [], "packages are installed by postBuild"
+
+
+# --- Binder ----------------------------------------------------------------------------------------------------------
+
+
+def test_postbuild_stops_at_the_first_error():
+    assert os.access(POSTBUILD, os.X_OK), "binder/postBuild is not executable"
+    lines = POSTBUILD.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines
+    assert run("bash", "-n", POSTBUILD).returncode == 0
+    for line in (line for line in lines if line.startswith("pip install")):
+        assert "--no-cache-dir" in line
+        unpinned = [word for word in line.partition("constraints.txt ")[2].split() if word not in ("-e", ".", *PINS)]
+        assert not unpinned, f"postBuild installs {unpinned}, not pinned in constraints.txt"
+
+
+def test_repo2docker_accepts_the_folder_and_takes_binder():
+    repo2docker = Path(sys.executable).with_name("jupyter-repo2docker")
+    done = run(repo2docker, "--no-build", "--debug", ".")
+    assert done.returncode == 0, done.stderr[-2000:]
+    dockerfile = done.stdout
+    assert '--file "binder/environment.yml"' in dockerfile and "RUN ./binder/postBuild" in dockerfile, dockerfile
+    # The packages need the sources, so they may be installed only after these are copied.
+    assert dockerfile.index("COPY --chown=0:0 src/ ") < dockerfile.index("RUN ./binder/postBuild")
+
+
+# --- make ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["reproduce", "setup", "test"])
+def test_make_rejects_an_unknown_variable(target):
+    done = make(target, "METHOD=rastp")
+    assert done.returncode != 0 and "METHOD." in done.stderr and "METHODS" in done.stderr, done.stderr
+
+
+def test_make_reproduce_passes_its_variables_on():
+    default = make("reproduce")
+    assert default.returncode == 0, default.stderr
+    for part in ('-r dataset "planted"', '-p seeds "3"', '-r output_dir "runs/planted-quick"', "-k python3 --cwd ."):
+        assert part in default.stdout, part
+    assert '-r methods "padded unpadded recent random rastp map stamp"' in default.stdout
+    chosen = make("reproduce", "DATASET=/data/my set/", "PRESET=smoke", "METHODS=unpadded rastp", "SEEDS=1").stdout
+    for part in ('-r dataset "/data/my set/"', '-r methods "unpadded rastp"', '-p seeds "1"', '"runs/my set-smoke"'):
+        assert part in chosen, part
+
+
+def test_make_clean_spares_runs_and_sources():
+    done = make("clean")
+    assert ".venv" in done.stdout and "setup" not in done.stdout
+    assert "runs" not in done.stdout and "pip" not in done.stdout
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def in_a_new_python(code):
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+def test_import_loads_no_more_than_torch_and_opens_no_connection():
+    heavy = {"transformers", "accelerate", "pandas", "sklearn", "scipy", "faiss", "plotly", "matplotlib", "IPython"}
+    code = """
+import socket, sys
+def refuse(*arguments, **options): raise AssertionError("import sidlab opens a connection")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import {}
+print(*{{name.partition(".")[0] for name in sys.modules}})
+"""
+    loaded = set(in_a_new_python(code.format("sidlab")))
+    assert "sidlab" in loaded
+    assert not heavy & loaded, f"import sidlab loads {sorted(heavy & loaded)}"
+    ours = loaded - set(in_a_new_python(code.format("torch"))) - set(sys.stdlib_module_names)
+    assert ours <= {"sidlab"}, f"import sidlab loads {sorted(ours)}, which torch does not"
+
+
+def test_every_public_name_resolves():
+    code = "import sidlab; print(*[name for name in sidlab.__all__ if getattr(sidlab, name) is not None])"
+    resolved = in_a_new_python(code)
+    listed = in_a_new_python("import sidlab; print(*sidlab.__all__)")
+    assert len(listed) > 0 and len(listed) == len(set(listed)) and resolved == listed
+    assert set(listed) <= set(in_a_new_python("import sidlab; print(*dir(sidlab))"))
