@@ -58,7 +58,8 @@ def encode_histories(model, histories, truth=None):
     extra = {}
     if truth is not None:
         recent = [h[-config.max_items :] for h in histories]
-        extra["truth"] = truth_tokens(truth, recent, table.levels, config.separators, tokens.shape).to(model.device)
+        nats = truth.information(recent)
+        extra["truth"] = truth_tokens(nats, table.levels, config.separators, tokens.shape).to(model.device)
     tokens = tokens.to(model.device)
     return model.encoder(input_ids=tokens, attention_mask=(tokens != PAD).long(), **extra)
 

@@ -70,7 +70,7 @@ def map_loss(step_losses: Tensor, labels: Tensor, decay: float = 1.0) -> Tensor:
     count = present.sum((0, 2))  # [S]
     total = torch.where(present, step_losses, 0.0).sum((0, 2))  # [S]
     weight = decay ** torch.arange(labels.shape[1], device=labels.device) * (count > 0)
-    return (weight * total / count.clamp_min(1)).sum() / weight.sum().clamp_min(torch.finfo(total.dtype).tiny)
+    return (weight * total / count.clamp_min(1)).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def map_labels(tokens: Tensor, after: Tensor, config: MapConfig) -> Tensor:

@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
@@ -34,6 +34,7 @@ class TrainConfig:
     """Everything a training run depends on besides the data.
 
     Model: `d_model`, `d_kv`, `num_heads`, `d_ff`, `ffn_hidden_layers`, `num_layers` (encoder), `num_decoder_layers`, `dropout`,
+    `embedding_init`, `position_init` (as in `SidT5Config`),
     `separators`, `max_items` of history, `pruning`, `map`. Batches: `batch_tokens` encoder slots in a batch and `accumulation`
     batches an update (so that an update mixes lengths); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`,
     the published way, in the same batches). Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all
@@ -51,6 +52,8 @@ class TrainConfig:
     num_layers: int = 4
     num_decoder_layers: int = 4
     dropout: float = 0.15
+    embedding_init: float = 1.0
+    position_init: float | None = None
     separators: bool = True
     max_items: int = 30
     pruning: PruningConfig | None = None
@@ -103,10 +106,13 @@ class TrainConfig:
         return cls(**{k: nested[k](**v) if k in nested and v is not None else v for k, v in fields.items()})
 
 
-SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=256, ffn_hidden_layers=1, num_layers=4, num_decoder_layers=2, dropout=0.0)
+# Small embeddings and strong position biases: under Adam a bias moves by no more than the learning rate a step, and T5's initial
+# 0.1 would take thousands of steps to single out the last item.
+SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, num_layers=4, num_decoder_layers=1, dropout=0.0,
+             embedding_init=0.2, position_init=4.0, batch_tokens=1024, accumulation=2)
 PRESETS = {
-    "smoke": SMALL | dict(d_model=32, d_ff=64, max_updates=20, eval_every=10, eval_users=50, batch_tokens=2048, accumulation=1),
-    "quick": SMALL | dict(epochs=3, eval_every=200, eval_users=500, patience=5, learning_rate=3e-3),
+    "smoke": SMALL | dict(d_model=32, d_ff=64, max_updates=20, eval_every=10, eval_users=50),
+    "quick": SMALL | dict(epochs=1.5, eval_every=100, eval_users=500),
     "paper": dict(batch_tokens=4096, accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10),
 }
 
@@ -133,7 +139,8 @@ def build_model(config: TrainConfig, table: SidTable) -> SidT5:
     model = SidT5(SidT5Config(
         widths=table.widths, separators=config.separators, max_items=config.max_items, d_model=config.d_model, d_kv=config.d_kv,
         num_heads=config.num_heads, d_ff=config.d_ff, ffn_hidden_layers=config.ffn_hidden_layers, num_layers=config.num_layers,
-        num_decoder_layers=config.num_decoder_layers, dropout_rate=config.dropout, pruning=fields["pruning"], map=fields["map"],
+        num_decoder_layers=config.num_decoder_layers, dropout_rate=config.dropout,
+        embedding_init=config.embedding_init, position_init=config.position_init, pruning=fields["pruning"], map=fields["map"],
     ), table)
     if config.pruning is not None and callable(config.pruning.scorer):
         model.set_scorer(config.pruning.scorer)
@@ -154,6 +161,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     if oracle and catalogue.truth is None:
         raise ValueError('scorer="oracle" needs catalogue.truth, which only the planted catalogue has')
     truth = catalogue.truth if oracle else None
+    meter = Meter()  # first of all: what it finds in use is not the training's
     split = leave_one_out(catalogue.histories)
     windows = Windows(split.train, config.max_items)
     collator = Collator(windows, table, separators=config.separators, max_items=config.max_items,
@@ -166,12 +174,19 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         set_seed(config.seed)
         trainer = _SidTrainer(
             model=model, args=_arguments(config, folder, keep=bool(output_dir), progress=progress), train_dataset=windows, eval_dataset=windows,  # the Trainer asks for one; `evaluate` uses `cases`
-            data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth,
-            callbacks=[EarlyStoppingCallback(config.patience), *(callbacks or [])],
+            data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
+            callbacks=[_Patience(config.patience), *(callbacks or [])],
         )
         if checkpoint is not None:
             trainer.meter.load(checkpoint)
-        trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        state = trainer.state
+        if state.max_steps and (state.global_step >= state.max_steps or _stale(state) >= config.patience):
+            # Complete already; the Trainer would add an update.
+            state.best_model_checkpoint = os.path.join(folder, f"checkpoint-{state.best_global_step}")
+            trainer._load_best_model()
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.meter.pause()
     model = trainer.model.eval()
     best = max((e for e in trainer.state.log_history if "eval_recall@5" in e), key=lambda e: e["eval_recall@5"])
@@ -205,6 +220,7 @@ def _arguments(config, folder, *, keep, progress):
         eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
         save_total_limit=2, save_only_model=not keep, load_best_model_at_end=True, metric_for_best_model="recall@5",
         greater_is_better=True, logging_steps=max(1, config.eval_every // 5), bf16=_use_bf16(config), optim="adamw_torch_fused",
+        use_cpu=not torch.cuda.is_available(),  # or bf16 is refused on a CPU, and a Mac takes its GPU, which lacks float64
         disable_tqdm=not progress, report_to=[], remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
     )
 
@@ -243,10 +259,9 @@ def _resume_point(folder, config, catalogue, table):
 class _SidTrainer(Trainer):
     """The Trainer with our batches, our evaluation and a meter."""
 
-    def __init__(self, *, batches, cases, beam, truth, **kwargs):
+    def __init__(self, *, batches, cases, beam, truth, meter, **kwargs):
         super().__init__(**kwargs)
-        self.batches, self.cases, self.beam, self.truth = batches, cases, beam, truth
-        self.meter = Meter()
+        self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
 
     def get_train_dataloader(self):
         loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator,
@@ -259,30 +274,47 @@ class _SidTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        with self.meter.paused():
-            ranks = evaluate(self.model, *self.cases, beam=self.beam, truth=self.truth)
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(ranks).items()}
-            self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.meter.pause()  # until the next training step
+        ranks = evaluate(self.model, *self.cases, beam=self.beam, truth=self.truth)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(ranks).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model, trial):
-        with self.meter.paused():
-            super()._save_checkpoint(model, trial)
-            self.meter.save(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        self.meter.pause()
+        # The meter first: a checkpoint counts once its trainer_state.json, written last, can be read.
+        self.meter.save(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
 
     def training_step(self, *args, **kwargs):
         self.meter.resume()
         return super().training_step(*args, **kwargs)
 
 
+def _stale(state):
+    """How many evaluations ago the best one was."""
+    recalls = [e["eval_recall@5"] for e in state.log_history if "eval_recall@5" in e]
+    return len(recalls) - 1 - int(np.argmax(recalls)) if recalls else 0
+
+
+class _Patience(EarlyStoppingCallback):
+    """Early stopping whose count survives a resume."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = _stale(state)
+
+
 class Meter:
     """Seconds, peak memory and tokens of the training steps alone.
 
-    Memory on a CPU is the highest resident size of the process; Linux lets it be reset, so evaluation does not count.
+    Memory on a CPU is the highest resident size of the process above what it was when the meter was made (the libraries
+    alone take hundreds of MB); Linux lets the highest mark be reset, so evaluation does not count.
     """
 
     def __init__(self):
+        self._base = 0.0 if torch.cuda.is_available() else _resident_mb("VmRSS")
         self.seconds, self.peak, self.windows = 0.0, 0.0, 0
         self._since = None
         self._slots = 0
@@ -308,18 +340,13 @@ class Meter:
                 torch.cuda.synchronize()
             self.seconds += time.perf_counter() - self._since
             self._since = None
-            self.peak = max(self.peak, _peak_mb())
-
-    @contextlib.contextmanager
-    def paused(self):
-        self.pause()
-        yield
-        self.resume()
+            self.peak = max(self.peak, _peak_mb() - self._base)
 
     def save(self, checkpoint):
         """Leave what was counted beside a checkpoint, so that a resumed run reports the whole."""
         counts = {"seconds": self.seconds, "peak": self.peak, "windows": self.windows, "slots": self._slots,
                   "real": int(sum(self._real)), "kept": int(sum(self._kept))}
+        checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / "meter.json").write_text(json.dumps(counts))
 
     def load(self, checkpoint):
@@ -337,11 +364,13 @@ class Meter:
 
 
 def _peak_mb():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _resident_mb("VmHWM")
+
+
+def _resident_mb(field):
+    """Resident memory of this process in MB: "VmRSS" now, "VmHWM" at its highest (everywhere but on Linux, both the highest)."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

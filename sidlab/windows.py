@@ -138,17 +138,17 @@ def pad_histories(histories, max_items: int, n_items: int, slots: int | None = N
     return out
 
 
-def truth_tokens(truth, histories, levels: int, separators: bool, shape) -> Tensor:
-    """The planted information (nats) of every history token, laid out as the token ids are: float32 [B, N].
+def truth_tokens(values: np.ndarray, levels: int, separators: bool, shape) -> Tensor:
+    """What is true of each planted token ([U, M, planted levels], as `PlantedTruth.information` gives it), laid out as the token
+    ids are: float32 `shape` = [U, N].
 
     A SID level takes the planted level of the same number; SID levels beyond the planted ones hold nothing, and the last SID
     level holds what planted levels are left.
     """
-    nats = truth.information(histories)  # [B, M, planted levels]
-    out = np.zeros((*nats.shape[:2], levels + separators), np.float32)
-    shared = min(levels, nats.shape[2])
-    out[..., :shared] = nats[..., :shared]
-    out[..., shared - 1] += nats[..., shared:].sum(-1)
+    out = np.zeros((*values.shape[:2], levels + separators), np.float32)
+    shared = min(levels, values.shape[2])
+    out[..., :shared] = values[..., :shared]
+    out[..., shared - 1] += values[..., shared:].sum(-1)
     full = torch.zeros(shape)
     flat = torch.from_numpy(out).flatten(1)
     full[:, : flat.shape[1]] = flat
@@ -186,5 +186,6 @@ class Collator:
             batch["map_labels"] = map_labels(labels, after, self.map_config)
         if self.truth is not None:
             histories = [row[:n] for row, n in zip(items, length)]
-            batch["truth"] = truth_tokens(self.truth, histories, self.table.levels, self.separators, tokens.shape)
+            nats = self.truth.information(histories)
+            batch["truth"] = truth_tokens(nats, self.table.levels, self.separators, tokens.shape)
         return batch

@@ -22,12 +22,12 @@ import pandas as pd
 
 from sidlab.data.catalogue import Catalogue
 
-DEPARTMENTS = ("Running", "Cycling", "Camping", "Climbing", "Swimming", "Skiing", "Yoga", "Fishing", "Sailing", "Riding")
+DEPARTMENTS = ("Running", "Cycling", "Camping", "Climbing", "Swimming", "Skiing")
 BRANDS = ("Alder", "Boreal", "Cairn", "Dune", "Ember", "Fjord")
-KINDS = ("jacket", "gloves", "backpack", "bottle", "socks", "cap")
+KINDS = ("jacket", "gloves", "backpack", "bottle")
 NOISE_DEPARTMENTS = ("Household", "Snacks")
 NOISE_BRANDS = ("Everyday", "Value")
-NOISE_KINDS = (("batteries", "bulbs", "tape", "sponges", "foil", "candles"), ("nuts", "bars", "crisps", "tea", "mints", "dates"))
+NOISE_KINDS = (("batteries", "bulbs", "tape", "sponges"), ("nuts", "bars", "crisps", "tea"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +156,8 @@ class _State:
     following: np.ndarray  # [U, M]
 
 
-def planted_catalogue(n_users: int = 3000, seed: int = 0, *, loyalty: float = 0.9, noise: float = 0.25, dim: int = 48,
-                      shortest: int = 8, longest: int = 32) -> Catalogue:
+def planted_catalogue(n_users: int = 2000, seed: int = 0, *, loyalty: float = 0.9, noise: float = 0.2, dim: int = 48,
+                      shortest: int = 6, longest: int = 18) -> Catalogue:
     """The planted world as a `Catalogue` with `truth`.
 
     Args: `n_users` histories of uniform length in [`shortest`, `longest`]; `seed` draws the world and the users; `loyalty` and
@@ -168,8 +168,12 @@ def planted_catalogue(n_users: int = 3000, seed: int = 0, *, loyalty: float = 0.
             raise ValueError(f"{name} must lie between 0 and 1, got {value}")
     if not 3 <= shortest <= longest:
         raise ValueError(f"shortest and longest must satisfy 3 <= shortest <= longest, got {shortest} and {longest}")
+    if n_users < 1:
+        raise ValueError(f"n_users must be at least 1, got {n_users}")
     rng = np.random.default_rng(seed)
     truth = _world(rng, loyalty, noise)
+    if dim < truth.tree.max() + 1:
+        raise ValueError(f"dim must be at least {truth.tree.max() + 1}, the width of the widest level, got {dim}")
     lengths = rng.integers(shortest, longest + 1, n_users)
     histories = _walk(rng, truth, lengths)
     scale = (1.0, 0.6, 0.35)

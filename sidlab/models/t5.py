@@ -27,13 +27,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from sidlab.map_loss import MapConfig, MapHead, map_loss
 from sidlab.pruning import PruningConfig, TokenPruner
-from sidlab.saliency import NEEDS_CENTRALITY, Signals, attention_centrality, semantic_saliency, token_importance
+from sidlab.saliency import Signals, attention_centrality, semantic_saliency, token_importance
 from sidlab.sids.table import BOS, PAD, SidTable
 
 
 class SidT5Config(T5Config):
     """T5's configuration plus: `widths`, codes per level; `separators`, one after each item; `max_items` of history;
-    `ffn_hidden_layers`, 2 in RASTP's model and 1 in T5's; `pruning` and `map`, the fields of `PruningConfig` and `MapConfig` as
+    `ffn_hidden_layers`, 2 in RASTP's model and 1 in T5's; `embedding_init` and `position_init`, standard deviations of the
+    initial token embeddings and position biases (None: T5's d_model^-½); `pruning` and `map`, the fields of `PruningConfig` and `MapConfig` as
     dicts, or None."""
 
     model_type = "sid_t5"
@@ -42,6 +43,8 @@ class SidT5Config(T5Config):
     separators: bool = True
     max_items: int = 30
     ffn_hidden_layers: int = 1
+    embedding_init: float = 1.0
+    position_init: float | None = None
     pruning: dict | None = None
     map: dict | None = None
 
@@ -90,7 +93,9 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     if position_bias is not None:
         scores = scores + position_bias
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        # True where attention may go; additive if the other blocks use the library's "eager" attention
+        boolean = attention_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min) if boolean else scores + attention_mask
     weights = torch.softmax(scores, dim=-1)
     record["centrality"] = attention_centrality(weights.detach(), token_mask)  # [B, N]
     weights = F.dropout(weights, p=dropout, training=module.training)
@@ -246,11 +251,18 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
         if self.encoder.pruning is None:
             raise ValueError("this model does not prune: build it with a PruningConfig first")
         self.encoder.pruning = dataclasses.replace(self.encoder.pruning, scorer=scorer)
+        name = scorer if isinstance(scorer, str) else "own:" + getattr(scorer, "__name__", "scorer")
+        self.config.pruning = self.config.pruning | {"scorer": name}  # what `save_pretrained` writes
 
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, SidT5):
-            init.normal_(module.lm_head.weight, std=self.config.initializer_factor * self.config.d_model**-0.5)
+            init.normal_(module.lm_head.weight, std=0.02)
+            init.normal_(module.shared.weight, std=self.config.embedding_init)
+            if self.config.position_init is not None:
+                for stack in (module.encoder, module.decoder):
+                    bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
+                    init.normal_(bias.weight, std=self.config.position_init)
         elif isinstance(module, MapHead):
             # In a fork, so that adding the head leaves every other random number as it was.
             with torch.random.fork_rng(devices=[]):

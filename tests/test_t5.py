@@ -1,0 +1,496 @@
+"""SidT5 against the library's own T5, and against itself where two ways must give the same."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import T5Config, T5ForConditionalGeneration
+
+from sidlab.decoding import recommend
+from sidlab.map_loss import MapConfig, map_loss
+from sidlab.models.t5 import SidT5, SidT5Config
+from sidlab.pruning import PruningConfig, kept_count
+from sidlab.sids.table import SEP, SidTable
+from sidlab.windows import history_tokens, pad_histories
+
+WIDTHS = (6, 5, 4)
+ALL_CODES = list(itertools.product(*map(range, WIDTHS)))
+TABLE = SidTable(np.random.default_rng(0).permutation(ALL_CODES)[:50], WIDTHS)
+SIZES = {"d_model": 32, "d_kv": 8, "num_heads": 2, "d_ff": 64, "num_layers": 4, "num_decoder_layers": 2}
+SMALL = SIZES | {"max_items": 8}
+HISTORIES = [np.random.default_rng(n).integers(1, 51, n) for n in (8, 3, 1, 6)]
+LABELS = TABLE.item_tokens[[4, 18, 33, 50]]
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def build(pruning=None, map_config=None, *, seed=0, dropout=0.0, table=TABLE, **changes):
+    torch.manual_seed(seed)
+    fields = {"pruning": pruning and dataclasses.asdict(pruning), "map": map_config and dataclasses.asdict(map_config)}
+    return SidT5(SidT5Config(widths=table.widths, dropout_rate=dropout, **SMALL | fields | changes), table).eval()
+
+
+def batch(histories=HISTORIES, side="right", extra=0, separators=True):
+    """`input_ids` and `attention_mask` of histories, padded on a side, `extra` slots more than needed."""
+    tokens = F.pad(history_tokens(pad_histories(histories, 8, 50), TABLE, separators), (0, extra))
+    if side == "left":
+        tokens = torch.stack([row.roll(int((row == 0).sum())) for row in tokens])
+    return {"input_ids": tokens, "attention_mask": (tokens != 0).long()}
+
+
+def off_level():
+    """bool [L, V]: True off each position's own codes."""
+    off = torch.ones(3, TABLE.vocab_size, dtype=torch.bool)
+    for level, (start, width) in enumerate(zip(TABLE.offsets, WIDTHS)):
+        off[level, start : start + width] = False
+    return off
+
+
+def library_model(model, **options):
+    """The library's T5 with the weights of `model`; its output head is set free from the embeddings, as ours is."""
+    config = T5Config(vocab_size=TABLE.vocab_size, dropout_rate=0.0, pad_token_id=0, eos_token_id=None,
+                      decoder_start_token_id=1, tie_word_embeddings=False, **SIZES, **options)
+    theirs = T5ForConditionalGeneration(config)
+    theirs.lm_head = torch.nn.Linear(32, TABLE.vocab_size, bias=False)
+    ours = {k: v for k, v in model.state_dict().items() if k != "encoder.token_level"}
+    theirs.load_state_dict(ours, strict=True)
+    return theirs.eval()
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- Against the library
+
+
+def test_without_pruning_it_is_the_librarys_t5():
+    model = build()
+    inputs = batch() | {"labels": LABELS, "output_hidden_states": True}
+    ours, theirs = model(**inputs), library_model(model)(**inputs)
+    torch.testing.assert_close(ours.logits, theirs.logits.masked_fill(off_level(), -torch.inf), **CLOSE)
+    real = batch()["attention_mask"].bool()
+    torch.testing.assert_close(ours.encoder_last_hidden_state[real], theirs.encoder_last_hidden_state[real], **CLOSE)
+    for name in ("encoder_hidden_states", "decoder_hidden_states"):
+        assert len(getattr(ours, name)) == len(getattr(theirs, name))
+    for one, other in zip(ours.decoder_hidden_states, theirs.decoder_hidden_states):
+        torch.testing.assert_close(one, other, **CLOSE)
+    expected = F.cross_entropy(ours.logits.transpose(1, 2), LABELS)
+    torch.testing.assert_close(ours.loss, expected, **CLOSE)
+    assert torch.equal(ours.encoder_attention_mask, batch()["attention_mask"])
+
+
+def test_default_mask_is_what_is_not_padding():
+    model, inputs = build(PruningConfig()), batch()
+    with_mask = model(**inputs, labels=LABELS).logits
+    torch.testing.assert_close(model(input_ids=inputs["input_ids"], labels=LABELS).logits, with_mask, **CLOSE)
+    embedded = {"inputs_embeds": model.shared(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
+    torch.testing.assert_close(model(**embedded, labels=LABELS).logits, with_mask, **CLOSE)
+
+
+@pytest.mark.parametrize("pruning", [None, PruningConfig()])
+def test_weights_start_as_the_library_starts_them(pruning):
+    size = {"d_model": 64, "d_ff": 96, "d_kv": 16}
+    ours = build(pruning, **size).state_dict()
+    theirs = T5ForConditionalGeneration(T5Config(vocab_size=TABLE.vocab_size, **SIZES | size))
+    compared = 0
+    for name, weight in theirs.state_dict().items():
+        if name == "lm_head.weight":  # the library ties it to the embeddings; untied, this scale gives logits of size 1
+            assert ours[name].std().item() == pytest.approx(64**-0.5, rel=0.1)
+        else:
+            assert weight.shape == ours[name].shape
+            tolerance = 6 / (2 * weight.numel()) ** 0.5
+            torch.testing.assert_close(ours[name].std(), weight.std(), rtol=tolerance, atol=0)
+            tolerance = 6 * weight.std().item() / weight.numel() ** 0.5
+            torch.testing.assert_close(ours[name].mean(), weight.mean(), rtol=0, atol=tolerance)
+            compared += 1
+    assert compared == len(ours) - 2  # all but the head and the buffer of levels
+
+
+def test_deep_feed_forward_has_its_extra_layer_and_scale():
+    model, plain = build(d_ff=96, ffn_hidden_layers=3), build(d_ff=96)
+    extra = {k: v for k, v in model.state_dict().items() if k not in plain.state_dict()}
+    assert len(extra) == (4 + 2) * 2  # two layers more in each block of encoder and decoder
+    for name, weight in extra.items():
+        assert "DenseReluDense.hidden" in name and weight.shape == (96, 96)
+        assert weight.std().item() == pytest.approx(96**-0.5, rel=0.06)
+    feed = model.encoder.block[0].layer[-1].DenseReluDense
+    x = torch.randn(3, 32)
+    expected = feed.wo((feed.hidden[1].weight @ (feed.hidden[0].weight @ feed.wi(x).relu().T).relu()).relu().T)
+    torch.testing.assert_close(feed(x), expected, **CLOSE)
+
+
+# --- Pruning
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("unit", ["token", "item"])
+@pytest.mark.parametrize("after_layer", [1, 2, 4])
+def test_keeping_all_is_not_pruning(side, unit, after_layer):
+    keep_all = build(PruningConfig(after_layer=after_layer, keep=1.0, unit=unit))
+    inputs = batch(side=side) | {"labels": LABELS}
+    found, expected = keep_all(**inputs), build()(**inputs)
+    encoded = keep_all.encoder(**batch(side=side))
+    assert encoded.positions.shape == inputs["input_ids"].shape  # it did score and gather
+    assert torch.equal(encoded.attention_mask.sum(1), inputs["attention_mask"].sum(1))
+    torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+    torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+    assert_same_gradients(gradients(keep_all, inputs), gradients(build(), inputs))
+
+
+@given(st.lists(st.integers(1, 8), min_size=2, max_size=5), st.sampled_from(["rastp", "norm", "centrality", "recent"]),
+       st.sampled_from(["token", "item"]), st.sampled_from(["original", "compact", "none"]), st.booleans(),
+       st.sampled_from([0.2, 1 / 3, 0.7]), st.integers(0, 9))
+@settings(max_examples=20, deadline=None, derandomize=True)  # two scores may tie by chance
+def test_padding_and_company_change_nothing(sizes, scorer, unit, positions, protect, keep, extra):
+    """A row alone, in a batch padded on the right and in one padded on the left: the same choice, the same logits."""
+    histories = [np.random.default_rng(i).integers(1, 51, n) for i, n in enumerate(sizes)]
+    model = build(PruningConfig(scorer=scorer, unit=unit, positions=positions, protect_separators=protect, keep=keep))
+    labels = TABLE.item_tokens[torch.arange(len(sizes)) + 1]
+    right, left = batch(histories, extra=extra), batch(histories, "left", extra)
+    kept = {}
+    for name, inputs in {"right": right, "left": left}.items():
+        encoded = model.encoder(**inputs)
+        kept[name] = [(p[m == 1] - inputs["attention_mask"][b].argmax()).tolist()
+                      for b, (p, m) in enumerate(zip(encoded.positions, encoded.attention_mask))]
+    alone = [model.encoder(**batch([h])) for h in histories]
+    assert kept["right"] == kept["left"] == [a.positions[0][a.attention_mask[0] == 1].tolist() for a in alone]
+    logits = model(**right, labels=labels).logits
+    torch.testing.assert_close(model(**left, labels=labels).logits, logits, **CLOSE)
+    for i, history in enumerate(histories):
+        single = model(**batch([history]), labels=labels[i : i + 1]).logits
+        torch.testing.assert_close(single, logits[i : i + 1], **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_scores_are_those_of_the_librarys_own_attention(side):
+    model = build(PruningConfig(after_layer=2))
+    theirs = library_model(model, attn_implementation="eager").encoder
+    inputs = batch(side=side)
+    seen, encoded = theirs(**inputs, output_attentions=True, output_hidden_states=True), model.encoder(**inputs)
+    attention, real = seen.attentions[1], inputs["attention_mask"].float()
+    centrality = torch.einsum("bhqk,bq->bk", attention, real) * real
+    saliency = seen.hidden_states[2].abs().sum(-1) * real
+    torch.testing.assert_close(encoded.centrality, centrality, **CLOSE)
+    torch.testing.assert_close(encoded.saliency, saliency, rtol=1e-5, atol=1e-4)
+    expected = (centrality * saliency).masked_fill(real == 0, -torch.inf)
+    torch.testing.assert_close(encoded.importance, expected, rtol=1e-5, atol=1e-4)
+    for row, positions, mask in zip(expected, encoded.positions, encoded.attention_mask):
+        n = int((row > -torch.inf).sum())
+        best = row.topk(int(kept_count(torch.tensor(n), 1 / 3))).indices
+        assert positions[mask == 1].tolist() == sorted(best.tolist())
+
+
+def test_scores_are_clean_while_dropout_is_on():
+    model = build(PruningConfig(), dropout=0.3).train()
+    inputs = batch()
+    centrality = model.encoder(**inputs).centrality
+    # Of clean attention each real query hands out exactly 1 per head.
+    torch.testing.assert_close(centrality.sum(1), 2.0 * inputs["attention_mask"].sum(1), **CLOSE)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact", "none"])
+@pytest.mark.parametrize("after_layer", [1, 2])
+def test_position_bias_behind_the_pruner(positions, after_layer):
+    model = build(PruningConfig(positions=positions, after_layer=after_layer))
+    seen = []
+    hook = model.encoder.block[after_layer].register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    encoded = model.encoder(**batch())
+    hook.remove()
+    b, slots = encoded.positions.shape
+    n = batch()["input_ids"].shape[1]
+    full = model.encoder.block[0].layer[0].SelfAttention.compute_bias(n, n)[0]  # [H, N, N]
+    found = seen[0].expand(b, -1, -1, -1)
+    for i in range(b):
+        used = int(encoded.attention_mask[i].sum())
+        for q in range(used):
+            for k in range(used):
+                place = {"original": (encoded.positions[i, q], encoded.positions[i, k]), "compact": (q, k)}
+                expected = full[:, *place[positions]] if positions in place else torch.zeros(2)
+                assert torch.equal(found[i, :, q, k], expected)
+    assert slots == -(-n // 3)
+
+
+def test_original_positions_reach_every_later_layer_and_the_three_ways_differ():
+    logits = {p: build(PruningConfig(positions=p))(**batch(), labels=LABELS).logits
+              for p in ("original", "compact", "none")}
+    for one, other in itertools.combinations(logits, 2):
+        assert (logits[one] - logits[other]).nan_to_num(0).abs().max() > 1e-4
+    model, seen = build(PruningConfig()), []
+    for block in model.encoder.block[2:]:
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    model.encoder(**batch())
+    assert len(seen) == 2 and torch.equal(seen[0], seen[1])
+
+
+def test_separators_are_protected_on_top():
+    inputs = batch()
+    encoded = build(PruningConfig(protect_separators=True)).encoder(**inputs)
+    for ids, positions, mask in zip(inputs["input_ids"], encoded.positions, encoded.attention_mask):
+        kept = ids[positions[mask == 1]]
+        n = int((ids != 0).sum())
+        assert (kept == SEP).sum() == (ids == SEP).sum()
+        assert (kept != SEP).sum() == min(int(kept_count(torch.tensor(n), 1 / 3)), n - int((ids == SEP).sum()))
+
+
+@pytest.mark.parametrize("separators", [True, False])
+def test_unit_item_keeps_whole_items(separators):
+    inputs = batch(separators=separators)
+    encoded = build(PruningConfig(unit="item", keep=0.4), separators=separators).encoder(**inputs)
+    per_item = 3 + separators
+    for history, positions, mask in zip(HISTORIES, encoded.positions, encoded.attention_mask):
+        kept = positions[mask == 1].tolist()
+        items = sorted({p // per_item for p in kept})
+        assert kept == [i * per_item + j for i in items for j in range(per_item)]
+        assert len(items) == int(kept_count(torch.tensor(len(history)), 0.4))
+
+
+def test_at_inference_off_prunes_in_training_only():
+    model, plain = build(PruningConfig(at_inference=False)), build()
+    inputs = batch()
+    torch.testing.assert_close(model(**inputs, labels=LABELS).logits, plain(**inputs, labels=LABELS).logits, **CLOSE)
+    assert model.encoder(**inputs).positions is None
+    assert model.train().encoder(**inputs).last_hidden_state.shape[1] == -(-inputs["input_ids"].shape[1] // 3)
+    assert build(PruningConfig()).train().encoder(**inputs).positions is not None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_never_influence_what_is_kept(training):
+    model = build(PruningConfig(), MapConfig()).train(training)
+    kept = []
+    model.encoder.pruner.register_forward_hook(lambda module, args, pruned: kept.append(pruned))
+    for labels in (LABELS, LABELS.flip(0)):
+        model(**batch(), labels=labels, map_labels=labels.flip(0)[:, None].repeat(1, 2, 1)).loss.backward()
+    for one, other in zip(*kept):
+        assert torch.equal(one, other)
+
+
+def test_what_is_pruned_or_masked_has_no_influence():
+    model, inputs = build(PruningConfig(scorer="recent")), batch()
+    encoded = model.encoder(**inputs)
+    logits = model(**inputs, labels=LABELS).logits
+    kept = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    rows, slots = encoded.attention_mask.bool().nonzero(as_tuple=True)
+    kept[rows, encoded.positions[rows, slots]] = True
+
+    def replace(where):
+        def hook(module, args, output):
+            return torch.where(where.unsqueeze(-1), torch.randn_like(output[0]), output[0]), *output[1:]
+
+        handle = model.encoder.block[1].register_forward_hook(hook)  # the state the pruner sees
+        changed = model(**inputs, labels=LABELS).logits
+        handle.remove()
+        return changed
+
+    torch.testing.assert_close(replace(~kept), logits, **CLOSE)
+    assert (replace(kept) - logits).nan_to_num(0).abs().max() > 1e-2
+
+    # Nor do the unused slots of the encoder's output, whatever mask the caller still holds.
+    unused = encoded.attention_mask == 0
+    assert unused.any()
+    encoded.last_hidden_state = torch.where(unused.unsqueeze(-1), 100.0, encoded.last_hidden_state)
+    again = model(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], labels=LABELS)
+    torch.testing.assert_close(again.logits, logits, **CLOSE)
+    assert torch.equal(again.encoder_attention_mask, encoded.attention_mask)
+
+
+def test_eager_attention_gives_the_same_and_shows_every_layer():
+    inputs = batch() | {"labels": LABELS}
+    model = build(PruningConfig())
+    expected = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    found = model(**inputs, output_attentions=True)
+    torch.testing.assert_close(found.logits, expected, **CLOSE)
+    n, k = 32, 11
+    assert [tuple(a.shape) for a in found.encoder_attentions] == [(4, 2, n, n)] * 2 + [(4, 2, k, k)] * 2
+    assert [tuple(a.shape) for a in found.cross_attentions] == [(4, 2, 3, k)] * 2
+
+
+# --- MAP
+
+
+def test_map_adds_its_weighted_loss():
+    model, after = build(map_config=MapConfig(steps=2, weight=0.7, decay=0.5)), LABELS.flip(0)
+    labels = torch.stack([after, torch.where(torch.arange(4)[:, None] < 2, after, -100)], dim=1)  # [B, S, L]
+    out = model(**batch(), labels=LABELS, map_labels=labels, output_hidden_states=True)
+    logits = model.lm_head(model.map_head(out.decoder_hidden_states[-1])).masked_fill(off_level(), -torch.inf)
+    steps = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+    torch.testing.assert_close(out.map_loss, map_loss(steps, labels, 0.5), **CLOSE)
+    torch.testing.assert_close(out.loss, out.main_loss + 0.7 * out.map_loss, **CLOSE)
+
+
+def test_map_of_the_token_unit_predicts_the_levels_that_follow():
+    model = build(map_config=MapConfig(steps=2, unit="token"))
+    labels = torch.stack([F.pad(LABELS[:, s:], (0, s), value=-100) for s in (1, 2)], dim=1)
+    hidden = torch.randn(4, 2, 3, 32)
+    found = model._token_losses(hidden, labels)
+    for b in range(4):
+        for s in range(2):
+            for t in range(3):
+                level = t + s + 1
+                if level > 2:
+                    assert labels[b, s, t] == -100 and found[b, s, t] == 0
+                    continue
+                start, width = TABLE.offsets[level], WIDTHS[level]
+                logits = model.lm_head.weight[start : start + width] @ hidden[b, s, t]
+                expected = -logits.log_softmax(-1)[labels[b, s, t] - start]
+                torch.testing.assert_close(found[b, s, t], expected, **CLOSE)
+
+
+def train_a_little(model, inputs, steps=4):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    torch.manual_seed(7)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("pruning", [None, PruningConfig()])
+def test_map_with_weight_zero_is_no_map(pruning):
+    plain, silent = build(pruning, dropout=0.2), build(pruning, MapConfig(weight=0.0), dropout=0.2)
+    assert all(torch.equal(v, silent.state_dict()[k]) for k, v in plain.state_dict().items())
+    inputs = batch() | {"labels": LABELS}
+    with_labels = inputs | {"map_labels": LABELS.flip(0)[:, None].repeat(1, 2, 1)}
+    own = gradients(silent, with_labels)
+    assert all((own.pop(name) == 0).all() for name in list(own) if name.startswith("map_head"))
+    assert_same_gradients(own, gradients(plain, inputs))
+    assert train_a_little(plain, inputs) == train_a_little(silent, with_labels)
+    assert all(torch.equal(v, silent.state_dict()[k]) for k, v in plain.state_dict().items())
+
+
+def test_every_method_starts_from_the_same_weights():
+    plain = build().state_dict()
+    for options in ({"pruning": PruningConfig()}, {"map_config": MapConfig(steps=5)},
+                    {"pruning": PruningConfig(unit="item"), "map_config": MapConfig()}):
+        other = build(**options)
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in plain.items())
+    heads = [build(map_config=MapConfig(), seed=seed).map_head for seed in (0, 1)]
+    assert not torch.equal(heads[0].projection, heads[1].projection)
+    assert heads[0].projection.std().item() == pytest.approx(32**-0.5, rel=0.15)
+    assert not torch.equal(build(seed=0).shared.weight, build(seed=1).shared.weight)
+
+
+def test_a_share_of_an_update_adds_up_to_the_mean_of_all():
+    model = build(PruningConfig())
+    inputs = batch() | {"labels": LABELS}
+    whole = gradients(model, inputs)
+    total = {}
+    for rows in (slice(0, 1), slice(1, 4)):
+        part = {name: value[rows] for name, value in inputs.items()} | {"num_items_in_batch": torch.tensor(12)}
+        for name, grad in gradients(model, part).items():
+            total[name] = total.get(name, 0) + grad
+    assert_same_gradients(total, whole)
+
+
+# --- Generation and files
+
+
+@pytest.mark.parametrize("pruning", [None, PruningConfig(), PruningConfig(unit="item", protect_separators=True)])
+def test_generate_works_unchanged_and_gives_each_level_its_codes(pruning):
+    model = build(pruning)
+    inputs = batch()
+    beams = model.generate(**inputs, num_beams=4, num_return_sequences=4)
+    assert beams.shape == (16, 4) and (beams[:, 0] == 1).all()
+    for level, (start, width) in enumerate(zip(TABLE.offsets, WIDTHS), start=1):
+        assert ((beams[:, level] >= start) & (beams[:, level] < start + width)).all()
+    greedy, by_hand = model.generate(**inputs, do_sample=False), torch.ones(4, 1, dtype=torch.long)
+    for _ in range(3):
+        logits = model(**inputs, decoder_input_ids=by_hand).logits[:, -1]
+        by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(greedy, by_hand)
+
+
+@pytest.mark.parametrize("pruning", [None, PruningConfig(scorer="norm", keep=0.5, unit="item")])
+@pytest.mark.parametrize("drop_map", [False, True])
+def test_saving_and_loading_gives_the_same_recommendations(tmp_path, pruning, drop_map):
+    model = build(pruning, MapConfig(steps=3), ffn_hidden_layers=2)
+    expected = recommend(model, HISTORIES, k=7)
+    model.save_pretrained(tmp_path, drop_map=drop_map)
+    assert model.map_head is not None and model.config.map is not None  # the model at hand keeps its head
+    loaded = SidT5.from_pretrained(tmp_path)
+    for one, other in zip(recommend(loaded, HISTORIES, k=7), expected):
+        assert torch.equal(one, other)
+    assert (loaded.map_head is None) == (loaded.config.map is None) == drop_map
+    assert loaded.table.fingerprint() == TABLE.fingerprint()
+    names = {name for name in model.state_dict() if not (drop_map and name.startswith("map_head"))}
+    assert names == set(loaded.state_dict())
+    assert all(torch.equal(loaded.state_dict()[name], model.state_dict()[name]) for name in names)
+    assert torch.equal(loaded.generate(**batch(), num_beams=3), model.generate(**batch(), num_beams=3))
+
+
+def test_an_own_scorer_is_called_and_asked_for_after_loading(tmp_path):
+    def oldest(signals):
+        assert signals.hidden.shape == (4, 32, 32) and signals.levels.max() == 3 and signals.item_index.max() == 7
+        return -signals.positions.float()
+
+    model = build(PruningConfig())
+    model.set_scorer(oldest)
+    encoded = model.encoder(**batch())
+    for positions, mask in zip(encoded.positions, encoded.attention_mask):
+        assert positions[mask == 1].tolist() == list(range(int(mask.sum())))
+    model.save_pretrained(tmp_path)
+    loaded = SidT5.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"own scorer \(own:oldest\); give it back with model.set_scorer"):
+        loaded.encoder(**batch())
+    loaded.set_scorer(oldest)
+    assert torch.equal(loaded.encoder(**batch()).positions, encoded.positions)
+
+
+def test_a_scorer_set_by_name_is_the_one_that_is_saved(tmp_path):
+    model = build(PruningConfig(scorer="rastp"))
+    before = model.encoder(**batch()).positions
+    model.set_scorer("recent")
+    after = model.encoder(**batch()).positions
+    assert not torch.equal(before, after)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(SidT5.from_pretrained(tmp_path).encoder(**batch()).positions, after)
+
+
+def test_signals_describe_the_tokens():
+    seen = []
+    model = build(PruningConfig())
+    model.set_scorer(lambda signals: seen.append(signals) or signals.centrality)
+    for side in ("right", "left"):
+        inputs = batch(side=side)
+        model.encoder(**inputs, truth=torch.full(inputs["input_ids"].shape, 0.5))
+        for b, history in enumerate(HISTORIES):
+            real = inputs["attention_mask"][b] == 1
+            n = len(history)
+            assert seen[-1].positions[b][real].tolist() == list(range(4 * n))
+            assert seen[-1].levels[b][real].tolist() == [0, 1, 2, 3] * n
+            assert seen[-1].item_index[b][real].tolist() == [i for i in range(n) for _ in range(4)]
+        assert torch.equal(seen[-1].mask, inputs["attention_mask"]) and (seen[-1].truth == 0.5).all()
+        assert not seen[-1].hidden.requires_grad and not seen[-1].centrality.requires_grad
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: build(PruningConfig(after_layer=5)), "after_layer=5 lies beyond the last encoder layer; use 1..4"),
+    (lambda: SidT5(SidT5Config(widths=(6, 5), **SMALL), TABLE), r"table has widths \(6, 5, 4\), the model \(6, 5\)"),
+    (lambda: build().set_scorer("norm"), "this model does not prune"),
+    (lambda: build(PruningConfig()).set_scorer("best"), "scorer='best' is unknown"),
+    (lambda: build(PruningConfig(scorer="oracle")).encoder(**batch()), "only the planted catalogue knows it"),
+    (lambda: build().encoder(), "either input_ids or inputs_embeds"),
+    (lambda: build(PruningConfig(unit="item")).encoder(inputs_embeds=torch.zeros(1, 4, 32)), "needs item_index"),
+])
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,393 @@
+"""Training on a tiny planted world: repeatable, resumable, fair, and nothing left behind."""
+
+import dataclasses
+import json
+import tempfile
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import TrainerCallback
+
+from sidlab import training
+from sidlab.data.planted import planted_catalogue
+from sidlab.decoding import recommend
+from sidlab.map_loss import MapConfig
+from sidlab.metrics import summary
+from sidlab.pruning import PruningConfig, kept_count
+from sidlab.sids.table import SidTable
+from sidlab.training import PRESETS, Meter, TrainConfig, build_model, evaluate, train
+from sidlab.windows import Collator, LengthBatches, Windows, leave_one_out
+
+WORLD = planted_catalogue(60, seed=1, shortest=5, longest=9)
+TABLE = SidTable(WORLD.truth.tree, tuple((WORLD.truth.tree.max(axis=0) + 1).tolist()))
+WINDOWS = Windows(leave_one_out(WORLD.histories).train, 6)
+# An evaluation and a checkpoint every three updates, and epochs that end between them.
+TINY = {"d_model": 32, "d_kv": 8, "num_heads": 2, "d_ff": 32, "ffn_hidden_layers": 1, "num_layers": 3,
+        "num_decoder_layers": 1, "dropout": 0.1, "batch_tokens": 800, "accumulation": 2, "max_items": 6,
+        "max_updates": 8, "eval_every": 3, "eval_users": 20, "precision": "fp32"}
+# The random scorer draws from the same state as dropout, so a resumed run must find that state again.
+STAMP = {"pruning": PruningConfig(scorer="random", after_layer=1), "map": MapConfig()}
+
+
+def config(**changes):
+    return TrainConfig(**TINY | changes)
+
+
+def run(output_dir=None, callbacks=None, **changes):
+    return train(config(**changes), WORLD, TABLE, output_dir=output_dir, callbacks=callbacks, progress=False)
+
+
+def assert_same(found, expected):
+    """Two results of training: the same weights, log, metrics and counts."""
+    for (name, one), other in zip(found.model.state_dict().items(), expected.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert found.log == expected.log and found.metrics == expected.metrics and found.tokens == expected.tokens
+    for count in ("windows", "updates"):
+        assert found.timing[count] == expected.timing[count]
+
+
+class Seen(TrainerCallback):
+    """Counts how many updates were done before each one."""
+
+    def __init__(self, updates):
+        self.updates = updates
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.updates.append(state.global_step)
+
+
+class Stop(TrainerCallback):
+    """Pulls the plug before an update."""
+
+    def __init__(self, update):
+        self.update = update
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.update:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """What the collator was asked for and gave, in order."""
+    calls, plain = [], Collator.__call__
+
+    def recorded(self, indices):
+        calls.append((list(indices), plain(self, indices)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(Collator, "__call__", recorded)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return run(**STAMP)
+
+
+# --- Repeatable
+
+
+def test_a_seed_gives_one_model_and_another_seed_another(uninterrupted):
+    assert_same(run(**STAMP), uninterrupted)
+    other = run(seed=1, **STAMP)
+    assert [e.get("loss") for e in other.log] != [e.get("loss") for e in uninterrupted.log]
+    histories, _ = leave_one_out(WORLD.histories).cases("test")
+    found = [recommend(r.model, histories, k=5)[1] for r in (run(**STAMP), uninterrupted, other)]
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+
+
+def test_all_methods_of_a_seed_start_from_the_same_weights():
+    plain = build_model(config(), TABLE).state_dict()
+    for changes in (STAMP, {"padding": "fixed"}, {"map": MapConfig(steps=3)},
+                    {"pruning": PruningConfig(keep=0.5, unit="item")}):
+        torch.rand(7)  # whatever was drawn before
+        weights = build_model(config(**changes), TABLE).state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in plain.items())
+    assert not torch.equal(build_model(config(seed=1), TABLE).shared.weight, plain["shared.weight"])
+
+
+def test_each_epoch_sees_every_window_once_in_its_own_order(spy):
+    run(max_updates=None, epochs=3)
+    batches = LengthBatches(WINDOWS.lengths, 4, 800, seed=0)
+    expected = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        expected += list(batches)
+    assert [indices for indices, _ in spy] == expected and len(set(map(tuple, expected))) > len(batches)
+
+
+def test_it_learns():
+    result = run(max_updates=60, learning_rate=1e-2, dropout=0.0, eval_every=30)
+    losses = [e["loss"] for e in result.log if "loss" in e]
+    assert losses[-1] < losses[0] - 0.5
+    assert not result.model.training
+    assert [e["step"] for e in result.log if "recall@5" in e] == [30, 60]
+    cases = leave_one_out(WORLD.histories).cases("validation")
+    chosen = np.sort(np.random.default_rng(0).choice(len(cases[1]), 20, replace=False))
+    ranks = evaluate(result.model, [cases[0][i] for i in chosen], cases[1][chosen], beam=10)
+    assert result.metrics == pytest.approx(summary(ranks))
+
+
+def test_bf16_is_close_to_fp32():
+    one, other = (run(max_updates=1, dropout=0.0, precision=p, **STAMP) for p in ("fp32", "bf16"))
+    assert one.log[0]["loss"] == pytest.approx(other.log[0]["loss"], rel=0.02)
+    assert one.log[0]["loss"] != other.log[0]["loss"]
+
+
+# --- Fair
+
+
+def test_an_update_is_the_gradient_of_the_mean_over_all_its_labels(spy):
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    found, options = [], {"dropout": 0.0, "accumulation": 3, "max_updates": 1, "pruning": PruningConfig()}
+    result = run(callbacks=[Gradients()], **options)
+    parts = [batch for _, batch in spy[:3]]
+    assert len({len(part["labels"]) for part in parts}) > 1  # unequal parts, or a mean of means would do as well
+    width = max(part["input_ids"].shape[1] for part in parts)
+    whole = {name: torch.cat([F.pad(part[name], (0, width - part[name].shape[1])) for part in parts])
+             for name in ("input_ids", "attention_mask")} | {"labels": torch.cat([part["labels"] for part in parts])}
+    model = build_model(config(**options), TABLE).train()
+    loss = model(**whole).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert result.log[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pruning": PruningConfig(), "map": MapConfig()}])
+def test_padding_changes_nothing_but_the_slots(spy, changes):
+    plain = run(dropout=0.0, **changes)
+    batches = [indices for indices, _ in spy]
+    spy.clear()
+    padded = run(dropout=0.0, padding="fixed", **changes)
+    assert [indices for indices, _ in spy] == batches
+    assert {batch["input_ids"].shape[1] for _, batch in spy} == {24}
+    losses = [[e["loss"] for e in result.log if "loss" in e] for result in (padded, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert padded.tokens["kept_token_fraction"] == plain.tokens["kept_token_fraction"]
+    assert padded.tokens["real_token_fraction"] < plain.tokens["real_token_fraction"]
+
+
+def test_tokens_and_windows_are_counted(spy):
+    found = run(pruning=PruningConfig(keep=0.3))
+    masks = [batch["attention_mask"] for _, batch in spy]
+    real = sum(m.sum().item() for m in masks)
+    kept = sum(kept_count(m.sum(1), 0.3).sum().item() for m in masks)
+    assert found.tokens["real_token_fraction"] == pytest.approx(real / sum(m.numel() for m in masks))
+    assert found.tokens["kept_token_fraction"] == pytest.approx(kept / real)
+    assert found.timing["windows"] == sum(map(len, masks)) and found.timing["updates"] == 8
+    assert 0 < found.timing["train_seconds"] == found.timing["seconds_per_1k_windows"] * found.timing["windows"] / 1000
+    assert run(max_updates=1).tokens["kept_token_fraction"] == 1.0
+
+
+def test_validation_users_are_the_same_for_every_seed():
+    split = leave_one_out(WORLD.histories)
+    histories, targets = training._eval_cases(split, config(seed=0, eval_users=20))
+    other, other_targets = training._eval_cases(split, config(seed=5, eval_users=20))
+    assert len(targets) == 20 and targets.tolist() == other_targets.tolist()
+    assert all(np.array_equal(a, b) for a, b in zip(histories, other))
+    assert len(training._eval_cases(split, config(eval_users=None))[1]) == 60
+
+
+def test_the_meter_counts_training_only(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock.now)
+    meter = Meter()
+    meter.resume()
+    clock.now += 2
+    meter.resume()  # already running
+    meter.pause()
+    clock.now += 100
+    meter.resume()
+    clock.now += 3
+    meter.pause()
+    clock.now += 50
+    meter.pause()
+    assert meter.seconds == 5
+    meter.count(torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1], [1]]))
+    assert meter.tokens() == {"real_token_fraction": 0.5, "kept_token_fraction": 2 / 3}
+    meter.save(tmp_path / "checkpoint-1")
+    again = Meter()
+    again.load(tmp_path / "checkpoint-1")
+    assert again.tokens() == meter.tokens() and again.timing(4) == meter.timing(4) and again.peak == meter.peak
+    assert again.timing(4) == {"train_seconds": 5, "seconds_per_1k_windows": 2500, "windows": 2, "updates": 4}
+
+
+# --- Resumable
+
+
+@pytest.mark.parametrize("update", [2, 5, 7])  # before the first checkpoint, within an epoch, after two checkpoints
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, uninterrupted, update):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [Stop(update)], **STAMP)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == update // 3
+    seen = []
+    assert_same(run(tmp_path, [Seen(seen)], **STAMP), uninterrupted)
+    assert seen == list(range(update // 3 * 3, 8))  # and did not begin again
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, uninterrupted, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [Stop(7)], **STAMP)
+    newest = tmp_path / "checkpoint-6" / "trainer_state.json"
+    newest.write_text(newest.read_text()[:100])
+    seen = []
+    assert_same(run(tmp_path, [Seen(seen)], **STAMP), uninterrupted)
+    assert seen[0] == 3 and "checkpoint-6 is not complete and is passed over" in capsys.readouterr().err
+    for state in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        state.unlink()  # killed while the weights were written
+    seen.clear()
+    assert_same(run(tmp_path, [Seen(seen)], **STAMP), uninterrupted)
+    assert seen[0] == 0
+
+
+def test_a_checkpoint_holds_what_was_counted_before_it_counts_as_one(tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Trainer, "_save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoint-3").iterdir()] == ["meter.json"]
+
+
+def test_a_finished_run_is_only_read(tmp_path):
+    first = run(tmp_path, **STAMP)
+    seen = []
+    again = run(tmp_path, [Seen(seen)], **STAMP)
+    assert_same(again, first)
+    assert seen == [] and again.timing == first.timing
+
+
+@pytest.fixture
+def recalls(monkeypatch):
+    """Prescribes recall@5 of the evaluations to come."""
+    values = []
+
+    def prescribed(*args, **kwargs):
+        hits = values.pop(0)
+        return np.array([1] * hits + [0] * (10 - hits))
+
+    monkeypatch.setattr(training, "evaluate", prescribed)
+    return values
+
+
+class Weights(TrainerCallback):
+    def __init__(self, kept):
+        self.kept = kept
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        self.kept.append(model.shared.weight.detach().clone())
+
+
+def test_training_stops_early_and_the_best_model_is_returned(recalls):
+    recalls += [1, 3, 2, 3, 1, 9, 9]
+    kept = []
+    result = run(callbacks=[Weights(kept)], max_updates=21, patience=3)
+    assert [e["recall@5"] for e in result.log if "recall@5" in e] == [0.1, 0.3, 0.2, 0.3, 0.1]
+    assert result.metrics["recall@5"] == 0.3 and result.timing["updates"] == 15
+    assert torch.equal(result.model.shared.weight, kept[1]) and not torch.equal(kept[1], kept[3])
+
+
+def test_patience_survives_being_killed(tmp_path, recalls):
+    recalls += [3, 1, 1, 1, 9]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [Stop(7)], max_updates=21, patience=3)
+    kept = []
+    result = run(tmp_path, [Weights(kept)], max_updates=21, patience=3)
+    assert result.timing["updates"] == 12 and len(kept) == 2 and recalls == [9]
+    again = run(tmp_path, max_updates=21, patience=3)  # stopped early is finished, too
+    assert_same(again, result)
+    assert recalls == [9] and again.metrics["recall@5"] == 0.3
+
+
+def test_another_run_s_folder_is_refused(tmp_path):
+    run(tmp_path, max_updates=1)
+    other_world = planted_catalogue(60, seed=2, shortest=5, longest=9)
+    other_table = SidTable(WORLD.truth.tree[:, ::-1].copy(), TABLE.widths[::-1])
+    for changes, world, table in (({"seed": 1}, WORLD, TABLE), ({"pruning": PruningConfig()}, WORLD, TABLE),
+                                  ({}, other_world, TABLE), ({}, WORLD, other_table)):
+        with pytest.raises(ValueError, match="holds a run of another configuration, catalogue or table"):
+            train(config(max_updates=1, **changes), world, table, output_dir=tmp_path, progress=False)
+    assert run(tmp_path, max_updates=1).timing["updates"] == 1
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_nothing_is_left_on_disk(tmp_path, monkeypatch, killed):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            seen.extend((tmp_path / "temporary").rglob("model.safetensors"))
+
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            run(callbacks=[Stop(4), Look()])
+    else:
+        run(callbacks=[Look()])
+    assert seen and sorted(p.name for p in tmp_path.rglob("*")) == ["here", "temporary"]
+
+
+# --- Configuration
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configurations_survive_json(name):
+    for changes in ({}, STAMP, {"seed": 3, "map": MapConfig(steps=4, unit="token", decay=0.5)}):
+        one = TrainConfig.preset(name, **changes)
+        assert TrainConfig.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+def test_an_own_scorer_is_named_and_used():
+    def oldest(signals):
+        called.append(signals.truth)
+        return -signals.positions.float()
+
+    called, own = [], PruningConfig(scorer=oldest)
+    assert config(pruning=own).to_dict()["pruning"]["scorer"] == "own:oldest"
+    result = run(max_updates=1, pruning=own)
+    assert called and result.model.config.pruning["scorer"] == "own:oldest"
+    assert result.model.encoder.pruning.scorer is oldest
+
+
+def test_the_oracle_is_given_the_truth():
+    result = run(max_updates=1, pruning=PruningConfig(scorer="oracle"))
+    assert result.metrics and result.log[0]["loss"] > 0
+
+
+def test_presets_take_changes():
+    assert TrainConfig.preset("paper").ffn_hidden_layers == 2 and TrainConfig.preset("paper", seed=4).seed == 4
+    assert TrainConfig.preset("quick", pruning=PruningConfig(after_layer=3)).pruning.after_layer == 3
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: TrainConfig.preset("slow"), "preset='slow' is unknown; use one of smoke, quick, paper"),
+    (lambda: config(arch="gpt"), "arch='gpt' is unknown; use one of 't5'"),
+    (lambda: config(padding="left"), "padding='left' is unknown; use one of 'batch', 'fixed'"),
+    (lambda: config(precision="fp16"), "precision='fp16' is unknown"),
+    (lambda: config(accumulation=0), "accumulation must be at least 1, got 0"),
+    (lambda: config(pruning=PruningConfig(after_layer=4)), "after_layer=4 lies beyond the last encoder layer"),
+    (lambda: run(batch_tokens=20), "batch_tokens=20 is less than one window's 24 tokens"),
+    (lambda: train(config(), WORLD, SidTable(WORLD.truth.tree[:9], TABLE.widths)), "table has 9 items, the catalogue"),
+    (lambda: train(config(pruning=PruningConfig(scorer="oracle")), planted_without_truth(), TABLE),
+     'scorer="oracle" needs catalogue.truth, which only the planted catalogue has'),
+])
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def planted_without_truth():
+    return dataclasses.replace(WORLD, truth=None, embeddings=WORLD.embeddings)

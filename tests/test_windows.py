@@ -1,0 +1,241 @@
+"""Split, windows, batches and collator against plain loops over users."""
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, needs_shared
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidlab.data.planted import planted_catalogue
+from sidlab.map_loss import MapConfig
+from sidlab.sids.table import PAD, SEP, SidTable
+from sidlab.windows import (
+    Collator,
+    LengthBatches,
+    Windows,
+    history_tokens,
+    leave_one_out,
+    pad_histories,
+    truth_tokens,
+)
+
+N_ITEMS = 60
+TABLE = SidTable(np.array([[i // 16, i // 4 % 4, i % 4] for i in range(N_ITEMS)]), width=4)
+ITEM_OF = {tuple(sid): item for item, sid in enumerate(TABLE.item_tokens.tolist()) if item}
+
+# Users whose items all differ, so that an item says whose it is and where it stood.
+lengths_of_users = st.lists(st.integers(1, 9), min_size=1, max_size=6).filter(lambda sizes: max(sizes) >= 4)
+
+
+def users(sizes):
+    ends = np.cumsum(sizes)
+    return [np.arange(end - size, end) + 1 for size, end in zip(sizes, ends)]
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), max_size=6))
+def test_leave_one_out(histories):
+    usable = [h for h in histories if len(h) >= 3]
+    if not usable:
+        with pytest.raises(ValueError, match="no user has three items"):
+            leave_one_out(histories)
+        return
+    split = leave_one_out(histories)
+    assert split.skipped == len(histories) - len(usable)
+    assert [t.tolist() for t in split.train] == [h[:-2] for h in usable]
+    for part, cut in (("validation", -2), ("test", -1)):
+        seen, targets = split.cases(part)
+        assert [h.tolist() for h in seen] == [h[:cut] for h in usable] and targets.tolist() == [h[cut] for h in usable]
+    with pytest.raises(ValueError, match="part='train' is unknown"):
+        split.cases("train")
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5), st.integers(1, 7))
+def test_windows_are_all_prefixes(train, max_items):
+    expected = [(h[max(0, t - max_items) : t], h[t], h[t:]) for h in train for t in range(1, len(h))]
+    if not expected:
+        with pytest.raises(ValueError, match="no training window"):
+            Windows([np.array(h, np.int64) for h in train], max_items)
+        return
+    w = Windows([np.array(h, np.int64) for h in train], max_items)
+    found = [(w.items[s:t].tolist(), w.items[t], w.items[t:e].tolist()) for s, t, e in zip(w.start, w.target, w.end)]
+    assert found == expected
+    assert w.lengths.tolist() == [len(h) for h, _, _ in expected]
+    assert len(w) == len(expected) and w[len(w) - 1] == len(w) - 1
+
+
+@given(lengths_of_users, st.integers(1, 8), st.integers(1, 4), st.sampled_from(["item", "token"]), st.booleans(),
+       st.booleans())
+def test_collator_agrees_with_a_loop_and_hides_the_held_out_items(sizes, max_items, steps, unit, separators, fixed):
+    histories = users(sizes)
+    split = leave_one_out(histories)
+    windows = Windows(split.train, max_items)
+    collate = Collator(windows, TABLE, separators=separators, max_items=max_items, fixed_slots=fixed,
+                       map_config=MapConfig(steps=steps, unit=unit))
+    batch = collate(list(range(len(windows))))
+    expected = []
+    for user, train in enumerate(split.train):
+        for t in range(1, len(train)):
+            row = {"input_ids": [], "map_labels": []}
+            for item in train[max(0, t - max_items) : t]:
+                row["input_ids"] += TABLE.item_tokens[item].tolist() + [SEP] * separators
+            row["labels"] = TABLE.item_tokens[train[t]].tolist()
+            for s in range(1, steps + 1):
+                after = row["labels"][s:] if unit == "token" else []
+                if unit == "item" and t + s < len(train):
+                    after = TABLE.item_tokens[train[t + s]].tolist()
+                row["map_labels"].append(after + [-100] * (3 - len(after)))
+            expected.append((user, row))
+    slots = (3 + separators) * (max_items if fixed else int(windows.lengths.max()))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(windows), slots)
+    for b, (user, row) in enumerate(expected):
+        ids = row["input_ids"] + [PAD] * (slots - len(row["input_ids"]))
+        assert batch["input_ids"][b].tolist() == ids
+        assert batch["attention_mask"][b].tolist() == [int(i != PAD) for i in ids]
+        assert batch["labels"][b].tolist() == row["labels"]
+        assert batch["map_labels"][b].tolist() == row["map_labels"]
+        labels = [batch["labels"][b]] + ([l for l in batch["map_labels"][b] if l[0] != -100] if unit == "item" else [])
+        held_out = set(histories[[i for i, h in enumerate(histories) if len(h) >= 3][user]][-2:].tolist())
+        assert not held_out & {ITEM_OF[tuple(label.tolist())] for label in labels}
+    assert all(t.dtype == torch.long for t in batch.values())
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=60), st.integers(1, 5), st.integers(0, 40), st.integers(0, 3))
+def test_every_window_once_an_epoch_within_the_budget(lengths, per_item, spare, seed):
+    lengths = np.array(lengths)
+    budget = int(lengths.max()) * per_item + spare
+    batches = LengthBatches(lengths, per_item, budget, seed)
+    for epoch in (0, 1):
+        batches.set_epoch(epoch)
+        epoch_batches = list(batches)
+        assert len(epoch_batches) == len(batches)
+        assert sorted(i for b in epoch_batches for i in b) == list(range(len(lengths)))
+        assert all(0 < len(b) * lengths[b].max() * per_item <= budget for b in epoch_batches)
+        by_length = sorted(sorted(lengths[b].tolist()) for b in epoch_batches)
+        assert [n for batch in by_length for n in batch] == sorted(lengths)  # batches are intervals of the lengths
+        again = LengthBatches(lengths, per_item, budget, seed)
+        again.set_epoch(epoch)
+        assert list(again) == epoch_batches
+
+
+def test_no_batch_could_have_taken_one_window_more():
+    lengths = np.random.default_rng(0).integers(1, 20, 500)
+    batches = LengthBatches(lengths, 4, 400)
+    ordered = np.sort(lengths) * 4
+    for begin, end in zip(batches.cuts[:-1], batches.cuts[1:]):
+        assert end == len(lengths) or (end - begin + 1) * ordered[end] > 400
+
+
+def test_epochs_and_seeds_shuffle_anew():
+    lengths = np.random.default_rng(0).integers(1, 10, 300)
+
+    def order(seed, epoch):
+        batches = LengthBatches(lengths, 4, 200, seed)
+        batches.set_epoch(epoch)
+        return list(batches)
+
+    first = order(0, 0)
+    for other in (order(0, 1), order(1, 0)):
+        assert len(other) == len(first) and other != first
+        # Not only the batches move: windows of equal length change places between them.
+        assert {frozenset(b) for b in other} != {frozenset(b) for b in first}
+    # Lengths do not come in order, or an update would see one length only.
+    means = [lengths[b].mean() for b in first]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5
+
+
+def real_share(windows, per_item, budget):
+    lengths = windows.lengths
+    slots = sum(len(b) * int(lengths[b].max()) for b in LengthBatches(lengths, per_item, budget))
+    return lengths.sum() / slots
+
+
+def test_at_least_95_percent_of_the_slots_are_real():
+    rng = np.random.default_rng(0)  # as Beauty: from 5 on, mean 8.9, a long tail
+    sizes = np.minimum(5 + rng.geometric(1 / 4.9, 4000) - 1, 200)
+    train = [rng.integers(1, N_ITEMS, size - 2) for size in sizes]
+    assert real_share(Windows(train, 30), 5, 4096) >= 0.95
+
+
+@needs_shared
+def test_at_least_95_percent_of_the_slots_are_real_on_beauty():
+    with gzip.open(SHARED / "amazon-beauty" / "sequences.txt.gz", "rt") as lines:
+        histories = [np.array(line.split()[1:], np.int64) for line in lines]
+    windows = Windows(leave_one_out(histories).train, 30)
+    assert len(windows) == sum(len(h) - 3 for h in histories)
+    assert real_share(windows, 5, 4096) >= 0.95
+
+
+def test_fixed_slots_hold_the_same_windows_and_only_more_padding():
+    windows = Windows([np.arange(1, n) for n in (4, 9, 7, 12, 20)], 8)
+    options = {"separators": True, "max_items": 8, "map_config": MapConfig()}
+    plain, fixed = Collator(windows, TABLE, **options), Collator(windows, TABLE, fixed_slots=True, **options)
+    widths = set()
+    for batch in LengthBatches(windows.lengths, 4, 64):
+        a, b = plain(batch), fixed(batch)
+        width = a["input_ids"].shape[1]
+        widths.add(width)
+        assert b["input_ids"].shape[1] == 32
+        for name in ("input_ids", "attention_mask"):
+            assert torch.equal(a[name], b[name][:, :width]) and (b[name][:, width:] == 0).all()
+        for name in ("labels", "map_labels"):
+            assert torch.equal(a[name], b[name])
+    assert len(widths) > 2
+
+
+def test_separators_follow_their_items_and_padding_has_none():
+    items = np.array([[3, 1], [2, 0]])
+    three, one, two = (TABLE.item_tokens[i].tolist() for i in (3, 1, 2))
+    assert history_tokens(items, TABLE).tolist() == [[*three, SEP, *one, SEP], [*two, SEP, 0, 0, 0, 0]]
+    assert history_tokens(items, TABLE, separators=False).tolist() == [[*three, *one], [*two, 0, 0, 0]]
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=7), min_size=1, max_size=4), st.integers(1, 5),
+       st.booleans())
+def test_pad_histories_keeps_the_last_items(histories, max_items, fixed):
+    padded = pad_histories(histories, max_items, 9, slots=max_items if fixed else None)
+    width = max_items if fixed else max(len(h[-max_items:]) for h in histories)
+    assert padded.tolist() == [h[-max_items:] + [0] * (width - len(h[-max_items:])) for h in histories]
+
+
+@pytest.mark.parametrize("levels, expected", [
+    (3, [1, 2, 3]), (4, [1, 2, 3, 0]), (2, [1, 5]), (1, [6])])  # levels beyond the planted hold 0, missing ones add up
+@pytest.mark.parametrize("separators", [False, True])
+def test_truth_is_laid_out_as_the_tokens_are(levels, expected, separators):
+    values = np.zeros((2, 2, 3))
+    values[0] = [[1, 2, 3], [10, 20, 30]]
+    values[1, 0] = [1, 2, 3]
+    row = expected + [0] * separators
+    zeros = [0] * len(row)
+    found = truth_tokens(values, levels, separators, (2, 3 * len(row)))
+    assert found.tolist() == [row + [10 * x for x in row] + zeros, row + zeros + zeros] and found.dtype == torch.float32
+
+
+def test_collated_truth_is_that_of_the_window_alone():
+    catalogue = planted_catalogue(4, shortest=6, longest=9)
+    tree = catalogue.truth.tree
+    table = SidTable(tree, tuple((tree.max(axis=0) + 1).tolist()))
+    windows = Windows(leave_one_out(catalogue.histories).train, 3)
+    collate = Collator(windows, table, separators=True, max_items=3, fixed_slots=True, truth=catalogue.truth)
+    batch = collate(list(range(len(windows))))
+    assert batch["truth"].shape == batch["input_ids"].shape
+    for row, begin, end in zip(batch["truth"], windows.start, windows.target):
+        nats = catalogue.truth.information([windows.items[begin:end]])[0]  # [M, 3]
+        expected = torch.zeros(3, 4)
+        expected[: end - begin, :3] = torch.from_numpy(nats)
+        torch.testing.assert_close(row, expected.flatten())
+    assert (batch["truth"] > 0).any()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Windows([np.array([1, 2])], 0), "max_items must be at least 1, got 0"),
+    (lambda: LengthBatches(np.array([2, 6]), 4, 23), "batch_tokens=23 is less than one window's 24"),
+    (lambda: pad_histories([[1], []], 3, 9), r"item ids in 1..9 and at least one, got \[\]"),
+    (lambda: pad_histories([[1, 0]], 3, 9), r"got \[1, 0\]"),
+    (lambda: pad_histories([[10]], 3, 9), r"got \[10\]"),
+])
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
