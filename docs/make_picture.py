@@ -93,8 +93,8 @@ def draw(titles, names, kept, informative, next_title, next_names) -> str:
                                   (270, False, True, "truly informative (the planted world knows)")):
         out.append(token(x, y, 32, 22, "", keeps, star) if not star else star_at(x + 14, y + 11, 10))
         out.append(text(x + 40 - 8 * star, y + 16, label, 14))
-    out.append(text(40, HEIGHT - 16, "Kept by true information; a scorer such as RASTP's has to guess it. The next item "
-                    "is the most probable one, and the one the user chose.", 12, color=SOFT))
+    out.append(text(40, HEIGHT - 16, "Kept by true information; a scorer such as RASTP's has to guess it. The next "
+                    "item is the most probable one, and the one the user chose.", 12, color=SOFT))
     body = "\n".join(out)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"
  role="img" aria-labelledby="title description" font-family="{FONT}">

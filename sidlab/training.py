@@ -8,6 +8,7 @@ and the meter, which counts training time and memory without evaluation and savi
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import resource
@@ -112,7 +113,7 @@ SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, nu
              embedding_init=0.2, position_init=4.0, batch_tokens=1024, accumulation=2)
 PRESETS = {
     "smoke": SMALL | dict(d_model=32, d_ff=64, max_updates=20, eval_every=10, eval_users=50),
-    "quick": SMALL | dict(epochs=1.5, eval_every=100, eval_users=500),
+    "quick": SMALL | dict(epochs=1.5, max_updates=2000, eval_every=100, eval_users=500),
     "paper": dict(batch_tokens=4096, accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10),
 }
 
@@ -167,13 +168,15 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     collator = Collator(windows, table, separators=config.separators, max_items=config.max_items,
                         fixed_slots=config.padding == "fixed", map_config=config.map, truth=truth)
     batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed)
+    updates = math.ceil(config.epochs * math.ceil(len(batches) / config.accumulation))
+    updates = min(updates, config.max_updates or updates)
     model = build_model(config, table)
     with contextlib.ExitStack() as stack:
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         checkpoint = _resume_point(pathlib.Path(folder), config, catalogue, table) if output_dir else None
         set_seed(config.seed)
         trainer = _SidTrainer(
-            model=model, args=_arguments(config, folder, keep=bool(output_dir), progress=progress), train_dataset=windows, eval_dataset=windows,  # the Trainer asks for one; `evaluate` uses `cases`
+            model=model, args=_arguments(config, folder, updates, keep=bool(output_dir), progress=progress), train_dataset=windows, eval_dataset=windows,  # the Trainer asks for one; `evaluate` uses `cases`
             data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
             callbacks=[_Patience(config.patience), *(callbacks or [])],
         )
@@ -212,11 +215,11 @@ def _eval_cases(split, config):
     return histories, targets
 
 
-def _arguments(config, folder, *, keep, progress):
+def _arguments(config, folder, updates, *, keep, progress):
     return TrainingArguments(
         output_dir=str(folder), seed=config.seed, per_device_train_batch_size=1, gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate, weight_decay=config.weight_decay, lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup, num_train_epochs=config.epochs, max_steps=config.max_updates or -1,
+        warmup_steps=config.warmup, max_steps=updates,
         eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
         save_total_limit=2, save_only_model=not keep, load_best_model_at_end=True, metric_for_best_model="recall@5",
         greater_is_better=True, logging_steps=max(1, config.eval_every // 5), bf16=_use_bf16(config), optim="adamw_torch_fused",

@@ -123,6 +123,27 @@ def test_users_behave_as_the_filter_says(world):
     assert (np.abs(count - mean) < 5 * np.sqrt(variance) + 3).all()
 
 
+def test_every_department_has_its_own_favourites(world):
+    truth = world.truth
+    n_dep, n_brand = truth.brand_prior.shape
+    firsts, pairs = np.zeros((n_dep, n_brand)), []
+    for history in world.histories:
+        first = {}
+        for d, s, _ in truth.tree[history - 1].tolist():
+            if d < n_dep:
+                first.setdefault(d, s)
+        for d, s in first.items():
+            firsts[d, s] += 1
+        if 0 in first and 1 in first:
+            pairs.append(first[0] == first[1])
+    other = (1 - truth.loyalty) / (n_brand - 1)
+    p = other + (truth.loyalty - other) * truth.brand_prior
+    n = firsts.sum(axis=1, keepdims=True)
+    assert (np.abs(firsts - n * p) < 5 * np.sqrt(n * p * (1 - p))).all()
+    alike = (p[0] * p[1]).sum()  # of brands that have nothing to do with each other
+    assert abs(np.mean(pairs) - alike) < 5 * np.sqrt(alike * (1 - alike) / len(pairs))
+
+
 def test_what_decides_is_far_back(world):
     truth, histories = world.truth, [h[:-1] for h in world.histories]
     p = truth.next_item(histories)

@@ -47,7 +47,7 @@ GUIDE = {
         knows less than which items stand side by side. Items a user has seen may be recommended again, in every row
         alike.""",
     "memory": """the peak while training, each run in a process of its own: what was allocated on a GPU; on a processor
-        all of the process, libraries included.""",
+        how far the process grew beyond what it held before.""",
     "a reading": """STAMP's paper leaves open how many items MAP predicts, with which weight and by what heads. `map`
         and `stamp` are this kit's reading of it. `rastp` keeps a share of each history's own tokens, where the
         published code keeps a share of the padded length.""",
@@ -141,7 +141,9 @@ def _run(results):
     }
     rows = "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>\n" for name, value in facts.items() if value)
     command = _text(results.get("command") or "unknown")
-    return f"<dl>\n{rows}<dt>Command</dt><dd><code>{command}</code></dd>\n</dl>"
+    smoke = "<p><strong>The preset smoke only shows that everything runs. Its numbers mean nothing.</strong></p>\n"
+    facts = f"<dl>\n{rows}<dt>Command</dt><dd><code>{command}</code></dd>\n</dl>"
+    return smoke + facts if results["preset"] == "smoke" else facts
 
 
 def _summary_table(results):
