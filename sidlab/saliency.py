@@ -84,7 +84,6 @@ SCORERS: dict[str, Callable[[Signals], Tensor]] = {
     "recent": lambda s: _need(s, "recent", "positions"),
     "oracle": lambda s: _need(s, "oracle", "truth"),
 }
-NEEDS_CENTRALITY = ("rastp", "centrality")  # the others are spared the scores; a callable may want them
 
 
 @torch.no_grad()

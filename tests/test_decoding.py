@@ -97,6 +97,8 @@ def test_exclude_seen_leaves_out_the_whole_history_and_nothing_else(model):
             if beam:
                 assert_ranking(items[row], scores[row], exact[row], 5, without=set(history.tolist()))
             assert (items[row] > 0).all()
+    three_left = [np.setdiff1d(np.arange(1, N + 1), [7, 20, 33])]
+    assert sorted(recommend(model, three_left, k=5, exclude_seen=True)[0][0].tolist()) == [0, 0, 7, 20, 33]
     every = [np.arange(1, N + 1)]
     assert (recommend(model, every, k=3, exclude_seen=True, beam=N)[0] == 0).all()
 

@@ -92,11 +92,11 @@ def uninterrupted():
 
 
 def test_a_seed_gives_one_model_and_another_seed_another(uninterrupted):
-    assert_same(run(**STAMP), uninterrupted)
-    other = run(seed=1, **STAMP)
+    same, other = run(**STAMP), run(seed=1, **STAMP)
+    assert_same(same, uninterrupted)
     assert [e.get("loss") for e in other.log] != [e.get("loss") for e in uninterrupted.log]
     histories, _ = leave_one_out(WORLD.histories).cases("test")
-    found = [recommend(r.model, histories, k=5)[1] for r in (run(**STAMP), uninterrupted, other)]
+    found = [recommend(r.model, histories, k=5)[1] for r in (same, uninterrupted, other)]
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
 
@@ -111,8 +111,8 @@ def test_all_methods_of_a_seed_start_from_the_same_weights():
 
 
 def test_each_epoch_sees_every_window_once_in_its_own_order(spy):
-    run(max_updates=None, epochs=3)
-    batches = LengthBatches(WINDOWS.lengths, 4, 800, seed=0)
+    run(max_updates=None, epochs=3, seed=4)
+    batches = LengthBatches(WINDOWS.lengths, 4, 800, seed=4)
     expected = []
     for epoch in range(3):
         batches.set_epoch(epoch)
@@ -121,11 +121,11 @@ def test_each_epoch_sees_every_window_once_in_its_own_order(spy):
 
 
 def test_it_learns():
-    result = run(max_updates=60, learning_rate=1e-2, dropout=0.0, eval_every=30)
+    result = run(max_updates=40, learning_rate=1e-2, dropout=0.0, eval_every=20)
     losses = [e["loss"] for e in result.log if "loss" in e]
     assert losses[-1] < losses[0] - 0.5
     assert not result.model.training
-    assert [e["step"] for e in result.log if "recall@5" in e] == [30, 60]
+    assert [e["step"] for e in result.log if "recall@5" in e] == [20, 40]
     cases = leave_one_out(WORLD.histories).cases("validation")
     chosen = np.sort(np.random.default_rng(0).choice(len(cases[1]), 20, replace=False))
     ranks = evaluate(result.model, [cases[0][i] for i in chosen], cases[1][chosen], beam=10)
@@ -184,7 +184,8 @@ def test_tokens_and_windows_are_counted(spy):
     assert found.tokens["real_token_fraction"] == pytest.approx(real / sum(m.numel() for m in masks))
     assert found.tokens["kept_token_fraction"] == pytest.approx(kept / real)
     assert found.timing["windows"] == sum(map(len, masks)) and found.timing["updates"] == 8
-    assert 0 < found.timing["train_seconds"] == found.timing["seconds_per_1k_windows"] * found.timing["windows"] / 1000
+    per_window = found.timing["seconds_per_1k_windows"] / 1000
+    assert 0 < found.timing["train_seconds"] == pytest.approx(per_window * found.timing["windows"])
     assert run(max_updates=1).tokens["kept_token_fraction"] == 1.0
 
 

@@ -317,23 +317,27 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
         out.main_loss = losses.sum() / (labels != -100).sum().clamp_min(1)
         out.loss = out.main_loss * share
         if self.map_head is not None and map_labels is not None:
-            steps = self._token_losses(self.map_head(hidden), map_labels)  # [B, S, L]
-            out.map_loss = map_loss(steps, map_labels, self.map_config.decay)
+            states = self.map_head(hidden)  # [B, S, L, d]
+            by_item = self.map_config.unit == "item"
+            steps = [self._token_losses(states[:, s], map_labels[:, s], shift=0 if by_item else s + 1)
+                     for s in range(self.map_config.steps)]
+            out.map_loss = map_loss(torch.stack(steps, dim=1), map_labels, self.map_config.decay)
             out.loss = out.loss + self.map_config.weight * out.map_loss * share
 
-    def _token_losses(self, hidden, labels):
-        """Cross-entropy of each label against the codes of its own level: [..., L, d] and [..., L] → float32 [..., L], 0 at −100.
+    def _token_losses(self, hidden, labels, shift=0):
+        """Cross-entropy of each label against the codes of its own level: [B, L, d] and [B, L] → float32 [B, L], 0 at −100.
 
-        A position always carries the same level, but for MAP's token unit, where step s is s levels on.
+        Position t predicts level t, or level t + `shift` for MAP's token unit.
         """
-        out = torch.zeros(labels.shape, device=hidden.device)
-        start = 3
-        for level, width in enumerate(self.config.widths):
-            here = (labels >= start) & (labels < start + width)
-            logits = F.linear(hidden[here], self.lm_head.weight[start : start + width])  # [labels of this level, W]
-            out[here] = F.cross_entropy(logits.float(), labels[here] - start, reduction="none")
-            start += width
-        return out
+        losses = []
+        first = 3 + sum(self.config.widths[:shift])  # token id of the level's code 0
+        for position, width in enumerate(self.config.widths[shift:]):
+            logits = F.linear(hidden[:, position], self.lm_head.weight[first : first + width])  # [B, W]
+            label = torch.where(labels[:, position] == -100, -100, labels[:, position] - first)
+            losses.append(F.cross_entropy(logits.float(), label, ignore_index=-100, reduction="none"))
+            first += width
+        losses += [torch.zeros(len(hidden), device=hidden.device)] * min(shift, labels.shape[1])
+        return torch.stack(losses, dim=1)
 
     def save_pretrained(self, save_directory, *args, drop_map=False, state_dict=None, **kwargs):
         """As in Hugging Face, with the `SidTable` in the same folder. `drop_map`: leave out the MAP head, which inference does

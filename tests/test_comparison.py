@@ -1,0 +1,143 @@
+"""The comparison behind reproduce.ipynb: names, child processes, resuming, the notebook under papermill."""
+
+import dataclasses
+import json
+import os
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+from conftest import ROOT
+
+from sidlab import comparison
+from sidlab.data.catalogue import load_catalogue
+from sidlab.pruning import PruningConfig
+from sidlab.sids.table import SidTable
+from sidlab.training import TrainConfig, build_model
+from sidlab.windows import leave_one_out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A smoke comparison of three methods, run once."""
+    folder = tmp_path_factory.mktemp("comparison")
+    os.chdir(ROOT)  # the children import sidlab from here where it is not installed
+    return folder, comparison.compare("planted", "smoke", "unpadded rastp@1/2 stamp", 1, str(folder))
+
+
+def test_rows_have_every_field_and_costs_are_measured(finished):
+    _, results = finished
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == ["unpadded", "rastp@1/2", "stamp", "popularity", "neighbours", "bayes"]
+    for method in ("unpadded", "rastp@1/2", "stamp"):
+        row = rows[method]
+        assert row["train_seconds"] > 0 and row["updates"] == 20 and row["real_token_fraction"] > 0.95
+        assert row["seconds_per_1k_windows"] == pytest.approx(1000 * row["train_seconds"] / row["windows"])
+        assert row["recall@10_interval"][0] <= row["recall@10"] <= row["recall@10_interval"][1]
+    assert rows["unpadded"]["kept_token_fraction"] == 1 and rows["unpadded"]["kept_informative"] is None
+    assert 0.5 <= rows["rastp@1/2"]["kept_token_fraction"] < 0.6 and 1 / 3 <= rows["stamp"]["kept_token_fraction"] < 0.45
+    assert rows["popularity"]["train_seconds"] is None
+    assert rows["bayes"]["recall@10"] > rows["unpadded"]["recall@10"]
+
+
+def test_methods_see_the_same_windows_in_as_many_updates(finished):
+    _, results = finished
+    trained = [row for row in results["rows"] if row["seed"] is not None]
+    assert len({(row["windows"], row["updates"]) for row in trained}) == 1
+
+
+def test_files_are_complete(finished):
+    folder, results = finished
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert "rastp@1/2" in (folder / "index.html").read_text()
+    assert (folder / "runs" / "stamp-seed0" / "model.safetensors").exists()
+    assert not list((folder / "runs").glob("*/checkpoint-*"))
+
+
+def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys):
+    folder, results = finished
+    one = folder / "runs" / "stamp-seed0.json"
+    one.unlink()
+    kept = (folder / "runs" / "unpadded-seed0.json").stat().st_mtime_ns
+    again = comparison.compare("planted", "smoke", "unpadded rastp@1/2 stamp", 1, str(folder))
+    assert "unpadded, seed 0: already in" in capsys.readouterr().out
+    assert one.exists() and (folder / "runs" / "unpadded-seed0.json").stat().st_mtime_ns == kept
+    recalls = [[row["recall@10"] for row in r["rows"]] for r in (results, again)]
+    assert recalls[0] == recalls[1]  # a run repeats exactly
+
+
+def test_other_settings_make_a_run_anew(finished):
+    folder, _ = finished
+    catalogue = load_catalogue("planted")
+    table = comparison.sid_table(catalogue, folder / "sids")
+    assert comparison._finished(folder, "unpadded", 0, catalogue, table, "smoke") is not None
+    assert comparison._finished(folder, "unpadded", 0, catalogue, table, "quick") is None
+
+
+def test_a_failing_run_says_so_with_its_output(finished, tmp_path):
+    (tmp_path / "runs").mkdir()
+    comparison._write_json(tmp_path / "comparison.json", {"dataset": "nowhere", "preset": "smoke"})
+    with pytest.raises(RuntimeError, match="(?s)unpadded, seed 0 failed.*no catalogue 'nowhere'"):
+        comparison._run_child(tmp_path, "unpadded", 0)
+
+
+def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
+    """Keeping everything has recall 1 and the base rate as precision."""
+    catalogue = load_catalogue("planted", n_users=40)
+    table = SidTable(catalogue.truth.tree, width=tuple(int(w) for w in catalogue.truth.tree.max(0) + 1))
+    histories, _ = leave_one_out(catalogue.histories).cases("test")
+    config = TrainConfig.preset("smoke", pruning=PruningConfig(keep=1.0, scorer="oracle"))
+    everything = comparison.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
+    informative, tokens = catalogue.truth.informative(histories).sum(), sum(len(h) for h in histories) * 4
+    assert everything == {"precision": pytest.approx(informative / tokens), "recall": 1.0}
+    config = dataclasses.replace(config, pruning=PruningConfig(keep=1 / 3, scorer="oracle"))
+    third = comparison.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
+    config = dataclasses.replace(config, pruning=PruningConfig(keep=1 / 3, scorer="random"))
+    chance = comparison.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
+    assert third["precision"] > 0.95 and abs(chance["precision"] - informative / tokens) < 0.08
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(methods="unpadded rasp"), "method 'rasp' is unknown; use some of padded unpadded rastp"),
+    (dict(methods="map@1/2"), "only a pruning method takes a kept share"),
+    (dict(methods="rastp@much"), "written as in rastp@1/2"),
+    (dict(methods="rastp@2"), "must lie in"),
+    (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, paper"),
+    (dict(dataset="beauty"), "no catalogue 'beauty'"),
+    (dict(seeds=0), "at least one seed"),
+    (dict(methods=""), "at least one method"),
+])
+def test_bad_arguments_stop_before_anything_is_written(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        comparison.compare(**dict(dataset="planted", preset="smoke", output_dir=str(tmp_path / "out")) | arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_seconds_intervals_and_tests_agree_with_the_ranks(finished):
+    folder, results = finished
+    ranks = np.array(json.loads((folder / "runs" / "stamp-seed0.json").read_text())["ranks"])
+    base = np.array(json.loads((folder / "runs" / "unpadded-seed0.json").read_text())["ranks"])
+    entry = next(s for s in results["summary"] if s["method"] == "stamp")
+    hit = lambda r: ((r > 0) & (r <= 10)).mean()  # noqa: E731
+    assert entry["recall@10"] == pytest.approx(hit(ranks))
+    assert entry["versus_unpadded"]["difference"] == pytest.approx(hit(ranks) - hit(base))
+
+
+NOTEBOOK = ROOT / "notebooks" / "reproduce.ipynb"
+
+
+def test_the_notebook_has_the_parameters_and_stops_at_an_unknown_one(tmp_path):
+    assert set(papermill.inspect_notebook(str(NOTEBOOK))) == set(comparison.PARAMETERS)
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter seed; use dataset, preset"):
+        papermill.execute_notebook(str(NOTEBOOK), str(tmp_path / "out.ipynb"), parameters={"seed": 1}, cwd=str(ROOT),
+                                   kernel_name="python3", progress_bar=False)
+
+
+def test_notebooks_are_committed_clean():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata, path
+        for cell in notebook.cells:
+            assert cell.id and not cell.get("outputs") and cell.get("execution_count") is None, (path, cell.id)
