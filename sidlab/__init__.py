@@ -26,7 +26,9 @@ _HOME = {
     "train": "training",
     "recommend": "decoding",
 }
-_ROOMS = ("baselines", "comparison", "decoding", "map_loss", "metrics", "papers", "pruning", "saliency", "training", "viz", "windows")
+_ROOMS = (
+    "baselines", "comparison", "decoding", "map_loss", "metrics", "papers", "pruning", "saliency", "training", "viz", "windows",
+)
 
 __all__ = [*_HOME, *_ROOMS]
 __version__ = "0.1.0"

@@ -32,7 +32,7 @@ from sidlab.pruning import PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
-from sidlab.training import PRESETS, TrainConfig, evaluate, train
+from sidlab.training import TrainConfig, evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
 
 METHODS = {

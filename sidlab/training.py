@@ -176,7 +176,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         checkpoint = _resume_point(pathlib.Path(folder), config, catalogue, table) if output_dir else None
         set_seed(config.seed)
         trainer = _SidTrainer(
-            model=model, args=_arguments(config, folder, updates, keep=bool(output_dir), progress=progress), train_dataset=windows, eval_dataset=windows,  # the Trainer asks for one; `evaluate` uses `cases`
+            model=model, args=_arguments(config, folder, updates, keep=bool(output_dir), progress=progress),
+            train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
             data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
             callbacks=[_Patience(config.patience), *(callbacks or [])],
         )

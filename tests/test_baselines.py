@@ -66,10 +66,13 @@ def test_bad_input_is_named():
 # of the training part; ties as in NeighbourTable (no sequence here repeats an item). With ties by popularity it
 # would be .0469/.0686 and .0536/.0742 on Beauty, .0313/.0431 and .0333/.0458 on Sports.
 @needs_shared
-@pytest.mark.parametrize("name, plain, unseen, popular", [
-    ("amazon-beauty", (0.0481, 0.0682), (0.0536, 0.0735), 0.0114),
-    ("amazon-sports", (0.0311, 0.0422), (0.0331, 0.0447), None),
-])
+@pytest.mark.parametrize(
+    "name, plain, unseen, popular",
+    [
+        ("amazon-beauty", (0.0481, 0.0682), (0.0536, 0.0735), 0.0114),
+        ("amazon-sports", (0.0311, 0.0422), (0.0331, 0.0447), None),
+    ],
+)
 def test_the_printed_numbers_are_reproduced(name, plain, unseen, popular):
     catalogue = load_catalogue(SHARED / name)
     train, tests = [history[:-2] for history in catalogue.histories], [history[:-1] for history in catalogue.histories]

@@ -36,7 +36,9 @@ def test_rows_have_every_field_and_costs_are_measured(finished):
         assert row["seconds_per_1k_windows"] == pytest.approx(1000 * row["train_seconds"] / row["windows"])
         assert row["recall@10_interval"][0] <= row["recall@10"] <= row["recall@10_interval"][1]
     assert rows["unpadded"]["kept_token_fraction"] == 1 and rows["unpadded"]["kept_informative"] is None
-    assert 0.5 <= rows["rastp@1/2"]["kept_token_fraction"] < 0.6 and 1 / 3 <= rows["stamp"]["kept_token_fraction"] < 0.45
+    assert (
+        0.5 <= rows["rastp@1/2"]["kept_token_fraction"] < 0.6 and 1 / 3 <= rows["stamp"]["kept_token_fraction"] < 0.45
+    )
     assert rows["popularity"]["train_seconds"] is None
     assert rows["bayes"]["recall@10"] > rows["unpadded"]["recall@10"]
 
@@ -98,16 +100,19 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
     assert third["precision"] > 0.95 and abs(chance["precision"] - informative / tokens) < 0.08
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(methods="unpadded rasp"), "method 'rasp' is unknown; use some of padded unpadded rastp"),
-    (dict(methods="map@1/2"), "only a pruning method takes a kept share"),
-    (dict(methods="rastp@much"), "written as in rastp@1/2"),
-    (dict(methods="rastp@2"), "must lie in"),
-    (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, paper"),
-    (dict(dataset="beauty"), "no catalogue 'beauty'"),
-    (dict(seeds=0), "at least one seed"),
-    (dict(methods=""), "at least one method"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(methods="unpadded rasp"), "method 'rasp' is unknown; use some of padded unpadded rastp"),
+        (dict(methods="map@1/2"), "only a pruning method takes a kept share"),
+        (dict(methods="rastp@much"), "written as in rastp@1/2"),
+        (dict(methods="rastp@2"), "must lie in"),
+        (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, paper"),
+        (dict(dataset="beauty"), "no catalogue 'beauty'"),
+        (dict(seeds=0), "one method and one seed"),
+        (dict(methods=""), "give at least one method"),
+    ],
+)
 def test_bad_arguments_stop_before_anything_is_written(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         comparison.compare(**dict(dataset="planted", preset="smoke", output_dir=str(tmp_path / "out")) | arguments)
@@ -119,7 +124,7 @@ def test_seconds_intervals_and_tests_agree_with_the_ranks(finished):
     ranks = np.array(json.loads((folder / "runs" / "stamp-seed0.json").read_text())["ranks"])
     base = np.array(json.loads((folder / "runs" / "unpadded-seed0.json").read_text())["ranks"])
     entry = next(s for s in results["summary"] if s["method"] == "stamp")
-    hit = lambda r: ((r > 0) & (r <= 10)).mean()  # noqa: E731
+    hit = lambda r: ((r > 0) & (r <= 10)).mean()
     assert entry["recall@10"] == pytest.approx(hit(ranks))
     assert entry["versus_unpadded"]["difference"] == pytest.approx(hit(ranks) - hit(base))
 
@@ -130,8 +135,14 @@ NOTEBOOK = ROOT / "notebooks" / "reproduce.ipynb"
 def test_the_notebook_has_the_parameters_and_stops_at_an_unknown_one(tmp_path):
     assert set(papermill.inspect_notebook(str(NOTEBOOK))) == set(comparison.PARAMETERS)
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter seed; use dataset, preset"):
-        papermill.execute_notebook(str(NOTEBOOK), str(tmp_path / "out.ipynb"), parameters={"seed": 1}, cwd=str(ROOT),
-                                   kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(
+            str(NOTEBOOK),
+            str(tmp_path / "out.ipynb"),
+            parameters={"seed": 1},
+            cwd=str(ROOT),
+            kernel_name="python3",
+            progress_bar=False,
+        )
 
 
 def test_notebooks_are_committed_clean():

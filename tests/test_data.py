@@ -43,8 +43,15 @@ def write(folder, items=ITEMS, sequences=SEQUENCES):
 
 
 def frame(texts):
-    return pd.DataFrame({"item_id": range(1, len(texts) + 1), "title": None, "brand": None,
-                         "categories": [[] for _ in texts], "text": texts})
+    return pd.DataFrame(
+        {
+            "item_id": range(1, len(texts) + 1),
+            "title": None,
+            "brand": None,
+            "categories": [[] for _ in texts],
+            "text": texts,
+        }
+    )
 
 
 def catalogue(texts=("red", "blue brush", None), histories=((1, 2), (3,)), **options):
@@ -54,6 +61,7 @@ def catalogue(texts=("red", "blue brush", None), histories=((1, 2), (3,)), **opt
 
 # --- the catalogue ---
 
+
 def test_a_catalogue_holds_what_it_was_given():
     small = catalogue()
     assert small.n_items == 3 and small.user_ids == ["u0", "u1"] and small.truth is None and small.dirty == {}
@@ -62,10 +70,16 @@ def test_a_catalogue_holds_what_it_was_given():
     assert small.items["text"].tolist() == ["red", "blue brush", None], "missing texts are None, not NaN"
 
 
-@pytest.mark.parametrize("histories, message", [
-    (((0, 1),), "1..3"), (((1, 4),), "1..3"), (((),), "non-empty"), (((1.0, 2.0),), "integer"),
-    ((((1, 2), (2, 3)),), "one-dimensional"),
-])
+@pytest.mark.parametrize(
+    "histories, message",
+    [
+        (((0, 1),), "1..3"),
+        (((1, 4),), "1..3"),
+        (((),), "non-empty"),
+        (((1.0, 2.0),), "integer"),
+        ((((1, 2), (2, 3)),), "one-dimensional"),
+    ],
+)
 def test_bad_histories_are_refused(histories, message):
     with pytest.raises(ValueError, match=message):
         catalogue(histories=histories)
@@ -98,9 +112,14 @@ def test_fingerprint_changes_with_what_training_sees_and_with_nothing_else():
     base, same = catalogue(), catalogue(dirty={"x": {}}, truth="known")
     assert same.embeddings.any(), "computed late: not part of the data"
     assert base.fingerprint() == same.fingerprint()
-    different = [catalogue(histories=((1,), (2, 3))), catalogue(histories=((2, 1), (3,))),
-                 catalogue(texts=("a", "b", None)), catalogue(texts=("red", "blue brush", "")),
-                 catalogue(embeddings=np.zeros((3, 2))), catalogue(embeddings=np.ones((3, 2)))]
+    different = [
+        catalogue(histories=((1,), (2, 3))),
+        catalogue(histories=((2, 1), (3,))),
+        catalogue(texts=("a", "b", None)),
+        catalogue(texts=("red", "blue brush", "")),
+        catalogue(embeddings=np.zeros((3, 2))),
+        catalogue(embeddings=np.ones((3, 2))),
+    ]
     assert len({small.fingerprint() for small in [base, *different]}) == 1 + len(different)
 
 
@@ -110,6 +129,7 @@ def test_compose_text():
 
 
 # --- names and folders ---
+
 
 def test_names_and_folders_find_their_catalogue(monkeypatch, tmp_path):
     write(tmp_path / "mine")
@@ -178,16 +198,24 @@ def test_dirty_kinds_are_counted_apart_and_the_first_is_named(tmp_path):
     with pytest.warns(UserWarning):
         read = read_folder(folder)
     assert {kind: found["count"] for kind, found in read.dirty.items()} == {
-        "empty sequence": 2, "an item outside 1..3": 2, "an id that is no integer": 1}
+        "empty sequence": 2,
+        "an item outside 1..3": 2,
+        "an id that is no integer": 1,
+    }
     assert read.dirty["an item outside 1..3"]["first"] == "sequences.txt line 2: 'a 9'" and read.user_ids == ["b"]
     with pytest.raises(ValueError, match="on_dirty"):
         read_folder(folder, on_dirty="ignore")
 
 
-@pytest.mark.parametrize("items, missing", [
-    ([ITEMS[0], "{broken", ITEMS[2]], "first missing id 2.*unparsable JSON: 1"), ([], "0 items"),
-    ([{"item_id": 0}, ITEMS[0]], "ids 0..1"), ([ITEMS[1], ITEMS[2]], "first missing id 1"),
-])
+@pytest.mark.parametrize(
+    "items, missing",
+    [
+        ([ITEMS[0], "{broken", ITEMS[2]], "first missing id 2.*unparsable JSON: 1"),
+        ([], "0 items"),
+        ([{"item_id": 0}, ITEMS[0]], "ids 0..1"),
+        ([ITEMS[1], ITEMS[2]], "first missing id 1"),
+    ],
+)
 def test_a_gap_in_the_item_ids_is_an_error(tmp_path, items, missing):
     with pytest.raises(ValueError, match=f"without a gap.*{missing}"):
         read_folder(write(tmp_path / "gap", items))
@@ -212,8 +240,10 @@ def test_missing_doubled_and_damaged_files_are_named(tmp_path):
 def test_saving_and_reading_gives_the_same_catalogue(tmp_path_factory, data, n_items, with_embeddings):
     word = st.none() | st.text(st.characters(codec="utf-8"), min_size=1)
     rows = [(data.draw(word), data.draw(word), data.draw(st.lists(st.text()))) for _ in range(n_items)]
-    items = pd.DataFrame([(*row, data.draw(word) or compose_text(*row)) for row in rows],
-                         columns=["title", "brand", "categories", "text"]).assign(item_id=range(1, n_items + 1))
+    items = pd.DataFrame(
+        [(*row, data.draw(word) or compose_text(*row)) for row in rows],
+        columns=["title", "brand", "categories", "text"],
+    ).assign(item_id=range(1, n_items + 1))
     histories = data.draw(st.lists(st.lists(st.integers(1, n_items), min_size=1), max_size=4))
     users = [f"ü{row}" for row in range(len(histories))]
     embeddings = np.random.default_rng(0).normal(size=(n_items, 3)) if with_embeddings else None
@@ -285,12 +315,18 @@ def test_text_embeddings_come_from_the_cache_unless_it_is_unreadable(monkeypatch
 
 # --- real data: the table of shared/data/README.md ---
 
+
 @needs_shared
-@pytest.mark.parametrize("name, users, items, interactions, shortest, longest", [
-    ("amazon-beauty", 22363, 12101, 198502, 5, 204), ("amazon-sports", 35598, 18357, 296337, 5, 296),
-    ("amazon-scientific", 8317, 4344, 58492, 5, 78), ("ciao", 7375, 105114, 282650, 4, 1543),
-    ("epinions", 22164, 296277, 912441, 1, 5337),
-])
+@pytest.mark.parametrize(
+    "name, users, items, interactions, shortest, longest",
+    [
+        ("amazon-beauty", 22363, 12101, 198502, 5, 204),
+        ("amazon-sports", 35598, 18357, 296337, 5, 296),
+        ("amazon-scientific", 8317, 4344, 58492, 5, 78),
+        ("ciao", 7375, 105114, 282650, 4, 1543),
+        ("epinions", 22164, 296277, 912441, 1, 5337),
+    ],
+)
 def test_real_catalogues_have_the_published_counts(monkeypatch, name, users, items, interactions, shortest, longest):
     monkeypatch.setenv("SIDLAB_DATA", str(SHARED))
     read = load_catalogue(name, on_dirty="raise")

@@ -154,8 +154,15 @@ def test_beam_search_is_the_librarys_where_every_code_is_valid(pruning, beam):
     leaves, scores = beam_search(model, histories, beam)
     items, _ = table.trie.leaf_items(leaves)
     tokens = history_tokens(pad_histories(histories, 6, 24), table)
-    out = model.generate(input_ids=tokens, attention_mask=(tokens > 0).long(), num_beams=beam, length_penalty=0.0,
-                         num_return_sequences=beam, output_scores=True, return_dict_in_generate=True)
+    out = model.generate(
+        input_ids=tokens,
+        attention_mask=(tokens > 0).long(),
+        num_beams=beam,
+        length_penalty=0.0,
+        num_return_sequences=beam,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
     theirs = out.sequences[:, 1:].view(len(histories), beam, 3)
     assert torch.equal(table.item_tokens[items[..., 0]], theirs)
     if beam > 1:  # greedy search reports no score
@@ -183,16 +190,22 @@ def test_an_oracle_model_needs_the_truth():
 TABLE = SidTable(CODES, (5, 4, 3))
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: recommend(build(TABLE), [[1, 41]]), r"item ids in 1..40 and at least one, got \[1, 41\]"),
-    (lambda: recommend(build(TABLE), [[1], [0, 2]]), r"got \[0, 2\]"),
-    (lambda: recommend(build(TABLE), [[1], []]), r"at least one, got \[\]"),
-    (lambda: recommend(build(TABLE), [[1], []], exclude_seen=True), r"at least one, got \[\]"),
-    (lambda: recommend(build(TABLE), [[1]], k=0), "k must be at least 1, got 0"),
-    (lambda: recommend(build(TABLE), [[1]], beam=0), "beam must be at least 1, got 0"),
-    (lambda: recommend(SidT5(SidT5Config(widths=(5, 4, 3), **SMALL)), [[1]]), r"no SidTable.*model.set_table\(table\)"),
-    (lambda: score_items(build(TABLE), [[41]]), r"got \[41\]"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: recommend(build(TABLE), [[1, 41]]), r"item ids in 1..40 and at least one, got \[1, 41\]"),
+        (lambda: recommend(build(TABLE), [[1], [0, 2]]), r"got \[0, 2\]"),
+        (lambda: recommend(build(TABLE), [[1], []]), r"at least one, got \[\]"),
+        (lambda: recommend(build(TABLE), [[1], []], exclude_seen=True), r"at least one, got \[\]"),
+        (lambda: recommend(build(TABLE), [[1]], k=0), "k must be at least 1, got 0"),
+        (lambda: recommend(build(TABLE), [[1]], beam=0), "beam must be at least 1, got 0"),
+        (
+            lambda: recommend(SidT5(SidT5Config(widths=(5, 4, 3), **SMALL)), [[1]]),
+            r"no SidTable.*model.set_table\(table\)",
+        ),
+        (lambda: score_items(build(TABLE), [[41]]), r"got \[41\]"),
+    ],
+)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -38,8 +38,9 @@ def test_no_label_gives_zero_with_a_zero_gradient():
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4))
 def test_labels_of_either_unit(data, b, s, levels):
-    tokens = torch.tensor(data.draw(st.lists(st.lists(st.integers(3, 99), min_size=levels, max_size=levels),
-                                             min_size=b, max_size=b)))
+    tokens = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(3, 99), min_size=levels, max_size=levels), min_size=b, max_size=b))
+    )
     after = torch.randint(-100, 99, (b, s, levels))
     assert torch.equal(map_labels(tokens, after, MapConfig(steps=s, unit="item")), after)
     found = map_labels(tokens, after, MapConfig(steps=s, unit="token"))
@@ -55,7 +56,10 @@ def test_head_is_one_projection_for_all_steps():
     torch.manual_seed(0)
     head = MapHead(8, steps=3)
     assert {name: tuple(p.shape) for name, p in head.named_parameters()} == {
-        "norm": (8,), "step": (3, 8), "projection": (8, 8)}
+        "norm": (8,),
+        "step": (3, 8),
+        "projection": (8, 8),
+    }
     for p in head.parameters():
         torch.nn.init.normal_(p)
     hidden = torch.randn(2, 4, 8)
@@ -69,15 +73,21 @@ def test_head_is_one_projection_for_all_steps():
                 torch.testing.assert_close(found[b, s, t], h + head.projection @ (normed + head.step[s]))
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: MapConfig(steps=0), "steps must be at least 1, got 0"),
-    (lambda: MapConfig(weight=-0.1), "got -0.1 and 1.0"),
-    (lambda: MapConfig(decay=0.0), "got 0.3 and 0.0"),
-    (lambda: MapConfig(decay=1.5), "got 0.3 and 1.5"),
-    (lambda: MapConfig(unit="level"), "unit='level' is unknown; use one of 'item', 'token'"),
-    (lambda: map_loss(torch.zeros(2, 3), torch.zeros(2, 3)), r"must both be \[B, S, L\], got \(2, 3\) and \(2, 3\)"),
-    (lambda: map_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2)), r"got \(1, 2, 3\) and \(1, 2, 2\)"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MapConfig(steps=0), "steps must be at least 1, got 0"),
+        (lambda: MapConfig(weight=-0.1), "got -0.1 and 1.0"),
+        (lambda: MapConfig(decay=0.0), "got 0.3 and 0.0"),
+        (lambda: MapConfig(decay=1.5), "got 0.3 and 1.5"),
+        (lambda: MapConfig(unit="level"), "unit='level' is unknown; use one of 'item', 'token'"),
+        (
+            lambda: map_loss(torch.zeros(2, 3), torch.zeros(2, 3)),
+            r"must both be \[B, S, L\], got \(2, 3\) and \(2, 3\)",
+        ),
+        (lambda: map_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2)), r"got \(1, 2, 3\) and \(1, 2, 2\)"),
+    ],
+)
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -111,19 +111,22 @@ def test_p_values_are_uniform_when_nothing_differs():
     assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.01
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: metrics.rank_of_target(np.ones((2, 3)), np.ones(3)), r"\(2, 3\) and \(3,\)"),
-    (lambda: metrics.rank_of_target(np.ones((2, 3)), np.array([1, 0])), "from 1 on, got 0"),
-    (lambda: metrics.recall_at([1, 2], 0), "k must be at least 1, got 0"),
-    (lambda: metrics.ndcg_at([-1, 2], 3), "ranks"),
-    (lambda: metrics.summary([]), "at least one user"),
-    (lambda: metrics.bootstrap_interval([]), "at least one user"),
-    (lambda: metrics.bootstrap_interval([1, np.nan]), "finite"),
-    (lambda: metrics.bootstrap_interval(np.ones((2, 2, 2))), "shape"),
-    (lambda: metrics.bootstrap_interval([1.0], level=95), "level"),
-    (lambda: metrics.paired_test([1, 2], [1, 2, 3]), "same users"),
-    (lambda: metrics.paired_test(np.ones((2, 3)), np.ones((3, 3))), "seeds"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: metrics.rank_of_target(np.ones((2, 3)), np.ones(3)), r"\(2, 3\) and \(3,\)"),
+        (lambda: metrics.rank_of_target(np.ones((2, 3)), np.array([1, 0])), "from 1 on, got 0"),
+        (lambda: metrics.recall_at([1, 2], 0), "k must be at least 1, got 0"),
+        (lambda: metrics.ndcg_at([-1, 2], 3), "ranks"),
+        (lambda: metrics.summary([]), "at least one user"),
+        (lambda: metrics.bootstrap_interval([]), "at least one user"),
+        (lambda: metrics.bootstrap_interval([1, np.nan]), "finite"),
+        (lambda: metrics.bootstrap_interval(np.ones((2, 2, 2))), "shape"),
+        (lambda: metrics.bootstrap_interval([1.0], level=95), "level"),
+        (lambda: metrics.paired_test([1, 2], [1, 2, 3]), "same users"),
+        (lambda: metrics.paired_test(np.ones((2, 3)), np.ones((3, 3))), "seeds"),
+    ],
+)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

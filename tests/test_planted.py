@@ -22,8 +22,15 @@ def small():
     real = list(itertools.product(range(D), range(S), range(V)))
     noise = list(itertools.product((D, D + 1), (S, S + 1), range(V)))
     popularity = np.concatenate([np.zeros(len(real)), rng.dirichlet(np.ones(len(noise)))])
-    return PlantedTruth(np.array(real + noise), rng.dirichlet(np.ones(D), D), rng.dirichlet(np.ones(S), D),
-                        rng.dirichlet(np.ones(V), D), popularity, loyalty=0.8, noise=0.3)
+    return PlantedTruth(
+        np.array(real + noise),
+        rng.dirichlet(np.ones(D), D),
+        rng.dirichlet(np.ones(S), D),
+        rng.dirichlet(np.ones(V), D),
+        popularity,
+        loyalty=0.8,
+        noise=0.3,
+    )
 
 
 def joint(truth, items):
@@ -48,13 +55,17 @@ def joint(truth, items):
 def next_by_hand(truth, worlds):
     """p(next | the history is one of `worlds`), with the probabilities of the process."""
     return np.array([sum(joint(truth, [*w, i]) for w in worlds) for i in range(1, len(truth.tree) + 1)]) / sum(
-        joint(truth, w) for w in worlds)
+        joint(truth, w) for w in worlds
+    )
 
 
 def information_by_hand(truth, items, place, level):
     others = [m for m in range(3) if m != level]
-    same = [i for i in range(1, len(truth.tree) + 1)
-            if (truth.tree[i - 1, others] == truth.tree[items[place] - 1, others]).all()]
+    same = [
+        i
+        for i in range(1, len(truth.tree) + 1)
+        if (truth.tree[i - 1, others] == truth.tree[items[place] - 1, others]).all()
+    ]
     known = next_by_hand(truth, [items])
     unknown = next_by_hand(truth, [[*items[:place], i, *items[place + 1 :]] for i in same])
     return (known * np.log(known / unknown)).sum()
@@ -178,14 +189,17 @@ def test_a_seed_is_a_world():
     assert load_catalogue("planted", n_users=20, seed=1, shortest=4, longest=6).fingerprint() == one.fingerprint()
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"loyalty": 1.0}, "loyalty must lie between 0 and 1, got 1.0"),
-    ({"noise": 0}, "noise must lie between 0 and 1, got 0"),
-    ({"shortest": 2}, "3 <= shortest <= longest, got 2"),
-    ({"shortest": 9, "longest": 8}, "got 9 and 8"),
-    ({"n_users": 0}, "n_users must be at least 1, got 0"),
-    ({"dim": 5}, "dim must be at least .* got 5"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loyalty": 1.0}, "loyalty must lie between 0 and 1, got 1.0"),
+        ({"noise": 0}, "noise must lie between 0 and 1, got 0"),
+        ({"shortest": 2}, "3 <= shortest <= longest, got 2"),
+        ({"shortest": 9, "longest": 8}, "got 9 and 8"),
+        ({"n_users": 0}, "n_users must be at least 1, got 0"),
+        ({"dim": 5}, "dim must be at least .* got 5"),
+    ],
+)
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         planted_catalogue(**{"n_users": 4} | options)

@@ -77,7 +77,9 @@ def test_slots_come_from_the_shape_in_token_mode(n, keep):
     assert pruned.hidden.shape[1] == pruned.mask.sum(1).max() == max(1, math.ceil(keep * n - 1e-6))
 
 
-@pytest.mark.parametrize("n, keep, expected", [(30, 1 / 3, 10), (31, 1 / 3, 11), (1, 0.01, 1), (0, 0.5, 0), (7, 1.0, 7), (10, 0.3, 3)])
+@pytest.mark.parametrize(
+    "n, keep, expected", [(30, 1 / 3, 10), (31, 1 / 3, 11), (1, 0.01, 1), (0, 0.5, 0), (7, 1.0, 7), (10, 0.3, 3)]
+)
 def test_kept_count(n, keep, expected):
     assert kept_count(torch.tensor([n]), keep).item() == expected
 
@@ -92,16 +94,25 @@ def test_gradients_flow_through_kept_tokens_only():
     assert hidden.grad[0, :, 0].tolist() == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: TokenPruner(0), r"keep .* \(0, 1\], got 0"),
-    (lambda: TokenPruner(1.5), "got 1.5"),
-    (lambda: TokenPruner(0.5, "word"), "unit='word' is unknown; use one of 'token', 'item'"),
-    (lambda: PruningConfig(scorer="l1"), "scorer='l1' is unknown; use one of 'rastp'"),
-    (lambda: PruningConfig(after_layer=0), "counted from 1, got 0"),
-    (lambda: PruningConfig(mode="reference"), "mode='reference' is unknown"),
-    (lambda: TokenPruner(0.5, "item")(torch.zeros(1, 4, 1), torch.ones(1, 4), torch.ones(1, 4)), "needs item_index"),
-    (lambda: TokenPruner(0.5)(torch.zeros(1, 4, 1), torch.ones(1, 3), torch.ones(1, 4)), r"\(1, 4, 1\), \(1, 3\) and \(1, 4\)"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TokenPruner(0), r"keep .* \(0, 1\], got 0"),
+        (lambda: TokenPruner(1.5), "got 1.5"),
+        (lambda: TokenPruner(0.5, "word"), "unit='word' is unknown; use one of 'token', 'item'"),
+        (lambda: PruningConfig(scorer="l1"), "scorer='l1' is unknown; use one of 'rastp'"),
+        (lambda: PruningConfig(after_layer=0), "counted from 1, got 0"),
+        (lambda: PruningConfig(mode="reference"), "mode='reference' is unknown"),
+        (
+            lambda: TokenPruner(0.5, "item")(torch.zeros(1, 4, 1), torch.ones(1, 4), torch.ones(1, 4)),
+            "needs item_index",
+        ),
+        (
+            lambda: TokenPruner(0.5)(torch.zeros(1, 4, 1), torch.ones(1, 3), torch.ones(1, 4)),
+            r"\(1, 4, 1\), \(1, 3\) and \(1, 4\)",
+        ),
+    ],
+)
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

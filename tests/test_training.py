@@ -25,9 +25,23 @@ WORLD = planted_catalogue(60, seed=1, shortest=5, longest=9)
 TABLE = SidTable(WORLD.truth.tree, tuple((WORLD.truth.tree.max(axis=0) + 1).tolist()))
 WINDOWS = Windows(leave_one_out(WORLD.histories).train, 6)
 # An evaluation and a checkpoint every three updates, and epochs that end between them.
-TINY = {"d_model": 32, "d_kv": 8, "num_heads": 2, "d_ff": 32, "ffn_hidden_layers": 1, "num_layers": 3,
-        "num_decoder_layers": 1, "dropout": 0.1, "batch_tokens": 800, "accumulation": 2, "max_items": 6,
-        "max_updates": 8, "eval_every": 3, "eval_users": 20, "precision": "fp32"}
+TINY = {
+    "d_model": 32,
+    "d_kv": 8,
+    "num_heads": 2,
+    "d_ff": 32,
+    "ffn_hidden_layers": 1,
+    "num_layers": 3,
+    "num_decoder_layers": 1,
+    "dropout": 0.1,
+    "batch_tokens": 800,
+    "accumulation": 2,
+    "max_items": 6,
+    "max_updates": 8,
+    "eval_every": 3,
+    "eval_users": 20,
+    "precision": "fp32",
+}
 # The random scorer draws from the same state as dropout, so a resumed run must find that state again.
 STAMP = {"pruning": PruningConfig(scorer="random", after_layer=1), "map": MapConfig()}
 
@@ -102,8 +116,12 @@ def test_a_seed_gives_one_model_and_another_seed_another(uninterrupted):
 
 def test_all_methods_of_a_seed_start_from_the_same_weights():
     plain = build_model(config(), TABLE).state_dict()
-    for changes in (STAMP, {"padding": "fixed"}, {"map": MapConfig(steps=3)},
-                    {"pruning": PruningConfig(keep=0.5, unit="item")}):
+    for changes in (
+        STAMP,
+        {"padding": "fixed"},
+        {"map": MapConfig(steps=3)},
+        {"pruning": PruningConfig(keep=0.5, unit="item")},
+    ):
         torch.rand(7)  # whatever was drawn before
         weights = build_model(config(**changes), TABLE).state_dict()
         assert all(torch.equal(weights[name], value) for name, value in plain.items())
@@ -151,8 +169,10 @@ def test_an_update_is_the_gradient_of_the_mean_over_all_its_labels(spy):
     parts = [batch for _, batch in spy[:3]]
     assert len({len(part["labels"]) for part in parts}) > 1  # unequal parts, or a mean of means would do as well
     width = max(part["input_ids"].shape[1] for part in parts)
-    whole = {name: torch.cat([F.pad(part[name], (0, width - part[name].shape[1])) for part in parts])
-             for name in ("input_ids", "attention_mask")} | {"labels": torch.cat([part["labels"] for part in parts])}
+    whole = {
+        name: torch.cat([F.pad(part[name], (0, width - part[name].shape[1])) for part in parts])
+        for name in ("input_ids", "attention_mask")
+    } | {"labels": torch.cat([part["labels"] for part in parts])}
     model = build_model(config(**options), TABLE).train()
     loss = model(**whole).loss
     loss.backward()
@@ -164,10 +184,10 @@ def test_an_update_is_the_gradient_of_the_mean_over_all_its_labels(spy):
 
 @pytest.mark.parametrize("changes", [{}, {"pruning": PruningConfig(), "map": MapConfig()}])
 def test_padding_changes_nothing_but_the_slots(spy, changes):
-    plain = run(dropout=0.0, **changes)
+    plain = run(dropout=0.0, max_updates=5, **changes)
     batches = [indices for indices, _ in spy]
     spy.clear()
-    padded = run(dropout=0.0, padding="fixed", **changes)
+    padded = run(dropout=0.0, max_updates=5, padding="fixed", **changes)
     assert [indices for indices, _ in spy] == batches
     assert {batch["input_ids"].shape[1] for _, batch in spy} == {24}
     losses = [[e["loss"] for e in result.log if "loss" in e] for result in (padded, plain)]
@@ -314,8 +334,12 @@ def test_another_run_s_folder_is_refused(tmp_path):
     run(tmp_path, max_updates=1)
     other_world = planted_catalogue(60, seed=2, shortest=5, longest=9)
     other_table = SidTable(WORLD.truth.tree[:, ::-1].copy(), TABLE.widths[::-1])
-    for changes, world, table in (({"seed": 1}, WORLD, TABLE), ({"pruning": PruningConfig()}, WORLD, TABLE),
-                                  ({}, other_world, TABLE), ({}, WORLD, other_table)):
+    for changes, world, table in (
+        ({"seed": 1}, WORLD, TABLE),
+        ({"pruning": PruningConfig()}, WORLD, TABLE),
+        ({}, other_world, TABLE),
+        ({}, WORLD, other_table),
+    ):
         with pytest.raises(ValueError, match="holds a run of another configuration, catalogue or table"):
             train(config(max_updates=1, **changes), world, table, output_dir=tmp_path, progress=False)
     assert run(tmp_path, max_updates=1).timing["updates"] == 1
@@ -373,18 +397,26 @@ def test_presets_take_changes():
     assert TrainConfig.preset("quick", pruning=PruningConfig(after_layer=3)).pruning.after_layer == 3
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: TrainConfig.preset("slow"), "preset='slow' is unknown; use one of smoke, quick, paper"),
-    (lambda: config(arch="gpt"), "arch='gpt' is unknown; use one of 't5'"),
-    (lambda: config(padding="left"), "padding='left' is unknown; use one of 'batch', 'fixed'"),
-    (lambda: config(precision="fp16"), "precision='fp16' is unknown"),
-    (lambda: config(accumulation=0), "accumulation must be at least 1, got 0"),
-    (lambda: config(pruning=PruningConfig(after_layer=4)), "after_layer=4 lies beyond the last encoder layer"),
-    (lambda: run(batch_tokens=20), "batch_tokens=20 is less than one window's 24 tokens"),
-    (lambda: train(config(), WORLD, SidTable(WORLD.truth.tree[:9], TABLE.widths)), "table has 9 items, the catalogue"),
-    (lambda: train(config(pruning=PruningConfig(scorer="oracle")), planted_without_truth(), TABLE),
-     'scorer="oracle" needs catalogue.truth, which only the planted catalogue has'),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TrainConfig.preset("slow"), "preset='slow' is unknown; use one of smoke, quick, paper"),
+        (lambda: config(arch="gpt"), "arch='gpt' is unknown; use one of 't5'"),
+        (lambda: config(padding="left"), "padding='left' is unknown; use one of 'batch', 'fixed'"),
+        (lambda: config(precision="fp16"), "precision='fp16' is unknown"),
+        (lambda: config(accumulation=0), "accumulation must be at least 1, got 0"),
+        (lambda: config(pruning=PruningConfig(after_layer=4)), "after_layer=4 lies beyond the last encoder layer"),
+        (lambda: run(batch_tokens=20), "batch_tokens=20 is less than one window's 24 tokens"),
+        (
+            lambda: train(config(), WORLD, SidTable(WORLD.truth.tree[:9], TABLE.widths)),
+            "table has 9 items, the catalogue",
+        ),
+        (
+            lambda: train(config(pruning=PruningConfig(scorer="oracle")), planted_without_truth(), TABLE),
+            'scorer="oracle" needs catalogue.truth, which only the planted catalogue has',
+        ),
+    ],
+)
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -25,10 +25,18 @@ AMAZON = ("amazon-beauty", "amazon-sports", "amazon-toys")
 TRAINED = ("padded", "unpadded", "recent", "random", "rastp", "map", "stamp", "norm", "centrality", "oracle")
 BASELINES = ("popularity", "neighbours", "bayes")
 PRUNERS = ("recent", "random", "rastp", "stamp", "norm", "centrality", "oracle")
-RECALL = (.0645, .0650, .061, .052, .0641, .0668, .0655, .06, .0635, .066, .0114, .0682, .08)
+RECALL = (0.0645, 0.0650, 0.061, 0.052, 0.0641, 0.0668, 0.0655, 0.06, 0.0635, 0.066, 0.0114, 0.0682, 0.08)
 SECONDS = (4.1, 1.25, 1.02, 1.03, 1.11, 1.4, 1.24, 1.03, 1.1, None)  # oracle misses its costs
-COSTS = ("train_seconds", figures.COST, "real_token_fraction", "kept_token_fraction", figures.MEMORY,
-         "evaluation_seconds", "windows", "updates")
+COSTS = (
+    "train_seconds",
+    figures.COST,
+    "real_token_fraction",
+    "kept_token_fraction",
+    figures.MEMORY,
+    "evaluation_seconds",
+    "windows",
+    "updates",
+)
 
 
 def fake_results(dataset="amazon-beauty", methods=TRAINED + BASELINES):
@@ -47,32 +55,64 @@ def _fake(dataset):
     for method, recall in zip(TRAINED + BASELINES, RECALL):
         costs, time = dict.fromkeys(COSTS), seconds.get(method)
         if time:
-            values = (131 * time, time, .22 if method == "padded" else .97, .36 if method in PRUNERS else 1.0,
-                      700 + 300 * time, 20.5, 131000, 900)
+            values = (
+                131 * time,
+                time,
+                0.22 if method == "padded" else 0.97,
+                0.36 if method in PRUNERS else 1.0,
+                700 + 300 * time,
+                20.5,
+                131000,
+                900,
+            )
             costs = dict(zip(COSTS, values))
-        truth = {"precision": float(rng.uniform(.5, .9)), "recall": .5} if method in PRUNERS else None
+        truth = {"precision": float(rng.uniform(0.5, 0.9)), "recall": 0.5} if method in PRUNERS else None
         mine = []
         for seed in range(3) if method in TRAINED else (None,):
-            values = {m: float(recall * share + rng.normal(0, .0008)) for m, share in zip(METRICS, (.66, 1, .44, .55))}
-            values |= {f"{m}_interval": [value - .0031, value + .0033] for m, value in list(values.items())}
+            values = {
+                m: float(recall * share + rng.normal(0, 0.0008)) for m, share in zip(METRICS, (0.66, 1, 0.44, 0.55))
+            }
+            values |= {f"{m}_interval": [value - 0.0031, value + 0.0033] for m, value in list(values.items())}
             mine.append({"method": method, "seed": seed, **values, **costs, "kept_informative": truth})
             if seed is not None:
                 at = np.arange(100, 1000, 100)
-                curves.append({"method": method, "seed": seed, "step": (at - 50).tolist(), "eval_step": at.tolist(),
-                               "loss": (9 * np.exp(-at / 700)).tolist(),
-                               "recall@10": (recall * (1 - np.exp(-at / 250)) + rng.normal(0, .001, 9)).tolist()})
+                curves.append(
+                    {
+                        "method": method,
+                        "seed": seed,
+                        "step": (at - 50).tolist(),
+                        "eval_step": at.tolist(),
+                        "loss": (9 * np.exp(-at / 700)).tolist(),
+                        "recall@10": (recall * (1 - np.exp(-at / 250)) + rng.normal(0, 0.001, 9)).tolist(),
+                    }
+                )
         means = {m: float(np.mean([row[m] for row in mine])) for m in METRICS}
-        means |= {f"{m}_interval": [value - .0024, value + .0026] for m, value in list(means.items())}
-        change = means["recall@10"] - .065
-        versus = {"difference": change, "interval": [change - .003, change + .003], "p_value": float(rng.random())}
-        summary.append({"method": method, "seeds": len(mine), **means, **costs, "kept_informative": truth,
-                        "versus_unpadded": None if method == "unpadded" else versus})
+        means |= {f"{m}_interval": [value - 0.0024, value + 0.0026] for m, value in list(means.items())}
+        change = means["recall@10"] - 0.065
+        versus = {"difference": change, "interval": [change - 0.003, change + 0.003], "p_value": float(rng.random())}
+        summary.append(
+            {
+                "method": method,
+                "seeds": len(mine),
+                **means,
+                **costs,
+                "kept_informative": truth,
+                "versus_unpadded": None if method == "unpadded" else versus,
+            }
+        )
         rows += mine
-    return {"dataset": dataset, "preset": "quick", "users": 22363, "command": 'make reproduce DATASET="a<b"',
-            "hardware": {"processor": "Some CPU", "cores": 2, "memory_gb": 23.4, "gpu": None, "threads": 1},
-            "versions": {"sidlab": "0.1.0", "torch": "2.13.0"},
-            "sids": {"n_items": 12101, "levels": 4, "collision_rate": .031, "largest_group": 9, "per_level": []},
-            "rows": rows, "summary": summary, "curves": curves}
+    return {
+        "dataset": dataset,
+        "preset": "quick",
+        "users": 22363,
+        "command": 'make reproduce DATASET="a<b"',
+        "hardware": {"processor": "Some CPU", "cores": 2, "memory_gb": 23.4, "gpu": None, "threads": 1},
+        "versions": {"sidlab": "0.1.0", "torch": "2.13.0"},
+        "sids": {"n_items": 12101, "levels": 4, "collision_rate": 0.031, "largest_group": 9, "per_level": []},
+        "rows": rows,
+        "summary": summary,
+        "curves": curves,
+    }
 
 
 def _named(figure, name):
@@ -86,10 +126,10 @@ def test_published_rows_are_tiger_rastp_and_reproductions():
     beauty = papers.published("amazon-beauty")
     assert list(beauty.columns) == ["method", "source", *METRICS]
     rastp = beauty[beauty.method == "RASTP"]
-    assert rastp[list(METRICS)].to_numpy().tolist() == [[.0441, .0656, .0289, .0358]]
+    assert rastp[list(METRICS)].to_numpy().tolist() == [[0.0441, 0.0656, 0.0289, 0.0358]]
     assert len(papers.published("/some/where/amazon-toys")) == 5
     assert papers.published("planted").empty and list(papers.published("planted").columns) == list(beauty.columns)
-    assert 1 / (1 - papers.RASTP_CLAIMS["time_saved"]) == pytest.approx(papers.RASTP_CLAIMS["speedup"], abs=.005)
+    assert 1 / (1 - papers.RASTP_CLAIMS["time_saved"]) == pytest.approx(papers.RASTP_CLAIMS["speedup"], abs=0.005)
     for name in AMAZON:
         frame = papers.published(name)
         assert frame.source.all() and (frame["recall@5"] < frame["recall@10"]).all()
@@ -130,12 +170,12 @@ def test_templates_are_registered_and_legible(template):
 
     def luminance(color):
         parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        parts = [p / 12.92 if p <= .04045 else ((p + .055) / 1.055) ** 2.4 for p in parts]
-        return .2126 * parts[0] + .7152 * parts[1] + .0722 * parts[2]
+        parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
     def contrast(a, b):  # WCAG 2
         dark, light = sorted((luminance(a), luminance(b)))
-        return (light + .05) / (dark + .05)
+        return (light + 0.05) / (dark + 0.05)
 
     assert contrast(layout.font.color, layout.paper_bgcolor) > 7
     assert contrast(theme.GREY, layout.paper_bgcolor) > 3  # outlines, intervals, hatching
@@ -150,10 +190,13 @@ def test_quality_holds_means_intervals_seeds_and_published():
     figure, paper = figures.quality(results), papers.published("amazon-beauty")
     labels = figure.layout.yaxis.ticktext
     for panel, metric in enumerate(("recall@10", "ndcg@10")):
-        means, seeds, published = (_named(figure, name)[panel] for name in
-                                   ("mean and 95 % interval", "single seeds", "published (no interval)"))
-        for x, y, plus, minus, row in zip(means.x, means.y, means.error_x.array, means.error_x.arrayminus,
-                                          results["summary"], strict=True):
+        means, seeds, published = (
+            _named(figure, name)[panel]
+            for name in ("mean and 95 % interval", "single seeds", "published (no interval)")
+        )
+        for x, y, plus, minus, row in zip(
+            means.x, means.y, means.error_x.array, means.error_x.arrayminus, results["summary"], strict=True
+        ):
             assert labels[y] == row["method"] and x == row[metric]
             assert [x - minus, x + plus] == pytest.approx(row[f"{metric}_interval"])
         trained = [row for row in results["rows"] if row["seed"] is not None]
@@ -186,11 +229,13 @@ def test_quality_cost_has_a_point_per_method_with_cost_and_a_line_per_method_wit
         row = costly[trace.name]
         assert (trace.x[0], trace.y[0]) == (row[figures.COST], row["recall@10"])
         assert [trace.y[0] - trace.error_y.arrayminus[0], trace.y[0] + trace.error_y.array[0]] == pytest.approx(
-            row["recall@10_interval"])
+            row["recall@10_interval"]
+        )
         assert trace.marker.symbol == theme.mark(trace.name).symbol
     free = [row for row in results["summary"] if not row[figures.COST]]
     assert [a.text.split()[:2] for a in figure.layout.annotations] == [
-        [row["method"], f"{row['recall@10']:.4f}"] for row in free]
+        [row["method"], f"{row['recall@10']:.4f}"] for row in free
+    ]
     near = [row["recall@10"] for row in free if row["method"] != "popularity"]
     assert [shape.y0 for shape in figure.layout.shapes] == near
     with pytest.raises(ValueError, match="seconds_per_1k_windows"):
@@ -219,14 +264,18 @@ def test_cost_bars_are_relative_to_unpadded_and_claims_to_padded():
     bars = [trace for trace in figure.data if trace.type == "bar"]
     for trace, field in zip(bars, (figures.COST, figures.MEMORY), strict=True):
         assert list(trace.x) == pytest.approx([row[field] / rows["unpadded"][field] for row in rows.values()])
-    assert list(figure.layout.yaxis.ticktext) == [f"{name} ({row['kept_token_fraction']:.0%} kept)"
-                                                  for name, row in rows.items()]
+    assert list(figure.layout.yaxis.ticktext) == [
+        f"{name} ({row['kept_token_fraction']:.0%} kept)" for name, row in rows.items()
+    ]
     time, memory = (rows["padded"][f] / rows["unpadded"][f] for f in (figures.COST, figures.MEMORY))
-    claims = {trace.name.split(" than")[0]: sorted({round(x, 9) for x in trace.x})
-              for trace in figure.data if trace.type == "scatter"}
-    assert claims["RASTP: 26.7% less time"] == pytest.approx([time * (1 - .267)])
+    claims = {
+        trace.name.split(" than")[0]: sorted({round(x, 9) for x in trace.x})
+        for trace in figure.data
+        if trace.type == "scatter"
+    }
+    assert claims["RASTP: 26.7% less time"] == pytest.approx([time * (1 - 0.267)])
     assert claims["STAMP: 1.23–1.38× faster"] == pytest.approx([time / 1.38, time / 1.23])
-    assert claims["STAMP: 17.2%–54.7% less memory"] == pytest.approx([memory * (1 - .547), memory * (1 - .172)])
+    assert claims["STAMP: 17.2%–54.7% less memory"] == pytest.approx([memory * (1 - 0.547), memory * (1 - 0.172)])
     alone = figures.cost_bars(fake_results(methods=("rastp", "recent", "bayes")))
     assert [trace.type for trace in alone.data] == ["bar", "bar"]  # no padded model: nothing to draw the claims from
     assert alone.data[0].x[0] == 1 and "× recent" in alone.layout.annotations[0].text
@@ -236,7 +285,7 @@ def test_cost_bars_are_relative_to_unpadded_and_claims_to_padded():
 @given(st.integers(1, 9), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_pruning_strip_marks_every_token_without_colour(m, levels, random):
     cells = [(i, v) for i in range(m) for v in range(levels)]
-    kept, informative = ({cell for cell in cells if random.random() < .5} for _ in range(2))
+    kept, informative = ({cell for cell in cells if random.random() < 0.5} for _ in range(2))
 
     def array(chosen):
         return np.array([[(i, v) in chosen for v in range(levels)] for i in range(m)])

@@ -66,14 +66,26 @@ def test_windows_are_all_prefixes(train, max_items):
     assert len(w) == len(expected) and w[len(w) - 1] == len(w) - 1
 
 
-@given(lengths_of_users, st.integers(1, 8), st.integers(1, 4), st.sampled_from(["item", "token"]), st.booleans(),
-       st.booleans())
+@given(
+    lengths_of_users,
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.sampled_from(["item", "token"]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_collator_agrees_with_a_loop_and_hides_the_held_out_items(sizes, max_items, steps, unit, separators, fixed):
     histories = users(sizes)
     split = leave_one_out(histories)
     windows = Windows(split.train, max_items)
-    collate = Collator(windows, TABLE, separators=separators, max_items=max_items, fixed_slots=fixed,
-                       map_config=MapConfig(steps=steps, unit=unit))
+    collate = Collator(
+        windows,
+        TABLE,
+        separators=separators,
+        max_items=max_items,
+        fixed_slots=fixed,
+        map_config=MapConfig(steps=steps, unit=unit),
+    )
     batch = collate(list(range(len(windows))))
     expected = []
     for user, train in enumerate(split.train):
@@ -192,16 +204,20 @@ def test_separators_follow_their_items_and_padding_has_none():
     assert history_tokens(items, TABLE, separators=False).tolist() == [[*three, *one], [*two, 0, 0, 0]]
 
 
-@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=7), min_size=1, max_size=4), st.integers(1, 5),
-       st.booleans())
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=7), min_size=1, max_size=4),
+    st.integers(1, 5),
+    st.booleans(),
+)
 def test_pad_histories_keeps_the_last_items(histories, max_items, fixed):
     padded = pad_histories(histories, max_items, 9, slots=max_items if fixed else None)
     width = max_items if fixed else max(len(h[-max_items:]) for h in histories)
     assert padded.tolist() == [h[-max_items:] + [0] * (width - len(h[-max_items:])) for h in histories]
 
 
-@pytest.mark.parametrize("levels, expected", [
-    (3, [1, 2, 3]), (4, [1, 2, 3, 0]), (2, [1, 5]), (1, [6])])  # levels beyond the planted hold 0, missing ones add up
+@pytest.mark.parametrize(
+    "levels, expected", [(3, [1, 2, 3]), (4, [1, 2, 3, 0]), (2, [1, 5]), (1, [6])]
+)  # levels beyond the planted hold 0, missing ones add up
 @pytest.mark.parametrize("separators", [False, True])
 def test_truth_is_laid_out_as_the_tokens_are(levels, expected, separators):
     values = np.zeros((2, 2, 3))
@@ -229,13 +245,16 @@ def test_collated_truth_is_that_of_the_window_alone():
     assert (batch["truth"] > 0).any()
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Windows([np.array([1, 2])], 0), "max_items must be at least 1, got 0"),
-    (lambda: LengthBatches(np.array([2, 6]), 4, 23), "batch_tokens=23 is less than one window's 24"),
-    (lambda: pad_histories([[1], []], 3, 9), r"item ids in 1..9 and at least one, got \[\]"),
-    (lambda: pad_histories([[1, 0]], 3, 9), r"got \[1, 0\]"),
-    (lambda: pad_histories([[10]], 3, 9), r"got \[10\]"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Windows([np.array([1, 2])], 0), "max_items must be at least 1, got 0"),
+        (lambda: LengthBatches(np.array([2, 6]), 4, 23), "batch_tokens=23 is less than one window's 24"),
+        (lambda: pad_histories([[1], []], 3, 9), r"item ids in 1..9 and at least one, got \[\]"),
+        (lambda: pad_histories([[1, 0]], 3, 9), r"got \[1, 0\]"),
+        (lambda: pad_histories([[10]], 3, 9), r"got \[10\]"),
+    ],
+)
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
