@@ -193,7 +193,7 @@ def run(folder, name: str, seed: int) -> None:
         row["kept_informative"] = kept_informative(result.model, catalogue.truth, histories)
     evaluations = [e for e in result.log if "recall@10" in e]
     losses = [e for e in result.log if "loss" in e]
-    curve = {"method": name, "seed": seed, "step": [e["step"] for e in losses], "loss": [e["loss"] for e in losses],
+    curve = {"method": name, "seed": seed, "step": [e["step"] for e in losses], "loss": [e["main_loss"] for e in losses],
              "eval_step": [e["step"] for e in evaluations], "recall@10": [e["recall@10"] for e in evaluations]}
     shutil.rmtree(path)  # the checkpoints
     result.model.save_pretrained(path)

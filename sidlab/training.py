@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
@@ -123,7 +123,8 @@ class TrainResult:
     """`model`: the best checkpoint, in evaluation mode. `metrics`: validation recall and NDCG of it. `timing`: "train_seconds"
     (without evaluation and saving), "seconds_per_1k_windows", "windows", "updates". `peak_memory`: MB while training, resident
     memory on a CPU and allocated memory on a GPU. `tokens`: "real_token_fraction" of the slots and "kept_token_fraction" of
-    the real tokens. `log`: dicts with "step" and what was logged there ("loss", "recall@5", …)."""
+    the real tokens. `log`: dicts with "step" and what was logged there ("loss", "main_loss" without
+    MAP's part, "recall@5", …)."""
 
     model: SidT5
     metrics: dict
@@ -181,6 +182,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
             callbacks=[_Patience(config.patience), *(callbacks or [])],
         )
+        if not progress:
+            trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             trainer.meter.load(checkpoint)
             trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
@@ -266,6 +269,7 @@ class _SidTrainer(Trainer):
     def __init__(self, *, batches, cases, beam, truth, meter, **kwargs):
         super().__init__(**kwargs)
         self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
+        self.main_losses = []  # since the last log
 
     def get_train_dataloader(self):
         loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator,
@@ -275,7 +279,14 @@ class _SidTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         self.meter.count(inputs["attention_mask"], outputs.encoder_attention_mask)
+        self.main_losses.append(outputs.main_loss.detach())
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:  # which includes MAP's part; this one compares over methods
+            logs["main_loss"] = float(torch.stack(self.main_losses).mean())
+            self.main_losses = []
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self.meter.pause()  # until the next training step

@@ -217,6 +217,7 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
 
     config_class = SidT5Config
     _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
+    _keys_to_ignore_on_save = list(_tied_weights_keys)  # tied, so they come back with `shared`
 
     def __init__(self, config: SidT5Config, table: SidTable | None = None):
         # Not the parent's own __init__: it would build and initialise an encoder that is then thrown away.
