@@ -53,7 +53,7 @@ class TrainConfig:
     num_layers: int = 4
     num_decoder_layers: int = 4
     dropout: float = 0.15
-    embedding_init: float = 1.0
+    embedding_init: float = 0.05
     position_init: float | None = None
     separators: bool = True
     max_items: int = 30
@@ -110,10 +110,10 @@ class TrainConfig:
 # Small embeddings and strong position biases: under Adam a bias moves by no more than the learning rate a step, and T5's initial
 # 0.1 would take thousands of steps to single out the last item.
 SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, num_layers=4, num_decoder_layers=1, dropout=0.0,
-             embedding_init=0.2, position_init=4.0, batch_tokens=1024, accumulation=2)
+             position_init=4.0, batch_tokens=1024, accumulation=2)
 PRESETS = {
     "smoke": SMALL | dict(d_model=32, d_ff=64, max_updates=20, eval_every=10, eval_users=50),
-    "quick": SMALL | dict(epochs=1.5, eval_every=100, eval_users=500, patience=20),
+    "quick": SMALL | dict(epochs=1.5, eval_every=100, eval_users=500, patience=20, learning_rate=2e-3),
     "paper": dict(batch_tokens=4096, accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10),
 }
 

@@ -43,7 +43,7 @@ class SidT5Config(T5Config):
     separators: bool = True
     max_items: int = 30
     ffn_hidden_layers: int = 1
-    embedding_init: float = 1.0
+    embedding_init: float = 0.05
     position_init: float | None = None
     pruning: dict | None = None
     map: dict | None = None
@@ -54,7 +54,7 @@ class SidT5Config(T5Config):
         super().__post_init__(**kwargs)
         self.pad_token_id, self.bos_token_id, self.eos_token_id = PAD, BOS, None
         self.decoder_start_token_id = BOS
-        self.scale_decoder_outputs = False  # the heads are not tied to the embeddings
+        self.scale_decoder_outputs = False  # T5's answer to embeddings of size 1; ours start small
         if self.pruning is not None:
             after = PruningConfig(**self.pruning | {"scorer": "rastp"}).after_layer
             if after > self.num_layers:
@@ -216,8 +216,8 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
     """
 
     config_class = SidT5Config
-    _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
-    _keys_to_ignore_on_save = list(_tied_weights_keys)  # tied, so they come back with `shared`
+    # The parent's tying: the heads of the levels are slices of the embedding. These keys come back with `shared`.
+    _keys_to_ignore_on_save = list(T5ForConditionalGeneration._tied_weights_keys)
 
     def __init__(self, config: SidT5Config, table: SidTable | None = None):
         # Not the parent's own __init__: it would build and initialise an encoder that is then thrown away.
@@ -258,7 +258,6 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, SidT5):
-            init.normal_(module.lm_head.weight, std=0.02)
             init.normal_(module.shared.weight, std=self.config.embedding_init)
             if self.config.position_init is not None:
                 for stack in (module.encoder, module.decoder):
