@@ -113,7 +113,7 @@ SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, nu
              position_init=4.0, batch_tokens=1024, accumulation=2)
 PRESETS = {
     "smoke": SMALL | dict(d_model=32, d_ff=64, max_updates=20, eval_every=10, eval_users=50),
-    "quick": SMALL | dict(epochs=1.5, eval_every=100, eval_users=500, patience=20, learning_rate=2e-3),
+    "quick": SMALL | dict(epochs=1, eval_every=100, eval_users=500, patience=20, learning_rate=2e-3),
     "paper": dict(batch_tokens=4096, accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10),
 }
 
