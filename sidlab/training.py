@@ -107,7 +107,7 @@ class TrainConfig:
         return cls(**{k: nested[k](**v) if k in nested and v is not None else v for k, v in fields.items()})
 
 
-# Small embeddings and strong position biases: under Adam a bias moves by no more than the learning rate a step, and T5's initial
+# Strong position biases: under Adam a bias moves by no more than the learning rate a step, and T5's initial
 # 0.1 would take thousands of steps to single out the last item.
 SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, num_layers=4, num_decoder_layers=1, dropout=0.0,
              position_init=4.0, batch_tokens=1024, accumulation=2)
