@@ -16,6 +16,8 @@ _HOME = {
     "load_catalogue": "data.catalogue",
     "save_catalogue": "data.folder",
     "ResidualKMeans": "sids.residual_kmeans",
+    "RQVAE": "sids.rqvae",
+    "OPQ": "sids.opq",
     "SidTable": "sids.table",
     "TokenPruner": "pruning",
     "PruningConfig": "pruning",

@@ -10,15 +10,17 @@ import hashlib
 import json
 import pathlib
 
+import faiss
 import numpy as np
 import pandas as pd
 import torch
 
-from sidlab.sids.residual_kmeans import load_arrays, save_arrays
+from sidlab.sids.encoder import load_arrays, save_arrays
 from sidlab.sids.trie import Trie, as_codes
 
 PAD, BOS, SEP = 0, 1, 2
 FIRST_CODE = 3  # the token id of code 0 of level 1
+NEIGHBOURS, QUERIES = 10, 2000  # what the report's neighbour_overlap looks at
 
 
 class SidTable:
@@ -82,14 +84,16 @@ class SidTable:
         Of the codes as given, before any level was added: `unique_sids`, `collision_rate` (share of the items whose
         SID another item has too), `largest_group`. `per_level`, a dict for each level: `width`, `used` codes,
         `utilisation` = used / width, `perplexity` = exp(entropy of the code usage over items), the distinct
-        `prefixes` up to that level, and the `mean_group` and `largest_group` of items that share one. With an
-        `encoder` and its `embeddings` float [n, d] also `reconstruction_error` = Σ ‖x − decode(prefix)‖² / Σ ‖x‖²,
-        None at the added level.
+        `prefixes` up to that level, and the `mean_group` and `largest_group` of items that share one. With `embeddings`
+        float [n, d] also `neighbour_overlap`, the share of an item's 10 nearest neighbours (cosine, over at most 2,000
+        items) with its prefix, and `chance_overlap`, that of any other item. With their `encoder`, too,
+        `reconstruction_error` = Σ ‖x − decode(prefix)‖² / Σ ‖x‖², None at the added level.
         """
-        if (encoder is None) != (embeddings is None):
-            raise ValueError("encoder and embeddings go together: got only one of them")
+        if encoder is not None and embeddings is None:
+            raise ValueError("an encoder is judged by its embeddings: got encoder without embeddings")
         if embeddings is not None and len(embeddings) != self.n_items:
             raise ValueError(f"embeddings must have one row per item ({self.n_items}), got {len(embeddings)}")
+        items, neighbours = _neighbours(embeddings) if embeddings is not None and self.n_items > 1 else (None, None)
         groups = self._base_trie.items_per_node(self.base_levels)
         per_level = []
         for level, width in enumerate(self.widths, start=1):
@@ -106,6 +110,10 @@ class SidTable:
                 "mean_group": self.n_items / len(prefix),
                 "largest_group": int(prefix.max()),
             }
+            if items is not None:
+                same = (self.codes[neighbours, :level] == self.codes[items, None, :level]).all(-1)  # [queries, k]
+                row["neighbour_overlap"] = float(same.mean()) if same.size else None
+                row["chance_overlap"] = int((prefix * (prefix - 1)).sum()) / (self.n_items * (self.n_items - 1))
             if encoder is not None:
                 row["reconstruction_error"] = None
                 if level <= self.base_levels:
@@ -194,6 +202,18 @@ class SidReport(dict):
 
     def _repr_html_(self) -> str:
         return f"<p>{self._summary()}</p>{self.frame().to_html(float_format='{:.3f}'.format)}"
+
+
+def _neighbours(embeddings):
+    """At most QUERIES random items with an embedding other than zero: rows [q]; their nearest others by cosine: [q, k]."""
+    norm = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    unit = np.asarray(embeddings / np.where(norm > 0, norm, 1), np.float32)
+    items = np.random.default_rng(0).permutation(np.flatnonzero(norm))[:QUERIES]
+    k = min(NEIGHBOURS, len(unit) - 1)
+    found = faiss.knn(unit[items], unit, k + 1, metric=faiss.METRIC_INNER_PRODUCT)[1]  # [q, k + 1]
+    itself = found == items[:, None]
+    itself[~itself.any(axis=1), -1] = True  # crowded out by k + 1 equal ones: the last of them goes
+    return items, found[~itself].reshape(-1, k)
 
 
 def _rank_in_group(trie: Trie) -> np.ndarray:

@@ -1,0 +1,145 @@
+"""SidEncoder: what residual k-means, RQ-VAE and OPQ share, so that one can stand in for another anywhere."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import safetensors.numpy
+
+from sidlab.sids.trie import as_codes, as_widths
+
+CHUNK = 65536  # embeddings encoded at a time
+
+
+class SidEncoder:
+    """fit(embeddings) → self, encode(embeddings) → codes, decode(codes) → embeddings, save(folder), load(folder).
+
+    A subclass names its files (`stem`) and writes `_fit` (float32 [n, d] → codebooks and other arrays by name), `_encode` (float32
+    [m, d] → int [m, L]) and `_decode` (int64 [m, l], l ≤ L → float32 [m, d]). Attributes: the parameters, with `widths` a tuple of L
+    ints; after fit `codebooks_`, L float32 arrays [W_l, ·], and `dead_codes_`, by level the number of codes that no training item has.
+    """
+
+    stem: str
+
+    def __init__(self, levels: int, width, seed: int, **options):
+        for name, value in {"levels": levels, **options}.items():
+            if np.min(value, initial=1) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.levels, self.widths, self.seed = levels, as_widths(width, levels), seed
+        self._parameters = {"levels": levels, "width": self.widths, "seed": seed, **options}
+        vars(self).update(options)
+
+    def fit(self, embeddings) -> "SidEncoder":
+        """Learns the codebooks from `embeddings` float [n, d], n at least the largest width, all finite."""
+        embeddings = np.asarray(embeddings)
+        x = _checked(embeddings, embeddings.shape[-1] if embeddings.ndim else 0)
+        if len(x) < max(self.widths):
+            raise ValueError(f"width {max(self.widths)} needs at least as many embeddings, got {len(x)}: "
+                             "choose a smaller width")
+        self._dim, (self.codebooks_, self._arrays) = x.shape[1], self._fit(x)
+        self.dead_codes_ = tuple(width - len(np.unique(code)) for width, code in zip(self.widths, self.encode(x).T))
+        return self
+
+    def encode(self, embeddings) -> np.ndarray:
+        """`embeddings` float [n, d] (a memory map is read in chunks) → codes int64 [n, L], each in 0..W_l-1."""
+        self._fitted()
+        embeddings = np.asarray(embeddings)
+        codes = np.empty((len(embeddings), self.levels), np.int64)
+        for start in range(0, len(embeddings), CHUNK):
+            codes[start : start + CHUNK] = self._encode(_checked(embeddings[start : start + CHUNK], self._dim))
+        return codes
+
+    def decode(self, codes) -> np.ndarray:
+        """The embeddings that `codes` int [m, l] stand for → float32 [m, d]; with l < L, those of a prefix of the SID."""
+        self._fitted()
+        length = np.shape(codes)[-1] if np.ndim(codes) == 2 else 0
+        if not 1 <= length <= self.levels:
+            raise ValueError(f"codes must have the shape [m, 1..{self.levels}], got {list(np.shape(codes))}")
+        return self._decode(as_codes(codes, self.widths[:length])[0])
+
+    def save(self, folder) -> None:
+        """Writes the arrays (`stem`.safetensors) and the parameters (`stem`.json) into `folder`."""
+        self._fitted()
+        arrays = self._arrays | {f"codebook_{level}": book for level, book in enumerate(self.codebooks_, start=1)}
+        save_arrays(folder, self.stem, arrays, self._parameters | {"dim": self._dim, "dead": self.dead_codes_})
+
+    @classmethod
+    def load(cls, folder) -> "SidEncoder":
+        """The encoder that `save` wrote into `folder`."""
+        arrays, meta = load_arrays(folder, cls.stem)
+        dim, dead = meta.pop("dim"), tuple(meta.pop("dead"))
+        encoder = cls(**meta)
+        encoder._dim, encoder.dead_codes_, encoder._arrays = dim, dead, arrays
+        encoder.codebooks_ = [arrays.pop(f"codebook_{level}") for level in range(1, encoder.levels + 1)]
+        found = tuple(len(book) for book in encoder.codebooks_)
+        if found != encoder.widths:
+            raise ValueError(f"{folder}: {cls.stem}.json says widths {encoder.widths}, the codebooks have {found}")
+        return encoder
+
+    def __repr__(self) -> str:
+        shown = self._parameters | ({"width": self.widths[0]} if len(set(self.widths)) == 1 else {})
+        dead = f", {sum(self.dead_codes_)} of {sum(self.widths)} codes dead" if hasattr(self, "dead_codes_") else ""
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())}){dead}"
+
+    def _fitted(self) -> None:
+        if not hasattr(self, "codebooks_"):
+            raise RuntimeError(f"this {type(self).__name__} has no codebooks yet: call fit(embeddings) first")
+
+
+def save_arrays(folder, stem: str, arrays: dict, meta: dict) -> None:
+    """Writes numpy `arrays` as `stem`.safetensors and `meta` as `stem`.json into `folder`, each atomically."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    for suffix, content in ((".safetensors", tensors), (".json", json.dumps(meta, indent=1).encode())):
+        beside = folder / f".{stem}{suffix}.{os.getpid()}"
+        beside.write_bytes(content)
+        os.replace(beside, folder / (stem + suffix))
+
+
+def load_arrays(folder, stem: str) -> tuple[dict, dict]:
+    """What `save_arrays` wrote: the numpy arrays by name, and the metadata."""
+    folder = pathlib.Path(folder)
+    meta = json.loads((folder / f"{stem}.json").read_text())
+    return safetensors.numpy.load_file(folder / f"{stem}.safetensors"), meta
+
+
+def residual_codes(x, codebooks) -> np.ndarray:
+    """Level by level, the nearest code to what the levels before left of `x` float32 [n, d]: int64 [n, L]."""
+    codes = np.empty((len(x), len(codebooks)), np.int64)
+    for level, book in enumerate(codebooks):
+        codes[:, level] = nearest(x, book)
+        x = x - book[codes[:, level]]
+    return codes
+
+
+def nearest(x, book) -> np.ndarray:
+    """The nearest row of `book` [W, d] for each row of `x` [n, d]: int64 [n]; of equal rows the first."""
+    rows = distinct(book)
+    centre = book[rows].mean(axis=0)
+    book = book[rows] - centre
+    half = 0.5 * (book * book).sum(axis=1)
+    found = np.empty(len(x), np.int64)
+    step = max(1, 2**24 // len(rows))  # scores of at most 64 MiB at a time
+    for i in range(0, len(x), step):
+        found[i : i + step] = rows[((x[i : i + step] - centre) @ book.T - half).argmax(axis=1)]
+    return found
+
+
+def distinct(x) -> np.ndarray:
+    """The indices of the rows of `x` [n, d] that equal none before them, ascending: int64."""
+    x = np.ascontiguousarray(x) + 0.0  # -0.0 becomes 0.0: rows are compared as bytes
+    return np.sort(np.unique(x.view(np.dtype((np.void, x.dtype.itemsize * x.shape[1]))), return_index=True)[1])
+
+
+def _checked(embeddings, dim: int) -> np.ndarray:
+    """`embeddings` as float32 [n, dim]; ValueError where the shape differs or a number is not finite."""
+    if embeddings.ndim != 2 or embeddings.shape[1] != dim or dim == 0:
+        raise ValueError(f"embeddings must have the shape [n, {dim or 'd'}], got {list(embeddings.shape)}")
+    embeddings = embeddings.astype(np.float32, copy=False)
+    wrong = ~np.isfinite(embeddings).all(axis=1)
+    if wrong.any():
+        raise ValueError(f"embeddings must be finite float32 numbers: {wrong.sum()} rows are not, "
+                         f"the first is row {wrong.argmax()}")
+    return embeddings
