@@ -1,14 +1,19 @@
 """Catalogues: what is checked, what a folder may get wrong, and what the text embeddings are."""
 
 import gzip
+import importlib.machinery
 import json
 import sys
 import types
 import warnings
 
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
+import tokenizers
+import torch
+import transformers
 from conftest import SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -311,6 +316,114 @@ def test_text_embeddings_come_from_the_cache_unless_it_is_unreadable(monkeypatch
     monkeypatch.setenv("SIDLAB_CACHE", str(cached))  # a file: nothing can be written below it
     with pytest.warns(UserWarning, match="not cached"):
         np.testing.assert_array_equal(text_embeddings(TEXTS), first)
+
+
+# --- text encoders by name ---
+
+WORDS = ["[PAD]", "[UNK]", "red", "dark", "nail", "polish", "steel", "bolt", "and"]
+SIZES = {"vocab_size": len(WORDS), "pad_token_id": 0}
+LONG = ["red", None, "dark red nail polish and steel bolt", "steel bolt", "", "what is this and that"] * 20 + ["red " * 40]
+
+
+def save_encoder(folder, kind, seed=0):
+    """A tiny random model in `folder`, with a tokenizer of whole words."""
+    torch.manual_seed(seed)
+    if kind == "bert":
+        small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+        model = transformers.BertModel(transformers.BertConfig(**SIZES, **small, max_position_embeddings=24))
+    elif kind == "t5":
+        small = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 2, "decoder_start_token_id": 0}
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**SIZES, **small))
+    else:  # an encoder-decoder that has no class for its encoder alone
+        small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+                 "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "decoder_start_token_id": 0, "forced_eos_token_id": 0}
+        model = transformers.BartModel(transformers.BartConfig(**SIZES, **small, max_position_embeddings=48))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", padding_side="left")
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "bart"])
+def test_a_text_encoder_gives_the_mean_over_real_tokens(kind, tmp_path):
+    model = save_encoder(tmp_path / "model", kind)
+    encoder, longest = (model, 24) if kind == "bert" else (model.get_encoder(), 48)
+    state = torch.random.get_rng_state()
+    embeddings = text_embeddings(LONG, encoder=tmp_path / "model")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert embeddings.shape == (121, 16) and embeddings.dtype == np.float32
+    for row, text in zip(embeddings, LONG):
+        if not text:
+            assert not row.any()
+            continue
+        ids = [WORDS.index(word) if word in WORDS else 1 for word in text.split()][:longest]
+        with torch.no_grad():
+            hidden = encoder(input_ids=torch.tensor([ids])).last_hidden_state[0]  # alone, so nothing is padded
+        np.testing.assert_allclose(row, sum(hidden) / len(ids), atol=1e-5)
+
+
+def test_text_embeddings_by_an_encoder_are_cached_until_its_files_change(monkeypatch, tmp_path):
+    save_encoder(tmp_path / "model", "bert")
+    first = text_embeddings(TEXTS, encoder=str(tmp_path / "model"))
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoModel, "from_pretrained", None)  # computing would fail
+        np.testing.assert_array_equal(text_embeddings(TEXTS, encoder=str(tmp_path / "model")), first)
+        with pytest.raises(TypeError):
+            text_embeddings(TEXTS[:4], encoder=str(tmp_path / "model"))
+    save_encoder(tmp_path / "model", "bert", seed=1)
+    assert np.abs(text_embeddings(TEXTS, encoder=str(tmp_path / "model")) - first).max() > 0.1
+
+
+def test_a_model_of_sentence_transformers_pools_by_itself_or_says_that_it_does_not(monkeypatch, tmp_path):
+    save_encoder(tmp_path / "model", "bert")
+    plain = text_embeddings(TEXTS, encoder=tmp_path / "model", cache=False)
+    (tmp_path / "model" / "modules.json").write_text("[]")
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as if it were not installed
+    with pytest.warns(UserWarning, match="mean pooling is used .* install sentence-transformers"):
+        np.testing.assert_array_equal(text_embeddings(TEXTS, encoder=tmp_path / "model"), plain)
+
+    class SentenceTransformer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "model")
+
+        def encode(self, texts, batch_size):
+            return np.array([[len(text), 1] for text in texts], np.float32)
+
+    module = types.ModuleType("sentence_transformers")
+    module.SentenceTransformer, module.__spec__ = SentenceTransformer, importlib.machinery.ModuleSpec("sentence_transformers", None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = text_embeddings(TEXTS, encoder=tmp_path / "model")
+    assert own.tolist() == [[len(text), 1] if text else [0, 0] for text in TEXTS], "and not what the cache has of mean pooling"
+
+
+def test_a_text_encoder_that_is_not_there_is_named_with_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text('{"model_type": "bert"}')
+    for name in ("nobody/has-this-model", tmp_path / "missing", tmp_path / "empty", tmp_path / "half"):
+        with pytest.raises(ValueError, match=r"text encoder '.*' can't be loaded(.|\n)*local folder(.|\n)*hf download") as error:
+            text_embeddings(TEXTS, encoder=name)
+        assert repr(str(name)) in str(error.value)
+    with pytest.raises(ValueError, match="words"):
+        text_embeddings([None, ""], encoder=tmp_path / "half")
+
+
+def test_a_catalogue_embeds_its_texts_with_the_encoder_it_is_given(tmp_path):
+    write(tmp_path / "shop")
+    np.save(tmp_path / "shop" / "embeddings.npy", np.ones((3, 2), np.float32))
+    save_encoder(tmp_path / "model", "t5")
+    shop = load_catalogue(tmp_path / "shop", text_encoder=tmp_path / "model")
+    wanted = text_embeddings(shop.items["text"], encoder=tmp_path / "model")
+    np.testing.assert_array_equal(shop.embeddings, wanted)
+    assert shop.given_embeddings is None and shop.embeddings.shape == (3, 16)
+    assert shop.fingerprint() != load_catalogue(tmp_path / "shop").fingerprint()
+    with pytest.raises(ValueError, match="give one of them"):
+        load_catalogue(tmp_path / "shop", text_encoder=tmp_path / "model", embeddings=np.ones((3, 2)))
 
 
 # --- real data: the table of shared/data/README.md ---

@@ -26,7 +26,7 @@ class Catalogue:
     truth: what a synthetic world knows about itself; None for real data.
     dirty: what the reader had to skip or repair, `{kind: {"count": int, "first": "file line n: what"}}`.
     embeddings: float32 [n_items, d], row 0 is item 1. Where none are given, they are computed from `text` when first
-        read (`sidlab.data.text`); ValueError then, if no item has a text.
+        read (`sidlab.data.text`), with `text_encoder` if that is given; ValueError then, if no item has a text.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Catalogue:
     truth: object = None
     dirty: dict = field(default_factory=dict)
     embeddings: InitVar[np.ndarray | None] = None
+    text_encoder: str | None = None
 
     def __post_init__(self, embeddings):
         self.items = _checked_items(self.items)
@@ -60,12 +61,14 @@ class Catalogue:
         return len(self.items)
 
     def fingerprint(self) -> str:
-        """16 hex digits of a sha256 over histories, item texts and given embeddings: two catalogues with the same
+        """16 hex digits of a sha256 over histories, item texts, text encoder and given embeddings: two catalogues with the same
         fingerprint train the same models, so results can be matched to data."""
         digest = hashlib.sha256(json.dumps(self.items["text"].tolist()).encode())
         digest.update(np.array([len(history) for history in self.histories], dtype="<i8").tobytes())
         for history in self.histories:
             digest.update(history.astype("<i8", copy=False).tobytes())
+        if self.text_encoder is not None:
+            digest.update(str(self.text_encoder).encode())
         if self.given_embeddings is not None:
             digest.update(str(self.given_embeddings.shape).encode())
             digest.update(self.given_embeddings.astype("<f4", copy=False).tobytes())
@@ -78,7 +81,7 @@ class Catalogue:
             if not any(texts):
                 raise ValueError(f"no item of catalogue {self.name!r} has a text to embed: pass embeddings= (float32 "
                                  f"[{self.n_items}, d], row 0 is item 1) or put an embeddings.npy in its folder")
-            self._embeddings = text_embeddings(texts)
+            self._embeddings = text_embeddings(texts, encoder=self.text_encoder)
         return self._embeddings
 
 
@@ -92,15 +95,22 @@ def compose_text(title: str | None, brand: str | None, categories: list) -> str 
     return "; ".join(f"{label}: {value}" for label, value in parts.items() if value) or None
 
 
-def load_catalogue(name_or_folder, *, embeddings=None, on_dirty="warn", **options) -> Catalogue:
+def load_catalogue(name_or_folder, *, embeddings=None, text_encoder=None, on_dirty="warn", **options) -> Catalogue:
     """A catalogue by name or from a folder.
 
     name_or_folder: "planted" (the synthetic world; `options` go to `planted_catalogue`), a folder in the open format
         (`sidlab.data.folder`), or the name of such a folder inside the folder that the environment variable
         SIDLAB_DATA points to, e.g. "amazon-beauty".
     embeddings: float32 [n_items, d], row 0 is item 1; instead of the folder's embeddings.npy or the text embeddings.
+    text_encoder: name or local folder of a Hugging Face model that embeds the texts (`sidlab.data.text`), instead of TF-IDF
+        and of the folder's embeddings.npy.
     on_dirty: "warn" counts, skips and reports dirty lines, "raise" stops at the first (ValueError).
     """
+    if text_encoder is not None:
+        if embeddings is not None:
+            raise ValueError("embeddings and text_encoder both say what the embeddings are: give one of them")
+        catalogue = load_catalogue(name_or_folder, on_dirty=on_dirty, **options)
+        return dataclasses.replace(catalogue, embeddings=None, text_encoder=text_encoder)
     if name_or_folder == "planted":
         from sidlab.data.planted import planted_catalogue
 

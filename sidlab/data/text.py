@@ -1,6 +1,8 @@
-"""Text to vectors without a network: TF-IDF of words and word pairs, reduced by a truncated SVD."""
+"""Text to vectors: without a network by TF-IDF and a truncated SVD, or by any Hugging Face encoder."""
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,43 +16,120 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
+MAX_TOKENS, BATCH = 512, 64  # of a text, for an encoder by name; texts encoded at a time
 
-def text_embeddings(texts, dim: int = 256, cache: bool = True) -> np.ndarray:
-    """float32 [n, d] of `texts` (n str or None): rows of length 1, zero rows where there is no text (or no known word).
 
-    Words and word pairs, sublinear TF-IDF, truncated SVD (latent semantic analysis, Deerwester et al. 1990). From 1,000
-    texts on, a term must occur in two of them. d is `dim`, or less where there is not that much to reduce:
+def text_embeddings(texts, dim: int = 256, cache: bool = True, encoder: str | None = None) -> np.ndarray:
+    """float32 [n, d] of `texts` (n str or None): zero rows where there is no text (or no known word).
+
+    Without an `encoder`: words and word pairs, sublinear TF-IDF, truncated SVD (latent semantic analysis, Deerwester et al. 1990), rows
+    of length 1. From 1,000 texts on, a term must occur in two of them. d is `dim`, or less where there is not that much to reduce:
     d = min(dim, number of non-empty texts, number of terms).
 
-    cache: keep the result under $SIDLAB_CACHE (default ~/.cache/sidlab), keyed by texts, settings and scikit-learn's
-    version. ValueError if dim < 1 or if no text holds a word of two letters.
+    encoder: name or local folder of a Hugging Face model. A row is the mean of its last hidden states over the real tokens (512 at
+    most), of any length; d is the hidden size, whatever `dim`. Encoder-decoders lend their encoder (RASTP: Flan-T5-XL's). Where there is
+    a modules.json, sentence-transformers pools as it says; if it is not installed, a warning says that the mean is taken. A name
+    that is not in Hugging Face's cache is downloaded, with a progress bar. ValueError if it can't be loaded.
+
+    cache: keep the result under $SIDLAB_CACHE (default ~/.cache/sidlab), keyed by texts, settings and the version of scikit-learn or of
+    the encoder's files. ValueError if dim < 1 or if no text holds a word of two letters.
     """
     texts = [text or None for text in texts]
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
     known = [row for row, text in enumerate(texts) if text]
-    settings = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2 if len(known) >= 1000 else 1}
-    path = _cache_path(texts, settings | {"dim": dim, "sklearn": sklearn.__version__})
+    if not known:
+        raise ValueError(f"texts must hold words to embed; all {len(texts)} are empty")
+    if encoder is None:
+        settings = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2 if len(known) >= 1000 else 1}
+        key, embed = settings | {"dim": dim, "sklearn": sklearn.__version__}, lambda some: _tf_idf(some, dim, settings)
+    else:
+        key, embed = _pretrained(str(encoder))
+    path = _cache_path(texts, key)
     if cache and path.exists():
         try:
             return load_file(path)["embeddings"]
         except (SafetensorError, OSError, KeyError) as error:
             warnings.warn(f"recomputing text embeddings, {path} is unreadable: {error}", stacklevel=2)
 
+    rows = embed([texts[row] for row in known])
+    embeddings = np.zeros((len(texts), rows.shape[1]), dtype=np.float32)
+    embeddings[known] = rows
+    if cache:
+        _save(path, embeddings)
+    return embeddings
+
+
+def _tf_idf(texts, dim, settings):
     vectorizer = TfidfVectorizer(**settings, dtype=np.float32)
     try:
-        terms = vectorizer.fit_transform([texts[row] for row in known])
+        terms = vectorizer.fit_transform(texts)
     except ValueError as error:
-        raise ValueError(f"texts must hold words to embed; of the {len(known)} non-empty ones: {error}") from error
+        raise ValueError(f"texts must hold words to embed; of the {len(texts)} non-empty ones: {error}") from error
     if min(terms.shape) > 1:
         reduced = TruncatedSVD(min(dim, *terms.shape), random_state=0).fit_transform(terms)
     else:  # one term or one text is one direction, and no case for the SVD
         reduced = np.asarray(terms.sum(axis=1))
-    embeddings = np.zeros((len(texts), reduced.shape[1]), dtype=np.float32)
-    embeddings[known] = normalize(reduced)
-    if cache:
-        _save(path, embeddings)
-    return embeddings
+    return normalize(reduced)
+
+
+@contextlib.contextmanager
+def _loading(encoder):
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text encoder {encoder!r} can't be loaded: {error}\nIt must be a local folder with a Hugging Face model "
+                         "(config.json, weights, tokenizer) or, with a network, a name on its hub. Without: run "
+                         "`hf download NAME --local-dir FOLDER` elsewhere, and give FOLDER as encoder") from error
+
+
+def _pretrained(encoder: str):
+    """What identifies the files of `encoder` in a cache key, and the function texts → float32 [n, d]."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    with _loading(encoder):
+        config = cached_file(encoder, "config.json")
+        modules = cached_file(encoder, "modules.json", _raise_exceptions_for_missing_entries=False)
+        if config is None:
+            raise OSError("the folder has no config.json")
+    own_pooling = modules is not None and importlib.util.find_spec("sentence_transformers") is not None
+    if modules is not None and not own_pooling:
+        warnings.warn(f"mean pooling is used for text encoder {encoder!r}; its modules.json may ask for another pooling: "
+                      "install sentence-transformers to follow it", stacklevel=3)
+    files = [(str(path), path.stat()) for path in sorted(pathlib.Path(config).parent.rglob("*")) if path.is_file()]
+    version = extract_commit_hash(config, None) or [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files]
+    return [encoder, version, own_pooling, MAX_TOKENS], lambda texts: _encoded(texts, encoder, own_pooling)
+
+
+def _encoded(texts, encoder, own_pooling):
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as ENCODERS
+
+    if own_pooling:
+        from sentence_transformers import SentenceTransformer
+
+        with _loading(encoder):
+            model = SentenceTransformer(encoder)
+        return model.encode(texts, batch_size=BATCH)
+    with _loading(encoder):
+        config, tokenizer = AutoConfig.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
+        # The classes of the T5 family read the encoder's weights only; other encoder-decoders are read whole.
+        auto = AutoModelForTextEncoding if config.is_encoder_decoder and config.model_type in ENCODERS else AutoModel
+        model = auto.from_pretrained(encoder, dtype=torch.float32)
+    model = (model.get_encoder() if config.is_encoder_decoder else model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"
+    length = min(MAX_TOKENS, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
+    order = np.argsort([len(text) for text in texts], kind="stable")  # similar lengths together: less padding
+    rows = []
+    for part in np.array_split(order, -(-len(order) // BATCH)):
+        batch = tokenizer([texts[i] for i in part], padding=True, truncation=True, max_length=length, return_tensors="pt")
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        with torch.inference_mode():
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state  # [b, tokens, d]
+        rows.append(((hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)).cpu())  # [b, d]
+    return torch.cat(rows).numpy()[np.argsort(order)]
 
 
 def _cache_path(texts, settings):
