@@ -25,7 +25,8 @@ class Signals:
     Shapes: `hidden` float [B, N, d], the state after the scoring layer; `centrality` float [B, N]; `mask` [B, N], 1 real, 0
     padding; `positions` int64 [B, N], the token's place in its history, 0 for the oldest; `levels` int64 [B, N], its level
     in its SID counted from 0, `L` for a separator; `item_index` int64 [B, N], which item of the history it belongs to, 0 for the
-    oldest; `truth` float [B, N], true information in nats (planted catalogue); `generator` for random scorers.
+    oldest; `truth` float [B, N], true information in nats (planted catalogue); `seed` int64 [B], one a row, for random scorers
+    that must not depend on the other rows; `generator` for random scorers without it.
     """
 
     hidden: Tensor
@@ -35,6 +36,7 @@ class Signals:
     levels: Tensor | None = None
     item_index: Tensor | None = None
     truth: Tensor | None = None
+    seed: Tensor | None = None
     generator: torch.Generator | None = None
 
 
@@ -70,10 +72,19 @@ def _need(signals: Signals, scorer: str, field: str) -> Tensor:
 def _random(signals: Signals) -> Tensor:
     # Drawn on the CPU by position in the history, so that padding on either side draws the same numbers.
     positions = _need(signals, "random", "positions")
+    if signals.seed is not None:
+        return (scramble(scramble(signals.seed)[:, None] + positions) & (2**24 - 1)) / 2**24
     generator = signals.generator
     device = generator.device if generator is not None else "cpu"
     draw = torch.rand(positions.shape, generator=generator, device=device).to(positions.device)
     return draw.gather(1, positions.clamp_min(0))
+
+
+def scramble(x: Tensor) -> Tensor:
+    """A hash of int64, any shape: equal numbers give equal results on every device, others unrelated ones (splitmix64's finaliser)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 SCORERS: dict[str, Callable[[Signals], Tensor]] = {

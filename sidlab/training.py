@@ -79,9 +79,10 @@ class TrainConfig:
         for name, valid in (("arch", ("t5",)), ("padding", ("batch", "fixed")), ("precision", ("auto", "fp32", "bf16"))):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(map(repr, valid))}")
-        for name in ("d_model", "max_items", "batch_tokens", "accumulation", "eval_every", "beam"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("d_model", "max_items", "batch_tokens", "accumulation", "max_updates", "eval_every", "eval_users", "patience", "beam"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.pruning is not None and self.pruning.after_layer > self.num_layers:
             raise ValueError(f"after_layer={self.pruning.after_layer} lies beyond the last encoder layer; use 1..{self.num_layers}")
 

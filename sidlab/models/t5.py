@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from sidlab.map_loss import MapConfig, MapHead, map_loss
 from sidlab.pruning import PruningConfig, TokenPruner
-from sidlab.saliency import Signals, attention_centrality, semantic_saliency, token_importance
+from sidlab.saliency import Signals, attention_centrality, scramble, semantic_saliency, token_importance
 from sidlab.sids.table import BOS, PAD, SidTable
 
 
@@ -169,9 +169,10 @@ class PrunedEncoder(_LibraryInit, T5Stack):
         if input_ids is not None:
             levels = self.token_level[input_ids]  # [B, N]
             item_index = ((levels == 0).cumsum(1) - 1).clamp_min(0)
-        # Drawn from the global state in training; from a fixed seed otherwise, so that recommendations repeat.
-        generator = None if self.training else torch.Generator().manual_seed(0)
-        signals = Signals(hidden.detach(), centrality, tokens, (tokens.cumsum(1) - 1).clamp_min(0), levels, item_index, truth, generator)
+        positions = (tokens.cumsum(1) - 1).clamp_min(0)
+        # Random scorers draw from the global state in training, and otherwise by the history itself, so that recommendations repeat.
+        seed = None if self.training or input_ids is None else (scramble(input_ids + (positions << 32)) * tokens).sum(1)
+        signals = Signals(hidden.detach(), centrality, tokens, positions, levels, item_index, truth, seed)
         out.importance = token_importance(signals, pruning.scorer)
         out.centrality, out.saliency = centrality, semantic_saliency(signals.hidden) * tokens
         protect = levels == len(self.config.widths) if pruning.protect_separators and levels is not None else None

@@ -37,8 +37,8 @@ GUIDE = {
         repetitions would land about here. Three seeds say little about how much seeds differ, so the uncertainty is at
         least this large. Where two intervals overlap, the difference is the sharper question.""",
     "difference and p": """each method against `unpadded` on the same users, in recall@10. If the interval holds 0, do
-        not call either better. p says how often a difference as large would come about by chance, were the two equally
-        good. It speaks of these trained models; the interval also of other seeds.""",
+        not call either better. With one seed there is also p: how often a difference as large would come about by chance,
+        were the two trained models equally good. Of other seeds neither it nor its interval knows anything.""",
     "padding is not pruning": """a batch is a rectangle, so short histories are filled up with empty slots. `padded`
         fills all up to one fixed length, as published; `unpadded` batches histories of one length and needs hardly any
         filling. It loses nothing, so the time it saves is no merit of pruning: a pruner has to beat `unpadded`.""",
@@ -172,8 +172,9 @@ def _versus(test):
     if not test:
         return "–"
     low, high = (_number(end, "+.4f") for end in test["interval"])
-    p = "p &lt; 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}"
-    return f"{_number(test['difference'], '+.4f')}<small>[{low}, {high}]</small><small>{p}</small>"
+    p = test["p_value"]
+    p = "" if p is None else "<small>p &lt; 0.001</small>" if p < 0.001 else f"<small>p = {p:.3f}</small>"
+    return f"{_number(test['difference'], '+.4f')}<small>[{low}, {high}]</small>{p}"
 
 
 def _ratio(row, base, field, spec):
