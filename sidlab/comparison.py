@@ -29,19 +29,32 @@ from sidlab.decoding import encode_histories
 from sidlab.map_loss import MapConfig
 from sidlab.metrics import bootstrap_interval, ndcg_at, paired_test, rank_of_target, recall_at
 from sidlab.pruning import PruningConfig
-from sidlab.saliency import SCORERS
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
 from sidlab.training import TrainConfig, evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
 
 METHODS = {
-    "padded": "nothing pruned, every history padded to the longest possible (150 slots in RASTP)",
-    "unpadded": "nothing pruned, no padding to speak of",
-    **{name: f"unpadded, tokens kept by the {name} scorer" for name in SCORERS},
-    "map": "unpadded, with multi-step auxiliary prediction",
+    "padded": "nothing pruned, every history filled up to a fixed number of slots, as published",
+    "unpadded": "nothing pruned and next to no padding: the baseline for every pruner",
+    "recent": "keeps the newest tokens",
+    "random": "keeps tokens at random",
+    "rastp": "keeps the tokens with most attention received × size of hidden state (RASTP, STAMP's SAP)",
+    "rastp-l2": "as rastp, the size of the hidden state being its Euclidean norm",
+    "rastp-reference": "padded, and pruned as RASTP's published code does it",
+    "pool": "averages neighbouring tokens down to the kept share",
+    "norm": "keeps the tokens with the largest hidden states",
+    "centrality": "keeps the tokens that receive most attention",
+    "oracle": "keeps the tokens that truly hold most information",
+    "map": "prunes nothing, also learns to predict further items (STAMP's MAP)",
     "stamp": "rastp and map together",
 }
+BASELINES = {
+    "popularity": "the most popular items, the same for everyone",
+    "neighbours": "what stood next to the history's items in training: a table, no network",
+    "bayes": "the best list for one who knows how the planted world works: a ceiling",
+}
+PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map"))
 DEFAULT_METHODS = "padded unpadded recent random rastp map stamp"
 PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir")
 METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}
@@ -93,16 +106,17 @@ def method_config(name: str, preset: str, seed: int) -> TrainConfig:
     base, _, keep = name.partition("@")
     if base not in METHODS:
         raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}")
-    prunes = base in SCORERS or base == "stamp"
+    prunes = base in PRUNERS
     if keep and not (prunes and re.fullmatch(r"\d+(/\d+|\.\d+)?", keep)):
         raise ValueError(f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or rastp@0.5")
     changes = {}
     if prunes:
         share = {"keep": float(fractions.Fraction(keep))} if keep else {}
-        changes["pruning"] = PruningConfig(scorer="rastp" if base == "stamp" else base, **share)
+        how = {"pool": {"reduce": "pool"}, "rastp-reference": {"mode": "reference"}, "stamp": {}}
+        changes["pruning"] = PruningConfig(**how.get(base, {"scorer": base}), **share)
     if base in ("map", "stamp"):
         changes["map"] = MapConfig()
-    if base == "padded":
+    if base in ("padded", "rastp-reference"):
         changes["padding"] = "fixed"
     return TrainConfig.preset(preset, seed=seed, **changes)
 
@@ -189,7 +203,7 @@ def run(folder, name: str, seed: int) -> None:
     ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=truth)
     row = {"method": name, "seed": seed, **_metrics(ranks), **result.timing, **result.tokens, "peak_memory_mb": result.peak_memory,
            "evaluation_seconds": time.perf_counter() - begin, "kept_informative": None}
-    if catalogue.truth is not None and config.pruning is not None:
+    if catalogue.truth is not None and config.pruning is not None and config.pruning.reduce == "select":
         row["kept_informative"] = kept_informative(result.model, catalogue.truth, histories)
     evaluations = [e for e in result.log if "recall@10" in e]
     losses = [e for e in result.log if "loss" in e]
@@ -255,7 +269,8 @@ def _collect(dataset, preset, names, runs, catalogue, table):
     return {
         "dataset": str(dataset), "preset": preset, "hardware": hardware(), "versions": _versions(),
         "command": f'make reproduce DATASET={dataset} PRESET={preset} METHODS="{" ".join(names)}" SEEDS={len(runs) // len(names)}',
-        "users": ranks[names[0]].shape[1], "sids": dict(table.report()), "rows": rows, "summary": summary, "curves": [r["curve"] for r in runs],
+        "users": ranks[names[0]].shape[1], "sids": dict(table.report()), "rows": rows, "summary": summary,
+        "curves": [r["curve"] for r in runs],
     }
 
 

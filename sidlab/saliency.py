@@ -41,16 +41,17 @@ class Signals:
 
 
 @torch.no_grad()
-def attention_centrality(attention: Tensor, mask: Tensor) -> Tensor:
+def attention_centrality(attention: Tensor, mask: Tensor, padding_votes: bool = False) -> Tensor:
     """Attention each token receives, summed over heads and real queries (RASTP, S_attn).
 
-    Args: `attention` float [B, H, N, N], post-softmax, rows are queries; `mask` [B, N], 1 real, 0 padding.
+    Args: `attention` float [B, H, N, N], post-softmax, rows are queries; `mask` [B, N], 1 real, 0 padding; `padding_votes`:
+    padded queries count as well, as in the published code.
     Returns float32 [B, N], 0 at padding.
     """
     batch, _, queries, keys = attention.shape
     if queries != keys or mask.shape != (batch, keys):
         raise ValueError(f"attention must be [B, H, N, N] with mask [B, N], got {tuple(attention.shape)} and {tuple(mask.shape)}")
-    votes = mask.to(attention.dtype)
+    votes = torch.ones_like(mask, dtype=attention.dtype) if padding_votes else mask.to(attention.dtype)
     received = torch.einsum("bhqk,bq->bk", attention, votes)  # [B, N]
     return received.float() * mask
 
@@ -89,6 +90,7 @@ def scramble(x: Tensor) -> Tensor:
 
 SCORERS: dict[str, Callable[[Signals], Tensor]] = {
     "rastp": lambda s: _need(s, "rastp", "centrality") * semantic_saliency(s.hidden),
+    "rastp-l2": lambda s: _need(s, "rastp-l2", "centrality") * semantic_saliency(s.hidden, p=2),
     "norm": lambda s: semantic_saliency(s.hidden),
     "centrality": lambda s: _need(s, "centrality", "centrality"),
     "random": _random,

@@ -18,7 +18,15 @@ import time
 
 import numpy as np
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
@@ -83,6 +91,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.pruning is not None and self.pruning.mode == "reference" and self.padding != "fixed":
+            raise ValueError('pruning mode="reference" needs padding="fixed", as in the published code')
         if self.pruning is not None and self.pruning.after_layer > self.num_layers:
             raise ValueError(f"after_layer={self.pruning.after_layer} lies beyond the last encoder layer; use 1..{self.num_layers}")
 

@@ -10,25 +10,10 @@ import pathlib
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from sidlab.comparison import BASELINES, METHODS
 from sidlab.papers import METRICS, RASTP_CLAIMS, STAMP_CLAIMS, published
 from sidlab.viz import figures
 from sidlab.viz.figures import COST, MEMORY
-
-MEANING = {
-    "padded": "nothing pruned, every history filled up to a fixed number of slots, as published",
-    "unpadded": "nothing pruned and next to no padding: the baseline for every pruner",
-    "recent": "keeps the newest tokens",
-    "random": "keeps tokens at random",
-    "rastp": "keeps the tokens with most attention received × size of hidden state (RASTP, STAMP's SAP)",
-    "map": "prunes nothing, also learns to predict further items (STAMP's MAP)",
-    "stamp": "rastp and map together",
-    "norm": "keeps the tokens with the largest hidden states",
-    "centrality": "keeps the tokens that receive most attention",
-    "oracle": "keeps the tokens that truly hold most information",
-    "popularity": "the most popular items, the same for everyone",
-    "neighbours": "what stood next to the history's items in training: a table, no network",
-    "bayes": "the best list for one who knows how the planted world works: a ceiling",
-}
 
 GUIDE = {
     "recall@10": """the share of test users whose next item, which no method saw, is among the ten recommended ones.
@@ -155,7 +140,7 @@ def _summary_table(results):
     body = []
     for row in rows:
         name, _, keep = row["method"].partition("@")
-        meaning = MEANING.get(name, "") + (f"; {keep} of them" if keep else "")
+        meaning = (METHODS | BASELINES).get(name, "") + (f"; {keep} of them" if keep else "")
         cells = [f"<b>{_text(row['method'])}</b><small>{_text(meaning)}</small>", _number(row.get("seeds"), "d")]
         cells += [f"{row[metric]:.4f}<small>{figures.span(row, metric)}</small>" for metric in METRICS]
         cells += [_versus(row.get("versus_unpadded")), _ratio(row, base, COST, "#.3g"),
