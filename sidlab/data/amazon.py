@@ -105,6 +105,7 @@ def fetch_amazon(category: str) -> pathlib.Path:
     What a broken transfer has brought stays in a `.part` file, and the next call goes on from there; a file gets its name when
     it is whole and intact. ConnectionError if a file can't be had; ValueError for a bad category or a damaged file.
     """
+    category = next((short for short, full in SHORT.items() if full == category), category)  # one folder for both names
     full = SHORT.get(category, category)
     if not re.fullmatch("[A-Za-z_]+", full):
         raise ValueError(f"category must be one of {list(SHORT)} or as in the file names, e.g. 'Office_Products', got {category!r}")
