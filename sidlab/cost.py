@@ -14,7 +14,7 @@ import torch
 
 from sidlab.pruning import kept_count
 from sidlab.training import TrainConfig, _use_bf16
-from sidlab.windows import LengthBatches
+from sidlab.windows import LengthBatches, UserBatches, Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,28 +39,28 @@ class Cost:
     state_bytes = property(lambda self: 16 * self.parameters)
 
 
-def cost(config: TrainConfig, widths, lengths, *, fused: bool | None = None, bf16: bool | None = None) -> Cost:
+def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf16: bool | None = None) -> Cost:
     """The cost of training `config`.
 
-    Args: `widths`: codes per level, as in `SidTable.widths`; `lengths` int [windows]: items of history per window, as in
-    `Windows.lengths` (cut to `max_items`). For the activations: `fused`, whether attention runs in a fused kernel where nothing
+    Args: `widths`: codes per level, as in `SidTable.widths`; `windows`: the `Windows`, or (unless `config.windows` is "contiguous")
+    their lengths alone, int [windows], items of history per window (cut to `max_items`). For the activations: `fused`, whether attention runs in a fused kernel where nothing
     is scored (as on a GPU; on a processor T5's learned position bias forbids it), and `bf16`, mixed precision; None: as
-    training would here. Raises ValueError where training would: `batch_tokens` below one window's slots.
+    training would here (`mode="reference"` is modelled as published, unfused in float32). Raises ValueError where training would: `batch_tokens` below one window's slots.
     """
-    ordered = np.sort(np.minimum(np.asarray(lengths, np.int64), config.max_items))
-    cuts = LengthBatches(ordered, len(widths) + config.separators, config.batch_tokens).cuts
-    size, shortest, longest = np.diff(cuts), ordered[cuts[:-1]], ordered[cuts[1:] - 1]  # [batches] each
+    size, shortest, longest = _batches(config, widths, windows)  # [batches] each
     room = np.full_like(longest, config.max_items) if config.padding == "fixed" else longest  # for so many items
     slots, p = room * (len(widths) + config.separators), config.pruning
     # As in `TokenPruner`: from the shape alone, or from the longest history where items or separators count.
     kept = _kept(config, widths, longest if p is not None and (p.unit == "item" or p.protect_separators) else room)
-    padded = shortest < room, _kept(config, widths, shortest) < kept
+    if p is not None and p.mode == "reference":
+        kept = np.floor(p.keep * slots + 1e-6).astype(np.int64)
+    padded = shortest < room, np.minimum(_kept(config, widths, shortest), shortest * (len(widths) + config.separators)) < kept
     fused, bf16 = torch.cuda.is_available() if fused is None else fused, _use_bf16(config) if bf16 is None else bf16
     memory = size * _activations(config, widths, slots, kept, *padded, fused, bf16)
     flops = {part: _mean(value, size) for part, value in _flops(config, widths, slots, kept).items()}
     parameters = _parameters(config, widths)
     activation_bytes = int(memory.max()) + 2 * parameters * bf16  # a copy of the weights is kept with them
-    return Cost(flops, activation_bytes, parameters, _mean(slots, size), _mean(kept, size), len(ordered), len(size))
+    return Cost(flops, activation_bytes, parameters, _mean(slots, size), _mean(kept, size), int(size.sum()), len(size))
 
 
 def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = None, batch_size: int = 256) -> float:
@@ -79,14 +79,27 @@ def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = 
     return _mean(total, size)
 
 
-def cost_table(configs: dict[str, TrainConfig], widths, lengths, **options) -> pd.DataFrame:
+def cost_table(configs: dict[str, TrainConfig], widths, windows, **options) -> pd.DataFrame:
     """Predicted training cost, a row a named configuration; × is relative to the one named "unpadded". `options` as in `cost`."""
-    costs = {name: cost(config, widths, lengths, **options) for name, config in configs.items()}
+    costs = {name: cost(config, widths, windows, **options) for name, config in configs.items()}
     base = costs["unpadded"]
     return pd.DataFrame.from_dict({name: {
         "× FLOPs": c.training / base.training, "× activations": c.activation_bytes / base.activation_bytes,
         "MFLOPs per window": c.training / 1e6, "activations MB": c.activation_bytes / 2**20, "state MB": c.state_bytes / 2**20,
         "slots": c.slots, "kept": c.kept} for name, c in costs.items()}, orient="index")
+
+
+def _batches(config, widths, windows):
+    """Windows in each batch of an epoch, and the items of its shortest and its longest window: int64 [batches] each."""
+    lengths = windows.lengths if isinstance(windows, Windows) else np.asarray(windows, np.int64)
+    if config.windows == "contiguous":
+        if not isinstance(windows, Windows):
+            raise ValueError('config.windows="contiguous" draws windows by user: give the Windows, not their lengths')
+        batches = [lengths[batch] for batch in UserBatches(windows, config.accumulation, config.seed)]
+        return tuple(np.array([f(batch) for batch in batches]) for f in (len, np.min, np.max))
+    ordered = np.sort(np.minimum(lengths, config.max_items))
+    cuts = LengthBatches(ordered, len(widths) + config.separators, config.batch_tokens).cuts
+    return np.diff(cuts), ordered[cuts[:-1]], ordered[cuts[1:] - 1]
 
 
 def _mean(values, size):
@@ -114,7 +127,7 @@ def _layer(config, n, keys):
 def _flops(config, widths, slots, kept):
     d, inner, levels, layers = config.d_model, config.num_heads * config.d_kv, len(widths), config.num_decoder_layers
     before, ahead = config.pruning.after_layer if config.pruning is not None else config.num_layers, _ahead(config, widths)
-    return {"encoder": before * _layer(config, slots, slots), "scoring": 2 * slots**2 * (config.pruning is not None),
+    return {"encoder": before * _layer(config, slots, slots), "scoring": 2 * slots**2 * (config.pruning is not None and config.pruning.reduce == "select"),
             "behind": (config.num_layers - before) * _layer(config, kept, kept), "decoder": layers * _layer(config, levels, levels),
             "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept), "heads": 2 * d * sum(widths),
             "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)))}
@@ -156,15 +169,18 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
         recast = w * (bf16 and hidden == 1 and not drop)
         return norm(n, 3) + attention + norm(n) + n * (2 * d * noise + f * (hidden * (w + drop * (noise + w)) + recast))
 
-    plain = in_kernel if fused else explicit
-    cross = (plain if drop else in_kernel)(levels, kept, padded_behind)  # a processor has such a kernel where no bias is learned
-    total = slots * d * noise32 + padded * slots**2  # embeddings; a mask of one byte
+    reference = p is not None and p.mode == "reference"
+    plain = in_kernel if fused and not reference else explicit
+    cross = (plain if drop or reference else in_kernel)(levels, kept, padded_behind)  # a processor's kernel takes no learned bias
+    masked = padded & ~np.bool_(reference)  # a mask of one byte; the library's plain attention adds one instead, and keeps none
+    total = slots * d * noise32 + masked * slots**2  # with the embeddings
     total = total + (p.after_layer - 1 if p is not None else config.num_layers) * layer(slots, plain(slots, slots, padded))
     if p is not None:
-        behind, moved = config.num_layers - p.after_layer, p.positions == "original"  # moved: each row its own bias, gathered
-        total = total + layer(slots, explicit(slots, slots, v=w)) + padded * slots**2 + 4 * slots * d
-        total = total + (4 * heads * kept * slots if moved and behind else 0) + padded_behind * kept**2
-        attention = in_kernel if p.positions == "none" and not drop else plain
+        behind, moved = config.num_layers - p.after_layer, p.positions == "original" and not reference  # each row its own bias, gathered
+        scored = layer(slots, explicit(slots, slots, v=w)) + masked * slots**2 + 4 * slots * d
+        total = total + (scored if p.reduce == "select" else layer(slots, plain(slots, slots, padded)))
+        total = total + (4 * heads * kept * slots if moved and behind else 0) + (padded_behind & ~np.bool_(reference)) * kept**2
+        attention = in_kernel if p.positions == "none" and not drop and not reference else plain
         total = total + behind * layer(kept, attention(kept, kept, padded_behind | moved))
     total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + noise32))  # last norm, read by all cross-attention
     total = total + decoders * (layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * noise)

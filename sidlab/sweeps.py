@@ -23,14 +23,12 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
+import sidlab
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.map_loss import MapConfig
 from sidlab.metrics import bootstrap_interval, ndcg_at, recall_at
 from sidlab.pruning import PruningConfig
-from sidlab.sids.opq import OPQ
-from sidlab.sids.residual_kmeans import ResidualKMeans
-from sidlab.sids.rqvae import RQVAE
 from sidlab.sids.table import SidTable
 from sidlab.training import TrainConfig, evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
@@ -38,7 +36,7 @@ from sidlab.windows import leave_one_out, truth_tokens
 METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}
 COSTS = ("train_seconds", "seconds_per_1k_windows", "real_token_fraction", "kept_token_fraction", "peak_memory_mb",
          "evaluation_seconds", "windows", "updates")
-ENCODERS = {"residual-kmeans": ResidualKMeans, "rqvae": RQVAE, "opq": OPQ}
+ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
 SIDS = ("encoder", "levels", "width", "collisions", "file")
 
 
@@ -157,7 +155,7 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
         name = sids.get("encoder", "residual-kmeans")
         if name not in ENCODERS:
             raise ValueError(f"sids.encoder={name!r} is unknown; use one of {', '.join(ENCODERS)}")
-        encoder = ENCODERS[name](levels=sids.get("levels", 3), width=width, seed=0).fit(catalogue.embeddings)
+        encoder = getattr(sidlab, ENCODERS[name])(levels=sids.get("levels", 3), width=width, seed=0).fit(catalogue.embeddings)
         table = SidTable(encoder.encode(catalogue.embeddings), width=width, collisions=collisions)
         report = table.report(encoder, catalogue.embeddings)
         encoder.save(folder)
@@ -245,8 +243,6 @@ def _path(folder, name):
 
 def _key(one, catalogue, table):
     """What a finished run depends on: changes when the data, the SIDs, the configuration or the library's version do."""
-    import sidlab
-
     what = [one["config"], catalogue.fingerprint(), table.fingerprint(), sidlab.__version__]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -52,7 +52,7 @@ class Windows(torch.utils.data.Dataset):
 
     Window w has history `items[start[w]:target[w]]` (at most the last `max_items`) and target `items[target[w]]`; its user's
     training part ends before `end[w]`, so auxiliary labels never reach a user's last two items. `kind="contiguous"`: also every
-    stretch that starts later. Windows stand by user; user u has those from `of_user[u]` to `of_user[u + 1]`. `windows[i]` is i
+    stretch that starts later; those that start too early are cut to the same `max_items` and count each. Windows stand by user; user u has those from `of_user[u]` to `of_user[u + 1]`. `windows[i]` is i
     itself: the `Collator` builds whole batches at once.
     """
 
@@ -68,10 +68,9 @@ class Windows(torch.utils.data.Dataset):
         self.target = begin[user] + place
         self.start = np.maximum(begin[user], self.target - max_items)
         if kind == "contiguous":
-            starts = self.target - self.start
-            later = np.arange(starts.sum()) - np.repeat(np.cumsum(starts) - starts, starts)
-            user, self.target, self.start = (np.repeat(a, starts) for a in (user, self.target, self.start))
-            self.start = self.start + later
+            later = np.arange(place.sum()) - np.repeat(np.cumsum(place) - place, place)
+            user, self.target = np.repeat(user, place), np.repeat(self.target, place)
+            self.start = np.maximum(begin[user] + later, self.target - max_items)
         self.end = (begin + sizes)[user]
         self.of_user = np.searchsorted(user, np.arange(len(sizes) + 1))
         if len(self.target) == 0:

@@ -95,7 +95,7 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(methods="unpadded rasp"), "method 'rasp' is unknown; use some of padded unpadded rastp"),
+        (dict(methods="unpadded rasp"), "method 'rasp' is unknown; use some of padded unpadded recent"),
         (dict(methods="map@1/2"), "only a pruning method takes a kept share"),
         (dict(methods="rastp@much"), "written as in rastp@1/2"),
         (dict(methods="rastp@2"), "must lie in"),

@@ -70,10 +70,10 @@ def test_windows_are_all_prefixes(train, max_items):
 @given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5).filter(lambda t: any(len(h) > 1 for h in t)), st.integers(1, 7))
 def test_contiguous_windows_are_all_stretches(train, max_items):
     expected = [
-        (user, h[s:t], h[t], h[t:])
+        (user, h[max(s, t - max_items) : t], h[t], h[t:])
         for user, h in enumerate(train)
         for t in range(1, len(h))
-        for s in range(max(0, t - max_items), t)
+        for s in range(t)
     ]
     w = Windows([np.array(h, np.int64) for h in train], max_items, "contiguous")
     owner = np.repeat(np.arange(len(train)), np.diff(w.of_user)).tolist()
