@@ -27,9 +27,11 @@ _HOME = {
     "TrainConfig": "training",
     "train": "training",
     "recommend": "decoding",
+    "sweep": "sweeps",
 }
 _ROOMS = (
-    "baselines", "comparison", "decoding", "map_loss", "metrics", "papers", "pruning", "saliency", "training", "viz", "windows",
+    "baselines", "comparison", "cost", "decoding", "map_loss", "metrics", "papers", "pruning", "saliency", "sweeps", "training", "viz",
+    "windows",
 )
 
 __all__ = [*_HOME, *_ROOMS]

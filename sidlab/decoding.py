@@ -53,7 +53,9 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
 def encode_histories(model, histories, truth=None):
     """Run the encoder over histories (arrays of item ids): returns its output, a `PrunedEncoderOutput`."""
     config, table = model.config, _table(model)
-    padded = pad_histories(histories, config.max_items, table.n_items)
+    # The published code prunes a share of the padded length, so the padding has to be the published one.
+    fixed = config.pruning is not None and config.pruning["mode"] == "reference"
+    padded = pad_histories(histories, config.max_items, table.n_items, slots=config.max_items if fixed else None)
     tokens = history_tokens(padded, table, config.separators)
     extra = {}
     if truth is not None:

@@ -11,22 +11,25 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidlab.saliency import SCORERS
 
 UNITS = ("token", "item")
 POSITIONS = ("original", "compact", "none")
+REDUCTIONS = ("select", "pool")
+MODES = ("corrected", "reference")
 
 
 class Pruned(NamedTuple):
     """`hidden` [B, K, d]; `mask` int64 [B, K], 1 used; `positions` int64 [B, K], ascending slots in the unpruned row (0
-    where unused); `importance` float32 [B, N], the scores the choice was made from."""
+    where unused); `importance` float32 [B, N], the scores the choice was made from, None where tokens were pooled."""
 
     hidden: Tensor
     mask: Tensor
     positions: Tensor
-    importance: Tensor
+    importance: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,9 @@ class PruningConfig:
     (0, 1]. `scorer`: a name in `saliency.SCORERS` or a callable (a callable cannot be saved with a model). `unit`: "token" or
     "item" (whole items). `protect_separators`: keep every separator, on top. `positions`: position information behind the
     pruner: "original" (places in the full history), "compact" (places among the kept) or "none" (as the published code does
-    by accident). `at_inference`: prune there too, as the published code does. `mode`: "corrected".
+    by accident). `at_inference`: prune there too, as the published code does. `reduce`: "select" tokens, or "pool": average
+    neighbours down to the kept share, which needs no scorer. `mode`: "corrected", or "reference": what the published code
+    does (see `reference_choice` and the docstring of `models.t5`), for histories padded to a fixed length.
     """
 
     after_layer: int = 2
@@ -47,13 +52,20 @@ class PruningConfig:
     protect_separators: bool = False
     positions: str = "original"
     at_inference: bool = True
+    reduce: str = "select"
     mode: str = "corrected"
 
     def __post_init__(self):
         _check_keep(self.keep)
         _one_of("unit", self.unit, UNITS)
         _one_of("positions", self.positions, POSITIONS)
-        _one_of("mode", self.mode, ("corrected",))
+        _one_of("reduce", self.reduce, REDUCTIONS)
+        _one_of("mode", self.mode, MODES)
+        if self.mode == "reference" or self.reduce == "pool":
+            which = 'mode="reference"' if self.mode == "reference" else 'reduce="pool"'
+            for name in ("unit", "protect_separators", *(["positions", "reduce"] if self.mode == "reference" else [])):
+                if getattr(self, name) != getattr(PruningConfig, name):
+                    raise ValueError(f"{which} knows no {name}={getattr(self, name)!r}; leave it out")
         if isinstance(self.scorer, str):
             _one_of("scorer", self.scorer, tuple(SCORERS))
         if self.after_layer < 1:
@@ -140,6 +152,40 @@ class TokenPruner(nn.Module):
 
     def extra_repr(self):
         return f"keep={self.keep:.4g}, unit={self.unit!r}"
+
+
+def reference_choice(hidden: Tensor, mask: Tensor, importance: Tensor, keep: float) -> Pruned:
+    """What the published code keeps: floor(keep · N) of all N slots, padding among them, whatever the row's length.
+
+    Arguments as in `TokenPruner.forward`. `mask` of the result is that of the first K slots, not of the kept ones: the same with
+    padding on the right, wrong with padding on the left. `positions` are not zeroed where the mask is 0.
+    """
+    slots = math.floor(keep * mask.shape[1] + 1e-6)
+    if slots < 1:
+        raise ValueError(f"keep={keep:.4g} of {mask.shape[1]} slots leaves none")
+    positions = torch.argsort(importance, dim=1, descending=True, stable=True)[:, :slots].sort(1).values  # [B, K]
+    gathered = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, K, d]
+    return Pruned(gathered, mask[:, :slots].long(), positions, importance)
+
+
+def pool_tokens(hidden: Tensor, mask: Tensor, keep: float) -> Pruned:
+    """Average each row's n real tokens in ceil(keep · n) bins of neighbours, as even as they can be.
+
+    `hidden` [B, N, d], `mask` [B, N]. Returns `Pruned` with `positions` the slots at which the bins start.
+    """
+    real = mask.bool()
+    n = real.sum(1, keepdim=True)  # [B, 1]
+    bins = kept_count(n, keep)
+    slots = max(math.ceil(keep * mask.shape[1] - 1e-6), 1)
+    place = real.cumsum(1) - 1  # among the real ones
+    bin_of = torch.where(real, place * bins // n.clamp_min(1), slots)  # [B, N]; padding goes to one bin more, which is dropped
+    total = hidden.new_zeros(len(hidden), slots + 1, hidden.shape[-1])
+    total = total.scatter_add(1, bin_of.unsqueeze(-1).expand_as(hidden), hidden)[:, :-1]  # [B, K, d]
+    size = torch.zeros_like(total[..., 0]).scatter_add(1, bin_of.clamp_max(slots - 1), (real * (bin_of < slots)).to(hidden.dtype))
+    used = torch.arange(slots, device=mask.device) < bins  # [B, K]
+    starts = real & (bin_of != F.pad(bin_of, (1, 0), value=-1)[:, :-1])
+    positions = torch.argsort(~starts, dim=1, stable=True)[:, :slots].masked_fill(~used, 0)
+    return Pruned(total / size.clamp_min(1).unsqueeze(-1), used.long(), positions, None)
 
 
 def _top(score: Tensor, count: Tensor) -> Tensor:

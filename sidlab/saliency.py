@@ -25,7 +25,8 @@ class Signals:
     Shapes: `hidden` float [B, N, d], the state after the scoring layer; `centrality` float [B, N]; `mask` [B, N], 1 real, 0
     padding; `positions` int64 [B, N], the token's place in its history, 0 for the oldest; `levels` int64 [B, N], its level
     in its SID counted from 0, `L` for a separator; `item_index` int64 [B, N], which item of the history it belongs to, 0 for the
-    oldest; `truth` float [B, N], true information in nats (planted catalogue); `generator` for random scorers.
+    oldest; `truth` float [B, N], true information in nats (planted catalogue); `seed` int64 [B], one a row, for random scorers
+    that must not depend on the other rows; `generator` for random scorers without it.
     """
 
     hidden: Tensor
@@ -35,20 +36,22 @@ class Signals:
     levels: Tensor | None = None
     item_index: Tensor | None = None
     truth: Tensor | None = None
+    seed: Tensor | None = None
     generator: torch.Generator | None = None
 
 
 @torch.no_grad()
-def attention_centrality(attention: Tensor, mask: Tensor) -> Tensor:
+def attention_centrality(attention: Tensor, mask: Tensor, padding_votes: bool = False) -> Tensor:
     """Attention each token receives, summed over heads and real queries (RASTP, S_attn).
 
-    Args: `attention` float [B, H, N, N], post-softmax, rows are queries; `mask` [B, N], 1 real, 0 padding.
+    Args: `attention` float [B, H, N, N], post-softmax, rows are queries; `mask` [B, N], 1 real, 0 padding; `padding_votes`:
+    padded queries count as well, as in the published code.
     Returns float32 [B, N], 0 at padding.
     """
     batch, _, queries, keys = attention.shape
     if queries != keys or mask.shape != (batch, keys):
         raise ValueError(f"attention must be [B, H, N, N] with mask [B, N], got {tuple(attention.shape)} and {tuple(mask.shape)}")
-    votes = mask.to(attention.dtype)
+    votes = torch.ones_like(mask, dtype=attention.dtype) if padding_votes else mask.to(attention.dtype)
     received = torch.einsum("bhqk,bq->bk", attention, votes)  # [B, N]
     return received.float() * mask
 
@@ -70,14 +73,24 @@ def _need(signals: Signals, scorer: str, field: str) -> Tensor:
 def _random(signals: Signals) -> Tensor:
     # Drawn on the CPU by position in the history, so that padding on either side draws the same numbers.
     positions = _need(signals, "random", "positions")
+    if signals.seed is not None:
+        return (scramble(scramble(signals.seed)[:, None] + positions) & (2**24 - 1)) / 2**24
     generator = signals.generator
     device = generator.device if generator is not None else "cpu"
     draw = torch.rand(positions.shape, generator=generator, device=device).to(positions.device)
     return draw.gather(1, positions.clamp_min(0))
 
 
+def scramble(x: Tensor) -> Tensor:
+    """A hash of int64, any shape: equal numbers give equal results on every device, others unrelated ones (splitmix64's finaliser)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
 SCORERS: dict[str, Callable[[Signals], Tensor]] = {
     "rastp": lambda s: _need(s, "rastp", "centrality") * semantic_saliency(s.hidden),
+    "rastp-l2": lambda s: _need(s, "rastp-l2", "centrality") * semantic_saliency(s.hidden, p=2),
     "norm": lambda s: semantic_saliency(s.hidden),
     "centrality": lambda s: _need(s, "centrality", "centrality"),
     "random": _random,

@@ -18,7 +18,15 @@ import time
 
 import numpy as np
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
@@ -27,7 +35,7 @@ from sidlab.metrics import rank_of_target, summary
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.windows import Collator, LengthBatches, Windows, leave_one_out
+from sidlab.windows import Collator, LengthBatches, UserBatches, Windows, leave_one_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +44,9 @@ class TrainConfig:
 
     Model: `d_model`, `d_kv`, `num_heads`, `d_ff`, `ffn_hidden_layers`, `num_layers` (encoder), `num_decoder_layers`, `dropout`,
     `embedding_init`, `position_init` (as in `SidT5Config`),
-    `separators`, `max_items` of history, `pruning`, `map`. Batches: `batch_tokens` encoder slots in a batch and `accumulation`
-    batches an update (so that an update mixes lengths); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`,
+    `separators`, `max_items` of history, `pruning`, `map`. Batches: `windows` "prefixes", in batches of `batch_tokens` encoder
+    slots, `accumulation` of them an update (so that an update mixes lengths); or "contiguous", drawn as published, where
+    `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`,
     the published way, in the same batches). Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all
     updates) and `schedule` (a Hugging Face name). Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every`
     updates on `eval_users` validation users (None: all), stopping after `patience` evaluations without a better recall@5.
@@ -59,6 +68,7 @@ class TrainConfig:
     max_items: int = 30
     pruning: PruningConfig | None = None
     map: MapConfig | None = None
+    windows: str = "prefixes"
     padding: str = "batch"
     batch_tokens: int = 4096
     accumulation: int = 4
@@ -76,12 +86,16 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, valid in (("arch", ("t5",)), ("padding", ("batch", "fixed")), ("precision", ("auto", "fp32", "bf16"))):
+        for name, valid in (("arch", ("t5",)), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
+                            ("precision", ("auto", "fp32", "bf16"))):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(map(repr, valid))}")
-        for name in ("d_model", "max_items", "batch_tokens", "accumulation", "eval_every", "beam"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("d_model", "max_items", "batch_tokens", "accumulation", "max_updates", "eval_every", "eval_users", "patience", "beam"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.pruning is not None and self.pruning.mode == "reference" and self.padding != "fixed":
+            raise ValueError('pruning mode="reference" needs padding="fixed", as in the published code')
         if self.pruning is not None and self.pruning.after_layer > self.num_layers:
             raise ValueError(f"after_layer={self.pruning.after_layer} lies beyond the last encoder layer; use 1..{self.num_layers}")
 
@@ -114,7 +128,7 @@ SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, nu
 PRESETS = {
     "smoke": SMALL | dict(d_model=32, d_ff=64, max_updates=20, eval_every=10, eval_users=50),
     "quick": SMALL | dict(epochs=1, eval_every=100, eval_users=500, patience=20, learning_rate=2e-3),
-    "paper": dict(batch_tokens=4096, accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10),
+    "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),
 }
 
 
@@ -165,10 +179,13 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     truth = catalogue.truth if oracle else None
     meter = Meter()  # first of all: what it finds in use is not the training's
     split = leave_one_out(catalogue.histories)
-    windows = Windows(split.train, config.max_items)
+    windows = Windows(split.train, config.max_items, config.windows)
     collator = Collator(windows, table, separators=config.separators, max_items=config.max_items,
                         fixed_slots=config.padding == "fixed", map_config=config.map, truth=truth)
-    batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed)
+    if config.windows == "prefixes":
+        batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed)
+    else:
+        batches = UserBatches(windows, config.accumulation, config.seed)
     updates = math.ceil(config.epochs * math.ceil(len(batches) / config.accumulation))
     updates = min(updates, config.max_updates or updates)
     model = build_model(config, table)

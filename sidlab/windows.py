@@ -1,7 +1,8 @@
 """From histories to batches: the leave-one-out split, training windows, batches of similar length, the collator.
 
 The last item of a user is the test target, the one before it the validation target, the rest is for training. A training
-window is one prefix of that rest and its next item: every prefix is used once an epoch.
+window is one prefix of that rest and its next item: every prefix is used once an epoch. The published code instead draws from
+all contiguous stretches, early starts and late ones (`kind="contiguous"`, `UserBatches`).
 
 The published code pads every history to a fixed number of slots. Here a batch holds windows of (nearly) equal length and as
 many of them as fit a token budget, so that at least 95 % of the slots are real; `fixed_slots=True` keeps the very same
@@ -50,11 +51,12 @@ class Windows(torch.utils.data.Dataset):
     """Every prefix of every training history with its next item, as indices into one flat array.
 
     Window w has history `items[start[w]:target[w]]` (at most the last `max_items`) and target `items[target[w]]`; its user's
-    training part ends before `end[w]`, so auxiliary labels never reach a user's last two items. `windows[i]` is i itself:
-    the `Collator` builds whole batches at once.
+    training part ends before `end[w]`, so auxiliary labels never reach a user's last two items. `kind="contiguous"`: also every
+    stretch that starts later; those that start too early are cut to the same `max_items` and count each. Windows stand by user; user u has those from `of_user[u]` to `of_user[u + 1]`. `windows[i]` is i
+    itself: the `Collator` builds whole batches at once.
     """
 
-    def __init__(self, train: list[np.ndarray], max_items: int):
+    def __init__(self, train: list[np.ndarray], max_items: int, kind: str = "prefixes"):
         if max_items < 1:
             raise ValueError(f"max_items must be at least 1, got {max_items}")
         sizes = np.array([len(h) for h in train], np.int64)
@@ -65,7 +67,12 @@ class Windows(torch.utils.data.Dataset):
         place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + 1  # target's place within its user
         self.target = begin[user] + place
         self.start = np.maximum(begin[user], self.target - max_items)
+        if kind == "contiguous":
+            later = np.arange(place.sum()) - np.repeat(np.cumsum(place) - place, place)
+            user, self.target = np.repeat(user, place), np.repeat(self.target, place)
+            self.start = np.maximum(begin[user] + later, self.target - max_items)
         self.end = (begin + sizes)[user]
+        self.of_user = np.searchsorted(user, np.arange(len(sizes) + 1))
         if len(self.target) == 0:
             raise ValueError("no training window: every user has fewer than two items before the held-out ones")
 
@@ -115,6 +122,48 @@ class LengthBatches(torch.utils.data.Sampler):
         order = order[np.argsort(self.lengths[order], kind="stable")]
         for b in rng.permutation(len(self)):
             yield order[self.cuts[b] : self.cuts[b + 1]].tolist()
+
+
+class UserBatches(torch.utils.data.Sampler):
+    """The published updates: `accumulation` groups of `users` users, of each group's windows at most `limit` drawn at random.
+
+    An update's windows are dealt to its `accumulation` batches by length: its gradient stays the same, and it needs hardly any
+    padding. Users that fill no whole update wait for another epoch's shuffle.
+    """
+
+    def __init__(self, windows: Windows, accumulation: int, seed: int = 0, *, users: int = 32, limit: int = 512):
+        self.windows, self.accumulation, self.seed, self.users, self.limit, self.epoch = windows, accumulation, seed, users, limit, 0
+        self.with_windows = np.flatnonzero(np.diff(windows.of_user))
+        if len(self.with_windows) < accumulation:
+            raise ValueError(f"accumulation={accumulation} batches an update need as many users, got {len(self.with_windows)}")
+
+    def set_epoch(self, epoch: int):
+        """Choose the shuffle."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.accumulation * max(1, len(self.with_windows) // (self.users * self.accumulation))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order, size = rng.permutation(self.with_windows), self.users * self.accumulation
+        of_user, all_lengths = self.windows.of_user, self.windows.lengths
+        for update in range(len(self) // self.accumulation):
+            drawn = []
+            for begin in range(update * size, min((update + 1) * size, len(order)), self.users):
+                group = np.concatenate([np.arange(of_user[u], of_user[u + 1]) for u in order[begin : begin + self.users]])
+                drawn.append(rng.permutation(group)[: self.limit])
+            drawn = np.concatenate(drawn)
+            lengths = all_lengths[drawn]
+            batches = [drawn[lengths == n] for n in np.unique(lengths)]  # no padding at all, but too many or too few
+            while len(batches) > self.accumulation:  # merge the two neighbours whose merging adds least padding
+                longest = [all_lengths[batch[0]] for batch in batches]
+                i = int(np.argmin([len(batch) for batch in batches[:-1]] * np.diff(longest)))
+                batches[i : i + 2] = [np.concatenate([batches[i + 1], batches[i]])]  # the longest first
+            while len(batches) < self.accumulation:
+                i = int(np.argmax([len(batch) for batch in batches]))
+                batches[i : i + 1] = np.array_split(batches[i], 2)
+            yield from (batch.tolist() for batch in batches)
 
 
 def history_tokens(items: np.ndarray, table: SidTable, separators: bool = True) -> Tensor:

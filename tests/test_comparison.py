@@ -10,7 +10,7 @@ import papermill
 import pytest
 from conftest import ROOT
 
-from sidlab import comparison
+from sidlab import comparison, sweeps
 from sidlab.data.catalogue import load_catalogue
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
@@ -63,25 +63,17 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys
     one.unlink()
     kept = (folder / "runs" / "unpadded-seed0.json").stat().st_mtime_ns
     again = comparison.compare("planted", "smoke", "unpadded rastp@1/2 stamp", 1, str(folder))
-    assert "unpadded, seed 0: already in" in capsys.readouterr().out
+    assert "unpadded-seed0: already in" in capsys.readouterr().out
     assert one.exists() and (folder / "runs" / "unpadded-seed0.json").stat().st_mtime_ns == kept
     recalls = [[row["recall@10"] for row in r["rows"]] for r in (results, again)]
     assert recalls[0] == recalls[1]  # a run repeats exactly
 
 
-def test_other_settings_make_a_run_anew(finished):
-    folder, _ = finished
-    catalogue = load_catalogue("planted")
-    table = comparison.sid_table(catalogue, folder / "sids")
-    assert comparison._finished(folder, "unpadded", 0, catalogue, table, "smoke") is not None
-    assert comparison._finished(folder, "unpadded", 0, catalogue, table, "quick") is None
-
-
-def test_a_failing_run_says_so_with_its_output(finished, tmp_path):
+def test_a_failing_run_says_so_with_its_output(tmp_path):
     (tmp_path / "runs").mkdir()
-    comparison._write_json(tmp_path / "comparison.json", {"dataset": "nowhere", "preset": "smoke"})
-    with pytest.raises(RuntimeError, match="(?s)unpadded, seed 0 failed.*no catalogue 'nowhere'"):
-        comparison._run_child(tmp_path, "unpadded", 0)
+    sweeps.write_json(tmp_path / "runs" / "unpadded-seed0.spec", {"dataset": "nowhere", "sids": {}, "config": {}, "key": ""})
+    with pytest.raises(RuntimeError, match="(?s)unpadded-seed0 failed.*no catalogue 'nowhere'"):
+        sweeps._run_child(tmp_path, "unpadded-seed0", "")
 
 
 def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
@@ -90,20 +82,20 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
     table = SidTable(catalogue.truth.tree, width=tuple(int(w) for w in catalogue.truth.tree.max(0) + 1))
     histories, _ = leave_one_out(catalogue.histories).cases("test")
     config = TrainConfig.preset("smoke", pruning=PruningConfig(keep=1.0, scorer="oracle"))
-    everything = comparison.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
+    everything = sweeps.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
     informative, tokens = catalogue.truth.informative(histories).sum(), sum(len(h) for h in histories) * 4
     assert everything == {"precision": pytest.approx(informative / tokens), "recall": 1.0}
     config = dataclasses.replace(config, pruning=PruningConfig(keep=1 / 3, scorer="oracle"))
-    third = comparison.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
+    third = sweeps.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
     config = dataclasses.replace(config, pruning=PruningConfig(keep=1 / 3, scorer="random"))
-    chance = comparison.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
+    chance = sweeps.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
     assert third["precision"] > 0.95 and abs(chance["precision"] - informative / tokens) < 0.08
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(methods="unpadded rasp"), "method 'rasp' is unknown; use some of padded unpadded rastp"),
+        (dict(methods="unpadded rasp"), "method 'rasp' is unknown; use some of padded unpadded recent"),
         (dict(methods="map@1/2"), "only a pruning method takes a kept share"),
         (dict(methods="rastp@much"), "written as in rastp@1/2"),
         (dict(methods="rastp@2"), "must lie in"),

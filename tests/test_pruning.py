@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidlab.pruning import PruningConfig, TokenPruner, kept_count
+from sidlab.pruning import PruningConfig, TokenPruner, kept_count, pool_tokens, reference_choice
 
 
 @st.composite
@@ -102,7 +102,13 @@ def test_gradients_flow_through_kept_tokens_only():
         (lambda: TokenPruner(0.5, "word"), "unit='word' is unknown; use one of 'token', 'item'"),
         (lambda: PruningConfig(scorer="l1"), "scorer='l1' is unknown; use one of 'rastp'"),
         (lambda: PruningConfig(after_layer=0), "counted from 1, got 0"),
-        (lambda: PruningConfig(mode="reference"), "mode='reference' is unknown"),
+        (lambda: PruningConfig(mode="published"), "mode='published' is unknown; use one of 'corrected', 'reference'"),
+        (lambda: PruningConfig(mode="reference", unit="item"), """mode="reference" knows no unit='item'; leave it out"""),
+        (lambda: PruningConfig(mode="reference", protect_separators=True), "knows no protect_separators=True"),
+        (lambda: PruningConfig(mode="reference", reduce="pool"), "knows no reduce='pool'"),
+        (lambda: PruningConfig(reduce="pool", unit="item"), """reduce="pool" knows no unit='item'"""),
+        (lambda: PruningConfig(reduce="merge"), "reduce='merge' is unknown"),
+        (lambda: reference_choice(torch.zeros(1, 2, 4), torch.ones(1, 2), torch.ones(1, 2), 1 / 3), "of 2 slots leaves none"),
         (
             lambda: TokenPruner(0.5, "item")(torch.zeros(1, 4, 1), torch.ones(1, 4), torch.ones(1, 4)),
             "needs item_index",
@@ -116,3 +122,22 @@ def test_gradients_flow_through_kept_tokens_only():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@given(rows(), st.sampled_from([0.1, 1 / 3, 0.5, 0.8, 1.0]))
+def test_pooling_averages_even_bins_of_neighbours(case, keep):
+    mask = case[0]
+    hidden = torch.randn(*mask.shape, 3, generator=torch.Generator().manual_seed(0))
+    pruned = pool_tokens(hidden, mask, keep)
+    assert pruned.hidden.shape[1] == max(1, math.ceil(keep * mask.shape[1] - 1e-6)) and pruned.importance is None
+    for b, real in enumerate(mask.bool()):
+        slots = real.nonzero().flatten().tolist()
+        bins = _count(len(slots), keep)
+        members = [[s for rank, s in enumerate(slots) if rank * bins // len(slots) == i] for i in range(bins)]
+        assert pruned.mask[b].tolist() == [1] * bins + [0] * (pruned.mask.shape[1] - bins)
+        assert pruned.positions[b, :bins].tolist() == [m[0] for m in members]
+        assert not members or max(map(len, members)) - min(map(len, members)) <= 1
+        for i, m in enumerate(members):
+            torch.testing.assert_close(pruned.hidden[b, i], hidden[b, m].mean(0))
+    if keep == 1.0:
+        torch.testing.assert_close(pruned.hidden[pruned.mask.bool()], hidden[mask.bool()])

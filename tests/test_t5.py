@@ -172,7 +172,7 @@ def test_keeping_all_is_not_pruning(side, unit, after_layer):
 
 @given(
     st.lists(st.integers(1, 8), min_size=2, max_size=5),
-    st.sampled_from(["rastp", "norm", "centrality", "recent"]),
+    st.sampled_from(["rastp", "norm", "centrality", "recent", "random"]),
     st.sampled_from(["token", "item"]),
     st.sampled_from(["original", "compact", "none"]),
     st.booleans(),

@@ -15,6 +15,7 @@ from sidlab.sids.table import PAD, SEP, SidTable
 from sidlab.windows import (
     Collator,
     LengthBatches,
+    UserBatches,
     Windows,
     history_tokens,
     leave_one_out,
@@ -64,6 +65,66 @@ def test_windows_are_all_prefixes(train, max_items):
     assert found == expected
     assert w.lengths.tolist() == [len(h) for h, _, _ in expected]
     assert len(w) == len(expected) and w[len(w) - 1] == len(w) - 1
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5).filter(lambda t: any(len(h) > 1 for h in t)), st.integers(1, 7))
+def test_contiguous_windows_are_all_stretches(train, max_items):
+    expected = [
+        (user, h[max(s, t - max_items) : t], h[t], h[t:])
+        for user, h in enumerate(train)
+        for t in range(1, len(h))
+        for s in range(t)
+    ]
+    w = Windows([np.array(h, np.int64) for h in train], max_items, "contiguous")
+    owner = np.repeat(np.arange(len(train)), np.diff(w.of_user)).tolist()
+    found = [(w.items[s:t].tolist(), w.items[t], w.items[t:e].tolist()) for s, t, e in zip(w.start, w.target, w.end)]
+    assert [(u, *f) for u, f in zip(owner, found, strict=True)] == expected
+    assert len(w.of_user) == len(train) + 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 5), st.sampled_from([3, 1000]))
+def test_an_update_is_a_sample_of_each_group_of_users_cut_by_length(sizes, accumulation, group, limit):
+    windows = [np.arange(1, size + 1) for size in sizes]
+    if sum(size > 1 for size in sizes) < accumulation:
+        with pytest.raises(ValueError):
+            UserBatches(Windows(windows, 5, "contiguous"), accumulation)
+        return
+    windows = Windows(windows, 5, "contiguous")
+    owner = np.repeat(np.arange(len(sizes)), np.diff(windows.of_user))
+    batches = UserBatches(windows, accumulation, seed=1, users=group, limit=limit)
+    seen_users = []
+    for epoch in (0, 1):
+        batches.set_epoch(epoch)
+        epoch_batches = list(batches)
+        assert len(epoch_batches) == len(batches) and all(epoch_batches) and len(batches) % accumulation == 0
+        assert list(batches) == epoch_batches
+        drawn = [i for b in epoch_batches for i in b]
+        assert len(set(drawn)) == len(drawn)
+        users_of_updates = []
+        for u in range(0, len(batches), accumulation):
+            update = [i for b in epoch_batches[u : u + accumulation] for i in b]
+            ends = [(windows.lengths[b].min(), windows.lengths[b].max()) for b in epoch_batches[u : u + accumulation]]
+            assert all(before[1] <= after[0] for before, after in zip(ends, ends[1:]))  # by length
+            users_of_updates.append(set(owner[update].tolist()))
+            assert len(users_of_updates[-1]) <= group * accumulation
+            assert len(update) <= accumulation * limit
+            if limit == 1000:  # nothing is left out
+                assert len(update) == np.isin(owner, list(users_of_updates[-1])).sum()
+        assert sum(map(len, users_of_updates)) == len(set().union(*users_of_updates))  # no user twice
+        seen_users.append(users_of_updates)
+    if len(batches) == accumulation and limit == 1000 and sum(s > 1 for s in sizes) <= group * accumulation:
+        assert seen_users[0] == seen_users[1]
+
+
+def test_published_updates_hold_at_most_512_windows_a_group_and_little_padding():
+    windows = Windows(leave_one_out(planted_catalogue(n_users=1500).histories).train, 17, "contiguous")
+    batches = UserBatches(windows, 16)
+    drawn = list(batches)
+    assert len(drawn) == 32  # two whole updates of 16 × 32 users
+    assert [len([i for b in drawn[u : u + 16] for i in b]) for u in (0, 16)] == [16 * 512] * 2
+    slots = [windows.lengths[b].max() * len(b) for b in drawn]
+    assert sum(windows.lengths[b].sum() for b in drawn) / sum(slots) > 0.95
+    assert max(slots) < 3 * np.mean(slots)
 
 
 @given(

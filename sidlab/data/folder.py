@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import warnings
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -95,9 +96,9 @@ def _find(folder, name):
 
 def _lines(path):
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with (gzip.open if ".gz" in path.suffixes else open)(path, "rb") as file:
             yield from enumerate(file, start=1)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from error
 
 

@@ -182,8 +182,8 @@ def planted_catalogue(n_users: int = 2000, seed: int = 0, *, loyalty: float = 0.
     for level, width in enumerate(widths):
         vectors = np.linalg.qr(rng.normal(size=(dim, width)))[0].T  # orthonormal: no two branches look alike by chance
         embeddings += scale[level] * vectors[truth.tree[:, level]]
-    return Catalogue(name="planted", items=_items(truth.tree), histories=histories, user_ids=[str(i) for i in range(1, n_users + 1)], truth=truth,
-                     embeddings=embeddings.astype(np.float32))
+    return Catalogue(name="planted", items=_items(truth.tree), histories=histories, user_ids=[str(i) for i in range(1, n_users + 1)],
+                     truth=truth, embeddings=embeddings.astype(np.float32))
 
 
 def _world(rng, loyalty, noise):

@@ -132,10 +132,14 @@ def _encoded(texts, encoder, own_pooling):
     return torch.cat(rows).numpy()[np.argsort(order)]
 
 
+def cache_folder() -> pathlib.Path:
+    """$SIDLAB_CACHE, default ~/.cache/sidlab. It need not exist."""
+    return pathlib.Path(os.environ.get("SIDLAB_CACHE") or pathlib.Path.home() / ".cache" / "sidlab")
+
+
 def _cache_path(texts, settings):
-    root = pathlib.Path(os.environ.get("SIDLAB_CACHE") or pathlib.Path.home() / ".cache" / "sidlab")
     key = hashlib.sha256(json.dumps([settings, texts], sort_keys=True).encode()).hexdigest()[:32]
-    return root / f"text-{key}.safetensors"
+    return cache_folder() / f"text-{key}.safetensors"
 
 
 def _save(path, embeddings):

@@ -9,6 +9,10 @@ A subclass of Hugging Face's T5 that overrides three short pieces and nothing el
 
 An item is its SID's tokens, followed by one learned separator where `separators` is on. The decoder starts from BOS and
 predicts the L tokens of the target; there is no EOS, for a SID has a fixed length.
+
+`PruningConfig(mode="reference")` repeats what RASTP's published code does, for comparison: it keeps a share of the padded
+length (`pruning.reference_choice`), without position bias behind the pruner, hands on the mask of the first K slots, lets padded
+queries vote, scores with the attention after dropout, lets separators compete, and uses unfused attention everywhere.
 """
 
 import copy
@@ -26,16 +30,16 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense, T5PreTrainedMode
 from transformers.utils.output_capturing import capture_outputs
 
 from sidlab.map_loss import MapConfig, MapHead, map_loss
-from sidlab.pruning import PruningConfig, TokenPruner
-from sidlab.saliency import Signals, attention_centrality, semantic_saliency, token_importance
+from sidlab.pruning import PruningConfig, TokenPruner, pool_tokens, reference_choice
+from sidlab.saliency import Signals, attention_centrality, scramble, semantic_saliency, token_importance
 from sidlab.sids.table import BOS, PAD, SidTable
 
 
 class SidT5Config(T5Config):
     """T5's configuration plus: `widths`, codes per level; `separators`, one after each item; `max_items` of history;
     `ffn_hidden_layers`, 2 in RASTP's model and 1 in T5's; `embedding_init` and `position_init`, standard deviations of the
-    initial token embeddings and position biases (None: T5's d_model^-½); `pruning` and `map`, the fields of `PruningConfig` and `MapConfig` as
-    dicts, or None."""
+    initial token embeddings and position biases (None: T5's d_model^-½); `pruning` and `map`, the fields of `PruningConfig` and
+    `MapConfig` as dicts, or None."""
 
     model_type = "sid_t5"
 
@@ -87,8 +91,9 @@ class SidOutput(Seq2SeqLMOutput):
 
 
 def scored_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, record=None,
-                     token_mask=None, **kwargs):
-    """Plain attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`."""
+                     token_mask=None, reference=False, **kwargs):
+    """Plain attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`; with `reference` that
+    of the weights after dropout, to which padded queries contribute."""
     scores = torch.matmul(query, key.transpose(2, 3)) * (1.0 if scaling is None else scaling)  # [B, H, N, N]
     if position_bias is not None:
         scores = scores + position_bias
@@ -96,9 +101,9 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         # True where attention may go; additive if the other blocks use the library's "eager" attention
         boolean = attention_mask.dtype == torch.bool
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min) if boolean else scores + attention_mask
-    weights = torch.softmax(scores, dim=-1)
-    record["centrality"] = attention_centrality(weights.detach(), token_mask)  # [B, N]
-    weights = F.dropout(weights, p=dropout, training=module.training)
+    clean = torch.softmax(scores, dim=-1)
+    weights = F.dropout(clean, p=dropout, training=module.training)
+    record["centrality"] = attention_centrality((weights if reference else clean).detach(), token_mask, reference)  # [B, N]
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -133,9 +138,10 @@ class PrunedEncoder(_LibraryInit, T5Stack):
             own = _missing_scorer(scorer) if scorer.startswith("own:") else scorer
             self.pruning = PruningConfig(**config.pruning | {"scorer": own})
             self.pruner = TokenPruner(self.pruning.keep, self.pruning.unit)
-            attention = self.block[self.pruning.after_layer - 1].layer[0].SelfAttention
-            attention.config = copy.copy(config)  # this block alone scores; the others keep the library's choice
-            attention.config._attn_implementation = "sidlab_scored"
+            if self.pruning.reduce == "select":
+                attention = self.block[self.pruning.after_layer - 1].layer[0].SelfAttention
+                attention.config = copy.copy(config)  # this block alone scores; the others keep the library's choice
+                attention.config._attn_implementation = "sidlab_scored"
 
     @capture_outputs
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, truth=None, **kwargs):
@@ -149,41 +155,58 @@ class PrunedEncoder(_LibraryInit, T5Stack):
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long) if input_ids is None else (input_ids != PAD).long()
             attention_mask = attention_mask.to(inputs_embeds.device)
         pruning = self.pruning if self.training or (self.pruning is not None and self.pruning.at_inference) else None
+        reference = pruning is not None and pruning.mode == "reference"
+        full = self.config.max_items * (len(self.config.widths) + self.config.separators)
+        if reference and inputs_embeds.shape[1] != full:
+            raise ValueError(f'mode="reference" prunes a share of the padded length: pad every history to {full} slots '
+                             f'(TrainConfig(padding="fixed")), got {inputs_embeds.shape[1]}')
         out = PrunedEncoderOutput(attention_mask=attention_mask)
         hidden = self.dropout(inputs_embeds)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask)
         bias = None
         for number, block in enumerate(self.block, start=1):
             scoring = pruning is not None and number == pruning.after_layer
-            record = {"record": {}, "token_mask": attention_mask} if self.pruning and number == self.pruning.after_layer else {}
+            selects = self.pruning and self.pruning.reduce == "select" and number == self.pruning.after_layer
+            record = {"record": {}, "token_mask": attention_mask, "reference": reference} if selects else {}
             hidden, bias, _ = block(hidden, mask, bias, **record, **kwargs)
             if scoring:
-                hidden, bias, mask = self._prune(hidden, bias, record["record"]["centrality"], input_ids, truth, out)
+                centrality = record["record"]["centrality"] if selects else None
+                hidden, bias, mask = self._prune(hidden, bias, centrality, input_ids, truth, out)
         out.last_hidden_state = self.dropout(self.final_layer_norm(hidden))
         return out
 
     def _prune(self, hidden, bias, centrality, input_ids, truth, out):
         """Scores, chooses, gathers, and fills the fields of `out`. Returns the state, bias and mask of the layers behind."""
         pruning, tokens = self.pruning, out.attention_mask
-        levels = item_index = None
-        if input_ids is not None:
-            levels = self.token_level[input_ids]  # [B, N]
-            item_index = ((levels == 0).cumsum(1) - 1).clamp_min(0)
-        # Drawn from the global state in training; from a fixed seed otherwise, so that recommendations repeat.
-        generator = None if self.training else torch.Generator().manual_seed(0)
-        signals = Signals(hidden.detach(), centrality, tokens, (tokens.cumsum(1) - 1).clamp_min(0), levels, item_index, truth, generator)
-        out.importance = token_importance(signals, pruning.scorer)
-        out.centrality, out.saliency = centrality, semantic_saliency(signals.hidden) * tokens
-        protect = levels == len(self.config.widths) if pruning.protect_separators and levels is not None else None
-        pruned = self.pruner(hidden, tokens, out.importance, protect=protect, item_index=item_index)
+        if pruning.reduce == "pool":
+            pruned = pool_tokens(hidden, tokens, pruning.keep)
+        else:
+            pruned = self._select(hidden, centrality, input_ids, truth, out)
         out.attention_mask, out.positions = pruned.mask, pruned.positions
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=pruned.hidden, attention_mask=pruned.mask)
         return pruned.hidden, self._bias_behind(bias, pruned), mask
 
+    def _select(self, hidden, centrality, input_ids, truth, out):
+        pruning, tokens = self.pruning, out.attention_mask
+        levels = item_index = None
+        if input_ids is not None:
+            levels = self.token_level[input_ids]  # [B, N]
+            item_index = ((levels == 0).cumsum(1) - 1).clamp_min(0)
+        positions = (tokens.cumsum(1) - 1).clamp_min(0)
+        # Random scorers draw from the global state in training, and otherwise by the history itself, so that recommendations repeat.
+        seed = None if self.training or input_ids is None else (scramble(input_ids + (positions << 32)) * tokens).sum(1)
+        signals = Signals(hidden.detach(), centrality, tokens, positions, levels, item_index, truth, seed)
+        out.importance = token_importance(signals, pruning.scorer)
+        out.centrality, out.saliency = centrality, semantic_saliency(signals.hidden) * tokens
+        if pruning.mode == "reference":
+            return reference_choice(hidden, tokens, out.importance, pruning.keep)
+        protect = levels == len(self.config.widths) if pruning.protect_separators and levels is not None else None
+        return self.pruner(hidden, tokens, out.importance, protect=protect, item_index=item_index)
+
     def _bias_behind(self, bias, pruned):
         """Relative position bias of the kept tokens, [B, H, K, K] or [1, H, K, K]."""
         slots = pruned.positions.shape[1]
-        if self.pruning.positions == "none":
+        if self.pruning.positions == "none" or self.pruning.mode == "reference":
             return torch.zeros_like(bias[..., :slots, :slots])
         if self.pruning.positions == "compact":
             return bias[..., :slots, :slots]
@@ -227,6 +250,8 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
         encoder_config, decoder_config = copy.deepcopy(config), copy.deepcopy(config)
         encoder_config.is_decoder, encoder_config.use_cache = False, False
         decoder_config.is_decoder, decoder_config.num_layers = True, config.num_decoder_layers
+        if config.pruning is not None and config.pruning.get("mode") == "reference":
+            encoder_config._attn_implementation = decoder_config._attn_implementation = "eager"
         self.encoder, self.decoder = PrunedEncoder(encoder_config), T5Stack(decoder_config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.ffn_hidden_layers > 1:

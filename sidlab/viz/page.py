@@ -10,25 +10,10 @@ import pathlib
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from sidlab.comparison import BASELINES, METHODS
 from sidlab.papers import METRICS, RASTP_CLAIMS, STAMP_CLAIMS, published
 from sidlab.viz import figures
 from sidlab.viz.figures import COST, MEMORY
-
-MEANING = {
-    "padded": "nothing pruned, every history filled up to a fixed number of slots, as published",
-    "unpadded": "nothing pruned and next to no padding: the baseline for every pruner",
-    "recent": "keeps the newest tokens",
-    "random": "keeps tokens at random",
-    "rastp": "keeps the tokens with most attention received × size of hidden state (RASTP, STAMP's SAP)",
-    "map": "prunes nothing, also learns to predict further items (STAMP's MAP)",
-    "stamp": "rastp and map together",
-    "norm": "keeps the tokens with the largest hidden states",
-    "centrality": "keeps the tokens that receive most attention",
-    "oracle": "keeps the tokens that truly hold most information",
-    "popularity": "the most popular items, the same for everyone",
-    "neighbours": "what stood next to the history's items in training: a table, no network",
-    "bayes": "the best list for one who knows how the planted world works: a ceiling",
-}
 
 GUIDE = {
     "recall@10": """the share of test users whose next item, which no method saw, is among the ten recommended ones.
@@ -37,8 +22,8 @@ GUIDE = {
         repetitions would land about here. Three seeds say little about how much seeds differ, so the uncertainty is at
         least this large. Where two intervals overlap, the difference is the sharper question.""",
     "difference and p": """each method against `unpadded` on the same users, in recall@10. If the interval holds 0, do
-        not call either better. p says how often a difference as large would come about by chance, were the two equally
-        good. It speaks of these trained models; the interval also of other seeds.""",
+        not call either better. With one seed there is also p: how often a difference as large would come about by chance,
+        were the two trained models equally good. Of other seeds neither it nor its interval knows anything.""",
     "padding is not pruning": """a batch is a rectangle, so short histories are filled up with empty slots. `padded`
         fills all up to one fixed length, as published; `unpadded` batches histories of one length and needs hardly any
         filling. It loses nothing, so the time it saves is no merit of pruning: a pruner has to beat `unpadded`.""",
@@ -155,7 +140,7 @@ def _summary_table(results):
     body = []
     for row in rows:
         name, _, keep = row["method"].partition("@")
-        meaning = MEANING.get(name, "") + (f"; {keep} of them" if keep else "")
+        meaning = (METHODS | BASELINES).get(name, "") + (f"; {keep} of them" if keep else "")
         cells = [f"<b>{_text(row['method'])}</b><small>{_text(meaning)}</small>", _number(row.get("seeds"), "d")]
         cells += [f"{row[metric]:.4f}<small>{figures.span(row, metric)}</small>" for metric in METRICS]
         cells += [_versus(row.get("versus_unpadded")), _ratio(row, base, COST, "#.3g"),
@@ -172,8 +157,9 @@ def _versus(test):
     if not test:
         return "–"
     low, high = (_number(end, "+.4f") for end in test["interval"])
-    p = "p &lt; 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}"
-    return f"{_number(test['difference'], '+.4f')}<small>[{low}, {high}]</small><small>{p}</small>"
+    p = test["p_value"]
+    p = "" if p is None else "<small>p &lt; 0.001</small>" if p < 0.001 else f"<small>p = {p:.3f}</small>"
+    return f"{_number(test['difference'], '+.4f')}<small>[{low}, {high}]</small>{p}"
 
 
 def _ratio(row, base, field, spec):

@@ -1,0 +1,188 @@
+"""What a method costs, from its configuration and the lengths of the histories alone: FLOPs, kept activations, parameters.
+
+Histories come in the very batches that training cuts, so padding is in the numbers; and as a pruner's number of slots follows from
+lengths and not from scores, they are exact for every scorer. A product [m, k] × [k, n] counts 2mkn; look-ups, norms, softmax,
+dropout, sorting, gathering and the optimiser count nothing. The backward pass counts twice the forward (a fused attention also
+repeats its scores there, which is left out).
+"""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sidlab.pruning import kept_count
+from sidlab.training import TrainConfig, _use_bf16
+from sidlab.windows import LengthBatches, UserBatches, Windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """`flops`: of a forward pass per window, by part: "encoder" (layers up to the pruner; without one, all), "scoring" (the votes of
+    attention centrality), "behind" (layers behind the pruner), "decoder" (self-attention and feed-forward), "cross" (its attention
+    to the history), "heads", "map". `activation_bytes`: what autograd keeps until the backward pass, in the batch that keeps
+    most. `state_bytes`: parameters, gradients and AdamW's two moments in float32. `slots`, `kept`: mean encoder slots per
+    window before and behind the pruner. `windows`, `batches`: of an epoch."""
+
+    flops: dict[str, float]
+    activation_bytes: int
+    parameters: int
+    slots: float
+    kept: float
+    windows: int
+    batches: int
+
+    forward = property(lambda self: sum(self.flops.values()), doc="FLOPs of the forward pass per window.")
+    # No gradient flows through the scores.
+    training = property(lambda self: 3 * self.forward - 2 * self.flops["scoring"], doc="FLOPs per window, backward pass included.")
+    state_bytes = property(lambda self: 16 * self.parameters)
+
+
+def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf16: bool | None = None) -> Cost:
+    """The cost of training `config`.
+
+    Args: `widths`: codes per level, as in `SidTable.widths`; `windows`: the `Windows`, or (unless `config.windows` is "contiguous")
+    their lengths alone, int [windows], items of history per window (cut to `max_items`). For the activations: `fused`, whether attention runs in a fused kernel where nothing
+    is scored (as on a GPU; on a processor T5's learned position bias forbids it), and `bf16`, mixed precision; None: as
+    training would here (`mode="reference"` is modelled as published, unfused in float32). Raises ValueError where training would: `batch_tokens` below one window's slots.
+    """
+    size, shortest, longest = _batches(config, widths, windows)  # [batches] each
+    room = np.full_like(longest, config.max_items) if config.padding == "fixed" else longest  # for so many items
+    slots, p = room * (len(widths) + config.separators), config.pruning
+    # As in `TokenPruner`: from the shape alone, or from the longest history where items or separators count.
+    kept = _kept(config, widths, longest if p is not None and (p.unit == "item" or p.protect_separators) else room)
+    if p is not None and p.mode == "reference":
+        kept = np.floor(p.keep * slots + 1e-6).astype(np.int64)
+    padded = shortest < room, np.minimum(_kept(config, widths, shortest), shortest * (len(widths) + config.separators)) < kept
+    fused, bf16 = torch.cuda.is_available() if fused is None else fused, _use_bf16(config) if bf16 is None else bf16
+    memory = size * _activations(config, widths, slots, kept, *padded, fused, bf16)
+    flops = {part: _mean(value, size) for part, value in _flops(config, widths, slots, kept).items()}
+    parameters = _parameters(config, widths)
+    activation_bytes = int(memory.max()) + 2 * parameters * bf16  # a copy of the weights is kept with them
+    return Cost(flops, activation_bytes, parameters, _mean(slots, size), _mean(kept, size), int(size.sum()), len(size))
+
+
+def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = None, batch_size: int = 256) -> float:
+    """Forward FLOPs per user of `recommend` for histories of `lengths` items; `beam`: default `config.beam`. An upper bound if the
+    catalogue uses fewer first codes than that."""
+    parts = np.array_split(np.sort(np.minimum(np.asarray(lengths, np.int64), config.max_items)), -(-len(lengths) // batch_size))
+    size, longest = np.array([len(part) for part in parts]), np.array([part[-1] for part in parts])
+    slots, d, inner = longest * (len(widths) + config.separators), config.d_model, config.num_heads * config.d_kv
+    kept = slots if config.pruning is not None and not config.pruning.at_inference else _kept(config, widths, longest)
+    flops, rows = _flops(config, widths, slots, kept), 1
+    total = flops["encoder"] + flops["scoring"] + flops["behind"] + config.num_decoder_layers * 4 * kept * d * inner
+    for depth, width in enumerate(widths):  # one token a beam; keys and values are in the cache
+        layer = _layer(config, 1, depth + 1) + 4 * inner * (d + kept)
+        total = total + rows * (config.num_decoder_layers * layer + 2 * d * width)
+        rows = min(beam or config.beam, rows * width)
+    return _mean(total, size)
+
+
+def cost_table(configs: dict[str, TrainConfig], widths, windows, **options) -> pd.DataFrame:
+    """Predicted training cost, a row a named configuration; × is relative to the one named "unpadded". `options` as in `cost`."""
+    costs = {name: cost(config, widths, windows, **options) for name, config in configs.items()}
+    base = costs["unpadded"]
+    return pd.DataFrame.from_dict({name: {
+        "× FLOPs": c.training / base.training, "× activations": c.activation_bytes / base.activation_bytes,
+        "MFLOPs per window": c.training / 1e6, "activations MB": c.activation_bytes / 2**20, "state MB": c.state_bytes / 2**20,
+        "slots": c.slots, "kept": c.kept} for name, c in costs.items()}, orient="index")
+
+
+def _batches(config, widths, windows):
+    """Windows in each batch of an epoch, and the items of its shortest and its longest window: int64 [batches] each."""
+    lengths = windows.lengths if isinstance(windows, Windows) else np.asarray(windows, np.int64)
+    if config.windows == "contiguous":
+        if not isinstance(windows, Windows):
+            raise ValueError('config.windows="contiguous" draws windows by user: give the Windows, not their lengths')
+        batches = [lengths[batch] for batch in UserBatches(windows, config.accumulation, config.seed)]
+        return tuple(np.array([f(batch) for batch in batches]) for f in (len, np.min, np.max))
+    ordered = np.sort(np.minimum(lengths, config.max_items))
+    cuts = LengthBatches(ordered, len(widths) + config.separators, config.batch_tokens).cuts
+    return np.diff(cuts), ordered[cuts[:-1]], ordered[cuts[1:] - 1]
+
+
+def _mean(values, size):
+    return float(np.average(np.broadcast_to(values, size.shape), weights=size))
+
+
+def _kept(config, widths, items):
+    """How many tokens stay of a history of `items` items: int64, the shape of `items`."""
+    p, codes, separators = config.pruning, items * len(widths), items * config.separators
+    if p is None:
+        return codes + separators
+    whole = p.unit == "item"
+    count = kept_count(torch.from_numpy(items if whole else codes + separators), p.keep).numpy()
+    if p.protect_separators:
+        return np.minimum(count * len(widths) if whole else count, codes) + separators
+    return count * (len(widths) + config.separators) if whole else count
+
+
+def _layer(config, n, keys):
+    """FLOPs of n tokens through self-attention with so many keys and feed-forward."""
+    d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
+    return n * (8 * d * inner + 4 * keys * inner + 4 * d * f + 2 * (config.ffn_hidden_layers - 1) * f**2)
+
+
+def _flops(config, widths, slots, kept):
+    d, inner, levels, layers = config.d_model, config.num_heads * config.d_kv, len(widths), config.num_decoder_layers
+    before, ahead = config.pruning.after_layer if config.pruning is not None else config.num_layers, _ahead(config, widths)
+    return {"encoder": before * _layer(config, slots, slots), "scoring": 2 * slots**2 * (config.pruning is not None and config.pruning.reduce == "select"),
+            "behind": (config.num_layers - before) * _layer(config, kept, kept), "decoder": layers * _layer(config, levels, levels),
+            "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept), "heads": 2 * d * sum(widths),
+            "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)))}
+
+
+def _ahead(config, widths):
+    """Widths of the levels that each of MAP's steps predicts; by tokens, step s has no label for the first s levels."""
+    steps = range(1, config.map.steps + 1) if config.map is not None else ()
+    return [widths[s if config.map.unit == "token" else 0:] for s in steps]
+
+
+def _parameters(config, widths):
+    d, f, heads, steps = config.d_model, config.d_ff, config.num_heads, len(_ahead(config, widths))
+    attention, ffn = 4 * d * heads * config.d_kv + d, 2 * d * f + (config.ffn_hidden_layers - 1) * f**2 + d  # with their norms
+    layers = config.num_layers * (attention + ffn) + config.num_decoder_layers * (2 * attention + ffn)
+    # And embeddings (the heads are slices of them), two last norms, 32 position biases a head in each stack, MAP's head.
+    return layers + (3 + sum(widths)) * d + 2 * d + 64 * heads + (d * (1 + steps + d) if steps else 0)
+
+
+def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16):
+    """Bytes that autograd keeps per window. Residuals, norms, softmax and loss are float32, operands of products take `w` bytes.
+    `padded`: a batch has empty slots; without, there is no mask and all its rows share one position bias. `fused` follows the
+    derivative of PyTorch's memory-efficient attention, the one kernel of a GPU that takes a learned bias."""
+    d, f, heads, hidden, decoders = config.d_model, config.d_ff, config.num_heads, config.ffn_hidden_layers, config.num_decoder_layers
+    p, levels, ahead, inner, drop = config.pruning, len(widths), _ahead(config, widths), heads * config.d_kv, config.dropout > 0
+    w = 2 if bf16 else 4
+    noise, noise32 = (drop * (1 if fused else size) for size in (w, 4))  # what dropout drew: a byte on a GPU, a number elsewhere
+
+    def norm(n, readers=1):  # input, scale, normalised; the result, which mixed precision casts for each product that reads it
+        return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
+
+    def explicit(n, m, by_row=False, v=4):  # queries, keys, values in v bytes, result; weights, noise, weights as they are read
+        return inner * (v * (n + 2 * m) + w * n) + heads * n * m * (4 + noise32 + v * (drop or v < 4))
+
+    def in_kernel(n, m, by_row):  # and one number a query; a bias for every row of the batch, its last axis rounded up to 8
+        return w * inner * 2 * (n + m) + heads * n * (4 + by_row * w * (-(-m // 8) * 8))
+
+    def layer(n, attention):  # with one hidden layer the library casts to float32 and back
+        recast = w * (bf16 and hidden == 1 and not drop)
+        return norm(n, 3) + attention + norm(n) + n * (2 * d * noise + f * (hidden * (w + drop * (noise + w)) + recast))
+
+    reference = p is not None and p.mode == "reference"
+    plain = in_kernel if fused and not reference else explicit
+    cross = (plain if drop or reference else in_kernel)(levels, kept, padded_behind)  # a processor's kernel takes no learned bias
+    masked = padded & ~np.bool_(reference)  # a mask of one byte; the library's plain attention adds one instead, and keeps none
+    total = slots * d * noise32 + masked * slots**2  # with the embeddings
+    total = total + (p.after_layer - 1 if p is not None else config.num_layers) * layer(slots, plain(slots, slots, padded))
+    if p is not None:
+        behind, moved = config.num_layers - p.after_layer, p.positions == "original" and not reference  # each row its own bias, gathered
+        scored = layer(slots, explicit(slots, slots, v=w)) + masked * slots**2 + 4 * slots * d
+        total = total + (scored if p.reduce == "select" else layer(slots, plain(slots, slots, padded)))
+        total = total + (4 * heads * kept * slots if moved and behind else 0) + (padded_behind & ~np.bool_(reference)) * kept**2
+        attention = in_kernel if p.positions == "none" and not drop and not reference else plain
+        total = total + behind * layer(kept, attention(kept, kept, padded_behind | moved))
+    total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + noise32))  # last norm, read by all cross-attention
+    total = total + decoders * (layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * noise)
+    total = total + norm(levels) + levels * d * (2 * noise32 + (8 + 2 * w * len(ahead) if ahead else 0))
+    return total + 4 * (sum(widths) + sum(map(sum, ahead)))

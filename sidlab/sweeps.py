@@ -1,0 +1,290 @@
+"""Runs in processes of their own, kept on disk and never repeated: what `compare` and the sweeps of the notebooks stand on.
+
+A run is a spec: {"dataset", "sids", "config"}. Its result is a file in `folder/runs`, written when the run is complete. Results
+that are there already are read, and a killed run goes on from its last checkpoint. `python -m sidlab.sweeps FOLDER NAME` is the
+child process that does one run.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from transformers import TrainerCallback
+
+import sidlab
+from sidlab.data.catalogue import Catalogue, load_catalogue
+from sidlab.decoding import encode_histories
+from sidlab.map_loss import MapConfig
+from sidlab.metrics import bootstrap_interval, ndcg_at, recall_at
+from sidlab.pruning import PruningConfig
+from sidlab.sids.table import SidTable
+from sidlab.training import TrainConfig, evaluate, train
+from sidlab.windows import leave_one_out, truth_tokens
+
+METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}
+COSTS = ("train_seconds", "seconds_per_1k_windows", "real_token_fraction", "kept_token_fraction", "peak_memory_mb",
+         "evaluation_seconds", "windows", "updates")
+ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
+SIDS = ("encoder", "levels", "width", "collisions", "file")
+
+
+def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seeds: int = 3) -> pd.DataFrame:
+    """Train every setting of a grid with every seed, each in a process of its own.
+
+    Args: `grid`: {name: values}, all combinations, or a list of dicts {name: value}. A name is a field of `TrainConfig`, of its
+    parts ("pruning.keep", "map.steps") or of the SIDs ("sids.levels", see `sid_table`). `folder`: where results are kept;
+    what is there already is not run again. `dataset` and `preset` as in `compare`; `seeds`: how many, from 0 on.
+    Returns a row a run: the settings, "seed", metrics, costs and "file", which holds ranks and learning curve too. The same
+    table grows in `folder/rows.csv` while the sweep runs. Raises ValueError before anything is trained.
+
+    >>> sweep({"pruning.keep": [1/3, 2/3], "pruning.after_layer": [1, 2, 3]}, "runs/layers")  # doctest: +SKIP
+    """
+    settings = list(grid) if not isinstance(grid, dict) else [dict(zip(grid, v)) for v in itertools.product(*grid.values())]
+    if not settings or int(seeds) < 1:
+        raise ValueError(f"give at least one setting and one seed, got grid={grid!r} and seeds={seeds!r}")
+    rows, specs = [], {}
+    for seed in range(int(seeds)):
+        for setting in settings:
+            name = "-".join([*(f"{key}={_short(value)}" for key, value in setting.items()), f"seed{seed}"])
+            sids = {key.removeprefix("sids."): value for key, value in setting.items() if key.startswith("sids.")}
+            config = config_with(preset, seed, {key: value for key, value in setting.items() if not key.startswith("sids.")})
+            if name in specs:
+                raise ValueError(f"the grid holds {name} twice")
+            specs[name] = spec(dataset, config, sids)
+            rows.append({**setting, "seed": seed, "file": str(_path(folder, name).with_suffix(".json"))})
+
+    def keep(results):
+        frame = pd.DataFrame([row | result["row"] for row, result in zip(rows, results)])
+        beside = pathlib.Path(folder) / "rows.tmp"
+        frame.to_csv(beside, index=False)
+        os.replace(beside, beside.with_suffix(".csv"))
+        return frame
+
+    results = []
+    for result in run_all(specs, folder):
+        results.append(result)
+        frame = keep(results)
+    return frame
+
+
+def config_with(preset: str, seed: int, settings: dict) -> TrainConfig:
+    """A preset with settings by name; "pruning.keep" sets a field of a part, which is then switched on."""
+    parts, fields = {"pruning": PruningConfig, "map": MapConfig}, {}
+    valid = {f.name for f in dataclasses.fields(TrainConfig)} | {f"{p}.{f.name}" for p, c in parts.items() for f in dataclasses.fields(c)}
+    if unknown := settings.keys() - valid:
+        raise ValueError(f"settings {sorted(unknown)} are unknown; use {', '.join(sorted(valid))}, or sids.{', sids.'.join(SIDS)}")
+    for key, value in settings.items():
+        head, _, tail = key.partition(".")
+        fields[head] = fields.get(head, {}) | {tail: value} if tail else value
+    fields |= {head: part(**fields[head]) for head, part in parts.items() if isinstance(fields.get(head), dict)}
+    return TrainConfig.preset(preset, seed=seed, **fields)
+
+
+def spec(dataset: str, config: TrainConfig, sids: dict | None = None) -> dict:
+    """What a run is made from, ready for JSON: `dataset` as `load_catalogue` takes it, `sids` as `sid_table` does."""
+    if unknown := set(sids or {}) - set(SIDS):
+        raise ValueError(f"sids.{min(unknown)} is unknown; use sids.{', sids.'.join(SIDS)}")
+    if config.pruning is not None and callable(config.pruning.scorer):
+        raise ValueError("a run in a process of its own takes a scorer by name; train() takes any callable")
+    folder = dataset != "planted" and os.path.isdir(dataset)
+    return {"dataset": os.path.abspath(dataset) if folder else dataset, "sids": sids or {}, "config": config.to_dict()}
+
+
+def run_all(specs: dict[str, dict], folder):
+    """Do every run, {name: spec}, one after the other; yields {"row", "curve", "ranks"} of each as it is there."""
+    folder, begin, fresh = pathlib.Path(folder), time.monotonic(), 0
+    paths = {name: _path(folder, name) for name in specs}
+    if len(set(paths.values())) < len(paths):
+        raise ValueError(f"two runs would share a file: {sorted(p.name for p in paths.values())}")
+    data = {}
+    for name, one in specs.items():  # everything that may be refused is, before anything is trained
+        which = json.dumps([one["dataset"], one["sids"]])
+        if which not in data:
+            catalogue = load_catalogue(one["dataset"])
+            if "oracle" in json.dumps(one["config"]["pruning"]) and catalogue.truth is None:
+                raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
+            data[which] = catalogue, None
+    for number, (name, one) in enumerate(specs.items(), start=1):
+        which = json.dumps([one["dataset"], one["sids"]])
+        catalogue, table = data[which]
+        if table is None:
+            table, _ = sid_table(catalogue, folder, one["sids"])
+            data[which] = catalogue, table
+        path, key = paths[name], _key(one, catalogue, table)
+        result = _finished(path, key)
+        if result is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path.with_suffix(".spec"), one | {"key": key})
+            result = _run_child(folder, name, f"[{number}/{len(specs)}] {name}")
+            fresh += 1
+            left = (time.monotonic() - begin) / fresh * (len(specs) - number)
+            print(f"[{number}/{len(specs)}] {time.monotonic() - begin:.0f} s so far, at most about {left:.0f} s left", flush=True)
+        yield result
+
+
+def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[SidTable, dict]:
+    """The SIDs of a catalogue and their report, made once and kept in `folder`.
+
+    `sids`: "encoder" ("residual-kmeans", "rqvae", "opq"), "levels", "width", "collisions"; or "file", a published table. By
+    default residual k-means with 3 levels of 256 codes, or as many levels and codes as a planted tree has.
+    """
+    sids = dict(sids or {})
+    folder = pathlib.Path(folder) / "sids" / hashlib.sha256(json.dumps([sids, catalogue.fingerprint()]).encode()).hexdigest()[:12]
+    if (folder / "report.json").exists():  # written last
+        return SidTable.load(folder), json.loads((folder / "report.json").read_text())
+    planted = catalogue.truth is not None and not sids
+    width = sids.get("width") or (
+        tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1) if planted else min(256, max(2, catalogue.n_items // 8)))
+    collisions = sids.get("collisions", "extend")
+    if "file" in sids:
+        table = SidTable.from_file(sids["file"], width, collisions)
+        report = table.report()
+    else:
+        name = sids.get("encoder", "residual-kmeans")
+        if name not in ENCODERS:
+            raise ValueError(f"sids.encoder={name!r} is unknown; use one of {', '.join(ENCODERS)}")
+        encoder = getattr(sidlab, ENCODERS[name])(levels=sids.get("levels", 3), width=width, seed=0).fit(catalogue.embeddings)
+        table = SidTable(encoder.encode(catalogue.embeddings), width=width, collisions=collisions)
+        report = table.report(encoder, catalogue.embeddings)
+        encoder.save(folder)
+    table.save(folder)
+    write_json(folder / "report.json", dict(report))
+    return table, dict(report)
+
+
+def run(folder, name: str) -> None:
+    """Train, test and write one run; the child process."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    path = _path(folder, name)
+    one = json.loads(path.with_suffix(".spec").read_text())
+    catalogue = load_catalogue(one["dataset"])
+    table, _ = sid_table(catalogue, folder, one["sids"])
+    config = TrainConfig.from_dict(one["config"])
+    # Slots no history can fill would be padding that nobody would add.
+    config = dataclasses.replace(config, max_items=min(config.max_items, max(len(h) for h in catalogue.histories) - 1))
+    result = train(config, catalogue, table, output_dir=path, progress=False, callbacks=[_Progress()])
+    truth = catalogue.truth if config.pruning is not None and config.pruning.scorer == "oracle" else None
+    histories, targets = leave_one_out(catalogue.histories).cases("test")
+    begin = time.perf_counter()
+    ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=truth)
+    row = {**metrics_of(ranks), **result.timing, **result.tokens, "peak_memory_mb": result.peak_memory,
+           "evaluation_seconds": time.perf_counter() - begin, "kept_informative": None}
+    if catalogue.truth is not None and config.pruning is not None and config.pruning.reduce == "select":
+        row["kept_informative"] = kept_informative(result.model, catalogue.truth, histories)
+    evaluations = [e for e in result.log if "recall@10" in e]
+    losses = [e for e in result.log if "loss" in e]
+    curve = {"step": [e["step"] for e in losses], "loss": [e["main_loss"] for e in losses],
+             "eval_step": [e["step"] for e in evaluations], "recall@10": [e["recall@10"] for e in evaluations]}
+    shutil.rmtree(path)  # the checkpoints
+    result.model.save_pretrained(path)
+    write_json(path.with_suffix(".json"), {"key": one["key"], "row": row, "curve": curve, "ranks": ranks.tolist()})
+    say(f"recall@10 {row['recall@10']:.4f} on {len(ranks)} test users, trained {row['train_seconds']:.0f} s")
+
+
+@torch.no_grad()
+def kept_informative(model, truth, histories, batch_size: int = 256) -> dict:
+    """How well a pruned model keeps the truly informative tokens of planted histories: {"precision", "recall"} over all tokens."""
+    kept_total = informative_total = both = 0
+    for begin in range(0, len(histories), batch_size):
+        part = [h[-model.config.max_items :] for h in histories[begin : begin + batch_size]]
+        out = encode_histories(model, part, truth)
+        shape = out.importance.shape
+        kept = torch.zeros(shape, dtype=torch.bool)
+        rows, slots = out.attention_mask.bool().nonzero(as_tuple=True)
+        kept[rows, out.positions[rows, slots]] = True
+        informative = truth_tokens(truth.informative(part), model.table.levels, model.config.separators, shape) > 0
+        kept_total, informative_total = kept_total + kept.sum().item(), informative_total + informative.sum().item()
+        both += (kept & informative).sum().item()
+    return {"precision": both / max(kept_total, 1), "recall": both / max(informative_total, 1)}
+
+
+def metrics_of(ranks) -> dict:
+    """Recall and NDCG at 5 and 10 of ranks int [U] (or [S, U], one row a seed), each with its interval."""
+    out = {}
+    for name, (function, k) in METRICS.items():
+        values = np.array([function(of_seed, k) for of_seed in np.atleast_2d(ranks)])
+        out[name] = float(values.mean())
+        out[f"{name}_interval"] = [float(x) for x in bootstrap_interval(values)]
+    return out
+
+
+def write_json(path, content) -> None:
+    """Written beside and renamed, so that a file is whole or not there."""
+    beside = pathlib.Path(path).with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1))
+    os.replace(beside, path)
+
+
+def say(text: str) -> None:
+    """A progress line, marked so that the parent process passes it on."""
+    print(f"» {text}", flush=True)
+
+
+def _short(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _path(folder, name):
+    return pathlib.Path(folder) / "runs" / re.sub(r"[^\w.=@+-]+", "-", name)
+
+
+def _key(one, catalogue, table):
+    """What a finished run depends on: changes when the data, the SIDs, the configuration or the library's version do."""
+    what = [one["config"], catalogue.fingerprint(), table.fingerprint(), sidlab.__version__]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _finished(path, key):
+    file = path.with_suffix(".json")
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text())
+    if result["key"] != key:
+        print(f"{file} was made with other data, SIDs or settings and is done again")
+        return None
+    print(f"{path.name}: already in {file}")
+    return result
+
+
+def _run_child(folder, name, label):
+    """One run in a process of its own, its progress lines passed on as they come."""
+    path = _path(folder, name)
+    process = subprocess.Popen([sys.executable, "-m", "sidlab.sweeps", str(folder), name], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("» "):
+                print(f"{label}: {line[2:]}", end="", flush=True)
+        process.wait()
+    finally:
+        process.kill()  # where the notebook is interrupted, its child stops too
+        path.with_suffix(".log").write_text("".join(lines))
+    if process.returncode:
+        raise RuntimeError(f"{name} failed (exit status {process.returncode}); its output is in "
+                           f"{path.with_suffix('.log')} and ends with\n{''.join(lines[-15:])}")
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+class _Progress(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        loss = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), float("nan"))
+        say(f"update {state.global_step}/{state.max_steps}, loss {loss:.3f}, validation recall@10 {metrics['eval_recall@10']:.4f}")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2])

@@ -1,0 +1,102 @@
+"""Sweeps: names of settings, child processes, resuming, what is refused before anything is trained."""
+
+import json
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from sidlab import sweeps
+from sidlab.data.catalogue import load_catalogue
+from sidlab.sids.table import SidTable
+from sidlab.training import TrainConfig
+
+GRID = [{}, {"pruning.keep": 0.5, "pruning.after_layer": 1}, {"map.steps": 1, "sids.levels": 2, "sids.width": 16}]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    os.chdir(ROOT)  # the children import sidlab from here where it is not installed
+    return folder, sweeps.sweep(GRID, folder, preset="smoke", seeds=1)
+
+
+def test_a_row_a_run_with_its_settings(finished):
+    folder, frame = finished
+    assert len(frame) == 3 and frame["seed"].tolist() == [0, 0, 0]
+    assert frame["pruning.keep"].fillna(1).tolist() == [1, 0.5, 1]
+    assert frame["kept_token_fraction"][0] == 1 and 0.5 <= frame["kept_token_fraction"][1] < 0.6
+    assert (frame["updates"] == 20).all() and frame["windows"].nunique() == 1
+    on_disk = pd.read_csv(folder / "rows.csv")
+    np.testing.assert_allclose(on_disk["recall@10"], frame["recall@10"])
+    for file, recall in zip(frame["file"], frame["recall@10"]):
+        ranks = np.array(json.loads(open(file).read())["ranks"])
+        assert ((ranks > 0) & (ranks <= 10)).mean() == pytest.approx(recall)
+
+
+def test_the_sids_are_those_of_the_setting(finished):
+    folder, frame = finished
+    two = SidTable.load(folder / "runs" / "map.steps=1-sids.levels=2-sids.width=16-seed0")
+    assert two.base_levels == 2 and two.widths[:2] == (16, 16)
+    _, report = sweeps.sid_table(load_catalogue("planted"), folder, {"levels": 2, "width": 16})
+    assert report["per_level"][1]["reconstruction_error"] < 0.5 and len(list((folder / "sids").iterdir())) == 2
+
+
+def test_a_finished_sweep_trains_nothing_and_a_longer_one_only_what_is_new(finished, monkeypatch):
+    folder, frame = finished
+    monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("a run was repeated"))
+    again = sweeps.sweep(GRID, folder, preset="smoke", seeds=1)
+    pd.testing.assert_frame_equal(again, frame)
+    asked = []
+    result = json.loads(open(frame["file"][0]).read())
+    monkeypatch.setattr(sweeps, "_run_child", lambda folder, name, label: asked.append(name) or result)
+    longer = sweeps.sweep({"pruning.keep": [0.5, 0.7], "pruning.after_layer": [1]}, folder, preset="smoke", seeds=1)
+    assert asked == ["pruning.keep=0.7-pruning.after_layer=1-seed0"] and len(longer) == 2
+
+
+def test_other_data_or_settings_make_a_run_anew(finished):
+    folder, _ = finished
+    catalogue = load_catalogue("planted")
+    table, _ = sweeps.sid_table(catalogue, folder)
+    one = sweeps.spec("planted", TrainConfig.preset("smoke"))
+    path = sweeps._path(folder, "seed0")
+    assert sweeps._finished(path, sweeps._key(one, catalogue, table)) is not None
+    for other in (
+        (sweeps.spec("planted", TrainConfig.preset("smoke", d_ff=32)), catalogue, table),
+        (one, load_catalogue("planted", seed=1), table),
+        (one, catalogue, SidTable(table.codes[:, ::-1], width=table.widths[::-1])),
+    ):
+        assert sweeps._finished(path, sweeps._key(*other)) is None
+
+
+def test_published_sids_from_a_file(tmp_path):
+    catalogue = load_catalogue("planted")
+    lines = [f"{item} {(item - 1) // 16} {(item - 1) % 16}\n" for item in range(1, catalogue.n_items + 1)]
+    (tmp_path / "sids.txt").write_text("".join(lines))
+    sids = {"file": str(tmp_path / "sids.txt"), "width": 16}
+    for _ in range(2):  # made, then read
+        table, report = sweeps.sid_table(catalogue, tmp_path, sids)
+        assert table.codes[17].tolist() == [1, 1] and report["unique_sids"] == catalogue.n_items
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(grid={"pruning.kept": [0.5]}), r"\['pruning.kept'\] are unknown; use .*pruning.keep"),
+        (dict(grid={"sids.depth": [2]}), "sids.depth is unknown; use sids.encoder"),
+        (dict(grid={"pruning.keep": [0.5, 2]}), "must lie in"),
+        (dict(grid={"seed": []}), "at least one setting"),
+        (dict(grid=[{"dropout": 0.1}, {"dropout": 0.1}]), "dropout=0.1-seed0 twice"),
+        (dict(grid=[{}], seeds=0), "at least one setting and one seed"),
+        (dict(grid=[{}], dataset="nowhere"), "no catalogue 'nowhere'"),
+        (dict(grid=[{}], preset="fast"), "preset='fast' is unknown"),
+        (dict(grid=[{"sids.encoder": "vq"}]), "sids.encoder='vq' is unknown; use one of residual-kmeans"),
+    ],
+)
+def test_bad_sweeps_stop_before_anything_is_trained(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        sweeps.sweep(**dict(folder=tmp_path / "out", preset="smoke") | arguments)
+    assert not (tmp_path / "out" / "runs").exists()
