@@ -43,9 +43,10 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
     """The cost of training `config`.
 
     Args: `widths`: codes per level, as in `SidTable.widths`; `windows`: the `Windows`, or (unless `config.windows` is "contiguous")
-    their lengths alone, int [windows], items of history per window (cut to `max_items`). For the activations: `fused`, whether attention runs in a fused kernel where nothing
-    is scored (as on a GPU; on a processor T5's learned position bias forbids it), and `bf16`, mixed precision; None: as
-    training would here (`mode="reference"` is modelled as published, unfused in float32). Raises ValueError where training would: `batch_tokens` below one window's slots.
+    their lengths alone, int [windows], items of history per window (cut to `max_items`). For the activations: `fused`, whether
+    attention runs in a fused kernel where nothing is scored (as on a GPU; on a processor T5's learned position bias forbids it), and
+    `bf16`, mixed precision; None: as training would here (`mode="reference"` is modelled as published, unfused in float32). Raises
+    ValueError where training would: `batch_tokens` below one window's slots.
     """
     size, shortest, longest = _batches(config, widths, windows)  # [batches] each
     room = np.full_like(longest, config.max_items) if config.padding == "fixed" else longest  # for so many items
@@ -126,8 +127,9 @@ def _layer(config, n, keys):
 
 def _flops(config, widths, slots, kept):
     d, inner, levels, layers = config.d_model, config.num_heads * config.d_kv, len(widths), config.num_decoder_layers
-    before, ahead = config.pruning.after_layer if config.pruning is not None else config.num_layers, _ahead(config, widths)
-    return {"encoder": before * _layer(config, slots, slots), "scoring": 2 * slots**2 * (config.pruning is not None and config.pruning.reduce == "select"),
+    p, ahead = config.pruning, _ahead(config, widths)
+    before, scores = p.after_layer if p is not None else config.num_layers, p is not None and p.reduce == "select"
+    return {"encoder": before * _layer(config, slots, slots), "scoring": 2 * slots**2 * scores,
             "behind": (config.num_layers - before) * _layer(config, kept, kept), "decoder": layers * _layer(config, levels, levels),
             "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept), "heads": 2 * d * sum(widths),
             "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)))}

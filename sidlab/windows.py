@@ -52,8 +52,8 @@ class Windows(torch.utils.data.Dataset):
 
     Window w has history `items[start[w]:target[w]]` (at most the last `max_items`) and target `items[target[w]]`; its user's
     training part ends before `end[w]`, so auxiliary labels never reach a user's last two items. `kind="contiguous"`: also every
-    stretch that starts later; those that start too early are cut to the same `max_items` and count each. Windows stand by user; user u has those from `of_user[u]` to `of_user[u + 1]`. `windows[i]` is i
-    itself: the `Collator` builds whole batches at once.
+    stretch that starts later; those that start too early are cut to the same `max_items` and count each. Windows stand by user;
+    user u has those from `of_user[u]` to `of_user[u + 1]`. `windows[i]` is i itself: the `Collator` builds whole batches at once.
     """
 
     def __init__(self, train: list[np.ndarray], max_items: int, kind: str = "prefixes"):

@@ -233,9 +233,9 @@ def test_activations_are_what_autograd_keeps_and_so_are_their_ratios(monkeypatch
         measured[name] = measured_activations(config, bf16)
         predicted[name] = cost(config, TABLE.widths, epoch(config)[0], fused=fused, bf16=bf16).activation_bytes
         assert predicted[name] == pytest.approx(measured[name], rel=0.02), name
-    for name in measured:
+    for name, found in measured.items():
         ratio = predicted[name] / predicted["unpadded"]
-        assert ratio == pytest.approx(measured[name] / measured["unpadded"], rel=0.02), name
+        assert ratio == pytest.approx(found / measured["unpadded"], rel=0.02), name
 
 
 def test_table_is_relative_to_unpadded():

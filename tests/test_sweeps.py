@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import numpy as np
 import pandas as pd
@@ -32,12 +33,12 @@ def test_a_row_a_run_with_its_settings(finished):
     on_disk = pd.read_csv(folder / "rows.csv")
     np.testing.assert_allclose(on_disk["recall@10"], frame["recall@10"])
     for file, recall in zip(frame["file"], frame["recall@10"]):
-        ranks = np.array(json.loads(open(file).read())["ranks"])
+        ranks = np.array(json.loads(pathlib.Path(file).read_text())["ranks"])
         assert ((ranks > 0) & (ranks <= 10)).mean() == pytest.approx(recall)
 
 
 def test_the_sids_are_those_of_the_setting(finished):
-    folder, frame = finished
+    folder, _ = finished
     two = SidTable.load(folder / "runs" / "map.steps=1-sids.levels=2-sids.width=16-seed0")
     assert two.base_levels == 2 and two.widths[:2] == (16, 16)
     _, report = sweeps.sid_table(load_catalogue("planted"), folder, {"levels": 2, "width": 16})
@@ -50,7 +51,7 @@ def test_a_finished_sweep_trains_nothing_and_a_longer_one_only_what_is_new(finis
     again = sweeps.sweep(GRID, folder, preset="smoke", seeds=1)
     pd.testing.assert_frame_equal(again, frame)
     asked = []
-    result = json.loads(open(frame["file"][0]).read())
+    result = json.loads(pathlib.Path(frame["file"][0]).read_text())
     monkeypatch.setattr(sweeps, "_run_child", lambda folder, name, label: asked.append(name) or result)
     longer = sweeps.sweep({"pruning.keep": [0.5, 0.7], "pruning.after_layer": [1]}, folder, preset="smoke", seeds=1)
     assert asked == ["pruning.keep=0.7-pruning.after_layer=1-seed0"] and len(longer) == 2

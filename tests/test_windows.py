@@ -1,6 +1,7 @@
 """Split, windows, batches and collator against plain loops over users."""
 
 import gzip
+import itertools
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_an_update_is_a_sample_of_each_group_of_users_cut_by_length(sizes, accum
         for u in range(0, len(batches), accumulation):
             update = [i for b in epoch_batches[u : u + accumulation] for i in b]
             ends = [(windows.lengths[b].min(), windows.lengths[b].max()) for b in epoch_batches[u : u + accumulation]]
-            assert all(before[1] <= after[0] for before, after in zip(ends, ends[1:]))  # by length
+            assert all(before[1] <= after[0] for before, after in itertools.pairwise(ends))  # by length
             users_of_updates.append(set(owner[update].tolist()))
             assert len(users_of_updates[-1]) <= group * accumulation
             assert len(update) <= accumulation * limit
