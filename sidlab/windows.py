@@ -134,8 +134,9 @@ class UserBatches(torch.utils.data.Sampler):
     def __init__(self, windows: Windows, accumulation: int, seed: int = 0, *, users: int = 32, limit: int = 512):
         self.windows, self.accumulation, self.seed, self.users, self.limit, self.epoch = windows, accumulation, seed, users, limit, 0
         self.with_windows = np.flatnonzero(np.diff(windows.of_user))
-        if len(self.with_windows) < accumulation:
-            raise ValueError(f"accumulation={accumulation} batches an update need as many users, got {len(self.with_windows)}")
+        if min(len(self.with_windows), limit) < accumulation:
+            raise ValueError(f"accumulation={accumulation} batches an update need as many users and windows of each group, got "
+                             f"{len(self.with_windows)} users with windows and limit={limit}")
 
     def set_epoch(self, epoch: int):
         """Choose the shuffle."""

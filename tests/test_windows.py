@@ -83,7 +83,7 @@ def test_contiguous_windows_are_all_stretches(train, max_items):
     assert len(w.of_user) == len(train) + 1
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 5), st.sampled_from([3, 1000]))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 5), st.sampled_from([4, 1000]))
 def test_an_update_is_a_sample_of_each_group_of_users_cut_by_length(sizes, accumulation, group, limit):
     windows = [np.arange(1, size + 1) for size in sizes]
     if sum(size > 1 for size in sizes) < accumulation:
