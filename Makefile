@@ -4,7 +4,7 @@
 PYTHON = python3
 DATASET = planted
 PRESET = quick
-METHODS = padded unpadded recent random rastp map stamp
+METHODS = padded unpadded recent random rastp map stamp sasrec
 SEEDS = 3
 OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)
 

@@ -3,6 +3,7 @@
 `compare` is what `notebooks/reproduce.ipynb` calls. A run is one (method, seed); see `sweeps` for how it is done and kept.
 """
 
+import dataclasses
 import fractions
 import os
 import pathlib
@@ -10,17 +11,19 @@ import platform
 import re
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 
 from sidlab.baselines import NeighbourTable, Popularity
+from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
 from sidlab.map_loss import MapConfig
 from sidlab.metrics import paired_test, rank_of_target, recall_at
 from sidlab.pruning import PruningConfig
-from sidlab.sweeps import COSTS, metrics_of, run_all, sid_table, spec, write_json
+from sidlab.sweeps import COSTS, fitted, metrics_of, run_all, sid_table, spec, write_json
 from sidlab.training import TrainConfig
-from sidlab.windows import leave_one_out
+from sidlab.windows import Windows, leave_one_out
 
 METHODS = {
     "padded": "nothing pruned, every history filled up to a fixed number of slots, as published",
@@ -36,14 +39,15 @@ METHODS = {
     "oracle": "keeps the tokens that truly hold most information",
     "map": "prunes nothing, also learns to predict further items (STAMP's MAP)",
     "stamp": "rastp and map together",
+    "sasrec": "causal self-attention over item ids, without semantic IDs: what a practitioner would try first",
 }
 BASELINES = {
     "popularity": "the most popular items, the same for everyone",
     "neighbours": "what stood next to the history's items in training: a table, no network",
     "bayes": "the best list for one who knows how the planted world works: a ceiling",
 }
-PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map"))
-DEFAULT_METHODS = "padded unpadded recent random rastp map stamp"
+PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map", "sasrec"))
+DEFAULT_METHODS = "padded unpadded recent random rastp map stamp sasrec"
 PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir")
 
 
@@ -61,7 +65,7 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     specs = {f"{name}-seed{seed}": spec(dataset, method_config(name, preset, seed)) for name, seed in runs}
     catalogue, folder = load_catalogue(dataset), pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}")
     results = [{"method": name, "seed": seed, **result} for (name, seed), result in zip(runs, run_all(specs, folder))]
-    results = _collect(dataset, preset, names, results, catalogue, sid_table(catalogue, folder)[1])
+    results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder))
     write_json(folder / "results.json", results)
     from sidlab.viz.page import write_page  # the one step to the right: the page shows what was just written
 
@@ -75,14 +79,30 @@ def unknown_parameters(namespace: dict) -> list[str]:
     return sorted(given - {*PARAMETERS, "In", "Out", "get_ipython", "exit", "quit", "open", "comparison"})
 
 
-def method_config(name: str, preset: str, seed: int) -> TrainConfig:
-    """The configuration of a method: `preset` and what the method changes of it."""
+def predicted_and_measured(results: dict) -> pd.DataFrame:
+    """The cost model beside the measurement, a row a method, each number relative to "unpadded" (or the first method with costs)."""
+    rows = [row for row in results["summary"] if row.get("predicted_flops")]
+    base = next((row for row in rows if row["method"] == "unpadded"), rows[0])
+    columns = {"predicted FLOPs ×": "predicted_flops", "measured seconds ×": "seconds_per_1k_windows",
+               "predicted activations ×": "predicted_activation_mb", "measured memory ×": "peak_memory_mb"}
+    frame = pd.DataFrame({title: [row[field] / base[field] for row in rows] for title, field in columns.items()},
+                         index=pd.Index([row["method"] for row in rows], name="method"))
+    frame.insert(0, "MFLOPs per window", [row["predicted_flops"] / 1e6 for row in rows])
+    return frame
+
+
+def method_config(name: str, preset: str, seed: int) -> TrainConfig | dict:
+    """The configuration of a method: `preset` and what the method changes of it; for "sasrec" what `sweeps.spec` takes."""
     base, _, keep = name.partition("@")
     if base not in METHODS:
         raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}")
     prunes = base in PRUNERS
     if keep and not (prunes and re.fullmatch(r"\d+(/\d+|\.\d+)?", keep)):
         raise ValueError(f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or rastp@0.5")
+    base_config = TrainConfig.preset(preset, seed=seed)
+    if base == "sasrec":
+        short = {"epochs": 1} if preset == "smoke" else {}
+        return {"sasrec": {"max_items": base_config.max_items, "seed": seed, **short}}
     changes = {}
     if prunes:
         share = {"keep": float(fractions.Fraction(keep))} if keep else {}
@@ -92,10 +112,10 @@ def method_config(name: str, preset: str, seed: int) -> TrainConfig:
         changes["map"] = MapConfig()
     if base in ("padded", "rastp-reference"):
         changes["padding"] = "fixed"
-    return TrainConfig.preset(preset, seed=seed, **changes)
+    return dataclasses.replace(base_config, **changes)
 
 
-def _collect(dataset, preset, names, runs, catalogue, sids):
+def _collect(dataset, preset, names, runs, catalogue, table, report):
     ranks = {name: np.array([r["ranks"] for r in runs if r["method"] == name]) for name in names}  # [S, U]
     ranks |= _baselines(catalogue)
     rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
@@ -103,10 +123,14 @@ def _collect(dataset, preset, names, runs, catalogue, sids):
              for name in ranks if name not in names]
     summary = []
     for name, of_method in ranks.items():
-        entry = {"method": name, "seeds": len(of_method), **metrics_of(of_method)}
+        entry = {"method": name, "seeds": len(of_method), **metrics_of(of_method), "predicted_flops": None, "predicted_activation_mb": None}
+        if isinstance(config := method_config(name, preset, 0) if name in names else None, TrainConfig):
+            config = fitted(config, catalogue)
+            predicted = cost(config, table.widths, Windows(leave_one_out(catalogue.histories).train, config.max_items, config.windows))
+            entry |= {"predicted_flops": predicted.training, "predicted_activation_mb": predicted.activation_bytes / 2**20}
         own = [row for row in rows if row["method"] == name]
-        for cost in COSTS:
-            entry[cost] = None if own[0][cost] is None else float(np.median([row[cost] for row in own]))
+        for field in COSTS:
+            entry[field] = None if own[0][field] is None else float(np.median([row[field] for row in own]))
         entry["kept_informative"] = None if own[0]["kept_informative"] is None else {
             what: float(np.mean([row["kept_informative"][what] for row in own])) for what in ("precision", "recall")}
         entry["versus_unpadded"] = None
@@ -119,8 +143,8 @@ def _collect(dataset, preset, names, runs, catalogue, sids):
     return {
         "dataset": str(dataset), "preset": preset, "hardware": hardware(), "versions": _versions(),
         "command": f'make reproduce DATASET={dataset} PRESET={preset} METHODS="{" ".join(names)}" SEEDS={len(runs) // len(names)}',
-        "users": ranks[names[0]].shape[1], "sids": sids, "rows": rows, "summary": summary,
-        "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs],
+        "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
+        "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]],
     }
 
 

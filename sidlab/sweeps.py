@@ -27,10 +27,11 @@ import sidlab
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.map_loss import MapConfig
-from sidlab.metrics import bootstrap_interval, ndcg_at, recall_at
+from sidlab.metrics import bootstrap_interval, ndcg_at, rank_of_target, recall_at
+from sidlab.models.sasrec import SASRec
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig, evaluate, train
+from sidlab.training import Meter, TrainConfig, evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
 
 METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}
@@ -92,14 +93,17 @@ def config_with(preset: str, seed: int, settings: dict) -> TrainConfig:
     return TrainConfig.preset(preset, seed=seed, **fields)
 
 
-def spec(dataset: str, config: TrainConfig, sids: dict | None = None) -> dict:
-    """What a run is made from, ready for JSON: `dataset` as `load_catalogue` takes it, `sids` as `sid_table` does."""
+def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None) -> dict:
+    """What a run is made from, ready for JSON: `dataset` as `load_catalogue` takes it, `sids` as `sid_table` does; `config` may also
+    be {"sasrec": arguments of `SASRec`}."""
     if unknown := set(sids or {}) - set(SIDS):
         raise ValueError(f"sids.{min(unknown)} is unknown; use sids.{', sids.'.join(SIDS)}")
-    if config.pruning is not None and callable(config.pruning.scorer):
-        raise ValueError("a run in a process of its own takes a scorer by name; train() takes any callable")
+    if isinstance(config, TrainConfig):
+        if config.pruning is not None and callable(config.pruning.scorer):
+            raise ValueError("a run in a process of its own takes a scorer by name; train() takes any callable")
+        config = config.to_dict()
     folder = dataset != "planted" and os.path.isdir(dataset)
-    return {"dataset": os.path.abspath(dataset) if folder else dataset, "sids": sids or {}, "config": config.to_dict()}
+    return {"dataset": os.path.abspath(dataset) if folder else dataset, "sids": sids or {}, "config": config}
 
 
 def run_all(specs: dict[str, dict], folder):
@@ -113,7 +117,7 @@ def run_all(specs: dict[str, dict], folder):
         which = json.dumps([one["dataset"], one["sids"]])
         if which not in data:
             catalogue = load_catalogue(one["dataset"])
-            if "oracle" in json.dumps(one["config"]["pruning"]) and catalogue.truth is None:
+            if "oracle" in json.dumps(one["config"]) and catalogue.truth is None:
                 raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
             data[which] = catalogue, None
     for number, (name, one) in enumerate(specs.items(), start=1):
@@ -171,10 +175,34 @@ def run(folder, name: str) -> None:
     path = _path(folder, name)
     one = json.loads(path.with_suffix(".spec").read_text())
     catalogue = load_catalogue(one["dataset"])
+    result = (_run_sasrec if "sasrec" in one["config"] else _run_model)(one, catalogue, folder, path)
+    write_json(path.with_suffix(".json"), {"key": one["key"], **result})
+    row = result["row"]
+    say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users, trained {row['train_seconds']:.0f} s")
+
+
+def _run_sasrec(one, catalogue, folder, path):
+    split, meter = leave_one_out(catalogue.histories), Meter()
+    meter.resume()
+    model = SASRec(**one["config"]["sasrec"]).fit(split.train, catalogue.n_items, split.cases("validation"))
+    meter.pause()
+    histories, targets = split.cases("test")
+    begin = time.perf_counter()
+    ranks = rank_of_target(model.recommend(histories), targets)
+    # Its seconds include validation, and one row of it predicts several windows, so they make no seconds per window.
+    row = {**metrics_of(ranks), **dict.fromkeys(COSTS), "train_seconds": meter.seconds, "peak_memory_mb": meter.peak,
+           "evaluation_seconds": time.perf_counter() - begin, "kept_informative": None}
+    return {"row": row, "curve": None, "ranks": ranks.tolist()}
+
+
+def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
+    """`config` without slots that no history can fill; they would be padding that nobody would add."""
+    return dataclasses.replace(config, max_items=min(config.max_items, max(len(h) for h in catalogue.histories) - 1))
+
+
+def _run_model(one, catalogue, folder, path):
     table, _ = sid_table(catalogue, folder, one["sids"])
-    config = TrainConfig.from_dict(one["config"])
-    # Slots no history can fill would be padding that nobody would add.
-    config = dataclasses.replace(config, max_items=min(config.max_items, max(len(h) for h in catalogue.histories) - 1))
+    config = fitted(TrainConfig.from_dict(one["config"]), catalogue)
     result = train(config, catalogue, table, output_dir=path, progress=False, callbacks=[_Progress()])
     truth = catalogue.truth if config.pruning is not None and config.pruning.scorer == "oracle" else None
     histories, targets = leave_one_out(catalogue.histories).cases("test")
@@ -190,8 +218,7 @@ def run(folder, name: str) -> None:
              "eval_step": [e["step"] for e in evaluations], "recall@10": [e["recall@10"] for e in evaluations]}
     shutil.rmtree(path)  # the checkpoints
     result.model.save_pretrained(path)
-    write_json(path.with_suffix(".json"), {"key": one["key"], "row": row, "curve": curve, "ranks": ranks.tolist()})
-    say(f"recall@10 {row['recall@10']:.4f} on {len(ranks)} test users, trained {row['train_seconds']:.0f} s")
+    return {"row": row, "curve": curve, "ranks": ranks.tolist()}
 
 
 @torch.no_grad()

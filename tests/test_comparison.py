@@ -18,35 +18,52 @@ from sidlab.training import TrainConfig, build_model
 from sidlab.windows import leave_one_out
 
 
+METHODS = ["unpadded", "rastp@1/2", "stamp", "rastp-reference", "pool", "sasrec"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A smoke comparison of three methods, run once."""
     folder = tmp_path_factory.mktemp("comparison")
     os.chdir(ROOT)  # the children import sidlab from here where it is not installed
-    return folder, comparison.compare("planted", "smoke", "unpadded rastp@1/2 stamp", 1, str(folder))
+    return folder, comparison.compare("planted", "smoke", METHODS, 1, str(folder))
 
 
 def test_rows_have_every_field_and_costs_are_measured(finished):
     _, results = finished
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["unpadded", "rastp@1/2", "stamp", "popularity", "neighbours", "bayes"]
-    for method in ("unpadded", "rastp@1/2", "stamp"):
+    assert list(rows) == [*METHODS, "popularity", "neighbours", "bayes"]
+    for method in METHODS[:-1]:
         row = rows[method]
-        assert row["train_seconds"] > 0 and row["updates"] == 20 and row["real_token_fraction"] > 0.95
+        assert row["train_seconds"] > 0 and row["updates"] == 20
+        assert (row["real_token_fraction"] > 0.95) == (method != "rastp-reference")
         assert row["seconds_per_1k_windows"] == pytest.approx(1000 * row["train_seconds"] / row["windows"])
         assert row["recall@10_interval"][0] <= row["recall@10"] <= row["recall@10_interval"][1]
     assert rows["unpadded"]["kept_token_fraction"] == 1 and rows["unpadded"]["kept_informative"] is None
     assert (
         0.5 <= rows["rastp@1/2"]["kept_token_fraction"] < 0.6 and 1 / 3 <= rows["stamp"]["kept_token_fraction"] < 0.45
     )
+    assert rows["rastp-reference"]["kept_token_fraction"] > 0.6 and rows["pool"]["kept_informative"] is None
+    assert rows["sasrec"]["train_seconds"] > 0 and rows["sasrec"]["seconds_per_1k_windows"] is None
     assert rows["popularity"]["train_seconds"] is None
     assert rows["bayes"]["recall@10"] > rows["unpadded"]["recall@10"]
 
 
 def test_methods_see_the_same_windows_in_as_many_updates(finished):
     _, results = finished
-    trained = [row for row in results["rows"] if row["seed"] is not None]
+    trained = [row for row in results["rows"] if row["updates"] is not None]
+    assert len(trained) == 5
     assert len({(row["windows"], row["updates"]) for row in trained}) == 1
+
+
+def test_predictions_stand_beside_measurements(finished):
+    _, results = finished
+    frame = comparison.predicted_and_measured(results)
+    assert list(frame.index) == METHODS[:-1]
+    assert (frame.loc["unpadded"].iloc[1:] == 1).all() and (frame > 0).all().all()
+    flops = frame["predicted FLOPs ×"]
+    assert flops["stamp"] < flops["rastp@1/2"] < 1 < flops["rastp-reference"]
+    assert flops["pool"] < flops["stamp"]  # nothing is scored
 
 
 def test_files_are_complete(finished):
@@ -62,7 +79,7 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys
     one = folder / "runs" / "stamp-seed0.json"
     one.unlink()
     kept = (folder / "runs" / "unpadded-seed0.json").stat().st_mtime_ns
-    again = comparison.compare("planted", "smoke", "unpadded rastp@1/2 stamp", 1, str(folder))
+    again = comparison.compare("planted", "smoke", METHODS, 1, str(folder))
     assert "unpadded-seed0: already in" in capsys.readouterr().out
     assert one.exists() and (folder / "runs" / "unpadded-seed0.json").stat().st_mtime_ns == kept
     recalls = [[row["recall@10"] for row in r["rows"]] for r in (results, again)]

@@ -10,7 +10,7 @@ import pathlib
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from sidlab.comparison import BASELINES, METHODS
+from sidlab.comparison import BASELINES, METHODS, predicted_and_measured
 from sidlab.papers import METRICS, RASTP_CLAIMS, STAMP_CLAIMS, published
 from sidlab.viz import figures
 from sidlab.viz.figures import COST, MEMORY
@@ -100,6 +100,7 @@ def _page(results):
 <h2>Results</h2>
 {_summary_table(results)}
 {_claims_table(results)}
+{_predicted_table(results)}
 {_published_table(results)}
 <h2>How to read this</h2>
 <dl>
@@ -188,6 +189,14 @@ def _claims_table(results):
     caption = ("What the papers claim against their own padded models, and what came out here. What unpadded saves, "
                "too, is no merit of pruning.")
     return _table(caption, ["claim", "here, against padded", "here, against unpadded"], body) if body else ""
+
+
+def _predicted_table(results):
+    if not any(row.get("predicted_flops") for row in results["summary"]):
+        return ""
+    frame = predicted_and_measured(results)
+    body = [[_text(name), *(f"{value:.3g}" for value in row)] for name, *row in frame.itertuples()]
+    return _table("Cost as predicted from configuration and lengths alone, beside what was measured", ["method", *frame.columns], body)
 
 
 def _published_table(results):

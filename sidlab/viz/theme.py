@@ -38,6 +38,7 @@ MARKS = {
     "rastp-l2": Mark(BLUE, "diamond-tall", "4px,4px"),
     "rastp-reference": Mark(GREY, "diamond-wide", "longdash"),
     "pool": Mark(SKY, "hexagon2", "8px,2px,2px,2px"),
+    "sasrec": Mark(PURPLE, "octagon", "24px,4px"),
     "oracle": Mark(GREEN, "star-diamond", "16px,5px"),
     "popularity": Mark(GREY, "triangle-down", "1px,3px"),
     "neighbours": Mark(ORANGE, "hourglass", "1px,8px"),
