@@ -128,8 +128,12 @@ def test_the_sizes_of_embeddings_and_position_biases_are_the_configured_ones():
     model = build(embedding_init=0.3, position_init=2.0, d_model=64)
     assert model.shared.weight.std().item() == pytest.approx(0.3, rel=0.15)
     for stack in (model.encoder, model.decoder):
-        bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-        assert bias.std().item() == pytest.approx(2.0, rel=0.4)
+        attention = stack.block[0].layer[0].SelfAttention
+        bias = attention.compute_bias(6, 6)[0]  # [H, 6, 6], rows are queries
+        for head in range(SIZES["num_heads"]):
+            looks_at = bias[head].argmax(-1)[1:].tolist()
+            assert (looks_at == [0, 1, 2, 3, 4]) == (head < SIZES["num_heads"] // 2)  # one token back
+            assert (bias[head].max() > 1.5) == (head < SIZES["num_heads"] // 2)
     assert model.lm_head.weight is model.shared.weight and model.encoder.embed_tokens.weight is model.shared.weight
 
 

@@ -37,9 +37,9 @@ from sidlab.sids.table import BOS, PAD, SidTable
 
 class SidT5Config(T5Config):
     """T5's configuration plus: `widths`, codes per level; `separators`, one after each item; `max_items` of history;
-    `ffn_hidden_layers`, 2 in RASTP's model and 1 in T5's; `embedding_init` and `position_init`, standard deviations of the
-    initial token embeddings and position biases (None: T5's d_model^-½); `pruning` and `map`, the fields of `PruningConfig` and
-    `MapConfig` as dicts, or None."""
+    `ffn_hidden_layers`, 2 in RASTP's model and 1 in T5's; `embedding_init`, standard deviation of the initial token embeddings;
+    `position_init`: half of the heads start out looking 1, 2, 3, … tokens back, with so strong a bias (None: none does, as in
+    T5); `pruning` and `map`, the fields of `PruningConfig` and `MapConfig` as dicts, or None."""
 
     model_type = "sid_t5"
 
@@ -287,7 +287,10 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
             if self.config.position_init is not None:
                 for stack in (module.encoder, module.decoder):
                     bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
-                    init.normal_(bias.weight, std=self.config.position_init)
+                    start = bias.weight.detach().clone()
+                    for head in range(min(self.config.num_heads // 2, 7)):  # T5 has a bias of its own for each distance below 8
+                        start[head + 1, head] += self.config.position_init
+                    init.copy_(bias.weight, start)
         elif isinstance(module, MapHead):
             # In a fork, so that adding the head leaves every other random number as it was.
             with torch.random.fork_rng(devices=[]):
