@@ -33,7 +33,7 @@ class SASRecModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, items: Tensor) -> Tensor:
-        # √D as in the authors' code: without it an item is lost among what the blocks add (Beauty: a quarter less recall after 8 epochs).
+        # √D as in the authors' code: without it an item is lost among what the blocks add (Beauty: a fifth less recall after 8 epochs).
         x = self.items(items) * self.items.embedding_dim**0.5 + self.places.weight[: items.shape[1]]  # [B, M, D]
         mask = nn.Transformer.generate_square_subsequent_mask(items.shape[1], device=items.device)
         return self.blocks(self.dropout(x), mask, is_causal=True)
