@@ -17,7 +17,6 @@ from sidlab.sids.table import SidTable
 from sidlab.training import TrainConfig, build_model
 from sidlab.windows import leave_one_out
 
-
 METHODS = ["unpadded", "rastp@1/2", "stamp", "rastp-reference", "pool", "sasrec"]
 
 
