@@ -16,6 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from sidlab.comparison import DEFAULT_METHODS
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
@@ -190,7 +192,7 @@ def test_make_reproduce_passes_its_variables_on():
     assert default.returncode == 0, default.stderr
     for part in ('-r dataset "planted"', '-p seeds "3"', '-r output_dir "runs/planted-quick"', "-k python3 --cwd ."):
         assert part in default.stdout, part
-    assert '-r methods "padded unpadded recent random rastp map stamp"' in default.stdout
+    assert f'-r methods "{DEFAULT_METHODS}"' in default.stdout
     chosen = make("reproduce", "DATASET=/data/my set/", "PRESET=smoke", "METHODS=unpadded rastp", "SEEDS=1").stdout
     for part in ('-r dataset "/data/my set/"', '-r methods "unpadded rastp"', '-p seeds "1"', '"runs/my set-smoke"'):
         assert part in chosen, part
