@@ -125,9 +125,9 @@ class TrainConfig:
 # 0.1 it would take thousands of steps to single out a neighbour. With them and two decoder layers a model learns within minutes
 # to remember what a user liked long ago, and stays for hours with the last item without.
 SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, num_layers=4, num_decoder_layers=2, dropout=0.0,
-             position_init=8.0, batch_tokens=4096, accumulation=1)
+             position_init=8.0, batch_tokens=2048, accumulation=2)
 PRESETS = {
-    "smoke": SMALL | dict(d_model=32, d_ff=64, batch_tokens=1024, max_updates=20, eval_every=10, eval_users=50),
+    "smoke": SMALL | dict(d_model=32, d_ff=64, batch_tokens=1024, accumulation=1, max_updates=20, eval_every=10, eval_users=50),
     "quick": SMALL | dict(epochs=2.5, max_updates=1600, eval_every=100, eval_users=500, patience=20),
     "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),
 }
