@@ -64,7 +64,7 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
             if name in specs:
                 raise ValueError(f"the grid holds {name} twice")
             specs[name] = spec(dataset, config, sids)
-            rows.append({**setting, "seed": seed, "file": str(_path(folder, name).with_suffix(".json"))})
+            rows.append({**setting, "seed": seed, "file": str(_file(_path(folder, name), ".json"))})
 
     def keep(results):
         frame = pd.DataFrame([row | result["row"] for row, result in zip(rows, results)])
@@ -130,7 +130,7 @@ def run_all(specs: dict[str, dict], folder):
         result = _finished(path, key)
         if result is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path.with_suffix(".spec"), one | {"key": key})
+            write_json(_file(path, ".spec"), one | {"key": key})
             result = _run_child(folder, name, f"[{number}/{len(specs)}] {name}")
             fresh += 1
             left = (time.monotonic() - begin) / fresh * (len(specs) - number)
@@ -173,10 +173,10 @@ def run(folder, name: str) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = _path(folder, name)
-    one = json.loads(path.with_suffix(".spec").read_text())
+    one = json.loads(_file(path, ".spec").read_text())
     catalogue = load_catalogue(one["dataset"])
     result = (_run_sasrec if "sasrec" in one["config"] else _run_model)(one, catalogue, folder, path)
-    write_json(path.with_suffix(".json"), {"key": one["key"], **result})
+    write_json(_file(path, ".json"), {"key": one["key"], **result})
     row = result["row"]
     say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users, trained {row['train_seconds']:.0f} s")
 
@@ -268,6 +268,10 @@ def _path(folder, name):
     return pathlib.Path(folder) / "runs" / re.sub(r"[^\w.=@+-]+", "-", name)
 
 
+def _file(path, suffix):
+    return path.with_name(path.name + suffix)  # with_suffix would cut the name at its last dot, as in keep=0.5-seed0
+
+
 def _key(one, catalogue, table):
     """What a finished run depends on: changes when the data, the SIDs, the configuration or the library's version do."""
     what = [one["config"], catalogue.fingerprint(), table.fingerprint(), sidlab.__version__]
@@ -275,7 +279,7 @@ def _key(one, catalogue, table):
 
 
 def _finished(path, key):
-    file = path.with_suffix(".json")
+    file = _file(path, ".json")
     if not file.exists():
         return None
     result = json.loads(file.read_text())
@@ -300,11 +304,11 @@ def _run_child(folder, name, label):
         process.wait()
     finally:
         process.kill()  # where the notebook is interrupted, its child stops too
-        path.with_suffix(".log").write_text("".join(lines))
+        _file(path, ".log").write_text("".join(lines))
     if process.returncode:
         raise RuntimeError(f"{name} failed (exit status {process.returncode}); its output is in "
-                           f"{path.with_suffix('.log')} and ends with\n{''.join(lines[-15:])}")
-    return json.loads(path.with_suffix(".json").read_text())
+                           f"{_file(path, '.log')} and ends with\n{''.join(lines[-15:])}")
+    return json.loads(_file(path, ".json").read_text())
 
 
 class _Progress(TrainerCallback):

@@ -122,8 +122,8 @@ class TrainConfig:
 
 
 # Heads that look back from the start: under Adam a bias moves by no more than the learning rate a step, and from T5's initial
-# 0.1 it would take thousands of steps to single out a neighbour. With them and two decoder layers a model learns within minutes
-# to remember what a user liked long ago, and stays for hours with the last item without.
+# 0.1 it would take thousands of steps to single out a neighbour. Planted, recall@10 on validation users: with random biases and one
+# decoder layer .41 after 2,051 updates (20,000 users, one seed), so .40 and .51 after 416 (2,000 users, two seeds).
 SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, num_layers=4, num_decoder_layers=2, dropout=0.0,
              position_init=8.0, batch_tokens=2048, accumulation=2)
 PRESETS = {

@@ -59,6 +59,8 @@ class Windows(torch.utils.data.Dataset):
     def __init__(self, train: list[np.ndarray], max_items: int, kind: str = "prefixes"):
         if max_items < 1:
             raise ValueError(f"max_items must be at least 1, got {max_items}")
+        if kind not in ("prefixes", "contiguous"):
+            raise ValueError(f'kind={kind!r} is unknown; use "prefixes" or "contiguous"')
         sizes = np.array([len(h) for h in train], np.int64)
         self.items = np.concatenate([np.asarray(h, np.int64) for h in train]) if len(train) else np.empty(0, np.int64)
         begin = np.cumsum(sizes) - sizes
@@ -128,7 +130,8 @@ class UserBatches(torch.utils.data.Sampler):
     """The published updates: `accumulation` groups of `users` users, of each group's windows at most `limit` drawn at random.
 
     An update's windows are dealt to its `accumulation` batches by length: its gradient stays the same, and it needs hardly any
-    padding. Users that fill no whole update wait for another epoch's shuffle.
+    padding. Users that fill no whole update wait for another epoch's shuffle. ValueError where an update could have fewer windows
+    than batches.
     """
 
     def __init__(self, windows: Windows, accumulation: int, seed: int = 0, *, users: int = 32, limit: int = 512):

@@ -72,6 +72,24 @@ def test_other_data_or_settings_make_a_run_anew(finished):
         assert sweeps._finished(path, sweeps._key(*other)) is None
 
 
+def test_values_with_a_dot_and_seeds_keep_files_of_their_own(tmp_path, monkeypatch):
+    trained = []
+
+    def child(folder, name, label):
+        trained.append(name)
+        path = sweeps._file(sweeps._path(folder, name), ".json")
+        key = json.loads(sweeps._file(sweeps._path(folder, name), ".spec").read_text())["key"]
+        sweeps.write_json(path, {"key": key, "row": {"recall@10": len(trained)}, "curve": None, "ranks": []})
+        return json.loads(path.read_text())
+
+    monkeypatch.setattr(sweeps, "_run_child", child)
+    for _ in range(2):
+        frame = sweeps.sweep({"pruning.keep": [0.5, 0.7]}, tmp_path, preset="smoke", seeds=2)
+        assert frame["recall@10"].tolist() == [1, 2, 3, 4] and frame["file"].nunique() == 4
+        assert all(pathlib.Path(file).is_file() for file in frame["file"])
+    assert len(trained) == 4  # the second time nothing was
+
+
 def test_published_sids_from_a_file(tmp_path):
     catalogue = load_catalogue("planted")
     lines = [f"{item} {(item - 1) // 16} {(item - 1) % 16}\n" for item in range(1, catalogue.n_items + 1)]
