@@ -217,7 +217,7 @@ def _charts(results):
     if figures.with_cost(results):
         charts.append(_chart(
             results, "quality-cost", "What does quality cost?", figures.quality_cost, _cost_rows,
-            "Up is better, left is cheaper. Dotted lines: methods without a training cost."))
+            "Up is better, left is cheaper. Dotted lines: what is no model on windows of SIDs."))
         charts.append(_chart(
             results, "cost", "Time and memory", figures.cost_bars, _cost_rows,
             "Kept is the share of real tokens. The papers compare with padded models, so their ratios are drawn from "
@@ -225,8 +225,8 @@ def _charts(results):
     if results.get("curves"):
         charts.append(_chart(
             results, "curves", "Learning curves", figures.learning_curves, _curve_rows,
-            "A line per method and seed; a click on a name hides it. The loss of map and stamp includes the auxiliary "
-            "loss and is not comparable with that of the others."))
+            "A line per method and seed; a click on a name hides it. The loss is that of the next item alone, without "
+            "the auxiliary part of map and stamp."))
     return "\n".join(charts)
 
 
