@@ -43,8 +43,8 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
         part = [histories[i] for i in chunk]
         seen = pad_histories(part, max(len(h) for h in part), table.n_items) if exclude_seen else None
         width = beam or max(k, 10) + (max(len(set(h.tolist())) for h in part) if exclude_seen else 0)
-        leaves, leaf_scores = beam_search(model, part, width, truth=truth)
-        found, score = _items_of_leaves(table.trie.to(model.device), leaves, leaf_scores, k, seen)
+        leaves, leaf_scores = beam_search(model, encode_histories(model, part, truth), width)
+        found, score = items_of_leaves(table.trie.to(model.device), leaves, leaf_scores, k, seen)
         items[chunk], scores[chunk] = found.cpu(), score.cpu()
     model.train(was_training)
     return items, scores
@@ -67,11 +67,11 @@ def encode_histories(model, histories, truth=None):
 
 
 @torch.no_grad()
-def beam_search(model, histories, beam: int, truth=None) -> tuple[Tensor, Tensor]:
-    """Trie leaves int64 [B, b] and log-probabilities float32 [B, b], best first, b ≤ `beam`; −inf marks an empty place."""
+def beam_search(model, encoded, beam: int) -> tuple[Tensor, Tensor]:
+    """Trie leaves int64 [B, b] and log-probabilities float32 [B, b], best first, b ≤ `beam`; −inf marks an empty place. `encoded`: what
+    `encode_histories` returns."""
     table = _table(model)
     trie = table.trie.to(model.device)
-    encoded = encode_histories(model, histories, truth)
     memory, memory_mask = encoded.last_hidden_state, encoded.attention_mask  # [B, K, d], [B, K]
     batch = len(memory)
     nodes = torch.zeros(batch, 1, dtype=torch.long, device=model.device)  # every search starts at the root
@@ -125,7 +125,7 @@ def _table(model):
     return model.table
 
 
-def _items_of_leaves(trie, leaves, scores, k, seen):
+def items_of_leaves(trie, leaves, scores, k, seen=None):
     """The first k items of ranked leaves, sharers expanded, `seen` [B, M] left out: items and scores [B, k]."""
     items, valid = trie.leaf_items(leaves)  # [B, b, M]
     valid = valid & (scores > -torch.inf).unsqueeze(-1)

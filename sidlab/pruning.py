@@ -71,6 +71,11 @@ class PruningConfig:
         if self.after_layer < 1:
             raise ValueError(f"after_layer is counted from 1, got {self.after_layer}")
 
+    def to_dict(self) -> dict:
+        """JSON-ready; a callable scorer becomes "own:<name>"."""
+        out = dataclasses.asdict(self)
+        return out | {"scorer": "own:" + getattr(self.scorer, "__name__", "scorer")} if callable(self.scorer) else out
+
 
 def kept_count(n: Tensor, keep: float) -> Tensor:
     """How many of `n` tokens (int64, any shape) are kept: ceil(keep · n − 1e-6) in float64, at least 1 where n > 0.

@@ -109,10 +109,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict:
         """JSON-ready; a callable scorer becomes "own:<name>"."""
-        out = dataclasses.asdict(self)
-        if self.pruning is not None and callable(self.pruning.scorer):
-            out["pruning"]["scorer"] = "own:" + getattr(self.pruning.scorer, "__name__", "scorer")
-        return out
+        return dataclasses.asdict(self) | {"pruning": self.pruning and self.pruning.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: dict) -> "TrainConfig":

@@ -151,7 +151,7 @@ def test_beam_search_is_the_librarys_where_every_code_is_valid(pruning, beam):
     table = SidTable(np.array(list(itertools.product(range(3), range(4), range(2)))), (3, 4, 2))  # a full trie
     model = build(table, pruning, seed=beam)
     histories = [h.clip(max=24) for h in HISTORIES]
-    leaves, scores = beam_search(model, histories, beam)
+    leaves, scores = beam_search(model, encode_histories(model, histories), beam)
     items, _ = table.trie.leaf_items(leaves)
     tokens = history_tokens(pad_histories(histories, 6, 24), table)
     out = model.generate(

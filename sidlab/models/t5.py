@@ -93,7 +93,7 @@ class SidOutput(Seq2SeqLMOutput):
 def scored_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, record=None,
                      token_mask=None, reference=False, **kwargs):
     """Plain attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`; with `reference` that
-    of the weights after dropout, to which padded queries contribute."""
+    of the weights after dropout, to which padded queries contribute. Where `record` asks for it, the weights themselves as well."""
     scores = torch.matmul(query, key.transpose(2, 3)) * (1.0 if scaling is None else scaling)  # [B, H, N, N]
     if position_bias is not None:
         scores = scores + position_bias
@@ -104,6 +104,8 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     clean = torch.softmax(scores, dim=-1)
     weights = F.dropout(clean, p=dropout, training=module.training)
     record["centrality"] = attention_centrality((weights if reference else clean).detach(), token_mask, reference)  # [B, N]
+    if record.get("keep_attention"):
+        record["attention"] = clean.detach()
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -136,11 +138,19 @@ class PrunedEncoder(_LibraryInit, T5Stack):
         if config.pruning is not None:
             scorer = config.pruning["scorer"]
             own = _missing_scorer(scorer) if scorer.startswith("own:") else scorer
-            self.pruning = PruningConfig(**config.pruning | {"scorer": own})
-            self.pruner = TokenPruner(self.pruning.keep, self.pruning.unit)
-            if self.pruning.reduce == "select":
-                attention = self.block[self.pruning.after_layer - 1].layer[0].SelfAttention
-                attention.config = copy.copy(config)  # this block alone scores; the others keep the library's choice
+            self.set_pruning(PruningConfig(**config.pruning | {"scorer": own}))
+
+    def set_pruning(self, pruning: PruningConfig | None):
+        """Prune as `pruning` says from now on, or (None) not at all."""
+        if pruning is not None and pruning.after_layer > len(self.block):
+            raise ValueError(f"after_layer={pruning.after_layer} lies beyond the last encoder layer; use 1..{len(self.block)}")
+        self.pruning = pruning
+        self.pruner = TokenPruner(pruning.keep, pruning.unit) if pruning is not None else None
+        for number, block in enumerate(self.block, start=1):
+            attention = block.layer[0].SelfAttention
+            attention.config = self.config
+            if pruning is not None and pruning.reduce == "select" and number == pruning.after_layer:
+                attention.config = copy.copy(self.config)  # this block alone scores; the others keep the library's choice
                 attention.config._attn_implementation = "sidlab_scored"
 
     @capture_outputs
@@ -171,12 +181,13 @@ class PrunedEncoder(_LibraryInit, T5Stack):
             hidden, bias, _ = block(hidden, mask, bias, **record, **kwargs)
             if scoring:
                 centrality = record["record"]["centrality"] if selects else None
-                hidden, bias, mask = self._prune(hidden, bias, centrality, input_ids, truth, out)
+                hidden, bias, mask = self.prune(hidden, bias, centrality, input_ids, truth, out)
         out.last_hidden_state = self.dropout(self.final_layer_norm(hidden))
         return out
 
-    def _prune(self, hidden, bias, centrality, input_ids, truth, out):
-        """Scores, chooses, gathers, and fills the fields of `out`. Returns the state, bias and mask of the layers behind."""
+    def prune(self, hidden, bias, centrality, input_ids, truth, out):
+        """Scores, chooses and gathers what block `pruning.after_layer` gave: `hidden` [B, N, d], `bias` [B or 1, H, N, N], `centrality`
+        [B, N]. Fills the fields of `out`; returns the state, bias and mask of the layers behind."""
         pruning, tokens = self.pruning, out.attention_mask
         if pruning.reduce == "pool":
             pruned = pool_tokens(hidden, tokens, pruning.keep)
@@ -272,13 +283,17 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
             raise ValueError(f"the table has widths {tuple(table.widths)}, the model {tuple(self.config.widths)}")
         self.table = table
 
+    def set_pruning(self, pruning: PruningConfig | None):
+        """Prune by another configuration, or (None) not at all. Pruning has no parameters, so any trained model can change it."""
+        self.encoder.set_pruning(pruning)
+        # What `save_pretrained` writes.
+        self.config.pruning = self.encoder.config.pruning = None if pruning is None else pruning.to_dict()
+
     def set_scorer(self, scorer):
         """Replace the saliency scorer: a name or a callable (see `saliency.token_importance`)."""
         if self.encoder.pruning is None:
-            raise ValueError("this model does not prune: build it with a PruningConfig first")
-        self.encoder.pruning = dataclasses.replace(self.encoder.pruning, scorer=scorer)
-        name = scorer if isinstance(scorer, str) else "own:" + getattr(scorer, "__name__", "scorer")
-        self.config.pruning = self.config.pruning | {"scorer": name}  # what `save_pretrained` writes
+            raise ValueError("this model does not prune: call set_pruning with a PruningConfig first")
+        self.set_pruning(dataclasses.replace(self.encoder.pruning, scorer=scorer))
 
     def _init_weights(self, module):
         super()._init_weights(module)

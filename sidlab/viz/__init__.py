@@ -1,0 +1,29 @@
+"""Figures and explorers: pure functions from data to a plotly Figure, and live widgets around them. Names are imported on first use."""
+
+import importlib
+
+_HOME = {
+    "Explorer": "explorer",
+    "PruningExplorer": "pruning",
+    "AttentionExplorer": "attention",
+    "SidExplorer": "sids",
+    "TrainingMonitor": "training",
+    "FrontierExplorer": "recorded",
+    "RecordedExplorer": "recorded",
+    "CostCalculator": "cost",
+    "use_theme": "theme",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'sidlab.viz' has no attribute {name!r}")
+    module = importlib.import_module(f"sidlab.viz.{_HOME[name]}")
+    globals()[name] = value = getattr(module, "use" if name == "use_theme" else name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

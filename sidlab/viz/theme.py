@@ -71,3 +71,19 @@ def _template(ink, paper, grid):
 
 pio.templates["sidlab"] = _template(ink="#222222", paper="#FFFFFF", grid="#E4E4E4")
 pio.templates["sidlab_dark"] = _template(ink="#E6E6E6", paper="#14171A", grid="#33383D")
+
+TEMPLATES = {"light": "sidlab", "dark": "sidlab_dark"}
+
+
+def use(theme: str) -> None:
+    """Draw figures and explorers made from now on for a "light" or a "dark" page."""
+    pio.templates.default = template(theme)
+
+
+def template(theme: str | None = None) -> str:
+    """The plotly template of a theme; without one, of the theme in use."""
+    if theme is None:
+        return "sidlab_dark" if pio.templates.default == "sidlab_dark" else "sidlab"
+    if theme not in TEMPLATES:
+        raise ValueError(f"theme={theme!r} is unknown; use one of {', '.join(map(repr, TEMPLATES))}")
+    return TEMPLATES[theme]

@@ -1,0 +1,47 @@
+"""Run the sweeps that the notebooks show as recorded data: python notebooks/record.py [granularity] [map] [frontier] [--folder runs/record]
+
+Each writes notebooks/data/NAME.json: {"hardware", "command", "preset", "rows"}; a row is one run with its settings, seed, recall with
+intervals, costs, the learning curve ("curve") and, where SIDs vary, their report ("sids"). A sweep that was stopped goes on where it was.
+"""
+
+import argparse
+import json
+import pathlib
+
+import sidlab
+from sidlab.comparison import hardware
+from sidlab.sweeps import sid_table, write_json
+
+HERE = pathlib.Path(__file__).parent
+SWEEPS = {
+    "granularity": {"sids.levels": [1, 2, 3, 4], "sids.width": [4, 8, 16, 32], "sids.collisions": ["extend"]},
+    "map": [{"dropout": 0.0}] + [{"map.unit": unit, "map.steps": steps, "map.weight": weight} for unit in ("item", "token")
+                                 for steps in ((1, 2, 4) if unit == "item" else (1, 2)) for weight in (0.1, 0.3, 1.0)],
+    "frontier": [{"dropout": 0.0}] + [{"pruning.scorer": scorer, "pruning.keep": keep} for scorer in ("rastp", "recent", "random", "oracle")
+                                      for keep in (0.1, 0.2, 1 / 3, 0.5, 0.7)],
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(SWEEPS), metavar="|".join(SWEEPS))
+    parser.add_argument("--folder", default="runs/record")
+    parser.add_argument("--preset", default="quick")
+    args = parser.parse_args()
+    for name in args.names:
+        folder = pathlib.Path(args.folder) / name
+        frame = sidlab.sweep(SWEEPS[name], folder, preset=args.preset, seeds=1)
+        catalogue, rows = sidlab.load_catalogue("planted"), []
+        for row in json.loads(frame.to_json(orient="records")):
+            row["curve"] = json.loads(pathlib.Path(row.pop("file")).read_text())["curve"]
+            sids = {key.removeprefix("sids."): value for key, value in row.items() if key.startswith("sids.")}
+            if sids:
+                row["sids"] = sid_table(catalogue, folder, sids)[1]
+            rows.append(row)
+        (HERE / "data").mkdir(exist_ok=True)
+        write_json(HERE / "data" / f"{name}.json", {"hardware": hardware(), "preset": args.preset,
+                                                    "command": f"python notebooks/record.py {name} --preset {args.preset}", "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

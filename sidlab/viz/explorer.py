@@ -1,0 +1,221 @@
+"""What all explorers share: a figure that follows its controls, in a notebook and as a file that needs no notebook.
+
+An explorer is drawn by a pure function from values to a plotly Figure and a text that says the same. When a control moves, the
+new figure is compared with the one on the screen and only what differs is sent: one message for the figure, one for the text.
+"""
+
+import functools
+import hashlib
+import html
+import json
+import os
+import pathlib
+
+import ipywidgets as widgets
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io as pio
+from plotly.offline import get_plotlyjs
+
+from sidlab.viz import theme as themes
+
+
+class Explorer(widgets.VBox):
+    """Base class. A subclass makes its controls, calls `super().__init__`, and writes `draw`.
+
+    Args: `controls`: {name: widget with a `value` and a `description`}; `slow`: names of those whose change takes longer than a
+    blink: they act on release and say that they work; `theme`: "light" or "dark" (default: `theme.use`'s choice).
+    Attributes: `controls`, `figure` (a FigureWidget), `text` and `alert` (HTML widgets), `template` (of the figure).
+    """
+
+    heading = ""  # the title of an exported page
+    exported = ""  # the control that an exported page has
+
+    def __init__(self, controls: dict, *, slow=(), theme: str | None = None):
+        super().__init__()
+        self.template = themes.template(theme)
+        self.controls, self._quiet = controls, False
+        self.alert, self.text = widgets.HTML(), widgets.HTML()
+        for name, control in controls.items():
+            if not control.description:
+                raise ValueError(f"controls[{name!r}] needs a description: it is the label that assistive technology reads")
+            control.style.description_width = "initial"
+            if name in slow and hasattr(control, "continuous_update"):
+                control.continuous_update = False
+            control.observe(functools.partial(self._changed, slow=name in slow), "value")
+        figure, text = self.draw()
+        self.figure, self.text.value = go.FigureWidget(figure), text
+        row = widgets.Box(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px"))
+        self.children = [row, self.alert, self.figure, self.text]
+
+    def draw(self) -> tuple[go.Figure, str]:
+        """The figure and the text (HTML) for the controls' values. Always the same number of traces, so that they can be updated."""
+        raise NotImplementedError
+
+    def value(self, name: str):
+        return self.controls[name].value
+
+    def set(self, **values) -> None:
+        """Set several controls and draw once."""
+        if unknown := values.keys() - self.controls.keys():
+            raise ValueError(f"{type(self).__name__} has no control {sorted(unknown)}; it has {', '.join(self.controls)}")
+        self._quiet = True
+        try:
+            for name, value in values.items():
+                self.controls[name].value = value
+        finally:
+            self._quiet = False
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draw again. What is raised on the way is shown to the reader, and raised."""
+        try:
+            figure, text = self.draw()
+            sync(self.figure, figure)
+        except Exception as error:
+            self.alert.value = f'<p role="alert"><b>{type(error).__name__}:</b> {html.escape(str(error))}</p>'
+            raise
+        self.text.value, self.alert.value = text, ""
+
+    def _changed(self, change, slow):
+        if self._quiet:
+            return
+        if slow:
+            self.alert.value = '<p role="status">working …</p>'
+        self.refresh()
+
+    def frames(self, control: str | None = None, values=None) -> list[tuple[str, go.Figure, str]]:
+        """(value as text, figure, text) for each of `values` of one control (default: `exported`, at all its options or 21 steps)."""
+        control = control or self.exported
+        if control not in self.controls:
+            raise ValueError(f"control={control!r} is unknown; use one of {', '.join(self.controls)}")
+        widget = self.controls[control]
+        if values is None:
+            values = [v for _, v in widget._options_full] if hasattr(widget, "_options_full") else _steps(widget)
+        before, self._quiet, out = widget.value, True, []
+        try:
+            for value in values:
+                widget.value = value
+                shown = widget.label if hasattr(widget, "_options_full") else f"{value:.4g}" if isinstance(value, float) else str(value)
+                out.append((shown, *self.draw()))
+        finally:
+            widget.value, self._quiet = before, False
+        return out
+
+    def export(self, path, control: str | None = None, values=None) -> pathlib.Path:
+        """Write one HTML file that holds plotly.js and a frame for each value of one control (see `frames`): it works without a kernel and
+        without a network."""
+        control = control or self.exported
+        return write_frames(path, self.heading or type(self).__name__, self.controls[control].description if control in self.controls else "",
+                            self.frames(control, values))
+
+    def _repr_mimebundle_(self, **kwargs):
+        """While a static site is rendered ($SIDLAB_SITE names its folder of explorers), the exported page stands in for the live widget."""
+        site = os.environ.get("SIDLAB_SITE")
+        if not site:
+            return super()._repr_mimebundle_(**kwargs)
+        page = self.export(pathlib.Path(site) / "explorer.html")
+        name = f"{type(self).__name__}-{hashlib.sha256(page.read_bytes()).hexdigest()[:10]}.html"
+        os.replace(page, page.with_name(name))
+        height = int(self.figure.layout.height or 450) + 420
+        frame = f'<iframe src="{pathlib.Path(site).name}/{name}" title="{html.escape(self.heading)}" width="100%" height="{height}"></iframe>'
+        return {"text/html": frame, "text/plain": f"{type(self).__name__}: {name}"}
+
+
+def sync(widget: go.FigureWidget, figure: go.Figure) -> None:
+    """Make `widget` look like `figure`, by one message with what differs. Both have the same number of traces of the same types."""
+    if [trace.type for trace in widget.data] != [trace.type for trace in figure.data]:
+        raise ValueError("a figure can only be followed with the same traces, got types "
+                         f"{[trace.type for trace in figure.data]} after {[trace.type for trace in widget.data]}")
+    with widget.batch_update():
+        for part, wanted in [*zip(widget.data, figure.data), (widget.layout, figure.layout)]:
+            before, after = dict(_leaves(part.to_plotly_json())), dict(_leaves(wanted.to_plotly_json()))
+            for path in before.keys() - after.keys() - {"uid"}:
+                part[path] = None
+            for path, value in after.items():
+                if path not in before or not _same(before[path], value):
+                    part[path] = wanted[path]
+
+
+def _leaves(node, path=""):
+    """(dotted path, value) of everything below `node`; an array is one value ({"bdata": …}), and templates stay as they are."""
+    for key, value in node.items():
+        if isinstance(value, dict) and "bdata" not in value:
+            yield from _leaves(value, f"{path}{key}.") if key != "template" else ()
+        else:
+            yield path + key, value
+
+
+def _same(a, b):
+    arrays = isinstance(a, np.ndarray) or isinstance(b, np.ndarray)  # of objects: others are {"bdata": …} here
+    return np.array_equal(a, b) if arrays else a == b
+
+
+def _steps(widget):
+    values = np.unique(np.round(np.linspace(widget.min, widget.max, 21) / widget.step).astype(int)) * widget.step
+    return [type(widget.value)(min(max(value, widget.min), widget.max)) for value in values]
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>%(title)s</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; margin: 1rem; color: #222; background: #fff }
+label { font-weight: 600 }
+input[type=range] { width: min(30rem, 60%%); vertical-align: middle }
+table { border-collapse: collapse } th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #8886 }
+@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #14171a } }
+</style>
+<script>%(plotly)s</script>
+</head>
+<body>
+<main>
+<h1>%(title)s</h1>
+<p><label for="control">%(label)s</label>
+<input id="control" type="range" min="0" max="%(last)d" step="1" value="%(first)d"> <output id="value" for="control"></output></p>
+<div id="figure" role="img" aria-label="%(title)s. The text below says the same."></div>
+<div id="text" role="status"></div>
+</main>
+<script>
+const frames = %(frames)s, looks = %(looks)s;
+const control = document.getElementById("control"), dark = matchMedia("(prefers-color-scheme: dark)");
+function show() {
+  const frame = frames[control.value];
+  Plotly.react("figure", frame.data, {...frame.layout, template: looks[dark.matches ? 1 : 0]}, {responsive: true, displayModeBar: false});
+  document.getElementById("text").innerHTML = frame.text;
+  document.getElementById("value").textContent = frame.value;
+  control.setAttribute("aria-valuetext", frame.value);
+}
+control.addEventListener("input", show);
+dark.addEventListener("change", show);
+show();
+</script>
+</body>
+</html>
+"""
+
+
+def write_frames(path, title: str, label: str, frames, first: int = 0) -> pathlib.Path:
+    """Write `frames`, (value as text, figure, text as HTML) each, as one HTML page with a slider. It needs no network; the figures are
+    light or dark as the reader's system is."""
+    path, out = pathlib.Path(path), []
+    for value, figure, text in frames:
+        content = json.loads(pio.to_json(figure, validate=False))
+        content["layout"].pop("template", None)
+        out.append({"value": value, "text": text, **content})
+    looks = [pio.templates[name].to_plotly_json() for name in themes.TEMPLATES.values()]
+    page = PAGE % {"title": html.escape(title), "label": html.escape(label), "plotly": get_plotlyjs(), "last": len(out) - 1, "first": first,
+                   "frames": _script(out), "looks": _script(looks)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(page, encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def _script(value):
+    return json.dumps(value).replace("</", "<\\/")  # or a text could end the script
