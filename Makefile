@@ -6,6 +6,7 @@ DATASET = planted
 PRESET = quick
 METHODS = padded unpadded recent random rastp map stamp sasrec
 SEEDS = 3
+SIDS =
 OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)
 
 # The build of torch: the CPU's, unless another index is named or was named before (.venv remembers it).
@@ -15,19 +16,23 @@ OTHER_INDEX = $(filter-out $(TORCH_INDEX),$(LAST_INDEX))
 
 READY = .venv/ready
 BIN = .venv/bin
-VARIABLES = PYTHON TORCH_INDEX DATASET PRESET METHODS SEEDS OUTPUT_DIR
+VARIABLES = PYTHON TORCH_INDEX DATASET PRESET METHODS SEEDS SIDS OUTPUT_DIR
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 ifneq ($(UNKNOWN),)
 $(error unknown variable: $(UNKNOWN). Valid ones are: $(VARIABLES))
 endif
 
-.PHONY: help setup lab reproduce test clean FORCE
+.PHONY: help setup lab reproduce test notebooks site demo-model record clean FORCE
 help:
 	@echo "make setup      install everything into .venv; on a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cu130"
 	@echo "make lab        open the notebooks in JupyterLab"
-	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, paper)"
+	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, long, paper)"
 	@echo "                METHODS=\"unpadded rastp\" SEEDS=3 (seeds 0, 1, 2) OUTPUT_DIR=runs/<dataset>-<preset>"
-	@echo "make test       run all tests"
+	@echo "                SIDS=a published SID file"
+	@echo "make test       run all tests; the browser test needs Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)"
+	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python notebooks/build.py)"
+	@echo "make site       run all notebooks and render them to build/site/, which opens from disk"
+	@echo "make demo-model train the bundled demo model again; make record: the recorded sweeps of the notebooks"
 	@echo "make clean      remove .venv, build products and caches; runs/ stays"
 
 setup: $(READY)
@@ -47,17 +52,29 @@ $(READY): pyproject.toml constraints.txt $(if $(OTHER_INDEX),FORCE)
 	@touch $@
 
 lab: $(READY)
-	$(BIN)/jupyter-lab --ServerApp.root_dir=notebooks
+	$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 # The kernel runs in this folder, so that relative paths mean what they mean on the command line.
 reproduce: $(READY)
 	@mkdir -p "$(OUTPUT_DIR)"
 	$(BIN)/papermill notebooks/reproduce.ipynb "$(OUTPUT_DIR)/reproduce.ipynb" -k python3 --cwd . \
 	    --log-output --no-progress-bar -r dataset "$(DATASET)" -r preset "$(PRESET)" -r methods "$(METHODS)" \
-	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)"
+	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)"
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+notebooks: $(READY)
+	$(BIN)/python notebooks/run.py --settings tiny
+
+site: $(READY)
+	$(BIN)/python notebooks/site.py
+
+demo-model: $(READY)
+	$(BIN)/python -m sidlab.demo
+
+record: $(READY)
+	$(BIN)/python notebooks/record.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .ruff_cache

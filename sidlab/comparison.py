@@ -48,24 +48,29 @@ BASELINES = {
 }
 PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map", "sasrec"))
 DEFAULT_METHODS = "padded unpadded recent random rastp map stamp sasrec"
-PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir")
+PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir", "sids")
 
 
-def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_METHODS, seeds: int = 3, output_dir: str = "") -> dict:
+def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_METHODS, seeds: int = 3, output_dir: str = "",
+            sids: str = "") -> dict:
     """Train and test every method with every seed; write `results.json` and `index.html` into `output_dir`; return the results.
 
     Args: `dataset`: what `load_catalogue` takes; `preset`: of `TrainConfig`; `methods`: names of `METHODS`, separated by spaces or
     in a list; a pruning method may carry its kept share, as in "rastp@1/2" (default 1/3); `seeds`: how many, from 0 on;
-    `output_dir`: default runs/<dataset>-<preset>. Raises ValueError naming what is valid before anything is trained.
+    `output_dir`: default runs/<dataset>-<preset>; `sids`: a published SID file (default: `sweeps.sid_table`'s choice). Raises
+    ValueError naming what is valid before anything is trained.
     """
     names = methods.split() if isinstance(methods, str) else list(methods)
     if not names or int(seeds) < 1:
         raise ValueError(f"give at least one method and one seed, got methods={methods!r} and seeds={seeds!r}")
     runs = [(name, seed) for seed in range(int(seeds)) for name in names]  # seeds outside: a comparison cut short compares
-    specs = {f"{name}-seed{seed}": spec(dataset, method_config(name, preset, seed)) for name, seed in runs}
+    if sids and not os.path.isfile(sids):
+        raise ValueError(f"sids={sids!r} is no file; give a published table with a line `item_id c1 c2 …` per item, or leave it out")
+    source = {"file": os.path.abspath(sids)} if sids else {}
+    specs = {f"{name}-seed{seed}": spec(dataset, method_config(name, preset, seed), source) for name, seed in runs}
     catalogue, folder = load_catalogue(dataset), pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}")
     results = [{"method": name, "seed": seed, **result} for (name, seed), result in zip(runs, run_all(specs, folder))]
-    results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder))
+    results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids)
     write_json(folder / "results.json", results)
     from sidlab.viz.page import write_page  # the one step to the right: the page shows what was just written
 
@@ -115,7 +120,7 @@ def method_config(name: str, preset: str, seed: int) -> TrainConfig | dict:
     return dataclasses.replace(base_config, **changes)
 
 
-def _collect(dataset, preset, names, runs, catalogue, table, report):
+def _collect(dataset, preset, names, runs, catalogue, table, report, sids):
     ranks = {name: np.array([r["ranks"] for r in runs if r["method"] == name]) for name in names}  # [S, U]
     ranks |= _baselines(catalogue)
     rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
@@ -141,8 +146,9 @@ def _collect(dataset, preset, names, runs, catalogue, table, report):
                                         "p_value": float(test.p_value) if len(of_method) == 1 else None}
         summary.append(entry)
     return {
-        "dataset": str(dataset), "preset": preset, "hardware": hardware(), "versions": _versions(),
-        "command": f'make reproduce DATASET={dataset} PRESET={preset} METHODS="{" ".join(names)}" SEEDS={len(runs) // len(names)}',
+        "dataset": str(dataset), "preset": preset, "hardware": hardware(), "versions": versions(),
+        "command": f'make reproduce DATASET={dataset} PRESET={preset} METHODS="{" ".join(names)}" SEEDS={len(runs) // len(names)}'
+                   + f" SIDS={sids}" * bool(sids),
         "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
         "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]],
     }
@@ -170,7 +176,8 @@ def hardware() -> dict:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def _versions():
+def versions() -> dict:
+    """Versions of this package, of Python and of what computes."""
     import sidlab
 
     return {"sidlab": sidlab.__version__, "python": platform.python_version(), "torch": torch.__version__,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.models.t5 import SidT5
@@ -36,7 +37,11 @@ class Demo(NamedTuple):
 
 def load() -> Demo:
     """The demo, from the package's own files: no network, no training."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # over 64 small arrays
     model = SidT5.from_pretrained(FOLDER).eval()
+    if shown:
+        logging.enable_progress_bar()
     model.set_pruning(None)
     return Demo(load_catalogue("planted"), ResidualKMeans.load(FOLDER), model.table, model)
 
@@ -59,9 +64,10 @@ class AnyPruning(TrainerCallback):
 def build(folder=FOLDER, *, n_users: int = 20_000, **overrides) -> None:
     """Train the demo and write model, SIDs and SID encoder to `folder`. `overrides`: fields of `TrainConfig`."""
     catalogue = load_catalogue("planted", n_users=n_users)
+    embeddings = load_catalogue("planted").embeddings  # those that `load` shows: the planted ones are drawn after the users
     widths = tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1)
-    encoder = ResidualKMeans(levels=3, width=widths, seed=0).fit(catalogue.embeddings)
-    table = SidTable(encoder.encode(catalogue.embeddings), width=widths)
+    encoder = ResidualKMeans(levels=3, width=widths, seed=0).fit(embeddings)
+    table = SidTable(encoder.encode(embeddings), width=widths)
     config = TrainConfig.preset("quick", **{"max_updates": 3000, "batch_tokens": 4096, "accumulation": 1, "epochs": 100, "eval_every": 500,
                                             "eval_users": 1000, "pruning": PruningConfig()} | overrides)
     result = train(config, catalogue, table, callbacks=[AnyPruning(config.seed)])

@@ -101,8 +101,8 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "TrainConfig":
-        """"smoke" (seconds, only shows that everything runs), "quick" (minutes on two cores) or "paper" (RASTP's configuration
-        as far as it is published; see papers.py), with any field overridden."""
+        """"smoke" (seconds, only shows that everything runs), "quick" (minutes on two cores), "long" (for real data, about an hour a run on
+        two cores) or "paper" (RASTP's configuration as far as it is published; see papers.py), with any field overridden."""
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is unknown; use one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | overrides)
@@ -126,6 +126,9 @@ SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, nu
 PRESETS = {
     "smoke": SMALL | dict(d_model=32, d_ff=64, batch_tokens=1024, accumulation=1, max_updates=20, eval_every=10, eval_users=50),
     "quick": SMALL | dict(epochs=2.5, max_updates=1600, eval_every=100, eval_users=500, patience=20),
+    # For real data: wider, since there are many more codes to tell apart, and long enough to beat what `quick` reaches.
+    "long": SMALL | dict(d_model=128, d_kv=32, d_ff=256, num_decoder_layers=1, separators=False, batch_tokens=4096, accumulation=1, epochs=6,
+                         eval_every=750, eval_users=2000, patience=20),
     "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),
 }
 
@@ -252,8 +255,8 @@ def _use_bf16(config):
         return config.precision == "bf16"
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    # AMX makes bf16 products several times faster; at small sizes the casts cost more than that saves.
-    return torch.cpu._is_amx_tile_supported() and config.d_model >= 128
+    # AMX makes bf16 products several times faster, AVX-512 somewhat; at small sizes the casts cost more than that saves.
+    return (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()) and config.d_model >= 128
 
 
 def _resume_point(folder, config, catalogue, table):

@@ -9,8 +9,11 @@ _HOME = {
     "SidExplorer": "sids",
     "TrainingMonitor": "training",
     "FrontierExplorer": "recorded",
-    "RecordedExplorer": "recorded",
+    "DilutionExplorer": "recorded",
+    "MapExplorer": "recorded",
     "CostCalculator": "cost",
+    "PaddingExplorer": "cost",
+    "QuirkExplorer": "quirks",
     "use_theme": "theme",
 }
 

@@ -11,13 +11,44 @@ import json
 import os
 import pathlib
 
+import anywidget
 import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
+import traitlets
 from plotly.offline import get_plotlyjs
 
 from sidlab.viz import theme as themes
+
+
+class Labels(anywidget.AnyWidget):
+    """Names what ipywidgets and plotly leave nameless to assistive technology: slider handles by their visible label, the figure by
+    `heading`. Shows nothing."""
+
+    _esm = """
+    export default { render({ model, el }) {
+      const name = () => {
+        const explorer = el.closest(".sidlab-explorer");
+        if (!explorer) return;
+        for (const handle of explorer.querySelectorAll(".noUi-handle")) {
+          const row = handle.closest(".widget-inline-hbox");
+          handle.setAttribute("aria-label", row?.querySelector(".widget-label")?.textContent ?? "");
+          handle.setAttribute("aria-valuetext", row?.querySelector(".widget-readout")?.textContent ?? "");
+        }
+        for (const plot of explorer.querySelectorAll(".js-plotly-plot"))
+          if (plot.getAttribute("role") !== "img") {
+            plot.setAttribute("role", "img");
+            plot.setAttribute("aria-label", `${model.get("heading")} The text below says the same.`);
+            window.dispatchEvent(new Event("resize"));  // plotly drew before it had its place, at a standard width
+          }
+      };
+      const timer = setInterval(name, 500);
+      name();
+      return () => clearInterval(timer);
+    } }
+    """
+    heading = traitlets.Unicode().tag(sync=True)
 
 
 class Explorer(widgets.VBox):
@@ -44,9 +75,11 @@ class Explorer(widgets.VBox):
                 control.continuous_update = False
             control.observe(functools.partial(self._changed, slow=name in slow), "value")
         figure, text = self.draw()
-        self.figure, self.text.value = go.FigureWidget(figure), text
+        self.figure, self.text.value = _Figure(figure), text
+        self.figure._config = {"responsive": True, "displayModeBar": False}
         row = widgets.Box(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px"))
-        self.children = [row, self.alert, self.figure, self.text]
+        self.children = [row, self.alert, self.figure, self.text, Labels(heading=self.heading)]
+        self.add_class("sidlab-explorer")
 
     def draw(self) -> tuple[go.Figure, str]:
         """The figure and the text (HTML) for the controls' values. Always the same number of traces, so that they can be updated."""
@@ -85,7 +118,8 @@ class Explorer(widgets.VBox):
         self.refresh()
 
     def frames(self, control: str | None = None, values=None) -> list[tuple[str, go.Figure, str]]:
-        """(value as text, figure, text) for each of `values` of one control (default: `exported`, at all its options or 21 steps)."""
+        """(value as text, figure, text) for each of `values` of one control (default: `exported`, at all its options, or the present
+        value and 21 steps)."""
         control = control or self.exported
         if control not in self.controls:
             raise ValueError(f"control={control!r} is unknown; use one of {', '.join(self.controls)}")
@@ -96,18 +130,17 @@ class Explorer(widgets.VBox):
         try:
             for value in values:
                 widget.value = value
-                shown = widget.label if hasattr(widget, "_options_full") else f"{value:.4g}" if isinstance(value, float) else str(value)
-                out.append((shown, *self.draw()))
+                out.append((_shown(widget), *self.draw()))
         finally:
             widget.value, self._quiet = before, False
         return out
 
     def export(self, path, control: str | None = None, values=None) -> pathlib.Path:
         """Write one HTML file that holds plotly.js and a frame for each value of one control (see `frames`): it works without a kernel and
-        without a network."""
-        control = control or self.exported
-        return write_frames(path, self.heading or type(self).__name__, self.controls[control].description if control in self.controls else "",
-                            self.frames(control, values))
+        without a network. It opens at the control's present value if that is one of them."""
+        frames, widget = self.frames(control, values), self.controls[control or self.exported]
+        first = next((i for i, (value, _, _) in enumerate(frames) if value == _shown(widget)), 0)
+        return write_frames(path, self.heading or type(self).__name__, widget.description, frames, first)
 
     def _repr_mimebundle_(self, **kwargs):
         """While a static site is rendered ($SIDLAB_SITE names its folder of explorers), the exported page stands in for the live widget."""
@@ -120,6 +153,14 @@ class Explorer(widgets.VBox):
         height = int(self.figure.layout.height or 450) + 420
         frame = f'<iframe src="{pathlib.Path(site).name}/{name}" title="{html.escape(self.heading)}" width="100%" height="{height}"></iframe>'
         return {"text/html": frame, "text/plain": f"{type(self).__name__}: {name}"}
+
+
+class _Figure(go.FigureWidget):
+    """Sends an update in two messages, not four: the edit ids travel within the update as well."""
+
+    def send_state(self, key=None):
+        if key not in ("_last_layout_edit_id", "_last_trace_edit_id"):
+            super().send_state(key)
 
 
 def sync(widget: go.FigureWidget, figure: go.Figure) -> None:
@@ -151,9 +192,17 @@ def _same(a, b):
     return np.array_equal(a, b) if arrays else a == b
 
 
+def _shown(widget):
+    """The value of a control as a reader sees it."""
+    if hasattr(widget, "_options_full"):
+        return widget.label
+    return format(widget.value, getattr(widget, "readout_format", "")) if isinstance(widget.value, float) else str(widget.value)
+
+
 def _steps(widget):
-    values = np.unique(np.round(np.linspace(widget.min, widget.max, 21) / widget.step).astype(int)) * widget.step
-    return [type(widget.value)(min(max(value, widget.min), widget.max)) for value in values]
+    grid = np.unique(np.round(np.linspace(widget.min, widget.max, 21) / widget.step).astype(int)) * widget.step
+    grid = [value for value in grid.clip(widget.min, widget.max) if not np.isclose(value, widget.value)]
+    return sorted([widget.value, *map(type(widget.value), grid)])
 
 
 PAGE = """<!DOCTYPE html>

@@ -1,0 +1,299 @@
+# %% [markdown]
+# # 7. Padding is not pruning
+#
+# Where the published speed of token pruning comes from, measured against the baseline that nobody reports: no padding at all.
+#
+# **Goals**
+#
+# * Count what a fixed number of slots costs: how many of them are real tokens, and what "keep a third" does to the others.
+# * Time padded, pruned and unpadded training steps on your machine, and report a ratio with its spread.
+# * Know the seven quirks of RASTP's published code, each as a switch with its visible effect.
+#
+# **You need** [notebook 0](00_start_here.ipynb); [notebook 4](04_live_pruning.ipynb) helps, for what a pruner does inside of the encoder.
+#
+# **Time** 35 minutes, 15 of them with the exercises.
+#
+# **Machine** One core, under 1 GB of memory, no GPU, no network.
+
+# %% tags=["parameters"]
+mean_items = 8.9  # items per history; Beauty has 198,502 actions of 22,363 users, so 8.9
+windows_timed = 192  # training windows of the timed steps
+rounds = 8  # how often each of them is timed
+folder = ""  # a data set of your own joins the explorer (see notebook 9), such as "../../shared/data/amazon-beauty"
+
+# %% tags=["setup"]
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import torch
+
+import sidlab
+from sidlab import PruningConfig, teach
+
+# %% [markdown]
+# ## A batch is a rectangle
+#
+# Histories have different lengths, and a tensor has none to spare: short rows are filled with **padding**, a token that means nothing, and a mask tells the model to
+# look away. Looking away is not free. A padded slot passes through every projection and every feed-forward layer like a real one.
+#
+# RASTP's published code gives each history 30 items × (4 codes + 1 separator) = **150 slots**, always. How many does a user fill? The Amazon 5-core
+# sets have many short histories and few long ones. The function below draws lengths of that *shape* (a power law from 5 items on, an approximation, not the data).
+
+# %%
+from sidlab.viz.cost import five_core_lengths
+
+lengths = five_core_lengths(mean_items)
+test_items = np.minimum(lengths - 1, 30)  # of a test history: all but the last item, at most 30
+pd.Series(test_items).value_counts(normalize=True).sort_index().head(8).round(3)  # share of users by items
+
+# %%
+teach.predict(
+    f"Histories of {mean_items} items on average, 150 slots each: what percentage of all slots of the test histories is padding?",
+    float(100 - 100 * test_items.mean() / 30), range=(0, 100), default=(40, 90), unit="%",
+    explain="Most users have 5 or 6 items, so 20 to 25 real tokens in 150 slots.",
+)
+
+# %% [markdown]
+# ## Keep a third, but of what?
+#
+# RASTP scores all slots and keeps the best ⌊150 / 3⌋ = 50 of them. Padding has the lowest score, so it goes first. A history of 8 items has 40 real tokens.
+
+# %%
+teach.predict(
+    "The published rule prunes a history of 8 items, 40 real tokens in 150 slots. How many real tokens does it remove?",
+    0, choices=[0, 13, 27, 40], default=27,
+    explain="50 slots stay and 40 tokens are real: all of them stay, with 10 slots of padding. Everything that was 'pruned' was padding.",
+)
+
+# %% [markdown]
+# Both rules on four histories. `reference_choice` is the published one; `TokenPruner` keeps a share of each row's *own* tokens.
+
+# %%
+from sidlab.pruning import TokenPruner, reference_choice
+
+items = np.array([5, 8, 14, 30])
+mask = (torch.arange(150) < 5 * torch.from_numpy(items)[:, None]).long()  # [4, 150], 1 is real
+importance = torch.rand(4, 150).masked_fill(mask == 0, -torch.inf)
+positions = reference_choice(torch.zeros(4, 150, 1), mask, importance, 1 / 3).positions  # [4, 50]
+kept_published = mask.gather(1, positions).sum(1)
+kept_own = TokenPruner(1 / 3).choose(mask, importance).sum(1)
+pd.DataFrame({"items": items, "real tokens": 5 * items, "kept, published rule": kept_published, "kept, own tokens": kept_own})
+
+# %% [markdown]
+# Only histories of more than ten items lose anything under the published rule. That is not a method that finds the informative third. It is a method that mostly removes
+# padding which need not have been there.
+#
+# ## The explorer
+#
+# An average history under six ways to train. Blue is real and kept, crossed is real and lost, grey is padding that every layer computes, hatched is padding that
+# the pruner drops. On the right the training cost in FLOPs of RASTP's own model, relative to 150 slots always; hollow diamonds are the same numbers on Beauty's own
+# lengths, with a third kept.
+
+# %%
+from sidlab.viz import PaddingExplorer
+
+own = {folder: np.array([len(h) for h in sidlab.load_catalogue(folder).histories])} if folder else {}
+padding = PaddingExplorer(own, mean=mean_items)
+padding
+
+# %% [markdown]
+# **Things to try**
+#
+# * Compare the second row with the fifth. The fifth throws nothing away, and it is cheaper.
+# * Drag *mean items* from 6 to 40. Where does the published rule begin to lose more real tokens than padding? Is unpadded training still cheaper there?
+# * Drag *kept share* to 100 %. The published rule then costs as much as no pruning, and unpadded training does not move.
+# * Set *histories* to `test histories`: here the published rule keeps 84 % and more of all real tokens, at the mean of the Amazon sets.
+# * The last row is what pruning really means. How much of the whole way from 1.00 down is pruning, how much is padding?
+#
+# ## Does a stopwatch agree?
+#
+# FLOPs are a model. So time it: the same training windows in the same batches, each padded to 30 items (`padding="fixed"`) or to the batch's longest
+# (`padding="batch"`, and batches hold histories of similar length), with and without pruning. The model is the small one of the preset `quick`.
+
+# %%
+from sidlab.calibration import stepper, time_steps
+from sidlab.cost import cost
+from sidlab.demo import load
+from sidlab.windows import Collator, LengthBatches, Windows
+
+table, rng = load().table, np.random.default_rng(0)
+users = [rng.integers(1, table.n_items + 1, n - 2) for n in rng.choice(lengths, 200)]  # training parts: random items
+windows = Windows(users, max_items=30)
+chosen = rng.choice(len(windows), min(windows_timed, len(windows)), replace=False)
+base = sidlab.TrainConfig.preset("quick", precision="fp32", dropout=0.15)
+configs = {
+    "padded": dataclasses.replace(base, padding="fixed"),
+    "padded, published pruning": dataclasses.replace(base, padding="fixed", pruning=PruningConfig(mode="reference")),
+    "unpadded": base,
+    "unpadded, own third": dataclasses.replace(base, pruning=PruningConfig()),
+}
+
+# %% [markdown]
+# One step is forward, backward and an AdamW update on a batch; one measurement goes once through all the batches. The four ways take turns within a round, so that
+# whatever else your machine does meets all of them.
+
+# %%
+def one_pass(config):
+    """A function that makes a training step on every batch and returns the seconds of all."""
+    collator = Collator(windows, table, separators=True, max_items=30, fixed_slots=config.padding == "fixed")
+    batches = LengthBatches(windows.lengths[chosen], 4, config.batch_tokens)
+    steps = [stepper(config, table, collator(chosen[batch])) for batch in batches]
+    return lambda: sum(step() for step in steps)
+
+
+seconds = time_steps({name: one_pass(config) for name, config in configs.items()}, rounds)
+(1000 * seconds).round().astype(int)  # milliseconds, a row a round
+
+# %%
+teach.predict(
+    "Which is faster on your machine?", lambda: seconds.median().drop(["padded", "unpadded, own third"]).idxmin(),
+    choices=["padded, published pruning", "unpadded"], default="unpadded", explain="The table below shows by how much, and how sure that is.",
+)
+
+# %% [markdown]
+# A ratio of two noisy times is noisier than either. Report the **ratio of medians**, and beside it the lowest and the highest ratio of any single round: if that
+# range holds 1, you have not shown a difference.
+
+# %%
+by_round = seconds.div(seconds["padded"], axis=0)
+predicted = {name: cost(config, table.widths, windows.lengths[chosen]).training for name, config in configs.items()}
+ratios = pd.DataFrame({"ratio of medians": seconds.median() / seconds["padded"].median(), "lowest round": by_round.min(),
+                       "highest round": by_round.max(), "FLOPs, predicted": pd.Series(predicted) / predicted["padded"]})
+ratios.round(2)
+
+# %% [markdown]
+# Measured ratios lie nearer to 1 than FLOPs say where a step is small: starting a layer costs the same for 20 tokens as for 150. [Notebook 8](08_cost_and_scale.ipynb)
+# takes that apart. But the order is plain, and it is the point of this notebook: **any claim about the speed of pruning has to start from unpadded training.**
+#
+# The paper claims 26.7 % less training time (1.36 ×). Its baseline pads.
+#
+# ## Seven quirks
+#
+# Padding is the first of seven things that the published code does and the paper does not say. None of it is an accusation: you find such things in most research code,
+# and only because it was published could they be found. `PruningConfig(mode="reference")` repeats all seven; `mode="corrected"` is what this kit uses everywhere else.
+#
+# |   | the published code | the consequence | corrected |
+# |---|---|---|---|
+# | 1 | keeps a third of the *padded* length | mostly padding is pruned | a share of each row's own tokens |
+# | 2 | drops the position bias behind the pruner: only the first block owns one | the layers behind have no position information at all | gathers the bias at the kept places |
+# | 3 | hands on the mask of the first K slots | right with padding on the right, wrong on the left | hands on the mask of the kept tokens |
+# | 4 | padded queries vote in the centrality | in short histories most attention that is counted comes from padding | only real queries vote |
+# | 5 | scores with the attention after dropout | the choice is noisy in training | scores with the clean attention |
+# | 6 | separators compete with codes | items are cut apart | scores whole items, or protects separators |
+# | 7 | asks all layers for attention weights | no fused attention anywhere | only the scoring layer pays |
+
+# %%
+teach.predict(
+    "Behind the pruner, kept tokens swap places: the last becomes the first. What happens to the published code's recommendation (quirk 2)?",
+    "nothing at all", choices=["nothing at all", "it changes a little", "it turns around"], default="it changes a little",
+    explain="Without a position bias, self-attention treats its tokens as a set, and so does the decoder's attention to them.",
+)
+
+# %% [markdown]
+# The demo model, one history cut to 10, 6, 4 and 2 items, all padded to 10 items (40 slots), a third kept behind the second layer. The picture on the left follows the
+# switch; the bars on the right always show both codes. Everything is computed as you click.
+
+# %%
+from sidlab.viz import QuirkExplorer
+
+quirks = QuirkExplorer()
+quirks
+
+# %% [markdown]
+# **What to look for**
+#
+# * Quirk 1: the row of 2 items. Which slots stay, and what do they hold?
+# * Quirk 2: the picture of the position bias is empty in the reference. Check your prediction in the bars.
+# * Quirk 3 changes *nothing* as long as padding stands on the right, as in the published code. It waits for the first person who pads on the left.
+# * Quirk 4: in the picture, every padded query looks much the same way: dozens of copies of one vote.
+# * Quirk 5: even the corrected choice wobbles. Dropout in the layers before shakes it, too, and that part is no quirk.
+# * Quirk 6: count the items that keep some of their codes, but not all.
+# * Quirk 7 is invisible in results. On a GPU you would see it in memory and time.
+#
+# ## Exercises
+#
+# ### Exercise 1 · ★☆☆ · 5 minutes
+#
+# Histories of `lengths` items are padded to `max_items` items of `tokens_per_item` tokens each; longer ones are cut. Which **share of all slots** holds a real token?
+#
+# <details><summary>Hint</summary>
+#
+# Count real tokens over all histories, count slots over all histories, divide. Cut the lengths first.
+# </details>
+
+# %% tags=["exercise"]
+def real_tokens(lengths, max_items, tokens_per_item):
+    """list of int, int, int → float."""
+    ### BEGIN SOLUTION
+    real = sum(min(n, max_items) * tokens_per_item for n in lengths)
+    return real / (len(lengths) * max_items * tokens_per_item)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+teach.check("real_tokens", real_tokens)
+
+# %% [markdown]
+# ### Exercise 2 · ★★☆ · 10 minutes
+#
+# How many of `n` tokens does the corrected rule keep? A share `keep` of them, **rounded up**, so that a short history keeps at least one token, but none of no tokens.
+# And a third of 30 has to be 10, though `30 * (1 / 3)` need not be exactly 10 in floating point.
+#
+# <details><summary>Hint</summary>
+#
+# Subtract a very small number before rounding up.
+# </details>
+
+# %% tags=["exercise"]
+def kept_count(n, keep):
+    """int, float → int."""
+    ### BEGIN SOLUTION
+    at_least = min(n, 1)
+    return max(at_least, int(np.ceil(n * keep - 1e-6)))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+teach.check("kept_count", kept_count)
+
+# %% [markdown]
+# ## Summary
+#
+# A fixed number of slots is mostly padding: 73 to 79 % on RASTP's data. A kept share of the padded length therefore removes padding first, and short histories lose
+# nothing. Training without padding loses nothing either and is cheaper than the published pruning; that is where an honest comparison starts. What real pruning
+# saves is what lies between *unpadded* and *unpadded, own third*. And six more quirks sit beside it: read the code behind a number before you build on
+# the number.
+
+# %%
+teach.quiz(
+    teach.Question("A history of 9 items has 45 tokens in 150 slots. The published rule keeps 50 slots. How many real tokens are lost?", ["0", "15", "30", "45"], 0,
+                   "All 45 fit into the 50 slots that stay."),
+    teach.Question("Why does a padded slot cost time although it is masked?", ["It does not", "Masks are slow", "It passes through all projections and feed-forward layers",
+                                                                              "The optimiser updates it"], 2,
+                   "The mask only keeps others from looking at it."),
+    teach.Question("You measure 0.9 as the ratio of medians, and single rounds from 0.7 to 1.2. What have you shown?",
+                   ["10 % less time", "30 % less time", "No difference yet", "20 % more time"], 2,
+                   "The range of rounds holds 1. Time more rounds on a quieter machine, or a larger difference."),
+    teach.Question("Which baseline does a claim about the speed of pruning need?", ["A padded model", "An unpadded model with nothing pruned", "A larger model", "None"], 1,
+                   "Otherwise it claims the padding that it removes."),
+    teach.Question("Which quirk makes the recommendation independent of the kept tokens' order?",
+                   ["Padding votes", "Dropout in the scores", "The lost position bias", "Separators compete"], 2,
+                   "Attention without position information sees a set."),
+)
+
+# %% [markdown]
+# ## Links
+#
+# * RASTP: [arXiv 2511.16943](https://arxiv.org/abs/2511.16943), its code: Yuzt-zju/RASTP on GitHub; STAMP: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329);
+#   TIGER, whose model it prunes: [arXiv 2305.05065](https://arxiv.org/abs/2305.05065)
+# * Code: [both pruning rules](../sidlab/pruning.py), [where `mode="reference"` sits in T5](../sidlab/models/t5.py), [batches without padding](../sidlab/windows.py),
+#   [the explorers](../sidlab/viz/cost.py) and [the quirks](../sidlab/viz/quirks.py), [a test of each quirk](../tests/test_reference.py)
+
+# %% tags=["record"]
+record = {"padding_share": padding.rows[0]["padding_kept"] / 150, "flops_published": padding.rows[1]["flops"], "flops_unpadded": padding.rows[4]["flops"],
+          "test_padding_share": float(1 - test_items.mean() / 30), "measured_unpadded": float(ratios.loc["unpadded", "ratio of medians"]),
+          "measured_published": float(ratios.loc["padded, published pruning", "ratio of medians"]),
+          "predicted_unpadded": float(ratios.loc["unpadded", "FLOPs, predicted"]),
+          "swap_reference": max(quirks.evidence(2)["reference"].bars.values()), "swap_corrected": max(quirks.evidence(2)["corrected"].bars.values())}
+teach.record(record)

@@ -1,0 +1,42 @@
+"""What limits the recall on real data: one change at a time from the preset `long`, all with the same number of updates.
+
+    python results/levers.py ../shared/data/amazon-beauty [--updates 1000]
+
+The folder must hold a published SID table, semantic_ids.rkmeans_zcr.txt.gz. Resumable (runs/levers); writes results/levers.json.
+"""
+
+import argparse
+import json
+import pathlib
+
+import sidlab
+from sidlab.comparison import hardware, versions
+from sidlab.sweeps import write_json
+
+HERE = pathlib.Path(__file__).parent
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("--updates", type=int, default=1000)
+    args = parser.parse_args()
+    published = {"sids.file": str(pathlib.Path(args.dataset, "semantic_ids.rkmeans_zcr.txt.gz").resolve())}
+    levers = {
+        "as in long, published SIDs": published,
+        "SIDs: residual k-means on TF-IDF": {},
+        "learning rate 3e-3": published | {"learning_rate": 3e-3},
+        "dropout 0.1": published | {"dropout": 0.1},
+        "d_model 64": published | {"d_model": 64, "d_kv": 16},
+        "two decoder layers": published | {"num_decoder_layers": 2},
+        "windows: all contiguous": published | {"windows": "contiguous", "accumulation": 4},
+    }
+    settings = [setting | {"max_updates": args.updates, "epochs": 100, "eval_every": args.updates // 4} for setting in levers.values()]
+    frame = sidlab.sweep(settings, "runs/levers", dataset=args.dataset, preset="long", seeds=1)
+    rows = [{"lever": name, **row} for name, row in zip(levers, json.loads(frame.drop(columns="file").to_json(orient="records")))]
+    write_json(HERE / "levers.json", {"command": f"python results/levers.py {args.dataset} --updates {args.updates}", "hardware": hardware(),
+                                      "versions": versions(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

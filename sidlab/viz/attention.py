@@ -1,0 +1,223 @@
+"""The attention explorer: who looks at whom in every layer and head, what that makes of each token, and what happens without one."""
+
+import functools
+import html
+
+import ipywidgets as widgets
+import numpy as np
+import plotly.graph_objects as go
+from torch.nn.functional import max_pool2d
+
+from sidlab.probe import Probe
+from sidlab.pruning import PruningConfig
+from sidlab.saliency import attention_centrality, semantic_saliency
+from sidlab.viz.explorer import Explorer
+from sidlab.viz.pruning import _level_names, table
+from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION
+
+SHOWN, SEARCHED = 10, 200  # places of the list; how many items are scored, so that one that leaves the list is still found
+REMOVALS = ("nothing", "this token", "its whole item")
+
+
+class AttentionExplorer(Explorer):
+    """Attention, centrality, saliency and importance of one user's tokens, and the recommendations without a chosen one.
+    `AttentionExplorer()` shows the bundled demo.
+
+    Args: `model`, `catalogue`, `histories`, `theme` as in `PruningExplorer`; other arguments set controls: `user` (1 is the first), `layer`
+    (from 1), `head` (from 1; 0 is the mean of all), `token` (its place from 0), `remove` (one of `REMOVALS`). A click on a column of the
+    large heatmap or on a bar chooses the token, a click on a small heatmap its layer and head.
+    """
+
+    heading = "Which tokens are looked at, and which ones matter?"
+    exported = "token"
+
+    def __init__(self, model=None, catalogue=None, *, histories=None, theme=None, user=1, layer=2, head=0, token=1, remove="this token"):
+        if (model is None) != (catalogue is None):
+            raise ValueError("give model and catalogue, or neither for the bundled demo")
+        if model is None:
+            from sidlab.demo import load
+
+            catalogue, model = (demo := load()).catalogue, demo.model
+        self.model, self.catalogue = model, catalogue
+        self.histories = catalogue.histories[:50] if histories is None else list(histories)
+        self._probe, self._without = functools.lru_cache(8)(self._probe), functools.lru_cache(256)(self._without)
+        config = model.config
+        users = widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user")
+        self._tokens = widgets.SelectionSlider(options=self._options(user), value=token, description="token", layout={"width": "560px"})
+        users.observe(self._other_tokens, "value")  # before all other observers, so that these find the tokens of this user
+        super().__init__({
+            "token": self._tokens,
+            "remove": widgets.Dropdown(options=REMOVALS, value=remove, description="remove"),
+            "layer": widgets.IntSlider(value=layer, min=1, max=config.num_layers, description="layer"),
+            "head": widgets.Dropdown(options=[("mean", 0), *((str(h + 1), h + 1) for h in range(config.num_heads))], value=head,
+                                     description="head"),
+            "user": users,
+        }, slow=("user",), theme=theme)
+        for trace in self.figure.data[:5]:
+            trace.on_click(self._clicked)
+
+    def _probe(self, user):
+        return Probe(self.model, self.histories[user - 1][:-1], self.catalogue.truth)
+
+    def _without(self, user, layer, tokens):
+        """{item: log-probability}, best first, when `tokens` are taken out behind `layer`; no tokens: as it is."""
+        found = min(SEARCHED, self.model.table.n_items)
+        pruned = self._probe(user).prune(PruningConfig(keep=1.0, after_layer=layer), without=tokens, k=found, beam=found)
+        return dict(zip(pruned.items.tolist(), pruned.scores.tolist()))
+
+    def _options(self, user):
+        probe, levels = self._probe(user), _level_names(self.model)
+        titles = self.titles(probe.history)
+        return [(f"item {m + 1}, {titles[m]}: {levels[level]}", place)
+                for place, (m, level) in enumerate(zip(probe.item_index.tolist(), probe.levels.tolist()))]
+
+    def _other_tokens(self, change):
+        before, token, self._quiet = self._quiet, self._tokens.value, True
+        try:
+            with self._tokens.hold_sync():
+                self._tokens.options = options = self._options(change["new"])
+                self._tokens.value = min(token, len(options) - 1)
+        finally:
+            self._quiet = before
+
+    def _clicked(self, trace, points, state):
+        if not points.xs:
+            return
+        if trace is self.figure.data[0]:
+            side = len(trace.z) // self.model.config.num_layers
+            self.set(layer=int(points.ys[0]) // side + 1, head=int(points.xs[0]) // side + 1)
+        else:
+            self.set(token=round(points.xs[0]))
+
+    def titles(self, items) -> list[str]:
+        return [self.catalogue.items.title[i - 1] or f"item {i}" for i in items]
+
+    def removed(self) -> tuple[int, ...]:
+        """Places of the tokens that are taken out behind the layer."""
+        item_index, token = self._probe(self.value("user")).item_index, self.value("token")
+        whole = np.flatnonzero(item_index.numpy() == int(item_index[token]))
+        return {"nothing": (), "this token": (token,), "its whole item": tuple(whole.tolist())}[self.value("remove")]
+
+    def draw(self):
+        user, layer, head, token = (self.value(name) for name in ("user", "layer", "head", "token"))
+        probe, removed = self._probe(user), self.removed()
+        before, after = self._without(user, layer, ()), self._without(user, layer, removed)
+        scores = factors(probe, layer, head)
+        figure = attention_figure(probe, scores, layer, head, token, removed, [label for label, _ in self._tokens.options], self.template)
+        return figure, self._text(probe, scores, before, after, int(self.histories[user - 1][-1]))
+
+    def _text(self, probe, scores, before, after, target):
+        layer, head, token, removed = self.value("layer"), self.value("head"), self.value("token"), self.removed()
+        names, n, heads = [label for label, _ in self._tokens.options], len(probe.tokens), self.model.config.num_heads
+        scores = {name: values for name, values in scores.items() if name != "attention"}
+        truth = [""] * n if probe.truth is None else [f"{nats:.2g} nats" if nats > 0 else "–" for nats in probe.truth.tolist()]
+        informative = {"": "", "–": ". As an input it adds nothing to what the others say"}.get(
+            truth[token], f". As an input it is truly <b>informative: {truth[token]}</b>")
+        behind = "the decoder has" if layer == self.model.config.num_layers else f"layer {layer + 1} and all behind it have"
+        facts = ", ".join(f"{name} {values[token]:.3g} (place {1 + int((values > values[token]).sum())} of {n})"
+                          for name, values in scores.items())
+        of_heads = "" if head else f" RASTP sums the heads: {heads} times this centrality, the same order."
+        places = [str(list(found).index(target) + 1) if target in found else f"below {len(found)}" for found in (before, after)]
+        moved = f"place {places[0]} → {places[1]}"
+        if target in before and target in after:
+            change = after[target] - before[target]
+            moved = f"log-probability {before[target]:.3f} → {after[target]:.3f} (<b>{change:+.3f}</b>), {moved}"
+        rows = [(name, *(f"{values[i]:.3g}" for values in scores.values()), truth[i]) for i, name in enumerate(names)]
+        looked = [(f"layer {number}", *(names[i] for i in received.argmax(1)))
+                  for number, received in enumerate(probe.attention.sum(2), start=1)]
+        seen = f" Layers up to {layer} have seen it all, {behind} not seen what is removed." if removed else ""
+        return (f"<p><b>{html.escape(names[token])}: {self.value('remove')} removed.</b>{seen}</p>"
+                f"<p>In layer {layer}, {f'head {head}' if head else 'mean of all heads'}: {facts}{informative}.{of_heads}</p>"
+                f"<p>The next item was <b>★ {html.escape(self.titles([target])[0])}</b>: {moved}.</p>"
+                + table(("place", "recommended", "probability", "before", "moved"), self._moves(before, after, target))
+                + f"<details><summary>All tokens as a table</summary>{table(('token', *scores, 'truth'), rows)}</details>"
+                "<details><summary>The token that each head looks at most</summary>"
+                + table(("", *(f"head {h + 1}" for h in range(heads))), looked) + "</details>")
+
+    def _moves(self, before, after, target):
+        """Rows of the list: place, title, probability, what it was before, how many places it rose or fell."""
+        was, rows = {item: place for place, item in enumerate(before, start=1)}, []
+        for place, (item, score) in enumerate(list(after.items())[:SHOWN], start=1):
+            title, up = self.titles([item])[0], was[item] - place if item in was else None
+            moved = "new" if up is None else "=" if up == 0 else f"▲ {up}" if up > 0 else f"▼ {-up}"
+            chances = (f"{np.exp(value):.1%}" for value in (score, before.get(item, -np.inf)))
+            rows.append((place, f"★ {title}" if item == target else title, *chances, moved))
+        return rows
+
+
+def factors(probe, layer: int, head: int = 0) -> dict[str, np.ndarray]:
+    """Of one `layer` and `head` (both from 1; head 0: the mean of all) of a `Probe`: `attention` float32 [N, N], rows are queries;
+    `centrality`, its column sums, `saliency`, the L1 norm of the state after the layer, and their product `importance`, float32 [N]."""
+    attention = probe.attention[layer - 1]
+    attention = attention.mean(0) if head == 0 else attention[head - 1]
+    centrality = attention_centrality(attention[None, None], probe.mask)[0]
+    saliency = semantic_saliency(probe.hidden[layer])
+    scores = {"attention": attention, "centrality": centrality, "saliency": saliency, "importance": centrality * saliency}
+    return {name: values.numpy() for name, values in scores.items()}
+
+
+def attention_figure(probe, scores, layer: int, head: int, token: int, removed=(), names=None, template: str = "sidlab") -> go.Figure:
+    """Left, every layer (row) and head (column) small, the shown one framed; right, one large, above it the sums of its columns, the
+    saliency and the importance of the same tokens.
+
+    Args: `probe`: a `Probe`; `scores`: what `factors` gives for `layer` and `head`; `token` is framed with dots, the `removed` ones
+    (neighbours) with a line; `names` of the tokens, for hover labels. Traces: small heatmaps, large heatmap, bars of centrality,
+    saliency and importance, stars of truly informative tokens.
+    """
+    n, (n_layers, n_heads), small = len(probe.tokens), probe.attention.shape[:2], small_multiples(probe.attention)
+    side = len(small) // n_layers
+    names = names or [f"token {i}" for i in range(n)]
+    heat = {"type": "heatmap", "colorscale": SCALE, "zmin": 0}
+    traces = [heat | {"z": small, "zmax": 255, "showscale": False, "hoverinfo": "none"},
+              heat | {"z": scores["attention"].astype(float).round(4), "zmax": float(np.quantile(scores["attention"], 0.995)),
+                      "xaxis": "x2", "yaxis": "y2",
+                      "colorbar": {"title": "weight", "len": 0.56, "y": 0, "yanchor": "bottom", "thickness": 14},
+                      "hovertemplate": "token %{y} looks at token %{x}: %{z:.3f}<extra></extra>"}]
+    bars = ("centrality", "saliency", "importance")
+    for number, name in enumerate(bars, start=3):
+        traces.append({"type": "bar", "x": np.arange(n), "y": scores[name], "marker": {"color": BLUE, "line": {"width": 0}},
+                       "showlegend": False, "hovertext": names, "hovertemplate": f"%{{hovertext}}<br>{name} %{{y:.4g}}<extra></extra>",
+                       "xaxis": "x2", "yaxis": f"y{number}"})
+    informative = np.flatnonzero(probe.truth.numpy() > 0) if probe.truth is not None else np.empty(0, int)
+    traces.append({"type": "scatter", "x": informative, "y": np.full(len(informative), 1.13 * float(scores["importance"].max())),
+                   "mode": "markers", "name": "truly informative", "hoverinfo": "skip", "xaxis": "x2", "yaxis": "y5",
+                   "marker": {"symbol": "star", "size": 8, "color": ORANGE, "line": {"width": 0.8, "color": "#222222"}}})
+
+    # The layout at once: make_subplots and update_layout take longer than the model.
+    bare = {"showgrid": False, "zeroline": False}
+    per_item = int((probe.item_index == 0).sum())
+    items = bare | {"tickvals": list(range(0, n, per_item)), "ticktext": [str(m + 1) for m in range(len(probe.history))]}
+    layout = {
+        "template": template, "height": 720, "bargap": 0.25, "margin": {"l": 20, "r": 20, "t": 50, "b": 40}, "uirevision": "same",
+        "legend": {"orientation": "h", "x": 0.46, "y": 1.01, "yanchor": "bottom"},
+        "xaxis": bare | {"domain": [0, 0.4], "range": [-0.5, side * n_heads - 0.5], "ticks": "", "side": "top", "anchor": "y",
+                         "tickvals": [side * (h + 0.5) for h in range(n_heads)], "ticktext": [f"head {h + 1}" for h in range(n_heads)]},
+        "yaxis": bare | {"domain": [0, 1], "range": [side * n_layers - 0.5, -0.5], "ticks": "", "tickangle": -90, "anchor": "x",
+                         "tickvals": [side * (v + 0.5) for v in range(n_layers)], "ticktext": [f"layer {v + 1}" for v in range(n_layers)]},
+        "xaxis2": items | {"domain": [0.48, 1], "range": [-0.5, n - 0.5], "title": {"text": "looked at, by item (oldest first)"},
+                           "anchor": "y2"},
+        "yaxis2": items | {"domain": [0, 0.56], "range": [n - 0.5, -0.5], "title": {"text": "looking, by item"}, "anchor": "x2"},
+    }
+    for number, name in enumerate(bars, start=3):
+        low = 0.59 + 0.14 * (number - 3)
+        layout[f"yaxis{number}"] = {"domain": [low, low + 0.12], "range": [0, 1.25 * float(scores[name].max())], "nticks": 3,
+                                    "anchor": "x2", "title": {"text": name, "font": {"size": 12}}}
+    edges = [f"M{side * h - 0.5},-0.5V{side * n_layers - 0.5}" for h in range(1, n_heads)]
+    edges += [f"M-0.5,{side * v - 0.5}H{side * n_heads - 0.5}" for v in range(1, n_layers)]
+    first, last = (1, n_heads) if head == 0 else (head, head)
+    low, high = (min(removed), max(removed)) if removed else (token, token)
+    frame, columns = {"type": "rect", "line": {"color": VERMILLION, "width": 2}}, {"xref": "x2", "yref": "paper", "y0": 0, "y1": 1}
+    layout["shapes"] = [
+        {"type": "path", "path": "".join(edges), "line": {"color": GREY, "width": 2}},
+        frame | {"x0": side * (first - 1) - 0.5, "x1": side * last - 0.5, "y0": side * (layer - 1) - 0.5, "y1": side * layer - 0.5},
+        frame | columns | {"x0": token - 0.5, "x1": token + 0.5, "line": {"color": VERMILLION, "width": 2, "dash": "dot"}},
+        frame | columns | {"x0": low - 0.5, "x1": high + 0.5, "visible": bool(removed)}]
+    return go.Figure(traces, layout)
+
+
+def small_multiples(attention) -> np.ndarray:
+    """Attention [layers, H, N, N] side by side as uint8 [layers · n, H · n], n ≤ 48: of more tokens neighbours share a cell, that of the
+    strongest. 255 stands for its 99.5 % quantile and above. Shades and cells are as many as can be told apart at this size."""
+    shades = (255 * (attention / np.quantile(attention, 0.995)).clamp(max=1))
+    shades = max_pool2d(shades, -(-shades.shape[-1] // 48), ceil_mode=True).byte()
+    return shades.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [layers, n, H, n] → [layers · n, H · n]

@@ -1,0 +1,317 @@
+"""Explorers of recorded sweeps, as notebooks/record.py writes them: nothing is trained, controls move among the runs that were done."""
+
+import ipywidgets as widgets
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sidlab.cost import cost
+from sidlab.data.catalogue import load_catalogue
+from sidlab.sweeps import config_with, fitted
+from sidlab.viz.explorer import Explorer
+from sidlab.viz.figures import COST, MEMORY, _error, span
+from sidlab.viz.pruning import table
+from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SCALE, VERMILLION, mark
+from sidlab.windows import Windows, leave_one_out
+
+RECALL = "recall@10"
+LEVEL_LOOKS = ((BLUE, "circle", "solid"), (ORANGE, "square", "dash"), (GREEN, "diamond", "dashdot"), (PURPLE, "triangle-up", "longdash"))
+
+
+class Recorded(Explorer):
+    """Base class: together the controls always name one recorded run.
+
+    Args: `data`: a loaded file of notebooks/data; `controls`: {name: (setting, value at the start, description)}, `setting` being a key of
+    `data["rows"]`; `theme` as in `Explorer`. Numbers become sliders and words menus, over recorded values only. Where values were not
+    recorded together, the later controls move to the nearest that were. `others`: {name: widget}, controls that choose no run.
+    """
+
+    form = "g"  # of the numbers on a slider
+
+    def __init__(self, data: dict, controls: dict, theme: str | None = None, **others):
+        self.data, self._settings = data, {name: setting for name, (setting, *_) in controls.items()}
+        self.runs = [row for row in data["rows"] if all(row.get(setting) is not None for setting in self._settings.values())]
+        if not self.runs:
+            raise ValueError(f"data must hold rows with {', '.join(self._settings.values())}, as notebooks/record.py writes them")
+        made = {}
+        for name, (setting, value, description) in controls.items():
+            values = sorted({row[setting] for row in self.runs})
+            kind = widgets.Dropdown if isinstance(value, str) else widgets.SelectionSlider
+            made[name] = kind(options=[(_text(v, self.form), v) for v in values], value=_nearest(values, value), description=description)
+        super().__init__(made | others, theme=theme)
+
+    def run(self) -> dict:
+        """The row that the controls name, once they have moved onto it."""
+        runs, before, self._quiet = self.runs, self._quiet, True
+        try:
+            for name, setting in self._settings.items():
+                value = _nearest([row[setting] for row in runs], self.value(name))
+                self.controls[name].value = value
+                runs = [row for row in runs if row[setting] == value]
+        finally:
+            self._quiet = before
+        return runs[0]
+
+    def _source(self):
+        machine, seeds = self.data["hardware"], len({row["seed"] for row in self.runs})
+        return (f"<p>Recorded with <code>{self.data['command']}</code> on {machine['gpu'] or machine['processor']}; "
+                f"{seeds} seed{'s' * (seeds > 1)}. The intervals are over test users: another seed would move the points, too.</p>")
+
+
+class DilutionExplorer(Recorded):
+    """What levels and width of SIDs cost and bring, from a recorded sweep; a cursor chooses one run.
+
+    Args: `data`: notebooks/data/granularity.json, loaded; `levels`, `width`: where the cursor starts; `cost`: what the horizontal axis
+    shows, a key of `COSTS`; `items`: the length of the history whose tokens are counted (planted test histories: 11 on average).
+    """
+
+    heading = "What do finer semantic IDs cost, and what do they bring?"
+    exported = "levels"
+    COSTS = {"mflops": "MFLOPs per training window (predicted)", COST: "seconds per 1,000 training windows (measured)"}
+    _head = ("levels × codes", "recall@10", "95 % interval", *COSTS.values(), "updates", "tokens per item, with separator",
+             "tokens per history", "items that share their codes", "perplexity by level")
+
+    def __init__(self, data: dict, *, levels: int = 3, width: int = 8, cost: str = "mflops", items: int = 11, theme: str | None = None):
+        self.items, rows = items, [row for row in data["rows"] if "sids" in row]
+        rows = [row | {"mflops": mflops} for row, mflops in zip(rows, predicted_mflops(data | {"rows": rows}))]
+        menu = widgets.Dropdown(options=[(title, name) for name, title in self.COSTS.items()], value=cost, description="cost")
+        super().__init__(data | {"rows": rows}, {"levels": ("sids.levels", levels, "levels (L)"),
+                                                 "width": ("sids.width", width, "codes per level (W)")}, theme, cost=menu)
+
+    def draw(self):
+        run, field, best = self.run(), self.value("cost"), max(self.runs, key=lambda row: row[RECALL])
+        apart = sum(_apart(row, run) for row in self.runs)
+        text = (f"<p><b>{_size(run)} codes: recall@10 {run[RECALL]:.3f} {span(run, RECALL)} at {run[field]:.3g} {self.COSTS[field]}.</b> "
+                f"Its interval is apart from that of {apart} of the other {len(self.runs) - 1} settings.</p>"
+                + table(("", "chosen", "best recall recorded"), zip(self._head, self._cells(run), self._cells(best)))
+                + _folded(f"All {len(self.runs)} runs as a table", table(self._head, map(self._cells, self.runs))) + self._source())
+        return dilution_figure(self.runs, run, field, self.COSTS[field], self.template), text
+
+    def _cells(self, row):
+        report, tokens = row["sids"], row["sids"]["levels"] + 1
+        perplexity = [f"{level['perplexity']:.1f}" for level in report["per_level"]]
+        if report["levels"] > row["sids.levels"]:  # the level that collisions="extend" adds
+            perplexity[-1] = f"({perplexity[-1]}, added against collisions)"
+        return (_size(row), f"{row[RECALL]:.3f}", span(row, RECALL), *(f"{row[field]:.3g}" for field in self.COSTS), f"{row['updates']:g}",
+                tokens, tokens * self.items, f"{report['collision_rate']:.0%}", " · ".join(perplexity))
+
+
+def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str, template: str = "sidlab") -> go.Figure:
+    """recall@10 of every (levels, width) as a grid, and against the cost `field`, called `title`, with intervals, a line per number of
+    levels. `chosen`, one of `runs` (rows of granularity.json), is framed in the grid, ringed and led to both axes."""
+    levels, widths = (sorted({row[setting] for row in runs}) for setting in ("sids.levels", "sids.width"))
+    grid = np.full((len(levels), len(widths)), np.nan)
+    for row in runs:
+        grid[levels.index(row["sids.levels"]), widths.index(row["sids.width"])] = row[RECALL]
+    figure = make_subplots(1, 2, column_widths=[0.4, 0.6], horizontal_spacing=0.12,
+                           subplot_titles=("recall@10", "recall@10 against cost (at the marks: W)"))
+    figure.add_heatmap(z=grid, colorscale=SCALE, texttemplate="%{z:.3f}", showscale=False, xgap=2, ygap=2, hoverongaps=False,
+                       hoverinfo="z", row=1, col=1)
+    x, y = widths.index(chosen["sids.width"]), levels.index(chosen["sids.levels"])
+    figure.add_scatter(x=x + 0.48 * np.array([-1, 1, 1, -1, -1]), y=y + 0.48 * np.array([-1, -1, 1, 1, -1]), mode="lines",
+                       line_color=VERMILLION, line_width=4, hoverinfo="skip", showlegend=False, row=1, col=1)
+    for level, (color, symbol, dash) in zip(levels, len(levels) * LEVEL_LOOKS):
+        of_level = sorted((row for row in runs if row["sids.levels"] == level), key=lambda row: row["sids.width"])
+        figure.add_scatter(
+            x=[row[field] for row in of_level], y=[row[RECALL] for row in of_level], error_y=_error(of_level, RECALL),
+            mode="lines+markers+text", text=[_text(row["sids.width"]) for row in of_level], textposition="top right",
+            name=f"{level} level{'s' * (level > 1)}", marker_symbol=symbol, marker_color=color, marker_size=9,
+            line_color=color, line_dash=dash, line_width=1.5,
+            hovertemplate=f"{level} × %{{text}}: %{{y:.4f}} at %{{x:.3g}}<extra></extra>", row=1, col=2)
+    costs, ends = [row[field] for row in runs], [end for row in runs for end in row[f"{RECALL}_interval"]]
+    left, floor = 0.9 * min(costs), min(ends) - 0.01
+    figure.add_scatter(
+        x=[left, chosen[field], chosen[field]], y=[chosen[RECALL], chosen[RECALL], floor], mode="lines+markers", name="chosen",
+        marker={"symbol": "circle-open", "size": [0, 18, 0], "color": VERMILLION, "line": {"width": 3}},
+        line_color=VERMILLION, line_dash="dot", line_width=1.5, hoverinfo="skip", row=1, col=2)
+    for axis, values, name in (("xaxis", widths, "codes per level (W)"), ("yaxis", levels, "levels (L)")):
+        figure.layout[axis].update(tickvals=list(range(len(values))), ticktext=[_text(value) for value in values], title_text=name,
+                                   showgrid=False, zeroline=False, range=[-0.5, len(values) - 0.5])
+    figure.update_xaxes(range=[left, 1.06 * max(costs)], title_text=title, row=1, col=2)
+    figure.update_yaxes(range=[floor, max(ends) + 0.01], row=1, col=2)
+    return figure.update_layout(template=template, height=440, legend={"orientation": "h", "x": 0.42, "y": -0.2, "yanchor": "top"})
+
+
+class MapExplorer(Recorded):
+    """Recorded learning curves with MAP (our reading of it) beside those without.
+
+    Args: `data`: notebooks/data/map.json, loaded; `unit`, `steps`, `weight`: which run is shown at first.
+    """
+
+    heading = "What does it bring to predict further ahead?"
+    exported = "weight"
+
+    def __init__(self, data: dict, *, unit: str = "item", steps: int = 2, weight: float = 0.3, theme: str | None = None):
+        self.baseline = next((row for row in data["rows"] if row.get("map.unit") is None), None)
+        if self.baseline is None:
+            raise ValueError("data must hold a run without MAP to compare with, as notebooks/record.py writes it")
+        super().__init__(data, {"unit": ("map.unit", unit, "unit of a step"), "steps": ("map.steps", steps, "steps ahead (S)"),
+                                "weight": ("map.weight", weight, "weight of the auxiliary loss")}, theme)
+
+    def draw(self):
+        run, base = self.run(), self.baseline
+        pair = (base, run)
+        rows = [(f"{metric}, test users", *(f"{row[metric]:.4f} {span(row, metric)}" for row in pair), f"{run[metric] - base[metric]:+.4f}")
+                for metric in (RECALL, "recall@5", "ndcg@10")]
+        losses = [row["curve"]["loss"][-1] for row in pair]
+        rows.append(("loss of the next item, last", *(f"{loss:.3f}" for loss in losses), f"{losses[1] - losses[0]:+.3f}"))
+        rows.append(("seconds per 1,000 windows", *(f"{row[COST]:.2f}" for row in pair), f"× {run[COST] / base[COST]:.2f}"))
+        curves = [(title, step, f"{a:.3f}", f"{b:.3f}") for title, at, what in
+                  (("validation recall@10", "eval_step", RECALL), ("loss of the next item", "step", "loss"))
+                  for step, a, b in zip(base["curve"][at], base["curve"][what], run["curve"][what])]
+        every = [(_map_name(row), f"{row[RECALL]:.4f}", span(row, RECALL), f"{row[COST]:.2f}") for row in [base, *self.runs]]
+        text = (f"<p><b>{_map_name(run)}: recall@10 {run[RECALL]:.3f}, without MAP {base[RECALL]:.3f}.</b> Their 95 % intervals "
+                f"{'are apart' if _apart(run, base) else 'overlap'}.</p>" + table(("", "no MAP", "chosen", "difference"), rows)
+                + _folded("Both curves as a table", table(("", "update", "no MAP", "chosen"), curves))
+                + _folded(f"All {len(every)} runs as a table", table(("run", "recall@10", "95 % interval", "seconds per 1,000"), every))
+                + self._source())
+        return map_figure(self.runs, base, run, self.template), text
+
+
+def map_figure(runs: list[dict], baseline: dict, chosen: dict, template: str = "sidlab") -> go.Figure:
+    """Learning curves of `chosen` and `baseline` above the test recall@10 of all `runs` (rows of map.json) with their intervals."""
+    figure = make_subplots(2, 2, specs=[[{}, {}], [{"colspan": 2}, None]], vertical_spacing=0.2, horizontal_spacing=0.1, subplot_titles=(
+        "validation recall@10", "loss of the next item alone", "test recall@10 of every run; band: the interval without MAP"))
+    for column, (at, what) in enumerate((("eval_step", RECALL), ("step", "loss")), start=1):
+        for row, name, look in ((baseline, "no MAP", mark("unpadded")), (chosen, "chosen", mark("map"))):
+            figure.add_scatter(
+                x=row["curve"][at], y=row["curve"][what], mode="lines+markers", name=name, legendgroup=name, showlegend=column == 1,
+                marker_symbol=look.symbol, marker_size=8, line_color=look.color, line_dash=look.dash,
+                hovertemplate=f"{name}, update %{{x}}: %{{y:.4f}}<extra></extra>", row=1, col=column)
+        values = [value for row in [baseline, *runs] for value in row["curve"][what]]
+        room = 0.06 * np.ptp(values)
+        figure.update_xaxes(title_text="updates", title_standoff=4, row=1, col=column)
+        figure.update_yaxes(range=[min(values) - room, max(values) + room], row=1, col=column)
+    ordered = [baseline, *sorted(runs, key=lambda row: (row["map.unit"], row["map.steps"], row["map.weight"]))]
+    look, names = mark("map"), [_map_name(row) for row in ordered]
+    figure.add_scatter(
+        x=list(range(len(ordered))), y=[row[RECALL] for row in ordered], error_y=_error(ordered, RECALL), mode="markers", showlegend=False,
+        marker_symbol=["circle", *[look.symbol] * len(runs)], marker_color=[GREY, *[look.color] * len(runs)], marker_size=9,
+        customdata=names, hovertemplate="%{customdata}: %{y:.4f}<extra></extra>", row=2, col=1)
+    figure.add_scatter(x=[ordered.index(chosen)], y=[chosen[RECALL]], mode="markers", marker_symbol="circle-open", marker_size=22,
+                       marker_color=VERMILLION, marker_line_width=3, showlegend=False, hoverinfo="skip", row=2, col=1)
+    low, high = baseline[f"{RECALL}_interval"]
+    figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=2, col=1)
+    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=[name.replace(", weight", "<br>×") for name in names], tickangle=0,
+                        tickfont_size=11, showgrid=False, zeroline=False, range=[-0.6, len(names) - 0.4], row=2, col=1)
+    return figure.update_layout(template=template, height=640, margin_t=70,
+                                legend={"orientation": "h", "x": 0, "y": 1.06, "yanchor": "bottom"})
+
+
+class FrontierExplorer(Recorded):
+    """Quality against cost at every kept share that was recorded, a mark for each scorer; the kept share is the cursor.
+
+    Args: `data`: notebooks/data/frontier.json, loaded; `keep`: the kept share at the start (the nearest recorded one); `cost`: what the
+    horizontal axis shows, a key of `COSTS`.
+    """
+
+    heading = "What does keeping fewer tokens save, and what does it lose?"
+    exported = "keep"
+    form = ".0%"
+    COSTS = {COST: "seconds per 1,000 training windows (measured)", "mflops": "MFLOPs per training window (predicted)",
+             MEMORY: "peak memory while training, MB (measured)"}
+    _head = ("scorer", "kept", "recall@10", "95 % interval", "minus unpruned", "intervals", *COSTS.values())
+
+    def __init__(self, data: dict, *, keep: float = 1 / 3, cost: str = COST, theme: str | None = None):
+        rows = [row | {"mflops": mflops} for row, mflops in zip(data["rows"], predicted_mflops(data))]
+        kinds = [(row.get("pruning.scorer"), row.get("pruning.keep")) for row in rows]
+        if kinds.count((None, None)) != 1 or len(set(kinds)) < len(kinds):
+            raise ValueError("data must hold one run without pruning and one for each scorer and kept share, as notebooks/record.py writes "
+                             f"them with one seed; got {len(kinds)} runs, {len(set(kinds))} of them different")
+        self.unpruned = rows[kinds.index((None, None))]
+        super().__init__(data | {"rows": rows}, {"keep": ("pruning.keep", keep, "kept share of the tokens")}, theme, cost=widgets.Dropdown(
+            options=[(title, name) for name, title in self.COSTS.items()], value=cost, description="cost"))
+
+    def draw(self):
+        keep, base, field = self.value("keep"), self.unpruned, self.value("cost")
+        chosen = [row for row in self.runs if row["pruning.keep"] == keep]
+        says = []
+        for row in chosen:
+            gain, ratio = row[RECALL] - base[RECALL], row[field] / base[field]
+            says.append(f"<li><b>{row['pruning.scorer']}</b>: recall@10 {abs(gain):.4f} {'lower' if gain < 0 else 'higher'}; the intervals "
+                        f"{'are apart' if _apart(row, base) else 'overlap, which leaves open which is better'}. "
+                        f"Cost {abs(ratio - 1):.0%} {'lower' if ratio < 1 else 'higher'}.</li>")
+        text = (f"<p><b>{keep:.0%} of the tokens kept</b> behind the pruner, against the unpruned run with recall@10 {base[RECALL]:.4f} "
+                f"{span(base, RECALL)}. Cost: {self.COSTS[field]}.</p><ul>{''.join(says)}</ul>"
+                + table(self._head, map(self._cells, [base, *chosen]))
+                + _folded(f"All {len(self.runs) + 1} runs as a table", table(self._head, map(self._cells, [base, *self.runs])))
+                + self._source())
+        return frontier_figure(self.runs, base, keep, field, self.COSTS[field], self.template), text
+
+    def _cells(self, row):
+        base, quality = self.unpruned, (f"{row[RECALL]:.4f}", span(row, RECALL))
+        costs = [f"{row[field]:.3g} (× {row[field] / base[field]:.2f})" for field in self.COSTS]
+        if row is base:
+            return ("unpruned", "100%", *quality, "", "", *costs)
+        return (row["pruning.scorer"], f"{row['pruning.keep']:.0%}", *quality, f"{row[RECALL] - base[RECALL]:+.4f}",
+                "apart" if _apart(row, base) else "overlap", *costs)
+
+
+def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, title: str, template: str = "sidlab") -> go.Figure:
+    """recall@10 against the cost `field`, called `title`: a line for each scorer through its `runs` (rows of frontier.json), those
+    at `keep` large and with their intervals, and the interval of the `unpruned` run as a band."""
+    figure = go.Figure()
+    for scorer in dict.fromkeys(row["pruning.scorer"] for row in runs):
+        of_scorer = sorted((row for row in runs if row["pruning.scorer"] == scorer), key=lambda row: row["pruning.keep"])
+        look = mark(scorer)
+        shown = [row for row in of_scorer if row["pruning.keep"] == keep]
+        for rows, chosen in ((of_scorer, False), (shown, True)):
+            figure.add_scatter(
+                x=[row[field] for row in rows], y=[row[RECALL] for row in rows], name=scorer, legendgroup=scorer, showlegend=chosen,
+                mode="markers" if chosen else "lines+markers", error_y=_error(rows, RECALL) if chosen else None,
+                line={"color": look.color, "dash": look.dash, "width": 1.2}, opacity=1 if chosen else 0.6,
+                marker={"symbol": look.symbol, "color": look.color, "size": 17 if chosen else 7},
+                marker_line={"width": 2 * chosen, "color": GREY},
+                customdata=[f"{row['pruning.keep']:.0%}" for row in rows],
+                hovertemplate=f"{scorer}, %{{customdata}} kept: %{{y:.4f}} at %{{x:.3g}}<extra></extra>")
+    look, (low, high) = mark("unpadded"), unpruned[f"{RECALL}_interval"]
+    figure.add_scatter(x=[unpruned[field]], y=[unpruned[RECALL]], error_y=_error([unpruned], RECALL), mode="markers", name="unpruned",
+                       marker={"symbol": look.symbol, "color": look.color, "size": 13},
+                       hovertemplate="unpruned: %{y:.4f} at %{x:.3g}<extra></extra>")
+    figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below")
+    costs, ends = [row[field] for row in [unpruned, *runs]], [end for row in [unpruned, *runs] for end in row[f"{RECALL}_interval"]]
+    room = 0.06 * np.ptp(costs) or 0.1 * costs[0]
+    figure.update_xaxes(range=[min(costs) - room, max(costs) + room], title_text=title)
+    figure.update_yaxes(range=[min(ends) - 0.01, max(ends) + 0.01], title_text="test recall@10 (band: unpruned)")
+    return figure.update_layout(template=template, height=460, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+
+
+def predicted_mflops(data: dict) -> list[float]:
+    """What training on a window costs by `sidlab.cost`, in MFLOPs, for each row of frontier.json or granularity.json. It has the planted
+    world's lengths, and its tree's widths where a row has no SIDs of its own."""
+    catalogue = load_catalogue("planted")
+    split, planted, out = leave_one_out(catalogue.histories), tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1), []
+    for row in data["rows"]:
+        settings = {key: value for key, value in row.items() if key.startswith("pruning.") and value is not None}
+        config = fitted(config_with(data["preset"], row["seed"], settings), catalogue)
+        widths = tuple(level["width"] for level in row["sids"]["per_level"]) if "sids" in row else planted
+        out.append(cost(config, widths, Windows(split.train, config.max_items, config.windows)).training / 1e6)
+    return out
+
+
+def _size(row):
+    return f"{_text(row['sids.levels'])} × {_text(row['sids.width'])}"
+
+
+def _map_name(row):
+    if row.get("map.unit") is None:
+        return "no MAP"
+    return f"{row['map.steps']:g} {row['map.unit']}{'s' * (row['map.steps'] > 1)}, weight {row['map.weight']:g}"
+
+
+def _text(value, form="g"):
+    return value if isinstance(value, str) else format(value, form)
+
+
+def _nearest(options, value):
+    return min(options, key=lambda option: option != value if isinstance(value, str) else abs(option - value))
+
+
+def _folded(title, content):
+    return f"<details><summary>{title}</summary>{content}</details>"
+
+
+def _apart(a, b):
+    """Whether the recall intervals of two rows do not touch."""
+    (low, high), (floor, top) = a[f"{RECALL}_interval"], b[f"{RECALL}_interval"]
+    return high < floor or top < low

@@ -1,0 +1,35 @@
+"""The board of one's own runs: it keeps, replaces, sorts, and draws what was written down."""
+
+import pytest
+
+from sidlab.viz.board import Board
+
+
+def test_entries_are_kept_replaced_and_sorted(tmp_path):
+    board = Board(tmp_path / "deep" / "board.json")
+    assert board.rows == [] and len(board.frame()) == 0 and "No entry" in board._repr_html_()
+    board.add("weak", "a", {"recall@10": 0.2})
+    board.add("mine", "a", {"recall@10": 0.3, "low": 0.25, "high": 0.33})
+    board.add("mine", "b", {"recall@10": 0.9})
+    board.add("mine", "a", {"recall@10": 0.1, "low": 0.05, "high": 0.2, "note": "<b>"})
+    again = Board(tmp_path / "deep" / "board.json")  # another kernel
+    assert again.frame("a")[["name", "recall@10"]].values.tolist() == [["weak", 0.2], ["mine", 0.1]]
+    assert again.frame()["contest"].tolist() == ["a", "a", "b"]
+    assert "&lt;b&gt;" in again._repr_html_()
+    with pytest.raises(ValueError, match="must hold 'recall@10', got \\['ndcg'\\]"):
+        board.add("mine", "a", {"ndcg": 1})
+
+
+def test_figure_shows_entries_with_intervals_and_anchors_as_lines(tmp_path):
+    board = Board(tmp_path / "board.json")
+    board.add("mine", "a", {"recall@10": 0.3, "low": 0.25, "high": 0.33})
+    board.add("other", "b", {"recall@10": 0.9})
+    board.add("rastp", "a", {"recall@10": 0.4})
+    board.add("Bayes optimum", "a", {"recall@10": 0.6, "anchor": True})
+    figure = board.figure("a")
+    (entries,) = figure.data
+    assert list(entries.y) == ["rastp", "mine"] and list(entries.x) == [0.4, 0.3]
+    assert entries.error_x.array[1] == pytest.approx(0.03) and entries.error_x.arrayminus[1] == pytest.approx(0.05)
+    assert entries.error_x.array[0] == entries.error_x.arrayminus[0] == 0
+    assert [line.x0 for line in figure.layout.shapes] == [0.6] and "Bayes optimum 0.600" in figure.layout.annotations[0].text
+    assert board.figure("a", "dark").layout.template.layout.paper_bgcolor != figure.layout.template.layout.paper_bgcolor

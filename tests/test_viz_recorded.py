@@ -1,0 +1,165 @@
+"""The frontier shows exactly the recorded runs, the slider knows no others, and its words follow from the numbers."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from traitlets import TraitError
+
+from sidlab import viz
+from sidlab.comparison import method_config
+from sidlab.cost import cost
+from sidlab.data.planted import planted_catalogue
+from sidlab.viz import theme
+from sidlab.viz.recorded import FrontierExplorer, frontier_figure, predicted_mflops
+from sidlab.windows import leave_one_out
+
+KEEPS = (0.1, 0.2, 0.3333333333, 0.5, 0.7)  # as pandas writes a third
+SCORERS = ("rastp", "recent", "random", "oracle")
+COST = "seconds_per_1k_windows"
+
+
+def run(scorer, keep, recall, seconds):
+    return {"dropout": None if scorer else 0.0, "pruning.scorer": scorer, "pruning.keep": keep, "seed": 0, "recall@10": recall,
+            "recall@10_interval": [recall - 0.02, recall + 0.02], COST: seconds, "peak_memory_mb": 100 * seconds,
+            "kept_token_fraction": keep}
+
+
+@pytest.fixture
+def data():
+    """Random scoring loses much more than the intervals' width, RASTP a hair; all recalls and costs differ."""
+    rng = np.random.default_rng(0)
+    lost = {"rastp": 0.01, "recent": 0.1, "random": 0.2, "oracle": -0.001}
+    rows = [run(scorer, keep, 0.5 - lost[scorer] - rng.uniform(0, 0.005), 1 + keep + rng.uniform(0, 0.1))
+            for scorer in SCORERS for keep in KEEPS]
+    return {"hardware": {"processor": "an abacus", "gpu": None}, "preset": "quick", "command": "python notebooks/record.py frontier",
+            "rows": [run(None, None, 0.5, 2.0), *rows]}
+
+
+def recorded(data, scorer, keep):
+    return next(row for row in data["rows"] if row["pruning.scorer"] == scorer and row["pruning.keep"] == keep)
+
+
+def traces(figure, scorer):
+    return [trace for trace in figure.data if trace.name == scorer]
+
+
+def test_every_point_is_a_recorded_run(data):
+    explorer = FrontierExplorer(data, keep=0.3)
+    assert explorer.value("keep") == KEEPS[2]  # the nearest
+    for keep in KEEPS:
+        explorer.set(keep=keep)
+        for scorer in SCORERS:
+            line, chosen = traces(explorer.figure, scorer)
+            rows = [recorded(data, scorer, k) for k in KEEPS]
+            assert list(zip(line.x, line.y)) == [(row[COST], row["recall@10"]) for row in rows]
+            row = recorded(data, scorer, keep)
+            assert (list(chosen.x), list(chosen.y)) == ([row[COST]], [row["recall@10"]])
+            np.testing.assert_allclose([chosen.error_y.array[0], chosen.error_y.arrayminus[0]], 0.02)
+        (unpruned,) = traces(explorer.figure, "unpruned")
+        assert (unpruned.x[0], unpruned.y[0]) == (2.0, 0.5)
+        band = explorer.figure.layout.shapes[0]
+        assert (band.y0, band.y1) == (0.48, 0.52)
+
+
+def test_the_slider_holds_recorded_shares_only(data):
+    slider = FrontierExplorer(data).controls["keep"]
+    assert [value for _, value in slider._options_full] == list(KEEPS) and slider.label == "33%"
+    with pytest.raises(TraitError, match="value not found"):
+        slider.value = 0.4
+
+
+def test_words_follow_from_the_numbers(data):
+    explorer = FrontierExplorer(data, keep=0.5)
+    said = dict(re.findall("<li><b>(.*?)</b>: (.*?)</li>", explorer.text.value))
+    assert list(said) == list(SCORERS)
+    for scorer in SCORERS:
+        row = recorded(data, scorer, 0.5)
+        assert f"recall@10 {0.5 - row['recall@10']:.4f} lower" in said[scorer]
+        assert ("overlap" in said[scorer]) == (row["recall@10"] + 0.02 >= 0.48) == (scorer in ("rastp", "oracle"))
+        assert ("apart" in said[scorer]) == (scorer in ("recent", "random"))
+        assert f"Cost {1 - row[COST] / 2:.0%} lower" in said[scorer]
+        assert f"{row['recall@10']:.4f}" in explorer.text.value and f"{row[COST]:.3g} (× {row[COST] / 2:.2f})" in explorer.text.value
+    recorded(data, "rastp", 0.5).update(run("rastp", 0.5, 0.56, 2.5))
+    better = FrontierExplorer(data, keep=0.5).text.value
+    assert "recall@10 0.0600 higher; the intervals are apart. Cost 25% higher" in better
+
+
+def test_text_holds_all_runs(data):
+    text = FrontierExplorer(data).text.value
+    folded = text[text.index("<details>") :]
+    for row in data["rows"]:
+        assert f"<td>{row['recall@10']:.4f}</td>" in folded and f"<td>{row[COST]:.3g} (×" in folded
+    assert "an abacus" in text and data["command"] in text and "1 seed." in text
+
+
+@pytest.mark.parametrize("cost_name", FrontierExplorer.COSTS)
+def test_following_equals_a_fresh_explorer(data, cost_name):
+    explorer, fresh = FrontierExplorer(data), FrontierExplorer(data, keep=0.7, cost=cost_name)
+    explorer.controls["keep"].value = 0.7
+    explorer.controls["cost"].value = cost_name
+    assert explorer.text.value == fresh.text.value
+    for moved, new in zip(explorer.figure.data, fresh.figure.data, strict=True):
+        assert (moved.name, moved.x, moved.y, moved.error_y, moved.marker) == (new.name, new.x, new.y, new.error_y, new.marker)
+    assert explorer.figure.layout.xaxis == fresh.figure.layout.xaxis and explorer.figure.layout.shapes == fresh.figure.layout.shapes
+
+
+def test_predicted_cost_is_the_cost_model_on_planted_lengths(data):
+    split = leave_one_out(planted_catalogue().histories)
+    lengths = np.concatenate([np.arange(1, len(history)) for history in split.train])  # a window for each prefix
+    predicted = dict(zip([(row["pruning.scorer"], row["pruning.keep"]) for row in data["rows"]], predicted_mflops(data)))
+    for scorer, keep, method in ((None, None, "unpadded"), ("rastp", KEEPS[3], "rastp@1/2"), ("recent", KEEPS[2], "recent@1/3")):
+        assert predicted[scorer, keep] == pytest.approx(cost(method_config(method, "quick", 0), (8, 8, 4), lengths).training / 1e6)
+    assert predicted["rastp", 0.1] == predicted["random", 0.1] < predicted["rastp", 0.7] < predicted[None, None]
+
+
+def test_nothing_rests_on_colour(data):
+    figure = frontier_figure(data["rows"][1:], data["rows"][0], 0.5, COST, "seconds")
+    looks = {trace.name: (trace.marker.symbol, trace.line.dash) for trace in figure.data if trace.mode == "lines+markers"}
+    assert looks == {scorer: theme.mark(scorer)[1:] for scorer in SCORERS}
+    for line, chosen in (traces(figure, scorer) for scorer in SCORERS):
+        assert chosen.marker.size > 2 * line.marker.size and chosen.error_y.array and not line.error_y.array
+
+
+def test_export_has_a_frame_for_each_share_and_opens_at_the_chosen_one(data, tmp_path):
+    page = FrontierExplorer(data, keep=0.5, theme="dark").export(tmp_path / "frontier.html").read_text()
+    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1])
+    assert [frame["value"] for frame in frames] == ["10%", "20%", "33%", "50%", "70%"] and 'step="1" value="3"' in page
+    for frame, keep in zip(frames, KEEPS):
+        chosen = next(t for t in frame["data"] if t["name"] == "rastp" and t["mode"] == "markers")
+        assert chosen["y"] == [recorded(data, "rastp", keep)["recall@10"]] and f"<b>{keep:.0%} of the tokens kept</b>" in frame["text"]
+
+
+def test_a_move_sends_little(data):
+    explorer, sent = viz.FrontierExplorer(data), []
+
+    class FakeComm:
+        comm_id = "fake"
+
+        def send(self, data=None, metadata=None, buffers=None):
+            sent.append(len(json.dumps(data, default=str)) + sum(memoryview(b).nbytes for b in buffers or ()))
+
+        def on_msg(self, callback):
+            pass
+
+        on_close = close = on_msg
+
+    for widget in (explorer.figure, explorer.text, explorer.alert, explorer.controls["keep"]):
+        widget.comm = FakeComm()
+    explorer.controls["keep"].value = 0.1
+    assert 2 <= len(sent) <= 4 and sum(sent) < 200_000
+
+
+def test_refuses_what_it_cannot_compare_with(data):
+    for rows in (data["rows"][1:], [*data["rows"], data["rows"][1] | {"seed": 1}], [*data["rows"], data["rows"][0]]):
+        with pytest.raises(ValueError, match="one run without pruning and one for each scorer and kept share"):
+            FrontierExplorer(data | {"rows": rows})
+
+
+def test_bundled_recording():
+    data = json.loads((ROOT / "notebooks" / "data" / "frontier.json").read_text())
+    explorer = FrontierExplorer(data)
+    assert explorer.unpruned["recall@10"] == next(row["recall@10"] for row in data["rows"] if row["pruning.keep"] is None)
+    assert {row["pruning.scorer"] for row in explorer.runs} >= {"rastp", "random", "oracle"} and len(explorer.frames()) >= 5

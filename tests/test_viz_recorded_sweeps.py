@@ -1,0 +1,196 @@
+"""The explorers of recorded sweeps show exactly the recorded numbers, and only recorded runs can be chosen."""
+
+import json
+import re
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from conftest import ROOT
+
+from sidlab import TrainConfig, load_catalogue
+from sidlab.cost import cost
+from sidlab.viz import DilutionExplorer, MapExplorer
+from sidlab.viz.recorded import dilution_figure, map_figure
+
+LEVELS, WIDTHS = (1, 2, 3, 4), (4, 8, 16, 32)
+ITEM_RUNS = [("item", steps, weight) for steps in (1, 2, 4) for weight in (0.1, 0.3, 1.0)]
+TOKEN_RUNS = [("token", steps, weight) for steps in (1, 2) for weight in (0.1, 0.3, 1.0)]
+
+
+def fake_row(number):
+    """A run as notebooks/record.py writes it; each has numbers of its own."""
+    rng = np.random.default_rng(number)
+    row = {"seed": 0, "updates": 190 + number, "seconds_per_1k_windows": float(rng.uniform(0.5, 1.5)), "kept_informative": None}
+    for metric in ("recall@5", "recall@10", "ndcg@5", "ndcg@10"):
+        row[metric] = float(rng.uniform(0.3, 0.6))
+        row[f"{metric}_interval"] = [row[metric] - 0.021, row[metric] + 0.022]
+    row["curve"] = {"step": [20, 40, 60], "loss": rng.uniform(1, 2, 3).tolist(),
+                    "eval_step": [30, 60], "recall@10": rng.uniform(0.2, 0.5, 2).tolist()}
+    return row
+
+
+def fake_data(rows):
+    return {"hardware": {"processor": "an abacus", "gpu": None}, "preset": "quick", "command": "python notebooks/record.py x", "rows": rows}
+
+
+def granularity():
+    rows = []
+    for number, (levels, width) in enumerate((level, width) for level in LEVELS for width in WIDTHS):
+        added = levels == 1
+        report = {"levels": levels + added, "collision_rate": 1.0 * added,
+                  "per_level": [{"width": width, "perplexity": width - 0.5 + level} for level in range(levels + added)]}
+        rows.append(fake_row(number) | {"sids.levels": levels, "sids.width": width, "sids.collisions": "extend", "sids": report})
+    return fake_data(rows)
+
+
+def map_runs():
+    rows = [fake_row(99) | {"dropout": 0.0, "map.unit": None, "map.steps": None, "map.weight": None}]
+    for number, (unit, steps, weight) in enumerate(ITEM_RUNS + TOKEN_RUNS):  # pandas makes the steps floats, for one row has none
+        rows.append(fake_row(number) | {"dropout": None, "map.unit": unit, "map.steps": float(steps), "map.weight": weight})
+    return fake_data(rows)
+
+
+MADE = {"granularity": (DilutionExplorer, granularity, {"levels": 2, "width": 16}),
+        "map": (MapExplorer, map_runs, {"steps": 4, "weight": 1.0})}
+
+
+@pytest.fixture(params=MADE)
+def made(request):
+    """(class, data, values of controls other than at the start)."""
+    make, data, values = MADE[request.param]
+    return make, data(), values
+
+
+def test_grid_and_cost_show_every_recorded_run_and_the_cursor_stands_on_the_chosen_one():
+    data = granularity()
+    explorer = DilutionExplorer(data, levels=2, width=16, cost="seconds_per_1k_windows")
+    by_setting = {(row["sids.levels"], row["sids.width"]): row for row in data["rows"]}
+    grid, frame, *lines, cursor = explorer.figure.data
+    for i, levels in enumerate(LEVELS):
+        of_level = [by_setting[levels, width] for width in WIDTHS]
+        assert list(grid.z[i]) == [row["recall@10"] for row in of_level]
+        assert list(lines[i].x) == [row["seconds_per_1k_windows"] for row in of_level]
+        assert list(lines[i].y) == [row["recall@10"] for row in of_level]
+        bars, y = lines[i].error_y, np.array(lines[i].y)
+        np.testing.assert_allclose([y - bars.arrayminus, y + bars.array], np.transpose([row["recall@10_interval"] for row in of_level]))
+    chosen = by_setting[2, 16]
+    assert (cursor.x[1], cursor.y[1]) == (chosen["seconds_per_1k_windows"], chosen["recall@10"])
+    assert (np.mean([min(frame.x), max(frame.x)]), np.mean([min(frame.y), max(frame.y)])) == (WIDTHS.index(16), LEVELS.index(2))
+    assert len({(line.marker.symbol, line.line.dash) for line in lines}) == len(LEVELS)  # told apart without colour
+
+
+def test_text_of_the_granularity_sweep_says_cost_collisions_perplexity_and_tokens():
+    text = DilutionExplorer(granularity(), levels=1, width=8, items=10).text.value
+    row = next(row for row in granularity()["rows"] if (row["sids.levels"], row["sids.width"]) == (1, 8))
+    lengths = np.concatenate([np.arange(1, len(history) - 2) for history in load_catalogue("planted").histories])  # of all windows
+    mflops = cost(TrainConfig.preset("quick"), (8, 8), lengths).training / 1e6  # one level and the one added
+    chosen = [re.findall("<td>(.*?)</td>", line)[1] for line in re.findall("<tr>(.*?)</tr>", text)[1:11]]
+    assert chosen == [
+        "1 × 8", f"{row['recall@10']:.3f}", f"[{row['recall@10'] - 0.021:.4f}, {row['recall@10'] + 0.022:.4f}]",
+        f"{mflops:.3g}", f"{row['seconds_per_1k_windows']:.3g}",
+        str(row["updates"]), "3", "30", "100%", "7.5 · (8.5, added against collisions)"]
+
+
+def test_intervals_apart_are_counted():
+    data = granularity()
+    for row in data["rows"]:
+        row["recall@10"], row["recall@10_interval"] = 0.4, [0.38, 0.42]
+    data["rows"][0] |= {"recall@10": 0.3, "recall@10_interval": [0.28, 0.32]}
+    data["rows"][1] |= {"recall@10": 0.35, "recall@10_interval": [0.32, 0.38]}  # touches both sides
+    assert "apart from that of 14 of the other 15" in DilutionExplorer(data, levels=1, width=4).text.value
+    assert "apart from that of 0 of the other 15" in DilutionExplorer(data, levels=1, width=8).text.value
+    assert "apart from that of 1 of the other 15" in DilutionExplorer(data, levels=3, width=8).text.value
+
+
+def test_curves_are_the_chosen_runs_and_the_baseline_is_always_shown():
+    data = map_runs()
+    explorer, base = MapExplorer(data), data["rows"][0]
+    for unit, steps, weight in [("item", 4, 1.0), ("token", 1, 0.1)]:
+        explorer.set(unit=unit, steps=steps, weight=weight)
+        run = next(row for row in data["rows"] if (row["map.unit"], row["map.steps"], row["map.weight"]) == (unit, steps, weight))
+        recall_without, recall_with, loss_without, loss_with, dots, ring = explorer.figure.data
+        assert list(recall_without.y) == base["curve"]["recall@10"] and list(recall_with.y) == run["curve"]["recall@10"]
+        assert list(loss_without.y) == base["curve"]["loss"] and list(loss_with.y) == run["curve"]["loss"]
+        assert list(loss_with.x) == run["curve"]["step"] and list(recall_with.x) == run["curve"]["eval_step"]
+        assert list(ring.y) == [run["recall@10"]] and dots.y[ring.x[0]] == run["recall@10"] and dots.y[0] == base["recall@10"]
+        assert sorted(dots.y) == sorted(row["recall@10"] for row in data["rows"])
+        assert f"{run['recall@10'] - base['recall@10']:+.4f}" in explorer.text.value
+    assert recall_without.line.dash != recall_with.line.dash and recall_without.marker.symbol != recall_with.marker.symbol
+
+
+def test_values_that_were_not_recorded_together_move_to_the_nearest_that_were():
+    explorer = MapExplorer(map_runs(), unit="item", steps=4, weight=0.3)
+    explorer.controls["unit"].value = "token"  # has one and two steps only
+    assert [explorer.value(name) for name in ("unit", "steps", "weight")] == ["token", 2, 0.3]
+    explorer.controls["steps"].value = 4
+    assert explorer.value("steps") == 2 and explorer.run()["map.unit"] == "token"
+    ragged = granularity()
+    ragged["rows"] = [row for row in ragged["rows"] if (row["sids.levels"], row["sids.width"]) not in {(3, 8), (3, 4)}]
+    assert DilutionExplorer(ragged, levels=3, width=4).value("width") == 16
+    with pytest.raises(Exception, match="Invalid selection"):
+        explorer.controls["steps"].value = 3
+
+
+def test_following_equals_a_fresh_explorer_and_sends_little(made):
+    make, data, values = made
+    explorer, sent = make(data), []
+    for widget in (explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
+        widget.comm = FakeComm(sent)
+    for name, value in values.items():
+        sent.clear()
+        explorer.controls[name].value = value
+        assert 1 <= len(sent) <= 4 and sum(sent) < 200_000
+    fresh = make(data, **values)
+    assert json.loads(go.Figure(explorer.figure).to_json()) == json.loads(go.Figure(fresh.figure).to_json())
+    assert explorer.text.value == fresh.text.value
+
+
+class FakeComm:
+    comm_id, kernel = "fake", "fake"
+
+    def __init__(self, sent):
+        self.sent = sent
+
+    def send(self, data=None, metadata=None, buffers=None):
+        self.sent.append(len(str(data)) + sum(memoryview(buffer).nbytes for buffer in buffers or []))
+
+    def on_msg(self, *args):
+        pass
+
+    on_close = close = on_msg
+
+
+def test_export_holds_a_frame_per_recorded_value(made, tmp_path):
+    make, data, _ = made
+    explorer = make(data)
+    page = explorer.export(tmp_path / "page.html").read_text(encoding="utf-8")
+    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1].replace("<\\/", "</"))
+    key = {"levels": "sids.levels", "weight": "map.weight"}[explorer.exported]
+    assert [frame["value"] for frame in frames] == [f"{v:g}" for v in sorted({row[key] for row in explorer.runs})]
+    assert len({frame["text"] for frame in frames}) == len(frames)
+
+
+def test_both_themes_and_figures_by_themselves():
+    rows = granularity()["rows"]
+    light, dark = (dilution_figure(rows, rows[5], "updates", "updates", template) for template in ("sidlab", "sidlab_dark"))
+    assert len(light.data) == len(dark.data) and light.layout.xaxis2.title.text == "updates"
+    runs = map_runs()["rows"]
+    assert len(map_figure(runs[1:], runs[0], runs[3]).data) == 6
+    assert MapExplorer(map_runs(), theme="dark").figure.layout.template == go.Figure(layout_template="sidlab_dark").layout.template
+
+
+def test_data_without_the_runs_in_question_is_refused():
+    with pytest.raises(ValueError, match="sids.levels"):
+        DilutionExplorer(map_runs())
+    with pytest.raises(ValueError, match="without MAP"):
+        MapExplorer(fake_data(map_runs()["rows"][1:]))
+    with pytest.raises(ValueError, match="map.unit"):
+        MapExplorer(granularity())
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_bundled_recordings(name):
+    data = json.loads((ROOT / "notebooks" / "data" / f"{name}.json").read_text())
+    explorer = MADE[name][0](data)
+    assert all(0 < row["recall@10"] < 1 for row in data["rows"]) and explorer.run() in data["rows"]
