@@ -13,12 +13,16 @@ from sidlab.comparison import hardware
 from sidlab.sweeps import sid_table, write_json
 
 HERE = pathlib.Path(__file__).parent
+# Single runs: their intervals are those of other users, not of other seeds.
 SWEEPS = {
     "granularity": {"sids.levels": [1, 2, 3, 4], "sids.width": [4, 8, 16, 32], "sids.collisions": ["extend"]},
-    "map": [{"dropout": 0.0}] + [{"map.unit": unit, "map.steps": steps, "map.weight": weight} for unit in ("item", "token")
-                                 for steps in ((1, 2, 4) if unit == "item" else (1, 2)) for weight in (0.1, 0.3, 1.0)],
-    "frontier": [{"dropout": 0.0}] + [{"pruning.scorer": scorer, "pruning.keep": keep} for scorer in ("rastp", "recent", "random", "oracle")
-                                      for keep in (0.1, 0.2, 1 / 3, 0.5, 0.7)],
+    # Curves worth looking at: an evaluation every 25 updates.
+    "map": [{"eval_every": 25}] + [{"eval_every": 25, "map.unit": unit, "map.steps": steps, "map.weight": weight}
+                                   for unit, all_steps, weights in (("item", (1, 2, 4), (0.1, 0.3, 1.0)), ("token", (1, 2), (0.3,)))
+                                   for steps in all_steps for weight in weights],
+    # Longer than `quick`, since methods differ little before.
+    "frontier": [{"epochs": 4}] + [{"epochs": 4, "pruning.scorer": scorer, "pruning.keep": keep} for scorer in ("rastp", "recent", "random")
+                                   for keep in (0.1, 0.2, 1 / 3, 0.5, 0.7)],
 }
 
 

@@ -112,16 +112,15 @@ def timed_size(d_model: int, layers: int, items: int, slots: int, pruning: Pruni
     return config, predicted, stepper(config, table, batch)
 
 
-def calibrate(sizes=None, rounds: int = 3) -> Speed:
+def calibrate(sizes=None, rounds: int = 5) -> Speed:
     """Time training steps of all `sizes` (default: some that take seconds here; see `SIZES`), unpruned and pruned, and fit `Speed`.
 
-    Of each size the fastest of `rounds` counts: other work of the machine only ever adds. The fit minimises relative deviations, with
-    no coefficient below 0."""
+    Of each size the median of `rounds` counts. The fit minimises relative deviations, with no coefficient below 0."""
     sizes = sizes or (GPU_SIZES if torch.cuda.is_available() else SIZES)
     after_one = PruningConfig(after_layer=1)
     cases = {(*size, pruned): timed_size(*size, after_one if pruned else None) for size in sizes for pruned in (False, True)}
-    best = time_steps({name: step for name, (_, _, step) in cases.items()}, rounds).min()
-    measured, terms = best.to_numpy(), np.array([_terms(config, batch) for config, batch, _ in cases.values()])
+    times = time_steps({name: step for name, (_, _, step) in cases.items()}, rounds)
+    measured, terms = times.median().to_numpy(), np.array([_terms(config, batch) for config, batch, _ in cases.values()])
     scale = terms.max(axis=0)  # FLOPs are some 1e9, layers a few
     coefficients = nnls(terms / scale / measured[:, None], np.ones(len(measured)))[0] / scale
     fitted = terms @ coefficients

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from sidlab import comparison, sweeps
 from sidlab.data.catalogue import load_catalogue
+from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
 from sidlab.training import TrainConfig, build_model
@@ -115,10 +116,11 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
         (dict(methods="map@1/2"), "only a pruning method takes a kept share"),
         (dict(methods="rastp@much"), "written as in rastp@1/2"),
         (dict(methods="rastp@2"), "must lie in"),
-        (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, paper"),
+        (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, long, paper"),
         (dict(dataset="beauty"), "no catalogue 'beauty'"),
         (dict(seeds=0), "one method and one seed"),
         (dict(methods=""), "give at least one method"),
+        (dict(sids="nowhere.txt.gz"), "sids='nowhere.txt.gz' is no file; give a published table"),
     ],
 )
 def test_bad_arguments_stop_before_anything_is_written(arguments, message, tmp_path):
@@ -135,6 +137,17 @@ def test_seconds_intervals_and_tests_agree_with_the_ranks(finished):
     hit = lambda r: ((r > 0) & (r <= 10)).mean()
     assert entry["recall@10"] == pytest.approx(hit(ranks))
     assert entry["versus_unpadded"]["difference"] == pytest.approx(hit(ranks) - hit(base))
+
+
+def test_a_published_sid_table_is_what_every_method_speaks(tmp_path):
+    catalogue, lines = load_catalogue("planted"), []
+    for item in range(1, catalogue.n_items + 1):  # digits of the item's number: as good as any for this
+        lines.append(f"{item} {item // 64} {item // 8 % 8} {item % 8}\n")
+    (tmp_path / "sids.txt").write_text("".join(lines))
+    results = comparison.compare("planted", "smoke", "unpadded", 1, str(tmp_path / "out"), str(tmp_path / "sids.txt"))
+    assert results["sids"]["collision_rate"] == 0 and f"SIDS={tmp_path / 'sids.txt'}" in results["command"]
+    table = SidT5.from_pretrained(tmp_path / "out" / "runs" / "unpadded-seed0").table
+    assert table.codes.tolist() == [[item // 64, item // 8 % 8, item % 8] for item in range(1, catalogue.n_items + 1)]
 
 
 NOTEBOOK = ROOT / "notebooks" / "reproduce.ipynb"

@@ -503,6 +503,25 @@ def test_a_scorer_set_by_name_is_the_one_that_is_saved(tmp_path):
     assert torch.equal(SidT5.from_pretrained(tmp_path).encoder(**batch()).positions, after)
 
 
+OTHER = PruningConfig(after_layer=3, keep=0.5, unit="item", positions="compact", protect_separators=True)
+
+
+@pytest.mark.parametrize("before", [None, PruningConfig(), PruningConfig(reduce="pool")])
+@pytest.mark.parametrize("after", [None, OTHER, PruningConfig(after_layer=1, reduce="pool", keep=0.5)])
+def test_set_pruning_makes_the_model_that_was_built_so(before, after, tmp_path):
+    model, fresh = build(before), build(after)
+    model.set_pruning(after)
+    ours, theirs = model(**batch(), labels=LABELS), fresh(**batch(), labels=LABELS)
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.encoder_attention_mask, theirs.encoder_attention_mask)
+    model.save_pretrained(tmp_path)
+    loaded = SidT5.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch(), labels=LABELS).logits, theirs.logits)
+    assert loaded.config.pruning == fresh.config.pruning
+    with pytest.raises(ValueError, match="after_layer=9 lies beyond the last encoder layer; use 1..4"):
+        model.set_pruning(PruningConfig(after_layer=9))
+    assert torch.equal(model(**batch(), labels=LABELS).logits, theirs.logits), "a refused change changes nothing"
+
+
 def test_signals_describe_the_tokens():
     seen = []
     model = build(PruningConfig())

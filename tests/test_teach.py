@@ -226,6 +226,14 @@ def test_infinite_and_whole_numbers_are_not_close_to_others():
     assert teach.check("big", lambda: 1e7).verdict == "exact"
 
 
+def test_the_largest_difference_over_all_inputs_is_told():
+    teach.register("double", [(1,), (4,), (2,)], lambda x: 2.0 * x, {})
+    result = teach.check("double", lambda x: x**2)
+    assert (result.verdict, result.hint) == (
+        "max difference 8", "Input 2 of 3: 1 of 1 numbers differ; the first of them is 16, and 8.0 is right.")
+    assert teach.check("double", lambda x: x + 1e-7 + x).verdict == "close"
+
+
 def test_ragged_results_with_other_lengths_have_the_wrong_shape():
     result = teach.check("keep_top", lambda importance, mask, keep: [[0, 1, 2], [0], [0]])
     assert result.verdict == "wrong shape"

@@ -17,7 +17,7 @@
 # **Machine** Any laptop, or Binder: one core, under 1 GB of memory, no GPU, no network. The model is small and comes trained.
 
 # %% tags=["parameters"]
-user = 1          # whose history you look at first
+user = 16         # whose history you look at first
 keep = 1 / 3      # the share of tokens that stays
 test_users = 500  # over how many users numbers are averaged
 

@@ -18,7 +18,7 @@
 # **Machine** 1–2 cores, under 1 GB of memory, no GPU, no network. The catalogue is generated.
 
 # %% tags=["parameters"]
-dataset = "planted"  # or a folder with items.jsonl.gz and sequences.txt.gz (see notebook 09): then better with width = 64
+dataset = "planted"  # or a folder with items.jsonl.gz and sequences.txt.gz, as in notebook 09, and then a width of 64
 levels = 3           # L, codes in a semantic ID
 width = 8            # W, codes to choose from on each level (the explorer offers 2, 4, 6, 8, 12, 16, 24, 32, and more for large catalogues)
 steps = 400          # of training, for each autoencoder
@@ -33,6 +33,7 @@ from torch import nn
 import sidlab
 from sidlab import teach
 
+torch.set_num_threads(1)  # the networks here are too small to gain from more
 catalogue = sidlab.load_catalogue(dataset)
 items, x = catalogue.items, catalogue.embeddings  # a row per item, a vector per item
 
@@ -98,11 +99,12 @@ teach.predict(f"{len(x):,} items are now described by one of {width} codes. What
               explain="In the planted shop the department is the longest of the three vectors; one level can catch that, at best.")
 
 # %% [markdown]
-# Each row below is the last category of an item (in the planted shop its department), each column a code.
+# Each row below is one of the most common categories (in the planted shop: all departments), each column a code.
 
 # %%
 category = items.categories.str[-1].rename("category")
-pd.crosstab(category, pd.Series(code, name="code"))
+common = sorted(category.value_counts().index[:8])
+pd.crosstab(category, pd.Series(code, name="code")).loc[common]
 
 # %% [markdown]
 # **What to look for.** The planted shop has 8 departments, and there are 8 codes, so every department could have its own. Does it? Look
@@ -208,10 +210,11 @@ pd.DataFrame({"title": items.title, "SID": crowded.codes.tolist()})[group.all(ax
 # In the planted shop we know what the codes should stand for. Is code 2 a brand, whatever the department?
 
 # %%
-pd.crosstab(items.brand, pd.Series(codes[:, min(1, levels - 1)], name="code 2"))
+brands = sorted(items.brand.value_counts().index[:8])
+pd.crosstab(items.brand, pd.Series(codes[:, min(1, levels - 1)], name="code 2")).loc[brands]
 
 # %% [markdown]
-# (With a real catalogue brands are many and that table is a blur; the question stays.) One level has one codebook for all prefixes, so a code can only
+# One level has one codebook for all prefixes, so a code can only
 # mean the same thing everywhere. Where the embedding is not a sum of independent parts, that is a limit of residual quantisation.
 #
 # A number for "similar items begin alike": take an item's 10 nearest neighbours; which share of them has its prefix (`neighbour_overlap`), against

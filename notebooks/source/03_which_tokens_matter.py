@@ -1,11 +1,13 @@
 # %% [markdown]
 # # 3. Which tokens matter?
 #
-# RASTP keeps the tokens with the largest *saliency × centrality*: take this score apart, and ask three different judges whether it is right.
+# RASTP keeps the tokens with the largest *saliency × centrality*: take this score apart, and ask three different judges whether it is
+# right.
 #
 # **Goals**
 #
-# * Compute attention from queries, keys and the position bias, then centrality, saliency and importance, each in a line or two, and get the package's numbers.
+# * Compute attention from queries, keys and the position bias, then centrality, saliency and importance, each in a line or two, and get
+#   the package's numbers.
 # * Compare the score with its two factors, and all of them with the truth that the planted world knows.
 # * Take tokens out one by one and see for yourself how much attention explains, and how much it does not.
 #
@@ -33,8 +35,9 @@ pd.set_option("display.precision", 3)
 # %% [markdown]
 # ## One history, opened up
 #
-# The bundled model recommends the next item of a history in a small planted sports shop. Each item is four tokens: three codes, which stand for department (level 1),
-# brand (level 2) and kind (level 3), and a separator. A `Probe` runs one history through the encoder and keeps everything that passes by.
+# The bundled model recommends the next item of a history in a small planted sports shop. Each item is four tokens: three codes, which
+# stand for department (level 1), brand (level 2) and kind (level 3), and a separator. A `Probe` runs one history through the encoder and
+# keeps everything that passes by.
 
 # %%
 from sidlab.demo import load
@@ -57,8 +60,8 @@ print(len(probe.history), "items are", n, "tokens; attention", list(probe.attent
 # attention[query, :] =  softmax(scores[query, :])
 # ```
 #
-# T5 has no position embeddings. All it knows of order is that **bias**: a learned number for each head and each distance, owned by the first layer and added in all
-# of them. It also leaves out the usual division by √d.
+# T5 has no position embeddings. All it knows of order is that **bias**: a learned number for each head and each distance, owned by the
+# first layer and added in all of them. It also leaves out the usual division by √d.
 
 # %%
 block = model.encoder.block[layer - 1].layer[0]
@@ -79,8 +82,9 @@ pd.DataFrame(bias[:, middle, middle - 3 : middle + 4].numpy(), index=[f"head {h 
              columns=[f"{d:+d}" if d else "itself" for d in range(-3, 4)])
 
 # %% [markdown]
-# Two heads prefer the token one and two places back so strongly that nearly nothing else counts. They were *initialised* like that (`position_init` in
-# [t5.py](../sidlab/models/t5.py)), and training kept it: it is how the codes of one item find each other. You will see them as bright diagonals.
+# Two heads prefer the token one and two places back so strongly that nearly nothing else counts. They were *initialised* like that
+# (`position_init` in [t5.py](../sidlab/models/t5.py)), and training kept it: it is how the codes of one item find each other. You will
+# see them as bright diagonals.
 #
 # ## Centrality: columns, not rows
 #
@@ -104,7 +108,8 @@ print("summed over the wrong axis: from", float(given.min()), "to", float(given.
 print("largest difference from the package:", float((centrality - probe.centrality(layer)).abs().max()))
 
 # %% [markdown]
-# The wrong axis gives every token the same number, since each row of a softmax sums to 1. Keep this in mind, it is a silent mistake: a score is still a score.
+# The wrong axis gives every token the same number, since each row of a softmax sums to 1. Keep this in mind, it is a silent mistake: a
+# score is still a score.
 #
 # ## Saliency, and the product
 #
@@ -122,14 +127,15 @@ as_norm = pd.Series(given * saliency).corr(pd.Series(saliency), method="spearman
 print("rank correlation of the product with the wrong axis and the saliency alone:", round(as_norm, 6))
 
 # %% [markdown]
-# The second line is the price of the wrong axis: the product becomes a constant times the saliency. Your "RASTP" would be another method, `norm`, and nothing would
-# crash. (A **rank correlation** compares orders: 1 the same order, 0 none in common, −1 the reverse.)
+# The second line is the price of the wrong axis: the product becomes a constant times the saliency. Your "RASTP" would be another method,
+# `norm`, and nothing would crash. (A **rank correlation** compares orders: 1 the same order, 0 none in common, −1 the reverse.)
 #
 # ## The explorer
 #
-# Left: every layer and head, small; click one to see it large. Right: the large one, above it the sums of its columns (centrality), the saliencies, and their product.
-# A star marks the tokens that **truly** tell something about the next item: the planted world knows. A click on a column or a bar chooses a token, and so does the slider; the text says
-# how the recommendations move without it. Removal happens *behind* the shown layer: the layers before have seen the token.
+# Left: every layer and head, small; click one to see it large. Right: the large one, above it the sums of its columns (centrality), the
+# saliencies, and their product. A star marks the tokens that **truly** tell something about the next item: the planted world knows. A
+# click on a column or a bar chooses a token, and so does the slider; the text says how the recommendations move without it. Removal
+# happens *behind* the shown layer: the layers before have seen the token.
 
 # %%
 from sidlab.viz import AttentionExplorer
@@ -140,12 +146,14 @@ explorer
 # %% [markdown]
 # **What to look for**
 #
-# * Heads 1 and 2 are stripes in all layers. Which heads have bright *columns*, and in which layer? A bright column is a token that everybody looks at.
-# * The chosen token, the brand of the oldest item, is the most informative one of this history (the text says how many nats). Read its places in centrality and importance. Then read by
-#   how much the log-probability of the ★ item changes without it.
+# * Heads 1 and 2 are stripes in all layers. Which heads have bright *columns*, and in which layer? A bright column is a token that
+#   everybody looks at.
+# * The chosen token, the brand of the oldest item, is the most informative one of this history (the text says how many nats). Read its
+#   places in centrality and importance. Then read by how much the log-probability of the ★ item changes without it.
 # * Go one token to the right, to level 3 of the same item: the kind of thing. It has no star. What does removing it do to the ★ item?
 # * Set *remove* to `its whole item`, then *layer* to 1. How many layers did it take until the brand was known elsewhere?
-# * Compare the bars of saliency and centrality. Which of the two decides the order of the product, and which hardly differs between tokens?
+# * Compare the bars of saliency and centrality. Which of the two decides the order of the product, and which hardly differs between
+#   tokens?
 #
 # ## First judge: the truth
 #
@@ -153,7 +161,8 @@ explorer
 #
 # * `rastp` is the product, `norm` the saliency alone, `centrality` the other factor alone;
 # * `random` draws numbers, `recent` prefers the newest tokens: what a good score has to beat;
-# * `oracle` is the truth itself: how much information about the next item the token holds when all others are known, in *nats* (bits with the natural logarithm; 1 nat is 1.44 bits).
+# * `oracle` is the truth itself: how much information about the next item the token holds when all others are known, in *nats* (bits with
+#   the natural logarithm; 1 nat is 1.44 bits).
 
 # %%
 from sidlab.saliency import Signals, token_importance
@@ -164,7 +173,8 @@ scorers = ["rastp", "norm", "centrality", "random", "recent", "oracle"]
 def scored(user, probe):
     """One row for each token of a history."""
     place = torch.arange(len(probe.tokens))[None]
-    signals = Signals(probe.hidden[layer][None], probe.centrality(layer)[None], probe.mask, place, truth=probe.truth[None], seed=torch.tensor([user]))
+    signals = Signals(probe.hidden[layer][None], probe.centrality(layer)[None], probe.mask, place,
+                      truth=probe.truth[None], seed=torch.tensor([user]))
     scores = {name: token_importance(signals, name)[0].numpy() for name in scorers}
     return pd.DataFrame(scores).assign(user=user, level=probe.levels.numpy() + 1)
 
@@ -176,8 +186,9 @@ informative = tokens["oracle"] > 0
 print(len(tokens), "tokens,", f"{informative.mean():.0%} of them informative")
 
 # %% [markdown]
-# Each scorer may keep the best third of each history. **Precision**: the share of the kept tokens that are informative. **Recall**: the share of the informative tokens that are
-# kept. **Nats kept**: the same, each token weighed by how much it holds, for many informative tokens hold very little.
+# Each scorer may keep the best third of each history. **Precision**: the share of the kept tokens that are informative. **Recall**: the
+# share of the informative tokens that are kept. **Nats kept**: the same, each token weighed by how much it holds, for many informative
+# tokens hold very little.
 
 # %%
 def compare():
@@ -203,23 +214,24 @@ teach.predict(
 comparison
 
 # %% [markdown]
-# Read it against `random`, which knows nothing. Then compare `rastp` with its two factors: does the product beat both, one, or none of them here? The next table shows
-# where that comes from.
+# Read it against `random`, which knows nothing. Then compare `rastp` with its two factors: does the product beat both, one, or none of
+# them here? The next table shows where that comes from.
 
 # %%
 by_level = tokens.groupby("level")[["norm", "centrality", "rastp", "oracle"]].mean()
 by_level
 
 # %% [markdown]
-# `oracle` has nothing at level 3 and at separators: past *kinds* say nothing about the next item. Which level has the largest norm? A norm says that a state is *large*, and
-# a state can be large for any reason; here it costs the product some of what centrality had found. That is a finding about one small model, and the
-# last word of this notebook on the product is not spoken yet.
+# `oracle` has nothing at level 3 and at separators: past *kinds* say nothing about the next item. Which level has the largest norm? A
+# norm says that a state is *large*, and a state can be large for any reason; here it costs the product some of what centrality had found.
+# That is a finding about one small model, and the last word of this notebook on the product is not spoken yet.
 #
 # ## Second judge: take it out and look
 #
-# The truth is known in a planted world only. What one can always do is **occlusion**: hide one token and see how the prediction changes. We do it for all tokens of
-# a history in one batch: copy *i* of the history lacks token *i*. At the input, the attention mask hides it from all layers and from the decoder. Behind the layer, a scorer
-# of our own makes the pruner drop it: that is exactly what pruning does to a single token.
+# The truth is known in a planted world only. What one can always do is **occlusion**: hide one token and see how the prediction changes.
+# We do it for all tokens of a history in one batch: copy *i* of the history lacks token *i*. At the input, the attention mask hides it
+# from all layers and from the decoder. Behind the layer, a scorer of our own makes the pruner drop it: that is exactly what pruning does
+# to a single token.
 
 # %%
 def without_each(probe, behind_layer):
@@ -260,20 +272,21 @@ def per_user(a, b):
 
 
 teach.predict(
-    "Order the tokens of a history by RASTP's importance, and by the drop of the true next item's log-probability when they are hidden from the model. "
-    "What is the rank correlation of the two orders, averaged over users?",
+    "Order the tokens of a history by RASTP's importance, and by the drop of the true next item's log-probability "
+    "when they are hidden from the model. What is the rank correlation of the two orders, averaged over users?",
     float(per_user("rastp", "drop").mean()), range=(-1, 1), default=(0.2, 0.7),
-    explain=f"With the truth in place of the importance it is {per_user('oracle', 'drop').mean():.2f}. Read on before you draw a conclusion.",
+    explain=f"With the truth in place of the importance it is {per_user('oracle', 'drop').mean():.2f}. Read on before you conclude.",
 )
 
 # %% [markdown]
-# So does importance mean nothing? Not so fast: even the *truth* hardly agrees with that drop. The reason is the yardstick. What a user takes next is one draw from many
-# possible items, a fifth of the time a noise click. A token that rightly moves the prediction from one brand to another makes *this* item more probable or less, by luck of the draw.
-# The drop is right on average and useless for a single token.
+# So does importance mean nothing? Not so fast: even the *truth* hardly agrees with that drop. The reason is the yardstick. What a user
+# takes next is one draw from many possible items, a fifth of the time a noise click. A token that rightly moves the prediction from one
+# brand to another makes *this* item more probable or less, by luck of the draw. The drop is right on average and useless for a single
+# token.
 #
-# A better question is how much the *whole prediction* changes. We compare the distributions of the next department and brand with and without the token by their
-# **KL divergence**, in nats: 0 if nothing changes. It is the average of the drop over all that could come next, each as probable as the model says; the truth of `oracle` is the
-# same quantity for an ideal recommender.
+# A better question is how much the *whole prediction* changes. We compare the distributions of the next department and brand with and
+# without the token by their **KL divergence**, in nats: 0 if nothing changes. It is the average of the drop over all that could come
+# next, each as probable as the model says; the truth of `oracle` is the same quantity for an ideal recommender.
 #
 # ```
 # effect(i) = KL(p ‖ p without i) = Σ_next p(next) · (log p(next) − log p without i (next))
@@ -311,7 +324,8 @@ import plotly.graph_objects as go
 from sidlab.viz.theme import BLUE, GREY, template
 
 figure = go.Figure()
-for name, which, symbol, color in (("truly informative", informative, "star", BLUE), ("not informative", ~informative, "circle-open", GREY)):
+for name, which, symbol, color in (("truly informative", informative, "star", BLUE),
+                                   ("not informative", ~informative, "circle-open", GREY)):
     figure.add_scatter(x=tokens["rastp"][which], y=tokens["effect"][which], mode="markers", name=name,
                        marker={"symbol": symbol, "color": color, "size": 7, "opacity": 0.6})
 figure.update_xaxes(type="log", dtick=1, title_text=f"RASTP's importance in layer {layer}")
@@ -328,15 +342,18 @@ print(f"importance and effect: mean rank correlation {agreement.mean():.2f}, 95 
 correlations.rename(columns={"oracle": "the truth", "drop": "drop of the next item", "effect": "change of the prediction"})
 
 # %% [markdown]
-# **How to read this.** The table holds rank correlations, averaged over users. The cloud rises to the right: important tokens tend to matter more. But look at one value of importance and how far the effects spread above it, over
-# how many powers of ten. And compare the last column's `rastp` with `oracle`: both judges are imperfect views of the same thing.
+# **How to read this.** The table holds rank correlations, averaged over users. The cloud rises to the right: important tokens tend to
+# matter more. But look at one value of importance and how far the effects spread above it, over how many powers of ten. And compare the
+# last column's `rastp` with `oracle`: both judges are imperfect views of the same thing.
 #
-# So *attention is not explanation*: it says where a layer looked, not what would have happened otherwise. It is not nothing either: compare with `random` and `recent`.
-# A ranking that is right on average can be good enough to prune by, and still be wrong about the token in front of you.
+# So *attention is not explanation*: it says where a layer looked, not what would have happened otherwise. It is not nothing either:
+# compare with `random` and `recent`. A ranking that is right on average can be good enough to prune by, and still be wrong about the
+# token in front of you.
 #
 # ## Third judge: the pruner's own question
 #
-# Hiding a token at the input is not what a pruner does. It removes a *state* behind a layer, after its neighbours have read it. Same measure, other place:
+# Hiding a token at the input is not what a pruner does. It removes a *state* behind a layer, after its neighbours have read it. Same
+# measure, other place:
 
 # %%
 tokens["effect behind"] = np.concatenate([effect(probe, behind_layer=True) for probe in probes])
@@ -353,9 +370,10 @@ teach.predict(
 by_place
 
 # %% [markdown]
-# At the input (column `effect`) the model depends most on the levels that hold the truth, and more than an ideal recommender would: in training it never met a history with a hole
-# at the input. Behind the layer, where it was trained with holes, the picture is another. The diagonal stripes have handed the codes of an item on to its later tokens; whoever holds the copy matters, whoever
-# held the original does not any more. A pruner has to keep the *carriers*. Now ask the scorers once more:
+# At the input (column `effect`) the model depends most on the levels that hold the truth, and more than an ideal recommender would: in
+# training it never met a history with a hole at the input. Behind the layer, where it was trained with holes, the picture is another. The
+# diagonal stripes have handed the codes of an item on to its later tokens; whoever holds the copy matters, whoever held the original does
+# not any more. A pruner has to keep the *carriers*. Now ask the scorers once more:
 
 # %%
 from sidlab.metrics import paired_test
@@ -366,18 +384,21 @@ print("rastp minus centrality: {:+.3f}, 95 % interval over users {:+.3f} to {:+.
 pd.concat([correlations[["oracle", "effect"]].rename(columns={"oracle": "the truth", "effect": "effect at the input"}), behind], axis=1)
 
 # %% [markdown]
-# Three judges, three columns, and three orders of merit. Look for `oracle`: the truth about the *inputs* is a poor guide to the *states*. Look for `norm`: worse than chance before the
-# first judge, and now? A large state can be one that carries something. And the product: does it beat its factors before the judge who asks what a pruner asks? The line
-# above the table says whether that holds for these users, or could be luck.
+# Three judges, three columns, and three orders of merit. Look for `oracle`: the truth about the *inputs* is a poor guide to the *states*.
+# Look for `norm`: worse than chance before the first judge, and now? A large state can be one that carries something. And the product:
+# does it beat its factors before the judge who asks what a pruner asks? The line above the table says whether that holds for these users,
+# or could be luck.
 #
 # Still, no scorer comes close to 1. [Notebook 4](04_live_pruning.ipynb) prunes by each of them and counts what that costs in recall.
 #
 # ## Two pitfalls
 #
-# **The wrong axis** you have seen: each row sums to 1, so summing over the keys says nothing, and the product silently becomes the saliency alone.
+# **The wrong axis** you have seen: each row sums to 1, so summing over the keys says nothing, and the product silently becomes the
+# saliency alone.
 #
-# **Padding that votes.** In a batch, short histories are padded. Attention *to* padding is masked, but padded positions still are *queries*: their rows sum to 1 as well, and all
-# that attention goes to real tokens. The published code counts it. We pad our history to 30 items, as it does:
+# **Padding that votes.** In a batch, short histories are padded. Attention *to* padding is masked, but padded positions still are
+# *queries*: their rows sum to 1 as well, and all that attention goes to real tokens. The published code counts it. We pad our history to
+# 30 items, as it does:
 
 # %%
 def padded_centrality(pruning):
@@ -400,14 +421,14 @@ print(f"{from_padding:.0%} of the attention received comes from padding.")
 print(f"Rank correlation with and without it: {agree:.2f}; of the {third} highest tokens {shared} are the same.")
 
 # %% [markdown]
-# Most votes come from positions that hold nothing, and their number depends on how long the *other* histories are. Without padded voters, `clean` is what the probe found
-# for the history alone. [Notebook 7](07_padding_is_not_pruning.ipynb) is about padding.
+# Most votes come from positions that hold nothing, and their number depends on how long the *other* histories are. Without padded voters,
+# `clean` is what the probe found for the history alone. [Notebook 7](07_padding_is_not_pruning.ipynb) is about padding.
 
 # %% [markdown]
 # ### Exercise 1 · ★★☆ · 7 minutes
 #
-# Write the centrality of a padded batch: `attention` float `[B, H, N, N]`, rows are queries; `mask` `[B, N]`, 1 for real tokens and 0 for padding. Only real queries vote, and
-# padding receives 0. Return `[B, N]`.
+# Write the centrality of a padded batch: `attention` float `[B, H, N, N]`, rows are queries; `mask` `[B, N]`, 1 for real tokens and 0 for
+# padding. Only real queries vote, and padding receives 0. Return `[B, N]`.
 #
 # <details><summary>Hint</summary>
 #
@@ -450,8 +471,8 @@ teach.check("saliency", my_saliency)
 # %% [markdown]
 # ### Exercise 3 · ★★☆ · 5 minutes
 #
-# Write RASTP's importance from `centrality` `[B, N]`, `hidden` `[B, N, d]` and `mask` `[B, N]`. A padded position must never be chosen before a real one, however small the scores are:
-# give it −∞.
+# Write RASTP's importance from `centrality` `[B, N]`, `hidden` `[B, N, d]` and `mask` `[B, N]`. A padded position must never be chosen
+# before a real one, however small the scores are: give it −∞.
 #
 # <details><summary>Hint</summary>
 #
@@ -473,10 +494,11 @@ teach.check("importance", my_importance)
 # %% [markdown]
 # ## Summary
 #
-# Attention is a softmax of query · key plus position bias; the sum of a *column* is what a token receives. RASTP multiplies it by the L1 norm of the token's state. On this model the score
-# finds more informative input tokens than chance, though fewer than centrality alone, and it agrees only in part with what happens when tokens are taken out. The answer depends on the
-# place: what is informative at the input and what carries the information behind a layer are different tokens, and each judge ranks the scorers in another order. Test a scorer by
-# intervention, at the layer where you prune, and against `random`.
+# Attention is a softmax of query · key plus position bias; the sum of a *column* is what a token receives. RASTP multiplies it by the L1
+# norm of the token's state. On this model the score finds more informative input tokens than chance, though fewer than centrality alone,
+# and it agrees only in part with what happens when tokens are taken out. The answer depends on the place: what is informative at the
+# input and what carries the information behind a layer are different tokens, and each judge ranks the scorers in another order. Test a
+# scorer by intervention, at the layer where you prune, and against `random`.
 
 # %%
 teach.quiz(
@@ -487,14 +509,16 @@ teach.quiz(
                    ["An error", "A random order", "The order of the saliency alone", "RASTP, only scaled"], 2,
                    "Each row sums to 1, so the first factor is the same for all tokens."),
     teach.Question("Why is the drop of the true next item's log-probability a poor judge of one token?",
-                   ["Logarithms are unstable", "The next item is one random draw of many possible ones", "The model is too small", "It needs a GPU"], 1,
-                   "On average it is right; a single draw goes up or down by luck. The change of the whole prediction averages over the draws."),
+                   ["Logarithms are unstable", "The next item is one random draw of many possible ones", "The model is too small",
+                    "It needs a GPU"], 1,
+                   "A single draw goes up or down by luck. The change of the whole prediction averages over the draws."),
     teach.Question("A token is truly informative, but its removal behind layer 2 changes nothing. How can that be?",
-                   ["The truth is wrong", "Other tokens have read it in the layers before and carry it now", "Its attention is zero", "The decoder sees the input"], 1,
+                   ["The truth is wrong", "Other tokens have read it in the layers before and carry it now", "Its attention is zero",
+                    "The decoder sees the input"], 1,
                    "Two layers of attention have copied it. The pruner chooses among states, not among inputs."),
     teach.Question("“Attention is not explanation” means:",
-                   ["Attention is random", "Attention says where a layer looked, not what would change without it", "Attention cannot be used for pruning",
-                    "Only saliency explains"], 1,
+                   ["Attention is random", "Attention says where a layer looked, not what would change without it",
+                    "Attention cannot be used for pruning", "Only saliency explains"], 1,
                    "Only an intervention says what would change. As a ranking to prune by, attention can still be better than chance."),
 )
 
@@ -502,15 +526,15 @@ teach.quiz(
 # ## Links
 #
 # * RASTP: [arXiv 2511.16943](https://arxiv.org/abs/2511.16943); STAMP: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329)
-# * Jain and Wallace, *Attention is not Explanation*: [arXiv 1902.10186](https://arxiv.org/abs/1902.10186); an answer, Wiegreffe and Pinter, *Attention is not not
-#   Explanation*: [arXiv 1908.04626](https://arxiv.org/abs/1908.04626)
-# * Code: [the scorers](../sidlab/saliency.py), [attention and its centrality inside T5](../sidlab/models/t5.py), [the probe](../sidlab/probe.py), [the planted truth](../sidlab/data/planted.py),
-#   [the explorer](../sidlab/viz/attention.py)
+# * Jain and Wallace, *Attention is not Explanation*: [arXiv 1902.10186](https://arxiv.org/abs/1902.10186); an answer, Wiegreffe and
+#   Pinter, *Attention is not not Explanation*: [arXiv 1908.04626](https://arxiv.org/abs/1908.04626)
+# * Code: [the scorers](../sidlab/saliency.py), [attention and its centrality inside T5](../sidlab/models/t5.py), [the
+#   probe](../sidlab/probe.py), [the planted truth](../sidlab/data/planted.py), [the explorer](../sidlab/viz/attention.py)
 
 # %% tags=["record"]
 record = {"attention_difference": float((attention - probe.attention[layer - 1]).abs().max()), "informative": float(informative.mean()),
-          **{f"precision_{s}": float(comparison.loc[s, "precision"]) for s in scorers}, **{f"recall_{s}": float(comparison.loc[s, "recall"]) for s in scorers},
-          **{f"truth_{s}": float(correlations.loc[s, "oracle"]) for s in scorers}, **{f"drop_{s}": float(correlations.loc[s, "drop"]) for s in scorers},
-          **{f"effect_{s}": float(correlations.loc[s, "effect"]) for s in scorers}, **{f"behind_{s}": float(behind[s]) for s in scorers},
           "rastp_minus_centrality_behind": test.difference, "from_padding": from_padding}
+columns = {"precision": comparison["precision"], "recall": comparison["recall"], "truth": correlations["oracle"],
+           "drop": correlations["drop"], "effect": correlations["effect"], "behind": behind}
+record |= {f"{name}_{s}": float(column[s]) for name, column in columns.items() for s in scorers}
 teach.record(record)

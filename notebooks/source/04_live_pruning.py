@@ -16,7 +16,7 @@
 # **Machine** One core, under 1 GB of memory, no GPU, no network.
 
 # %% tags=["parameters"]
-user = 3                                # whose history you look at first
+user = 44                               # whose history you look at first
 keep = 1 / 3                            # the share of tokens that stays
 test_users = 500                        # over how many users numbers are averaged
 ratios = [0.1, 0.2, 1 / 3, 0.5, 0.75, 1]  # of the curve

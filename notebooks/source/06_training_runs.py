@@ -312,6 +312,9 @@ pd.DataFrame(rows, columns=["", "minus unpruned", "from", "to", "p"]).set_index(
 # **Try it:** set `seed = 1` in the parameters cell and run the notebook again. Does the order of the three survive? Is the shift of
 # `unpruned` larger than its distance to `rastp`?
 #
+# **And then:** back at `seed = 0`, train shorter, `epochs = 2.5`. Would you have drawn the same conclusion about pruning? A comparison of
+# models that are not done yet says who learns faster, which is another question than who ends up better.
+#
 # ## 7. What it cost
 #
 # Seconds are for the training steps alone, without evaluation. FLOPs are predicted from the configuration and the lengths of the

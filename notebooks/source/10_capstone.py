@@ -137,7 +137,7 @@ print(f"last_code {starters['last_code'].mean():.3f}, rastp {starters['rastp'].m
 # %%
 from sidlab.viz import PruningExplorer
 
-explorer = PruningExplorer(demo.model, demo.catalogue, scorers={"last_code": last_code}, scorer="last_code", keep=keep, user=5)
+explorer = PruningExplorer(demo.model, demo.catalogue, scorers={"last_code": last_code}, scorer="last_code", keep=keep, user=44)
 explorer
 
 # %% [markdown]
@@ -207,7 +207,7 @@ found = {name: enter(name, scorer) for name, scorer in entries.items()}
 board.figure(contest)
 
 # %%
-board.frame(contest).round(3)
+board.frame(contest).drop(columns="contest").round(3)
 
 # %% [markdown]
 # Two entries saw the same users, so compare them user by user. The interval of the difference is much narrower than the two intervals suggest.

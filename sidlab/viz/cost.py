@@ -119,14 +119,14 @@ def padding_figure(rows, template: str = "sidlab") -> go.Figure:
                    hovertemplate=f"%{{customdata}}: %{{x:.1f}} slots<extra>{name}</extra>") for key, name, look in FATES]
     right = {"xaxis": "x2", "yaxis": "y2"}
     bars.append(go.Bar(x=flops, y=places, orientation="h", name="FLOPs, × 150 slots", marker_color=GREEN, width=0.66, **right,
-                       text=[f"{f:.2f}" for f in flops], textposition="inside", insidetextanchor="start", textangle=0,
-                       textfont_color="white", constraintext="none", hovertemplate="%{x:.3f} ×<extra></extra>"))
+                       text=[f"{f:.2f}" for f in flops], textposition="auto", insidetextanchor="start", textangle=0,
+                       insidetextfont_color="white", hovertemplate="%{x:.3f} ×<extra></extra>"))
     known = [(x, y) for x, y in zip(ON_BEAUTY, places) if x is not None]
     bars.append(go.Scatter(x=[x for x, _ in known], y=[y for _, y in known], mode="markers", name="reference: Beauty, a third kept",
                            marker={"symbol": "diamond-open", "size": 13, "color": VERMILLION, "line": {"width": 2.5}}, **right,
                            hovertemplate="Beauty: %{x:.2f} ×<extra></extra>"))
     down = {"range": [len(rows) - 0.5, -0.5], "showgrid": False, "zeroline": False}
-    across, far = {"text": "slots of an average history"}, {"text": "FLOPs of training, × 150 slots"}
+    across, far = {"text": "slots of an average history"}, {"text": "FLOPs, × 150 slots"}
     layout = {"template": template, "barmode": "stack", "height": 430, "margin": {"l": 20, "r": 30, "t": 70, "b": 40}, "uirevision": "same",
               "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
               "xaxis": {"domain": [0, 0.66], "anchor": "y", "range": [0, 1.02 * SLOTS], "title": across},
@@ -257,13 +257,14 @@ class CostCalculator(Explorer):
             ("MB of parameters, gradients, AdamW", "{:,.0f}".format, *(c.state_bytes / 2**20 for c in (full, batch))),
             ("MFLOPs to recommend to one user", "{:,.0f}".format,
              *(recommend_flops(c, widths, [config.max_items]) / 1e6 for c in (full_config, config))))]
-        verdict, when = "saves" if after < before else "costs", f"It pays from {pays[0]} items on" if pays else "It pays at no length shown"
+        verdict = "saves" if after < before else "costs"
+        when = "at no length shown" if not pays else f"from {pays[0]} items on" if pays[0] > 1 else "at every length shown"
         head = (f"{full.windows} histories a batch", "nothing pruned", "pruned", "ratio")
         possible = float(np.prod(widths, dtype=float))
         return (f"<p><b>Pruning {verdict} {abs(1 - after / before):.0%} of the time of a training step</b> where it saves "
                 f"{1 - batch.training / full.training:.0%} of the FLOPs, keeping {self.value('keep'):.0%} behind layer "
                 f"{config.pruning.after_layer} of {config.num_layers}. Unpruned, {full_parts[largest] / before:.0%} of a step is "
-                f"{largest}; the pruner itself takes {1000 * parts['pruner']:.1f} ms. {when}.</p>{table(head, rows)}"
+                f"{largest}; the pruner itself takes {1000 * parts['pruner']:.1f} ms. It pays {when}.</p>{table(head, rows)}"
                 f"<p>The catalogue: {n_items:,} items with random SIDs use about {used:,.0f} of {possible:,.3g} possible ones; table and "
                 f"trie take {table_bytes(n_items, widths) / 2**20:,.1f} MB. The model does not grow with the catalogue.</p>"
                 f"<p>Seconds are predicted for: {self.speed.device}. The fit is off by at most {self.speed.error:.0%} on the "
@@ -291,16 +292,17 @@ def cost_figure(parts, lengths, curves, items, template: str = "sidlab") -> go.F
     ring = go.Scatter(x=[items], y=[seconds[lengths.index(items)]], mode="markers", showlegend=False, hoverinfo="skip",
                       marker={"symbol": "circle-open", "size": 18, "color": VERMILLION, "line": {"width": 3}}, **right)
     top = 1.08 * max(1.1, *(ratio for ratios in curves.values() for ratio in ratios))
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     line = {"type": "line", "xref": "x2 domain", "yref": "y2", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": {"color": GREY, "width": 2}}
     note = {"text": "above this line pruning costs more", "xref": "x2 domain", "yref": "y2", "x": 0.99, "y": 1, "xanchor": "right",
             "yanchor": "bottom", "showarrow": False}
-    layout = {"template": template, "barmode": "stack", "height": 430, "margin": {"l": 20, "r": 30, "t": 70, "b": 40}, "uirevision": "same",
-              "legend": legend | {"x": 0, "traceorder": "normal"}, "legend2": legend | {"x": 0.56},
+    layout = {"template": template, "barmode": "stack", "height": 450, "margin": {"l": 20, "r": 30, "t": 70, "b": 40}, "uirevision": "same",
+              "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+              "legend2": {"orientation": "h", "x": 1, "xanchor": "right", "y": -0.24, "yanchor": "top"},
               "shapes": [line], "annotations": [note],
               "xaxis": {"domain": [0, 0.46], "anchor": "y", "title": {"text": "predicted seconds per 1,000 windows"}},
               "yaxis": {"anchor": "x", "range": [1.5, -0.5], "showgrid": False},
-              "xaxis2": {"domain": [0.56, 1], "anchor": "y2", "type": "log", "title": {"text": "items per history"}, "tickvals": lengths},
+              "xaxis2": {"domain": [0.56, 1], "anchor": "y2", "type": "log", "title": {"text": "items per history"},
+                         "tickvals": [1, 2, 4, 10, 20, 40, 100, 200]},
               "yaxis2": {"anchor": "x2", "range": [0, top], "title": {"text": "pruned ÷ nothing pruned"}}}
     return go.Figure([*bars, *lines, ring], layout)
 

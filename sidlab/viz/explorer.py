@@ -11,44 +11,14 @@ import json
 import os
 import pathlib
 
-import anywidget
 import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
-import traitlets
 from plotly.offline import get_plotlyjs
 
 from sidlab.viz import theme as themes
-
-
-class Labels(anywidget.AnyWidget):
-    """Names what ipywidgets and plotly leave nameless to assistive technology: slider handles by their visible label, the figure by
-    `heading`. Shows nothing."""
-
-    _esm = """
-    export default { render({ model, el }) {
-      const name = () => {
-        const explorer = el.closest(".sidlab-explorer");
-        if (!explorer) return;
-        for (const handle of explorer.querySelectorAll(".noUi-handle")) {
-          const row = handle.closest(".widget-inline-hbox");
-          handle.setAttribute("aria-label", row?.querySelector(".widget-label")?.textContent ?? "");
-          handle.setAttribute("aria-valuetext", row?.querySelector(".widget-readout")?.textContent ?? "");
-        }
-        for (const plot of explorer.querySelectorAll(".js-plotly-plot"))
-          if (plot.getAttribute("role") !== "img") {
-            plot.setAttribute("role", "img");
-            plot.setAttribute("aria-label", `${model.get("heading")} The text below says the same.`);
-            window.dispatchEvent(new Event("resize"));  // plotly drew before it had its place, at a standard width
-          }
-      };
-      const timer = setInterval(name, 500);
-      name();
-      return () => clearInterval(timer);
-    } }
-    """
-    heading = traitlets.Unicode().tag(sync=True)
+from sidlab.viz.labels import Labels
 
 
 class Explorer(widgets.VBox):
@@ -151,7 +121,8 @@ class Explorer(widgets.VBox):
         name = f"{type(self).__name__}-{hashlib.sha256(page.read_bytes()).hexdigest()[:10]}.html"
         os.replace(page, page.with_name(name))
         height = int(self.figure.layout.height or 450) + 420
-        frame = f'<iframe src="{pathlib.Path(site).name}/{name}" title="{html.escape(self.heading)}" width="100%" height="{height}"></iframe>'
+        source, title = f"{pathlib.Path(site).name}/{name}", html.escape(self.heading)
+        frame = f'<iframe src="{source}" title="{title}" width="100%" height="{height}"></iframe>'
         return {"text/html": frame, "text/plain": f"{type(self).__name__}: {name}"}
 
 

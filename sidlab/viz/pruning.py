@@ -47,7 +47,8 @@ class PruningExplorer(Explorer):
         self._cost = functools.lru_cache(512)(self._cost)
         names, last = list(self._scorers), model.config.num_layers
         super().__init__({
-            "keep": widgets.FloatSlider(value=keep, min=0.05, max=1, step=0.01, description="kept share", readout_format=".0%"),
+            "keep": widgets.FloatSlider(value=keep, min=0.05, max=1, step=0.01, description="kept share", readout_format=".0%",
+                                        layout=widgets.Layout(width="400px")),
             "scorer": widgets.Dropdown(options=names, value=scorer, description="scorer"),
             "layer": widgets.IntSlider(value=layer, min=1, max=last, description="prune after layer"),
             "unit": widgets.Dropdown(options=UNITS, value=unit, description="unit"),
@@ -97,11 +98,11 @@ class PruningExplorer(Explorer):
         (full, milliseconds), ours, theirs = full, self._cost(len(probe.history), pruning), self._cost(len(probe.history), None)
         kept, n = int(pruned.kept.sum()), len(probe.tokens)
         meter = table(("meter", "pruned", "unpruned", "ratio"), [
-            (what, form.format(a), form.format(b), f"{a / b:.0%}") for what, form, a, b in (
+            (what, form.format(a), form.format(b), "" if what.startswith("ms") else f"{a / b:.0%}") for what, form, a, b in (
                 ("tokens behind the pruner", "{}", kept, n),
                 ("MFLOPs to train on it", "{:.1f}", ours.training / 1e6, theirs.training / 1e6),
                 ("MB of activations", "{:.2f}", ours.activation_bytes / 2**20, theirs.activation_bytes / 2**20),
-                ("ms from there to the list", "{:.0f}", self.milliseconds, milliseconds))])
+                ("ms from there to the list, noisy", "{:.0f}", self.milliseconds, milliseconds))])
         places = rank_of_target(np.array([full, pruned.items.numpy()]), np.array([target] * 2))
         rows = []
         for place, (item, title) in enumerate(zip(pruned.items.tolist(), self.titles(pruned.items.tolist())), start=1):
@@ -161,19 +162,20 @@ def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab") 
 
     # The layout at once: make_subplots and update_layout take twice as long as the model.
     x, y = strip.layout.xaxis.to_plotly_json(), strip.layout.yaxis.to_plotly_json()
+    bottom, top = (0.7, 0.39) if shape[0] > 6 else (0.62, 0.44)  # of the strip, whose slanted titles need room, and of the maps
     ticks = {"tickvals": list(range(0, n, len(levels))), "ticktext": [str(m + 1) for m in range(shape[0])], "showgrid": False,
              "zeroline": False}
     layout = {
         "template": template, "barmode": "overlay", "height": 750, "margin": {"l": 40, "r": 20, "t": 30, "b": 40}, "uirevision": "same",
         "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
         "xaxis": x | {"title": None, "anchor": "y", "ticktext": [f"{m}. {text}" for m, text in enumerate(x["ticktext"], start=1)]},
-        "yaxis": y | {"domain": [0.7, 1], "anchor": "x"}, "annotations": [],
+        "yaxis": y | {"domain": [bottom, 1], "anchor": "x"}, "annotations": [],
     }
     for number, domain, title in ((2, [0, 0.46], f"attention in layer {layer}, before"), (3, [0.54, 1], behind)):
-        across, down = {"range": [-0.5, n - 0.5], "domain": domain}, {"range": [n - 0.5, -0.5], "domain": [0, 0.39]}
+        across, down = {"range": [-0.5, n - 0.5], "domain": domain}, {"range": [n - 0.5, -0.5], "domain": [0, top]}
         layout[f"xaxis{number}"] = ticks | across | {"anchor": f"y{number}", "title": {"text": "looked at, by item"}}
         layout[f"yaxis{number}"] = ticks | down | {"anchor": f"x{number}", "title": {"text": "looking, by item" if number == 2 else ""}}
-        layout["annotations"].append({"text": title, "x": sum(domain) / 2, "y": 0.395, "xref": "paper", "yref": "paper",
+        layout["annotations"].append({"text": title, "x": sum(domain) / 2, "y": top + 0.005, "xref": "paper", "yref": "paper",
                                       "xanchor": "center", "yanchor": "bottom", "showarrow": False, "font": {"size": 14}})
     return go.Figure([*strip.data, texts, *maps], layout)
 
@@ -189,6 +191,6 @@ def _level_names(model):
 
 def table(head, rows) -> str:
     """An HTML table; all cells are escaped."""
-    top = "".join(f'<th scope="col">{html.escape(str(cell))}</th>' for cell in head)
+    top = "".join(f'<th scope="col" style="text-align: left">{html.escape(str(cell))}</th>' for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<table cellpadding="4"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'

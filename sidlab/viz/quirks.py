@@ -99,7 +99,7 @@ def positions(subject: Subject, mode: str) -> Evidence:
         before = subject.log_p(mode)
     n = len(seen["bias"][0])
     order, bars = list(range(n)), {}
-    orders = {"last two": [*order[:-2], n - 1, n - 2], "first, last": [n - 1, *order[1:-1], 0], "all reversed": order[::-1]}
+    orders = {"last two": [*order[:-2], n - 1, n - 2], "the ends": [n - 1, *order[1:-1], 0], "all": order[::-1]}
     for name, order in orders.items():
         with model.encoder.block[AFTER].register_forward_pre_hook(lambda block, args, order=order: (args[0][:, order], *args[1:])):
             bars[name] = float((subject.log_p(mode) - before)[0].abs())
@@ -148,18 +148,18 @@ def noisy_scores(subject: Subject, mode: str) -> Evidence:
     chosen = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for name, part in (("in this attention", model.encoder.block[AFTER - 1].layer[0].SelfAttention), ("everywhere", model)):
+        for name, part in (("attention", model.encoder.block[AFTER - 1].layer[0].SelfAttention), ("everywhere", model)):
             part.train()
             chosen[name] = torch.stack([subject.encode(mode)[1][0] for _ in range(DRAWS)]).float()  # [draws, N]
             model.eval()
-    kept, bars = chosen["in this attention"], {}
+    kept, bars = chosen["attention"], {}
     for name, draws in chosen.items():
         together = draws @ draws.T / draws.sum(1)  # share of one draw's tokens that the other has, too
         bars[name] = float((together.sum() - DRAWS) / (DRAWS * (DRAWS - 1)))
     z = np.where(torch.cat([clean[:1], kept.bool()]), KEPT, EMPTY)
     names = ["no dropout", *(f"draw {i}" for i in range(1, DRAWS + 1))]
     return Evidence(z, names, f"token of the history of {LENGTHS[0]} items", {KEPT: "kept", EMPTY: "pruned"}, bars,
-                    "share of kept tokens that two draws have in common, by where dropout acts")
+                    "share of kept tokens that two draws have in common; dropout in this attention, or everywhere")
 
 
 def separators_compete(subject: Subject, mode: str) -> Evidence:
@@ -269,7 +269,7 @@ class QuirkExplorer(Explorer):
     def _text(self, quirk, evidence, mode):
         _, _, published, consequence, corrected = quirk
         shown = evidence[mode]
-        bars = table((shown.measure, *MODES), [(name, *(f"{evidence[m].bars[name]:.3f}" for m in MODES)) for name in shown.bars])
+        bars = table((shown.measure, *MODES), [(name, *(_number(evidence[m].bars[name]) for m in MODES)) for name in shown.bars])
         named = list(zip(shown.rows, shown.z))
         if isinstance(shown.legend, dict):
             head = ("", *shown.legend.values())
@@ -280,6 +280,10 @@ class QuirkExplorer(Explorer):
         return (f"<p><b>The published code {published}.</b> So {consequence}. The corrected code {corrected}.</p>{bars}"
                 f"<p>The picture ({mode}): {html.escape(_key(shown.legend))}.</p>"
                 f"<details><summary>The picture as a table</summary>{table(head, rows)}</details>")
+
+
+def _number(value):
+    return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
 def _key(legend):
@@ -295,24 +299,24 @@ def quirk_figure(evidence: dict[str, Evidence], mode: str, template: str = "sidl
     hover = "%{y}, %{x}: %{text}<extra></extra>" if fates else "%{y}, %{x}: %{z:.3f}<extra></extra>"
     picture = go.Heatmap(z=shown.z, x=list(range(1, shown.z.shape[1] + 1)), y=list(range(len(shown.rows))), text=symbols,
                          texttemplate="%{text}", zmin=ends[0], zmax=ends[1], colorscale=SCALE, showscale=not fates,
-                         colorbar={"x": 0.6, "thickness": 12}, xgap=1, ygap=1, hoverongaps=False, hovertemplate=hover)
+                         colorbar={"x": 0.575, "thickness": 12}, xgap=1, ygap=1, hoverongaps=False, hovertemplate=hover)
     bars = []
     for name, color, shape in zip(MODES, (VERMILLION, BLUE), ("/", "")):
         values = list(evidence[name].bars.values())
         look = {"color": color, "pattern": {"shape": shape, "solidity": 0.4}, "line": {"color": color, "width": 1 + 3 * (name == mode)}}
         bars.append(go.Bar(x=list(evidence[name].bars), y=values, name=name, marker=look, xaxis="x2", yaxis="y2", textposition="outside",
-                           text=[f"{v:.2g}" for v in np.round(values, 3)], cliponaxis=False,
+                           text=[_number(v) for v in values], cliponaxis=False,
                            hovertemplate=f"{name}, %{{x}}: %{{y:.4f}}<extra></extra>"))
     top, names = 1.15 * max(max(e.bars.values()) for e in evidence.values()), shown.rows
     every = list(range(0, len(names), 1 if len(names) <= DRAWS + 1 else 4))
     bare, outside = {"showgrid": False, "zeroline": False}, {"xref": "paper", "yref": "paper", "yanchor": "bottom", "showarrow": False}
     key = {"text": f"<b>{mode} code</b><br>{_key(shown.legend)}", "x": 0, "y": 1.02, "xanchor": "left", "align": "left"}
-    measure = {"text": "<br>".join(textwrap.wrap(shown.measure, 44)), "x": 0.85, "y": 1.1, "xanchor": "center"}
+    measure = {"text": "<br>".join(textwrap.wrap(shown.measure, 32)), "x": 0.86, "y": 1.1, "xanchor": "center"}
     layout = {"template": template, "height": 450, "margin": {"l": 20, "r": 20, "t": 100, "b": 40}, "barmode": "group",
-              "legend": {"x": 0.85, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "orientation": "h"},
+              "legend": {"x": 0.86, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "orientation": "h"},
               "annotations": [outside | key, outside | measure],
-              "xaxis": bare | {"domain": [0, 0.58 if fates else 0.55], "anchor": "y", "title": {"text": shown.columns},
-                               "showticklabels": shown.z.shape[1] > 1},
+              "xaxis": bare | {"domain": [0, 0.62 if fates else 0.56], "anchor": "y", "title": {"text": shown.columns},
+                               "visible": shown.z.shape[1] > 1},
               "yaxis": bare | {"anchor": "x", "tickvals": every, "ticktext": [names[i] for i in every], "range": [len(names) - 0.5, -0.5]},
-              "xaxis2": {"domain": [0.7, 1], "anchor": "y2", "tickangle": 0}, "yaxis2": {"anchor": "x2", "range": [0, top or 1]}}
+              "xaxis2": {"domain": [0.74, 1], "anchor": "y2", "tickangle": 0}, "yaxis2": {"anchor": "x2", "range": [0, top or 1]}}
     return go.Figure([picture, *bars], layout)
