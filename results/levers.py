@@ -31,11 +31,11 @@ def main():
         "two decoder layers": published | {"num_decoder_layers": 2},
         "windows: all contiguous": published | {"windows": "contiguous", "accumulation": 4},
     }
-    settings = [setting | {"max_updates": args.updates, "epochs": 100, "eval_every": args.updates // 4} for setting in levers.values()]
-    frame = sidlab.sweep(settings, "runs/levers", dataset=args.dataset, preset="long", seeds=1)
+    length = {"max_updates": args.updates, "epochs": 100, "eval_every": args.updates // 4}
+    frame = sidlab.sweep([setting | length for setting in levers.values()], "runs/levers", dataset=args.dataset, preset="long", seeds=1)
     rows = [{"lever": name, **row} for name, row in zip(levers, json.loads(frame.drop(columns="file").to_json(orient="records")))]
-    write_json(HERE / "levers.json", {"command": f"python results/levers.py {args.dataset} --updates {args.updates}", "hardware": hardware(),
-                                      "versions": versions(), "rows": rows})
+    command = f"python results/levers.py {args.dataset} --updates {args.updates}"
+    write_json(HERE / "levers.json", {"command": command, "hardware": hardware(), "versions": versions(), "rows": rows})
 
 
 if __name__ == "__main__":

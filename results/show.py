@@ -7,6 +7,7 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 README = HERE.parent / "README.md"
+COSTS = (("seconds_per_1k_windows", "#.3g"), ("peak_memory_mb", ",.0f"), ("kept_token_fraction", ".0%"))
 SECTION = re.compile(r"(<!-- results: made by results/show.py -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -22,22 +23,27 @@ def _comparison(results):
     rows = []
     for row in results["summary"]:
         interval = "[{:.4f}, {:.4f}]".format(*row["recall@10_interval"])
-        cost = [f"{row[field]:{form}}" if row.get(field) else "–" for field, form in (("seconds_per_1k_windows", "#.3g"), ("peak_memory_mb", ",.0f"))]
-        kept = f"{row['kept_token_fraction']:.0%}" if row.get("kept_token_fraction") else "–"
-        rows.append(f"| {row['method']} | {row['recall@5']:.4f} | {row['recall@10']:.4f} {interval} | {row['ndcg@10']:.4f} | {cost[0]} | {cost[1]} | {kept} |")
+        costs = [f"{row[field]:{form}}" if row.get(field) else "–" for field, form in COSTS]
+        quality = [f"{row['recall@5']:.4f}", f"{row['recall@10']:.4f} {interval}", f"{row['ndcg@10']:.4f}"]
+        rows.append("| " + " | ".join([row["method"], *quality, *costs]) + " |")
     updates = max((row["updates"] for row in results["rows"] if row.get("updates")), default=0)
     seeds = max(row["seeds"] for row in results["summary"])
-    return "\n".join([
-        f"**{name}, preset `{results['preset']}`**: {results['users']:,} test users, {seeds} seed{'s' * (seeds > 1)}, at most {updates:,} updates; "
-        f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['gpu'] or 'no GPU'}, torch {results['versions']['torch']}:",
-        f"`{results['command']}`", "",
-        "| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|", *rows, ""])
+    machine = f"{machine['processor']}, {_count(machine['threads'], 'thread')}, {machine['gpu'] or 'no GPU'}"
+    setting = (f"**{name}, preset `{results['preset']}`**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
+               f"at most {updates:,} updates; {machine}, torch {results['versions']['torch']}:")
+    return "\n".join([setting, f"`{results['command']}`", "",
+                      "| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|", *rows, ""])
+
+
+def _count(n, noun):
+    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def _levers(levers):
-    rows = [f"| {row['lever']} | {row['recall@5']:.4f} | {row['recall@10']:.4f} [{row['recall@10_interval'][0]:.4f}, {row['recall@10_interval'][1]:.4f}] | "
-            f"{row['train_seconds'] / 60:.1f} |" for row in levers["rows"]]
-    return "\n".join([f"**What limits it**: one change at a time, {levers['rows'][0]['updates']:,} updates each, one seed: `{levers['command']}`", "",
+    rows = ["| {} | {:.4f} | {:.4f} [{:.4f}, {:.4f}] | {:.1f} |".format(
+        row["lever"], row["recall@5"], row["recall@10"], *row["recall@10_interval"], row["train_seconds"] / 60) for row in levers["rows"]]
+    setting = f"**What limits it**: one change at a time, {levers['rows'][0]['updates']:,} updates each, one seed: `{levers['command']}`"
+    return "\n".join([setting, "",
                       "| lever | R@5 | R@10 [95 %] | minutes |", "|---|---|---|---|", *rows, ""])
 
 

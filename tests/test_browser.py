@@ -43,8 +43,9 @@ def lab(tmp_path_factory):
         port = free.getsockname()[1]
     with (folder / "lab.log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-             "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"],
+            [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--ServerApp.port={port}",
+             "--ServerApp.port_retries=0", "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}",
+             "--LabApp.expose_app_in_browser=True"],
             stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -103,7 +104,7 @@ def assert_shows(explorer, user, keep):
 
 def test_the_retention_slider_in_jupyterlab(browser, lab):
     parameters = papermill.inspect_notebook(ROOT / "notebooks" / "04_live_pruning.ipynb")
-    user, keep = (eval(parameters[name]["default"]) for name in ("user", "keep"))  # noqa: S307 - our own notebook
+    user, keep = (eval(parameters[name]["default"]) for name in ("user", "keep"))
     context = browser.new_context(viewport={"width": 1500, "height": 1400})
     page, wrong = watched(context)
     page.goto(lab)

@@ -60,8 +60,12 @@ def test_following_equals_drawing_anew():
 
 def test_only_what_differs_is_sent(monkeypatch):
     explorer, sent = Squares(), []
+
+    def send(self, restyle_data, relayout_data=None, **rest):
+        sent.append((restyle_data, relayout_data))
+
     for name in ("_send_update_msg", "_send_restyle_msg"):
-        monkeypatch.setattr(type(explorer.figure), name, lambda self, restyle_data, relayout_data=None, **k: sent.append((restyle_data, relayout_data)))
+        monkeypatch.setattr(type(explorer.figure), name, send)
     explorer.controls["kind"].value = -1
     assert len(sent) == 1 and not sent[0][1]
     changed = sent[0][0]

@@ -193,4 +193,4 @@ def test_data_without_the_runs_in_question_is_refused():
 def test_bundled_recordings(name):
     data = json.loads((ROOT / "notebooks" / "data" / f"{name}.json").read_text())
     explorer = MADE[name][0](data)
-    assert all(0 < row["recall@10"] < 1 for row in data["rows"]) and explorer.run() in data["rows"]
+    assert all(0 < row["recall@10"] < 1 for row in data["rows"]) and any(row.items() <= explorer.run().items() for row in data["rows"])
