@@ -84,6 +84,12 @@ def map_loss(step_losses, labels):
     return sum(means) / len(means) if means else 0.0
 
 
+def nearest_share(vectors, codes):
+    unit = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
+    nearest = torch.cdist(unit, unit).fill_diagonal_(math.inf).argmin(1).numpy()
+    return (codes[nearest, 0] == codes[:, 0]).mean()
+
+
 SOLUTIONS = {
     "residual_codes": residual_codes,
     "collisions": collisions,
@@ -101,6 +107,14 @@ SOLUTIONS = {
     "real_tokens": lambda lengths, max_items, tokens:
         sum(min(n, max_items) * tokens for n in lengths) / (len(lengths) * max_items * tokens),
     "attention_flops": lambda n, d: 2 * (n * d * n) + 2 * (n * n * d),
+    "lost_share": lambda lengths, keep: 1 - sum(min(5 * n, math.floor(keep * 150 + 1e-6), 150) for n in lengths)
+        / sum(min(5 * n, 150) for n in lengths),
+    "trie_nodes": lambda codes: [len({tuple(row[: level + 1]) for row in codes.tolist()}) for level in range(codes.shape[1])],
+    "codes_only": lambda signals: (signals.hidden.abs().sum(-1) * signals.centrality).masked_fill(signals.item_index * 4 + 3
+                                                                                                 == signals.positions, -math.inf),
+    "nearest_share": nearest_share,
+    "relative_centrality": lambda votes, mask: torch.stack([row * real / row[real == 1].mean() for row, real in zip(votes, mask)]),
+    "paired_interval": lambda a, b, users: np.percentile([a[drawn].mean() - b[drawn].mean() for drawn in users], [2.5, 97.5]),
 }
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
-from conftest import SHARED, needs_shared
+from conftest import SHARED, connect, needs_shared
 
 from sidlab import calibration
 from sidlab.calibration import Speed, calibrate, one_batch, plain_config, random_table, time_steps
@@ -223,10 +223,9 @@ MADE = {"calculator": (lambda **values: CostCalculator(MACHINE, **values),
 @pytest.mark.parametrize("name", MADE)
 def test_following_equals_a_fresh_explorer_and_sends_little(name):
     make, values = MADE[name]
-    explorer, sent = make(), []
+    explorer = make()
     assert values.keys() == explorer.controls.keys()
-    for widget in (explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
-        widget.comm = FakeComm(sent)
+    sent = connect(explorer)
     for control, value in values.items():
         sent.clear()
         explorer.controls[control].value = value
@@ -235,21 +234,6 @@ def test_following_equals_a_fresh_explorer_and_sends_little(name):
     fresh = make(**values)
     assert json.loads(go.Figure(explorer.figure).to_json()) == json.loads(go.Figure(fresh.figure).to_json())
     assert explorer.text.value == fresh.text.value
-
-
-class FakeComm:
-    comm_id, kernel = "fake", "fake"
-
-    def __init__(self, sent):
-        self.sent = sent
-
-    def send(self, data=None, metadata=None, buffers=None):
-        self.sent.append(len(str(data)) + sum(memoryview(buffer).nbytes for buffer in buffers or []))
-
-    def on_msg(self, *args):
-        pass
-
-    on_close = close = on_msg
 
 
 @pytest.mark.parametrize("name", MADE)

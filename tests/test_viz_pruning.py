@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import connect
 
 import sidlab
 from sidlab.decoding import encode_histories
@@ -94,31 +95,11 @@ def test_following_equals_fresh(world):
         assert without_time(follower.text.value) == without_time(fresh.text.value)
 
 
-class Comm:
-    """Stands in for the connection to a browser and counts what is sent."""
-
-    comm_id = "fake"
-
-    def __init__(self, sent):
-        self.sent = sent
-
-    def send(self, data=None, metadata=None, buffers=None):
-        # allow_nan: NaN is no JSON, and a browser would refuse the message
-        self.sent.append(len(json.dumps(data, allow_nan=False)) + sum(memoryview(buffer).nbytes for buffer in buffers or []))
-
-    def on_msg(self, callback):
-        pass
-
-    def close(self, *args, **kwargs):
-        pass
-
-
 def test_a_move_sends_at_most_4_messages_and_200_kb(world):
     model, catalogue = world
     longest = [np.resize(catalogue.histories[0], 31)]  # 30 items and the target: as long as the model reads
-    explorer, sent = PruningExplorer(model, catalogue, histories=longest), []
-    for widget in (explorer, explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
-        widget.comm = Comm(sent)
+    explorer = PruningExplorer(model, catalogue, histories=longest)
+    sent = connect(explorer)
     for name, value in (("keep", 0.9), ("keep", 0.31), ("keep", 1.0), ("keep", 0.05), ("scorer", "recent"), ("unit", "item"),
                         ("positions", "none")):
         sent.clear()

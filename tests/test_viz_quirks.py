@@ -7,8 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
-from conftest import ROOT
-from test_viz_cost import FakeComm
+from conftest import ROOT, connect
 
 from sidlab.demo import load
 from sidlab.pruning import PruningConfig, kept_count
@@ -129,10 +128,9 @@ def test_every_quirk_of_the_table_is_there_and_both_codes_are_in_the_text(demo):
 
 
 def test_following_equals_a_fresh_explorer_and_switching_the_mode_sends_little(demo):
-    explorer, sent = QuirkExplorer(demo.model, demo.catalogue), []
+    explorer = QuirkExplorer(demo.model, demo.catalogue)
     explorer.controls["quirk"].value = 4
-    for widget in (explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
-        widget.comm = FakeComm(sent)
+    sent = connect(explorer)
     explorer.controls["mode"].value = "corrected"
     assert 1 <= len(sent) <= 4 and sum(sent) < 200_000
     explorer.controls["quirk"].value = 6

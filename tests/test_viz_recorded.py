@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, connect
 from traitlets import TraitError
 
 from sidlab import viz
@@ -133,21 +133,8 @@ def test_export_has_a_frame_for_each_share_and_opens_at_the_chosen_one(data, tmp
 
 
 def test_a_move_sends_little(data):
-    explorer, sent = viz.FrontierExplorer(data), []
-
-    class FakeComm:
-        comm_id = "fake"
-
-        def send(self, data=None, metadata=None, buffers=None):
-            sent.append(len(json.dumps(data, default=str)) + sum(memoryview(b).nbytes for b in buffers or ()))
-
-        def on_msg(self, callback):
-            pass
-
-        on_close = close = on_msg
-
-    for widget in (explorer.figure, explorer.text, explorer.alert, explorer.controls["keep"]):
-        widget.comm = FakeComm()
+    explorer = viz.FrontierExplorer(data)
+    sent = connect(explorer)
     explorer.controls["keep"].value = 0.1
     assert 2 <= len(sent) <= 4 and sum(sent) < 200_000
 

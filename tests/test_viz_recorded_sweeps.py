@@ -6,7 +6,7 @@ import re
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from conftest import ROOT
+from conftest import ROOT, connect
 
 from sidlab import TrainConfig, load_catalogue
 from sidlab.cost import cost
@@ -134,9 +134,8 @@ def test_values_that_were_not_recorded_together_move_to_the_nearest_that_were():
 
 def test_following_equals_a_fresh_explorer_and_sends_little(made):
     make, data, values = made
-    explorer, sent = make(data), []
-    for widget in (explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
-        widget.comm = FakeComm(sent)
+    explorer = make(data)
+    sent = connect(explorer)
     for name, value in values.items():
         sent.clear()
         explorer.controls[name].value = value
@@ -144,21 +143,6 @@ def test_following_equals_a_fresh_explorer_and_sends_little(made):
     fresh = make(data, **values)
     assert json.loads(go.Figure(explorer.figure).to_json()) == json.loads(go.Figure(fresh.figure).to_json())
     assert explorer.text.value == fresh.text.value
-
-
-class FakeComm:
-    comm_id, kernel = "fake", "fake"
-
-    def __init__(self, sent):
-        self.sent = sent
-
-    def send(self, data=None, metadata=None, buffers=None):
-        self.sent.append(len(str(data)) + sum(memoryview(buffer).nbytes for buffer in buffers or []))
-
-    def on_msg(self, *args):
-        pass
-
-    on_close = close = on_msg
 
 
 def test_export_holds_a_frame_per_recorded_value(made, tmp_path):

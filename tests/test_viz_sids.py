@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import connect
 from sklearn.feature_extraction.text import CountVectorizer
 
 from sidlab.data.planted import planted_catalogue
@@ -92,7 +93,7 @@ def test_text_holds_the_meters(explorer):
         explorer.set(**setting)
         encoder, codes = fitted(setting["levels"], setting["width"])
         report, text = SidTable(codes, setting["width"]).report(encoder, WORLD.embeddings), explorer.text.value
-        said = re.sub(r"<[^>]+>", " ", text)
+        said = " ".join(re.sub(r"<[^>]+>", " ", text).split())
         assert f"{report['unique_sids']} different ones" in said and f"{report['collision_rate']:.1%} of the items share" in said
         assert ("de-duplication digit" in said) == (report["largest_group"] > 1)
         for row in report["per_level"][: setting["levels"]]:
@@ -147,21 +148,8 @@ def test_each_width_is_fitted_once(monkeypatch):
 
 
 def test_a_move_sends_at_most_four_messages_and_200_kb(explorer):
-    class Comm:
-        comm_id = "x"
-
-        def send(self, data=None, metadata=None, buffers=None):
-            sent.append(len(json.dumps(data)) + sum(memoryview(b).nbytes for b in buffers or ()))
-
-        def on_msg(self, callback):
-            pass
-
-        def close(self, *args, **kwargs):
-            pass
-
-    sent, explorer = [], SidExplorer(WORLD)
-    for widget in (explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
-        widget.comm = Comm()
+    explorer = SidExplorer(WORLD)
+    sent = connect(explorer)
     for name, value in (("width", 32), ("levels", 4), ("after", 2), ("axes", AXES[1]), ("width", 12)):
         sent.clear()
         explorer.controls[name].value = value

@@ -32,11 +32,12 @@ from sidlab import teach
 # %% [markdown]
 # ## Play first
 #
-# Run the next cell and **drag the first slider**, *kept share*, slowly to the left.
+# Run the cells up to the next one (Shift+Enter runs one) and **drag the first slider**, *kept share*, slowly to the left.
 #
 # Each column is an item that this user bought, the oldest on the left. Each box in it is a **token**, one number that describes a part of the
 # item. Blue tokens are kept, hatched ones are pruned: the layers behind the pruner never see them. A star marks a token that truly tells
-# something about the next item. We can know that here because the shop is *planted*: we wrote the rules by which its customers shop.
+# something about the next item. We can know that here because the shop is *planted*: we wrote the rules by which its customers shop. In the list below,
+# the ★ item is the one that the user really took next.
 
 # %%
 from sidlab.demo import load
@@ -51,7 +52,8 @@ explorer
 #
 # * At 100 % nothing is pruned. Note which items are recommended. How far down can you go until the ★ item leaves the list?
 # * Click on the slider and use the arrow keys for small steps. Which tokens survive to the very end?
-# * Change *user*. Some users need half of their tokens, some next to none. Do you see why?
+# * Change *user*. For some the ★ item stays to the end, for some it leaves early, and for many it is never there: nobody is that
+#   predictable, and one click in five is pure chance.
 # * Change *scorer* to `recent`: it keeps the newest tokens and nothing else.
 #
 # Now the same by hand.
@@ -177,6 +179,7 @@ def recall(pruning):
     return float(recall_at(evaluate(demo.model, histories, targets, truth=catalogue.truth), 10).mean())
 
 
+# %%
 unpruned = recall(None)
 best = float(catalogue.truth.bayes_recall(histories, 10).mean())
 popular = Popularity().fit(split.train, catalogue.n_items).recommend(histories, k=10)
@@ -276,7 +279,7 @@ teach.check("recall_at", recall_at_k)
 # A history becomes a sequence of semantic-ID tokens, several for each item. A pruner scores them after an early layer, keeps the best share in their original
 # order and drops the rest; later layers and the decoder work on the shorter sequence. Recall@10 says what it costs in quality, and it is read between
 # two anchors: popular items below, and (only where the world is planted) the Bayes optimum above. How one chooses the tokens makes a difference, and
-# a simple rule such as "the newest" is a real competitor that can win or lose, depending on the data.
+# random tokens and a simple rule such as "the newest" are the competitors to measure it against.
 
 # %%
 teach.quiz(

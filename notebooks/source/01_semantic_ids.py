@@ -108,7 +108,7 @@ pd.crosstab(category, pd.Series(code, name="code")).loc[common]
 
 # %% [markdown]
 # **What to look for.** The planted shop has 8 departments, and there are 8 codes, so every department could have its own. Does it? Look
-# for a column with two departments (merged) and for a row that is spread over two columns (split). k-means only ever improves from where
+# for a column with several departments (merged) and for a row that is spread over several columns (split). k-means only ever improves from where
 # it starts, and random starts are often unlucky.
 #
 # The package starts from Ward's hierarchical clustering, which merges the closest groups until `width` are left. Compare:
@@ -139,8 +139,9 @@ for level in range(levels):
 by_hand = np.stack(sids, axis=1)  # [n, L]
 
 # %% [markdown]
-# That is the whole algorithm. Three small codebooks make many SIDs: with 8 codes and 3 levels, 8³ = 512. Look at some, beside the package's.
-# (The numbers of the codes mean nothing. That two items share one does.)
+# That is the whole algorithm. Three small codebooks make many SIDs: with 8 codes and 3 levels, 8³ = 512, spelled with only 3 × 8 = 24 tokens, for code 5
+# of level 1 and code 5 of level 2 are different tokens. Look at some SIDs, beside the package's. (The numbers of the codes mean nothing. That two items
+# share one does.)
 
 # %%
 codes = encoder.encode(x)  # int64 [n, L]
@@ -227,7 +228,7 @@ pd.concat({name: t.report(embeddings=x).frame()[["perplexity", "prefixes", "neig
            for name, t in (("residual k-means", table), ("the same codes, dealt at random", dealt))}).round(3)
 
 # %% [markdown]
-# Perplexity, collisions and prefixes are the same to the last digit, and all meaning is gone. **Numbers that count codes cannot see meaning.** Whoever
+# Perplexity and the number of different prefixes (on the last level: of different SIDs) are the same to the last digit, and all meaning is gone. **Numbers that count codes cannot see meaning.** Whoever
 # reports only collisions and utilisation has not shown that the SIDs are semantic.
 #
 # ## RQ-VAE: let a network choose the space
@@ -354,7 +355,7 @@ compared.round(3)
 #
 # ## Exercises
 #
-# ### Exercise 1 · ★★☆ · 10 minutes
+# ### Exercise 1 · ★★☆ · 7 minutes
 #
 # New items arrive after the codebooks were made. Give them SIDs: return the codes, `int64 [n, L]`, of `x`, `float32 [n, d]`, with the given
 # `codebooks`, a list of L arrays `[W, d]`.
@@ -382,7 +383,7 @@ def residual_codes(x, codebooks):
 teach.check("residual_codes", residual_codes)
 
 # %% [markdown]
-# ### Exercise 2 · ★☆☆ · 5 minutes
+# ### Exercise 2 · ★☆☆ · 3 minutes
 #
 # Return the share of the items whose SID another item has, too, for `codes`, `int64 [n, L]`. Careful: if three items share one SID, all three count.
 #
@@ -404,7 +405,7 @@ def collisions(codes) -> float:
 teach.check("collisions", collisions)
 
 # %% [markdown]
-# ### Exercise 3 · ★★☆ · 10 minutes
+# ### Exercise 3 · ★☆☆ · 5 minutes
 #
 # The perplexity of one level: how many codes it uses *in effect*. With `p` the share of the items that have each code,
 #
@@ -436,7 +437,7 @@ teach.check("perplexity", perplexity)
 # %% [markdown]
 # ## Summary
 #
-# A semantic ID is what k-means leaves when it is run again and again on the residuals: each level says what the levels before did not. Collisions come
+# Residual k-means makes a semantic ID level by level: each code says what the codes before did not. Collisions come
 # earlier than the number of possible SIDs suggests, and a de-duplication digit buys uniqueness for one more token per item. Codes that nobody chooses die,
 # which is why a good start matters more than a clever loss. Counts of codes do not show meaning: for that, ask whether neighbours share prefixes, and
 # compare with chance.

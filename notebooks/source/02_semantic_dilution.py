@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Semantic dilution: what finer semantic IDs cost
+# # 2. Semantic dilution: what finer semantic IDs cost
 #
 # A finer semantic ID spells an item with more tokens. This notebook measures what those tokens hold, what they cost,
 # and what they buy.
@@ -13,7 +13,7 @@
 # **You need** [01 · semantic IDs](01_semantic_ids.ipynb) (levels, codes, residual k-means, collisions). Entropy is
 # explained here.
 #
-# **Time** 35 minutes, of which 25 without the exercises.
+# **Time** 40 minutes, of which 25 without the exercises.
 #
 # **Machine** 1–2 cores, under 1 GB of memory, no network, no GPU. The trainings behind the sweep were done before and
 # are bundled.
@@ -63,7 +63,7 @@ print(f"{table.n_items} items, codes per level {table.widths}, model with {model
 # How much can the tokens of an item tell at all? The entropy of a code that takes value c with probability p(c):
 #
 # ```
-# H = −Σ p(c) log p(c)      in nats; exp(H), the perplexity, is the number of equally frequent codes that would be as uncertain
+# H = −Σ p(c) log p(c)      in nats (log is the natural one); exp(H), the perplexity, is the number of equally frequent codes that would be as uncertain
 # ```
 #
 # Whole SIDs have an entropy, too: count each combination of codes as one value. We count clicks, not items, because
@@ -97,7 +97,9 @@ spellings = pd.DataFrame(rows)
 
 # %%
 shortest, *_, longest = spellings["nats per token"]
-teach.predict("How many nats does an average token of the longest spelling hold, in percent of one of the shortest (2 tokens an item)?",
+few, *_, many = spellings["tokens per item"]
+teach.predict(f"The longest spelling has {many} tokens an item, the shortest {few}. How many nats does an average token of the longest hold, in percent of "
+              "one of the shortest?",
               100 * longest / shortest, range=(0, 150), default=(20, 60), unit="%",
               explain="The item stays the same, and so does its entropy. More tokens only divide it: that is the dilution.")
 
@@ -376,29 +378,6 @@ else:
 #
 # ### Exercise 1 · ★☆☆ · 5 minutes
 #
-# Write `perplexity(codes, width)`: exp of the entropy (in nats) of how often each of the `width` codes is used in the
-# 1-d array `codes`.
-#
-# <details><summary>Hint</summary>
-#
-# `np.bincount` counts. A code that never occurs adds 0 · log 0 = 0: leave it out before taking logs.
-#
-# </details>
-
-# %% tags=["exercise"]
-def perplexity(codes, width):
-    ### BEGIN SOLUTION
-    share = np.bincount(codes, minlength=width) / len(codes)
-    share = share[share > 0]
-    return float(np.exp(-(share * np.log(share)).sum()))
-    ### END SOLUTION
-
-# %% tags=["check"]
-teach.check("perplexity", perplexity)
-
-# %% [markdown]
-# ### Exercise 2 · ★☆☆ · 5 minutes
-#
 # Write `attention_flops(n, d)`: FLOPs of one self-attention over `n` tokens whose heads have `d` numbers in total:
 # the scores, and the weighted sum of the values. A multiply and an add are 2 FLOPs. (Then: by what factor does it
 # grow from 3 tokens per item to 6?)
@@ -421,7 +400,7 @@ def attention_flops(n, d):
 teach.check("attention_flops", attention_flops)
 
 # %% [markdown]
-# ### Exercise 3 · ★★☆ · 15 minutes
+# ### Exercise 2 · ★★☆ · 10 minutes
 #
 # Write `mean_by_age(values, lengths)`. `values` is float `[U, M]`, one number per item of each history, oldest first,
 # *left-aligned*: row u has `lengths[u]` of them and zeros behind. Return the mean for age 1 (each history's last

@@ -310,7 +310,7 @@ def next_brand(encoded):
     two = logits[:, 1, start[1] : start[1] + second].view(rows, first, second)  # given the first
     return (one[:, :, None] + two).flatten(1)
 
-
+# %%
 def effect(probe, behind_layer=False):
     """KL(prediction ‖ prediction without token i): [N], nats."""
     whole, without = next_brand(model.encoder(input_ids=probe.input_ids)), next_brand(without_each(probe, behind_layer))
@@ -330,7 +330,8 @@ for name, which, symbol, color in (("truly informative", informative, "star", BL
                        marker={"symbol": symbol, "color": color, "size": 7, "opacity": 0.6})
 figure.update_xaxes(type="log", dtick=1, title_text=f"RASTP's importance in layer {layer}")
 figure.update_yaxes(type="log", range=[-6, 1], dtick=1, tickformat="~g", title_text="change of the prediction without it (nats)")
-figure.update_layout(template=template(), height=460, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+figure.update_layout(template=template(), height=500, title="Each token: its importance, and what the prediction loses without it",
+                     margin_t=90, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
 
 # %%
 from sidlab.metrics import bootstrap_interval

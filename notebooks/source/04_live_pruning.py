@@ -11,7 +11,7 @@
 #
 # **You need** [notebook 0](00_start_here.ipynb); [notebook 3](03_which_tokens_matter.ipynb) helps, for what attention says and does not say.
 #
-# **Time** 35 minutes, 20 of them with the exercises.
+# **Time** 35 minutes, 15 of them with the exercises.
 #
 # **Machine** One core, under 1 GB of memory, no GPU, no network.
 
@@ -78,7 +78,7 @@ real = tokens > 0
 level = torch.arange(tokens.shape[1]).expand_as(tokens) % 4  # 0, 1, 2: the three codes, 3: the separator
 names = ["level 1", "level 2", "level 3", "separator"]
 
-
+# %%
 @torch.no_grad()
 def kept_tokens(pruning):
     """Which tokens stay: bool [U, N]."""
@@ -222,7 +222,7 @@ for name, values in zip(names_of, curves.values()):
     figure.add_scatter(x=ratios, y=values, name=name, mode="lines+markers", line={"color": look.color, "dash": look.dash},
                        marker={"symbol": look.symbol, "size": 9})
 figure.update_xaxes(title_text="kept share of the tokens", tickformat=".0%").update_yaxes(title_text="recall@10")
-figure.update_layout(template="sidlab", height=380)
+figure.update_layout(template="sidlab", height=400, title="What a kept share costs in recall, by scorer")
 
 # %%
 pd.DataFrame(curves.values(), index=names_of, columns=[f"{ratio:.0%}" for ratio in ratios]).round(3)
@@ -247,7 +247,7 @@ layers.round(3)
 
 # %% [markdown]
 # "unpadded" is the model that prunes nothing. The saving shrinks with every layer. Does the recall grow in return? A later layer is the better judge only if
-# its attention still points at what matters, and nobody promised that.
+# its attention still points at what matters, and nobody promised that. (In training the demo model was pruned behind layers 1 to 3 by turns, never behind 4.)
 #
 # ## Unit and positions
 
@@ -257,8 +257,8 @@ variants = {(unit, positions): recall(PruningConfig(keep=keep, unit=unit, positi
 pd.Series(variants).unstack()[["original", "compact", "none"]].round(3)
 
 # %% [markdown]
-# Whole items keep their codes together, but then the kept share of the *items* is all that is left. Across a row: differences of a few thousandths, a user or
-# two, say that the layers behind the pruner hardly use positions. This model was trained with `original`, so a large loss elsewhere would say that they do.
+# Whole items keep their codes together, but then the kept share of the *items* is all that is left. Across a row: differences of a few thousandths, a few users
+# more or less, say that the layers behind the pruner hardly use positions. This model was trained with `original`, so a large loss elsewhere would say that they do.
 
 # %% [markdown]
 # ### Exercise 1 · ★★☆ · 10 minutes
@@ -288,7 +288,7 @@ def keep_top(importance, mask, keep):
 teach.check("keep_top", keep_top)
 
 # %% [markdown]
-# ### Exercise 2 · ★★☆ · 10 minutes
+# ### Exercise 2 · ★★☆ · 5 minutes
 #
 # Masking pruned tokens would hide them and save nothing: the tensor is as long as before. **Gather** the kept ones into a shorter tensor: `hidden` `[B, N, d]` and
 # `positions` int64 `[B, K]` give `[B, K, d]`, every row by its own positions.

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Denser supervision: predicting further ahead
+# # 5. Denser supervision: predicting further ahead
 #
 # Multi-step auxiliary prediction (MAP) asks a training window for more than its next item. You build its labels, its
 # head and its loss by hand, measure which parameters feel them, and see what it brought in recorded runs and in one
@@ -11,10 +11,10 @@
 #   they pull the same way.
 # * Judge learning curves over steps, weight and unit against a baseline that is always shown.
 #
-# **You need** PyTorch, and [01 · semantic IDs](01_semantic_ids.ipynb). [02 · semantic
-# dilution](02_semantic_dilution.ipynb) says why labels are sparse.
+# **You need** PyTorch, and [notebook 1](01_semantic_ids.ipynb). [Notebook 2](02_semantic_dilution.ipynb) says why
+# labels are sparse.
 #
-# **Time** 35 minutes, of which about 3 for a training of your own.
+# **Time** 35 minutes, of which about 3 for a training of your own; 25 more with the two exercises.
 #
 # **Machine** 1–2 cores, about 1 GB of memory, no network, no GPU.
 
@@ -274,8 +274,8 @@ pd.DataFrame({"training FLOPs, × no MAP": relative}).style.format(precision=3)
 # %% [markdown]
 # ## What it brought: recorded runs
 #
-# Trained with the `quick` preset on the planted shop: no MAP, and MAP by item (1, 2, 4 steps) and by token (1, 2),
-# each with three weights. All saw the same windows in the same order, from the same initial weights, one seed.
+# Trained with the `quick` preset on the planted shop: no MAP, MAP by item (1, 2 and 4 steps, three weights each), and
+# MAP by token (1 and 2 steps, one weight). All saw the same windows in the same order, from the same initial weights, one seed.
 
 # %%
 data = json.loads(pathlib.Path(recorded).read_text())
@@ -294,7 +294,8 @@ MapExplorer(data)
 # * Move the weight from 0.1 to 1. The left curve is recall, the right one the loss of the next item *alone*, so all
 #   runs compare there.
 # * Compare 1, 2 and 4 steps by item: the further ahead, the less the present history tells.
-# * Switch to tokens. Two steps are all there is with three levels: the explorer moves a slider that stood elsewhere.
+# * Switch to tokens. Two steps are all there is with three levels, and one weight was recorded: sliders that stood
+#   elsewhere move there.
 # * The lower figure shows all runs at once. How many leave the grey band?
 
 # %%
@@ -306,7 +307,7 @@ print(f"best: by {best['map.unit']}, {best['map.steps']:g} steps, weight {best['
 print(f"Bayes optimum {ceiling:.3f}")
 
 # %% [markdown]
-# Read it with care. The best of many settings is partly the luckiest: picking it on the test users and reporting its
+# Read it with care. The best of many settings is partly the luckiest: picking it on the test items and reporting its
 # number is cheating, if a mild kind. One seed says nothing about other seeds. These trainings are short, so "better"
 # may mean "faster at first". And whatever you see is about our reading of MAP in this shop, not about the paper's.
 #
@@ -339,7 +340,7 @@ px.line(curve, x="step", y="main_loss", color="run", symbol="run", line_dash="ru
 curve.pivot(index="step", columns="run", values="main_loss").iloc[::3].style.format(precision=3)
 
 # %% [markdown]
-# The loss compares well, for both runs saw the same batches. The two recalls above stand on 300 validation users: at
+# The loss compares well, for both runs saw the same batches. The two recalls above stand on 300 users: at
 # 0.3 such a number is sure to about ± 0.05, so a smaller difference decides nothing.
 #
 # And the gradients, after training? The head has learned its task now, so the comparison with the fresh model is
@@ -428,9 +429,9 @@ teach.quiz(
                    "Only e_s differs between the steps."),
     teach.Question("What does MAP cost at inference?", ["S times the decoder", "one projection", "nothing"], 2,
                    "The head is dropped; the recommendations are the same."),
-    teach.Question("The best of 15 settings beats the baseline by 0.01 with one seed, and the intervals overlap. What follows?",
+    teach.Question("The best of many settings beats the baseline by 0.01 with one seed, and the intervals overlap. What follows?",
                    ["MAP works", "MAP does not work", "nothing is decided"], 2,
-                   "The best of many is partly the luckiest; repeat it with other seeds, and choose on validation users."),
+                   "The best of many is partly the luckiest; repeat it with other seeds, and choose on validation items."),
 )
 
 # %% [markdown]

@@ -17,7 +17,7 @@
 
 # %% tags=["parameters"]
 mean_items = 8.9  # items per history; Beauty has 198,502 actions of 22,363 users, so 8.9
-windows_timed = 96  # training windows of the timed steps
+windows_timed = 96  # training examples of the timed steps
 rounds = 7  # how often each of them is timed
 folder = ""  # a data set of your own joins the explorer (see notebook 9), such as "../../shared/data/amazon-beauty"
 
@@ -53,7 +53,7 @@ pd.Series(test_items).value_counts(normalize=True).sort_index().head(8).round(3)
 teach.predict(
     f"Histories of {mean_items} items on average, 150 slots each: what percentage of all slots of the test histories is padding?",
     float(100 - 100 * test_items.mean() / 30), range=(0, 100), default=(40, 90), unit="%",
-    explain="Most users have 5 or 6 items, so 20 to 25 real tokens in 150 slots.",
+    explain=f"Half of the test histories have at most {np.median(test_items):.0f} items, so at most {5 * np.median(test_items):.0f} real tokens in 150 slots.",
 )
 
 # %% [markdown]
@@ -88,9 +88,10 @@ pd.DataFrame({"items": items, "real tokens": 5 * items, "kept, published rule": 
 #
 # ## The explorer
 #
-# An average history under six ways to train. Blue is real and kept, crossed is real and lost, grey is padding that every layer computes, hatched is padding that
-# the pruner drops. On the right the training cost in FLOPs of RASTP's own model, relative to 150 slots always; hollow diamonds are the same numbers on Beauty's own
-# lengths, with a third kept.
+# An average training **window** (a piece of a history and the item to predict from it) under six ways to train. RASTP cuts each history into all its contiguous stretches, so
+# the averages differ a little from those of the test histories above. Blue is real and kept, crossed is real and lost, grey is padding that every layer computes, hatched
+# is padding that the pruner drops. On the right the training cost in FLOPs of RASTP's own model, relative to 150 slots always; hollow diamonds are the same numbers on
+# Beauty's own lengths, with a third kept.
 
 # %%
 from sidlab.viz import PaddingExplorer
@@ -111,7 +112,7 @@ padding
 # ## Does a stopwatch agree?
 #
 # FLOPs are a model. So time it: the same training windows in the same batches, each padded to 30 items (`padding="fixed"`) or to the batch's longest
-# (`padding="batch"`, and batches hold histories of similar length), with and without pruning. The model is the small one of the preset `quick`.
+# (`padding="batch"`, and batches hold windows of similar length), with and without pruning. The model is the small one of the preset `quick`.
 
 # %%
 from sidlab.calibration import stepper, time_steps
@@ -123,6 +124,8 @@ table, rng = load().table, np.random.default_rng(0)
 users = [rng.integers(1, table.n_items + 1, n - 2) for n in rng.choice(lengths, 200)]  # training parts: random items
 windows = Windows(users, max_items=30)
 chosen = rng.choice(len(windows), min(windows_timed, len(windows)), replace=False)
+
+# %%
 base = sidlab.TrainConfig.preset("quick", batch_tokens=512, precision="fp32", dropout=0.15)
 configs = {
     "padded": dataclasses.replace(base, padding="fixed"),
@@ -144,14 +147,16 @@ def one_pass(config):
     return lambda: sum(step() for step in steps)
 
 
-seconds = time_steps({name: one_pass(config) for name, config in configs.items()}, rounds)
-(1000 * seconds).round().astype(int)  # milliseconds, a row a round
+seconds = time_steps({name: one_pass(config) for name, config in configs.items()}, rounds)  # a row a round
 
 # %%
 teach.predict(
     "Which is faster on your machine?", lambda: seconds.median().drop(["padded", "unpadded, own third"]).idxmin(),
-    choices=["padded, published pruning", "unpadded"], default="unpadded", explain="The table below shows by how much, and how sure that is.",
+    choices=["padded, published pruning", "unpadded"], default="unpadded", explain="The tables below show by how much, and how sure that is.",
 )
+
+# %%
+(1000 * seconds).round().astype(int)  # milliseconds, a row a round
 
 # %% [markdown]
 # A ratio of two noisy times is noisier than either. Report the **ratio of medians**, and beside it the lowest and the highest ratio of any single round: if that
@@ -182,16 +187,16 @@ ratios.round(2)
 # |---|---|---|---|
 # | 1 | keeps a third of the *padded* length | mostly padding is pruned | a share of each row's own tokens |
 # | 2 | drops the position bias behind the pruner: only the first block owns one | the layers behind have no position information at all | gathers the bias at the kept places |
-# | 3 | hands on the mask of the first K slots | right with padding on the right, wrong on the left | hands on the mask of the kept tokens |
-# | 4 | padded queries vote in the centrality | in short histories most attention that is counted comes from padding | only real queries vote |
+# | 3 | hands on the mask of the first K slots, K being how many are kept | right with padding on the right, wrong on the left | hands on the mask of the kept tokens |
+# | 4 | padded queries vote in the centrality, the attention that a token receives | in short histories most attention that is counted comes from padding | only real queries vote |
 # | 5 | scores with the attention after dropout | the choice is noisy in training | scores with the clean attention |
 # | 6 | separators compete with codes | items are cut apart | scores whole items, or protects separators |
-# | 7 | asks all layers for attention weights | no fused attention anywhere | only the scoring layer pays |
+# | 7 | asks all layers for attention weights | no *fused* attention anywhere, which is faster since it never writes these weights out | only the scoring layer pays |
 
 # %%
 teach.predict(
     "Behind the pruner, kept tokens swap places: the last becomes the first. What happens to the published code's recommendation (quirk 2)?",
-    "nothing at all", choices=["nothing at all", "it changes a little", "it turns around"], default="it changes a little",
+    "nothing at all", choices=["nothing at all", "its probability changes a little", "another item is recommended"], default="its probability changes a little",
     explain="Without a position bias, self-attention treats its tokens as a set, and so does the decoder's attention to them.",
 )
 
@@ -209,11 +214,11 @@ quirks
 # **What to look for**
 #
 # * Quirk 1: the row of 2 items. Which slots stay, and what do they hold?
-# * Quirk 2: the picture of the position bias is empty in the reference. Check your prediction in the bars.
+# * Quirk 2: in the reference the position bias is 0 everywhere. Check your prediction in the bars.
 # * Quirk 3 changes *nothing* as long as padding stands on the right, as in the published code. It waits for the first person who pads on the left.
 # * Quirk 4: in the picture, every padded query looks much the same way: dozens of copies of one vote.
 # * Quirk 5: even the corrected choice wobbles. Dropout in the layers before shakes it, too, and that part is no quirk.
-# * Quirk 6: count the items that keep some of their codes, but not all.
+# * Quirk 6: count the items of which some tokens stay and others go.
 # * Quirk 7 is invisible in results. On a GPU you would see it in memory and time.
 #
 # ## Exercises
@@ -242,25 +247,27 @@ teach.check("real_tokens", real_tokens)
 # %% [markdown]
 # ### Exercise 2 · ★★☆ · 10 minutes
 #
-# How many of `n` tokens does the corrected rule keep? A share `keep` of them, **rounded up**, so that a short history keeps at least one token, but none of no tokens.
-# And a third of 30 has to be 10, though `30 * (1 / 3)` need not be exactly 10 in floating point.
+# The published rule leaves ⌊`keep` · slots⌋ places in a history padded to 30 items of 5 tokens, and padding goes first. Which **share of all real tokens**, over
+# histories of `lengths` items, does it remove?
 #
 # <details><summary>Hint</summary>
 #
-# Subtract a very small number before rounding up.
+# Per history: the real tokens of at most 30 items, and how many of them find no place. `int(keep * slots + 1e-6)` rounds down: a third of 150 need not be exactly 50
+# in floating point. Sum both over all histories before you divide.
 # </details>
 
 # %% tags=["exercise"]
-def kept_count(n, keep):
-    """int, float → int."""
+def lost_share(lengths, keep):
+    """list of int, float → float."""
     ### BEGIN SOLUTION
-    at_least = min(n, 1)
-    return max(at_least, int(np.ceil(n * keep - 1e-6)))
+    places = int(keep * 30 * 5 + 1e-6)
+    real = [5 * min(n, 30) for n in lengths]
+    return sum(max(0, n - places) for n in real) / sum(real)
     ### END SOLUTION
 
 
 # %% tags=["check"]
-teach.check("kept_count", kept_count)
+teach.check("lost_share", lost_share)
 
 # %% [markdown]
 # ## Summary

@@ -11,9 +11,9 @@
 #
 # **You need** [notebook 0](00_start_here.ipynb); [notebook 7](07_padding_is_not_pruning.ipynb) helps, for how to time two things fairly.
 #
-# **Time** 35 minutes, 15 of them with the exercises.
+# **Time** 35 minutes, 20 of them with the exercises.
 #
-# **Machine** One core, under 2 GB of memory, no GPU, no network. With a GPU, all timings are the GPU's.
+# **Machine** One core, about 1 GB of memory, no GPU, no network. With a GPU, training steps are timed there.
 
 # %% tags=["parameters"]
 threads = 1  # of the processor; small steps gain little from more, and on one their times vary less
@@ -31,7 +31,6 @@ import torch
 
 import sidlab
 from sidlab import PruningConfig, teach
-from sidlab.sids.trie import Trie
 
 torch.set_num_threads(threads)
 
@@ -47,7 +46,8 @@ torch.set_num_threads(threads)
 # feed-forward       4 · n · d · f     linear again
 # ```
 #
-# `sidlab.cost` adds them up for a whole model, exactly. A model of ordinary proportions, histories from 10 to 160 items of 3 codes and a separator:
+# `sidlab.cost` adds them up for a whole model, exactly. To train on a history costs three times the forward pass, for the backward pass makes two products for each one
+# of the forward pass. A model of ordinary proportions, d = 128 and f = 512, histories of 3 codes and a separator an item:
 
 # %%
 from sidlab.calibration import one_batch, plain_config
@@ -58,20 +58,22 @@ def costs_of(items, levels=3, width=256, pruning=None):
     config = plain_config(d_model=128, layers=4, items=items, pruning=pruning)
     return one_batch(config, (width,) * levels, slots=4096)
 
-
-lengths = [10, 20, 40, 80, 160]
-parts = pd.DataFrame({n: costs_of(n).flops for n in lengths}).T / 1e6  # MFLOPs of a forward pass per history
-parts[["encoder", "decoder", "cross", "heads"]].round(1).rename_axis("items")
-
 # %%
 growth = costs_of(80).training / costs_of(40).training
 teach.predict("From 40 to 80 items, the tokens double. By which factor do the FLOPs of a training step per history grow?", growth,
               range=(1, 5), default=(2, 4), unit="×",
-              explain="Only the scores grow by 4 ×. At this width and length, projections and feed-forward are most of the work, so the whole grows by little more than 2 ×.")
+              explain="Only the scores and the sum grow by 4 ×. At this d and these lengths, projections and feed-forward are most of the work, so the whole grows by little more than 2 ×.")
+
+# %%
+lengths = [10, 20, 40, 80, 160]
+parts = pd.DataFrame({n: costs_of(n).flops for n in lengths}).T / 1e6  # MFLOPs of a forward pass per history
+parts[["encoder", "decoder", "cross", "heads"]].round(1).rename_axis("items")
 
 # %% [markdown]
-# The **levels** of a SID work the same way: every level is one token more per item, in each history, and one more step of the decoder. The **width** (codes per
-# level) is nearly free in FLOPs; it makes the table of embeddings longer.
+# *cross* is the decoder's look at the history, *heads* is the output. Look at the encoder: from which length on does doubling cost clearly more than twice?
+#
+# The **levels** of a SID work the same way: every level is one token more per item, in each history, and one more step of the decoder. More **codes per level** are
+# nearly free in FLOPs; they make the table of embeddings longer. *Activations* are the intermediate results that wait in memory for the backward pass.
 
 # %%
 rows = {f"{levels} × {width}": costs_of(20, levels, width) for levels, width in ((2, 256), (3, 256), (4, 256), (8, 256), (3, 1024), (3, 8192))}
@@ -106,6 +108,8 @@ from sidlab.calibration import time_steps, timed_size
 
 cases = {(*size, pruned): timed_size(*size, PruningConfig(after_layer=1) if pruned else None) for size in unseen for pruned in (False, True)}
 measured = time_steps({name: step for name, (_, _, step) in cases.items()}, rounds)
+
+# %%
 predicted = {name: speed.seconds(config, batch) for name, (config, batch, _) in cases.items()}
 held_out = pd.DataFrame({"predicted, ms": 1000 * pd.Series(predicted), "median, ms": 1000 * measured.median(), "fastest, ms": 1000 * measured.min(),
                          "slowest, ms": 1000 * measured.max()})
@@ -113,8 +117,10 @@ held_out["predicted ÷ median"] = held_out["predicted, ms"] / held_out["median, 
 
 # %%
 worst = float((held_out["predicted ÷ median"] - 1).abs().max())
+noise = float((measured.max() / measured.min()).median())
 teach.predict("How far is the worst of these predictions from the median of its measurements, in percent?", min(100 * worst, 200), range=(0, 200), default=(5, 60), unit="%",
-              explain="Four numbers for all sizes are a coarse model: right to some ten or twenty percent on a quiet machine, not to one. Good enough to choose a size, not to compare two methods.")
+              explain=f"Four numbers for all sizes are a coarse model, and the clock is not exact either: of {rounds} times the same step, the slowest took {noise:.1f} × "
+                      "the fastest. Good enough to choose a size, not to compare two methods.")
 
 # %%
 held_out.rename_axis(["width", "layers", "items", "slots", "pruned"]).round(2)
@@ -123,7 +129,7 @@ held_out.rename_axis(["width", "layers", "items", "slots", "pruned"]).round(2)
 # ## The calculator
 #
 # All of that behind sliders, with your machine's coefficients. On the left what a step is made of; on the right what pruning leaves of seconds, FLOPs and memory at every length of
-# history. Type in what a GPU of yours *sustains* (often far less than its data sheet says) and read off GPU-hours.
+# history. (A *window* is one training example: a history and the item that followed.) Type in what a GPU of yours *sustains* (often far less than its data sheet says) and read off GPU-hours.
 
 # %%
 from sidlab.viz import CostCalculator
@@ -169,7 +175,8 @@ pd.DataFrame({name: {"ratio of medians, pruned ÷ plain": ratio[name], "lowest r
 # A classifier over items needs an output for each of them. A SID model does not: three levels of 256 codes are 768 outputs, and 16.8 million possible SIDs. What grows is the
 # table that turns codes into items, and the **trie** that says which codes may follow. Both are sorted arrays, some 8 bytes an entry.
 #
-# Random SIDs for catalogues of growing size, an untrained model (its time does not depend on what it has learned), beam search of width 10:
+# Random SIDs for catalogues of growing size, an untrained model (its time does not depend on what it has learned). It recommends by **beam search**: at each level it
+# extends the ten best beginnings of SIDs so far by the codes that the trie allows, and keeps the best ten again.
 
 # %%
 from sidlab.calibration import random_table
@@ -214,8 +221,8 @@ teach.predict(
 scale.round(2)
 
 # %% [markdown]
-# Memory grows in step with the number of items, time hardly does. What a large catalogue really costs is *quality*: more items share a prefix, so one wrong
-# code at level 1 loses more of them, and width or levels have to grow along. Random SIDs are spread as evenly as can be; real ones are not, and then some nodes have
+# Memory grows in step with the number of items, time hardly does. What a large catalogue may cost is *quality*, which is not measured here: more items share a
+# prefix, so one wrong code at level 1 loses more of them, and codes per level or levels have to grow along. Random SIDs are spread as evenly as can be; real ones are not, and then some nodes have
 # many more children than the mean. How the SIDs of a catalogue fare is the subject of [notebook 1](01_semantic_ids.ipynb).
 #
 # ## Exercises
@@ -253,14 +260,6 @@ teach.check("attention_flops", attention_flops)
 # `np.unique(array, axis=0)` keeps each row once. A beginning of two codes is a row of `codes[:, :2]`.
 # </details>
 
-# %% tags=["setup"]
-_codes = np.random.default_rng(0).integers(0, 4, (40, 3))
-teach.register("trie_nodes", [(np.array([[0, 1], [3, 1], [0, 2], [3, 1]]),), (_codes,)], lambda codes: list(Trie(codes, 4).n_nodes[1:]), {
-    "This counts the codes of each level: count beginnings, [0, 1] and [3, 1] are two.": lambda codes: [len(np.unique(column)) for column in codes.T],
-    "This counts items: two with the same SID share their nodes.": lambda codes: [len(codes)] * codes.shape[1],
-    "This starts with the root, depth 0: depths 1 to L are asked.": lambda codes: list(Trie(codes, 4).n_nodes[:-1]),
-})
-
 # %% tags=["exercise"]
 def trie_nodes(codes):
     """int64 [items, L] → list of L ints."""
@@ -277,7 +276,7 @@ teach.check("trie_nodes", trie_nodes)
 # ## Summary
 #
 # FLOPs follow from configuration and lengths alone, exactly; seconds need a measurement, because memory traffic and fixed prices are not in the FLOPs. A fit of four
-# coefficients predicts steps it has not seen to some ten or twenty percent. Pruning saves where layers behind the pruner have work to do: long histories, wide models,
+# coefficients predicts steps it has not seen roughly; how roughly, your table of held-out steps says. Pruning saves where layers behind the pruner have work to do: long histories, wide models,
 # large batches. Where a step only waits, it saves little or nothing. A catalogue of a million items costs memory for its table and trie, and hardly any time.
 
 # %%
@@ -289,7 +288,7 @@ teach.quiz(
     teach.Question("Why is the fit judged on steps that it was not made from?", ["They are faster", "Four coefficients can bend towards the points they were fitted to",
                                                                                "To save time", "Because of dropout"], 1,
                    "Agreement on the points of the fit is not a prediction."),
-    teach.Question("From 1,000 to 1,000,000 items with the same levels and width: what grows?", ["The model", "The beam", "The table and the trie", "All of them"], 2,
+    teach.Question("From 1,000 to 1,000,000 items with the same levels and codes per level: what grows?", ["The model", "The beam", "The table and the trie", "All of them"], 2,
                    "The model speaks in codes, and there are as many as before."),
     teach.Question("GPU-hours from FLOPs and the data sheet's peak are …", ["an upper bound", "a lower bound", "exact", "unrelated"], 1,
                    "No real step reaches the peak, and small ones are far from it."),

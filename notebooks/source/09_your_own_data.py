@@ -29,9 +29,12 @@ import warnings
 
 import numpy as np
 import torch
+import transformers
 
 import sidlab
 from sidlab import teach
+
+transformers.logging.disable_progress_bar()  # of every checkpoint that is written
 
 # %% [markdown]
 # ## Two files
@@ -63,9 +66,8 @@ for _ in range(400):
     users.append([int(visit(favourite, (start + step) % 4)) for step in range(rng.integers(6, 13))])
 
 # %%
-shop_folder = pathlib.Path(folder or tempfile.mkdtemp()) / ("" if folder else "shop")
+shop_folder = pathlib.Path(folder or tempfile.mkdtemp())
 if not folder:
-    shop_folder.mkdir()
     lines = [json.dumps({"item_id": i, **item}) for i, item in enumerate(items, start=1)]
     (shop_folder / "items.jsonl").write_text("\n".join(lines) + "\n")
     (shop_folder / "sequences.txt").write_text("".join(f"user{u} {' '.join(map(str, h))}\n" for u, h in enumerate(users)))
@@ -77,15 +79,14 @@ print((shop_folder / "items.jsonl").read_text()[:150] if not folder else shop_fo
 # We break a copy on purpose: a user with an unknown item, one with a word where a number should be, one who appears twice, an item whose title is a number.
 
 # %%
-dirty_folder = pathlib.Path(tempfile.mkdtemp()) / "dirty"
-dirty_folder.mkdir()
+dirty_folder = pathlib.Path(tempfile.mkdtemp())
 (dirty_folder / "items.jsonl").write_text('{"item_id": 1, "title": "red mug"}\n{"item_id": 2, "title": 7}\n{"item_id": 3, "title": "blue pen"}\n')
 (dirty_folder / "sequences.txt").write_text("ann 1 2 3\nbob 1 99\ncem 1 two 3\nann 3 2 1\ndee 3 2\n")
 print((dirty_folder / "sequences.txt").read_text())
 
 # %%
-teach.predict("Five lines of users, three of them broken. How many users does the catalogue have in the end?", 2, choices=[0, 2, 3, 5], default=3,
-              explain="A sequence with an unknown item, with a word, or of a known user is left out as a whole: nothing is guessed.")
+teach.predict("How many users does the catalogue of these two files have in the end?", 2, choices=[1, 2, 4, 5], default=4,
+              explain="ann and dee. A sequence with an unknown item or a word is left out as a whole, and so is a second line of the same user: nothing is guessed.")
 
 # %%
 with warnings.catch_warnings():
@@ -106,7 +107,7 @@ print(shop.n_items, "items,", len(shop.histories), "users, dirty lines:", shop.d
 # %% [markdown]
 # ## Semantic IDs from three kinds of vectors
 #
-# Unless told otherwise, texts become vectors by TF-IDF and a truncated SVD. Any Hugging Face encoder works by name or folder,
+# Unless told otherwise, texts become vectors by TF-IDF (counts of words, rare words weighing more) and a truncated SVD. Any Hugging Face encoder works by name or folder,
 # `load_catalogue(folder, text_encoder="google/flan-t5-xl")`, where there is a network or a local copy. Or you bring vectors: any function from texts to an
 # array is a text encoder. This one counts letter triples, so that *mug* and *mugs* are alike, which TF-IDF over words does not see.
 
@@ -149,7 +150,6 @@ def make_sids(catalogue, levels=3, width=None):
 sources = {"TF-IDF": shop, "letters": by_letters, "behaviour": by_behaviour}
 made = {name: make_sids(catalogue) for name, catalogue in sources.items()}
 reports = {name: table.report(encoder, sources[name].embeddings) for name, (encoder, table) in made.items()}
-reports["TF-IDF"]
 
 # %%
 import pandas as pd
@@ -162,8 +162,9 @@ quality = pd.DataFrame({name: {
 quality
 
 # %% [markdown]
-# **What to look for.** A collision is repaired by one more level for *everyone*, a quarter more tokens: is a source with few collisions worth it? A low error says that
-# the codes tell the vectors apart, not that the vectors tell anything useful. What is useful shows only in recommendations. Look at what the first code has learned:
+# **What to look for.** A single collision adds one more level for *everyone*, a quarter more tokens. Would any of the three sources avoid it? A low error says that the
+# codes tell the vectors apart, not that the vectors tell anything useful. What is useful shows only in recommendations. Look at what the first code from TF-IDF has
+# learned. Customers of this shop have a favourite colour: does the first code know it?
 
 # %%
 _, table = made["TF-IDF"]
@@ -175,8 +176,8 @@ for code in range(3):
 # ## A scorer in ten lines
 #
 # A scorer maps **signals** to a number for each token, float `[B, N]`; more is better. It may look at `hidden` `[B, N, d]`, `centrality` `[B, N]`,
-# `positions` (0 is the oldest), `levels` (0, 1, …, and L for a separator), `item_index` and `mask`. This one takes the size of the state, but of every code that occurs
-# several times only the newest at full weight: what you have seen twice tells you less.
+# `positions` (0 is the oldest), `levels` (0, 1, …, and L for a separator), `item_index` and `mask`. This one takes the size of the state. Where several states
+# point in nearly the same direction, only the newest counts in full: what you have seen twice tells you less.
 
 # %%
 def fresh(signals):
@@ -217,7 +218,7 @@ compared
 
 # %% [markdown]
 # The kept share is a little above the one asked for, because every history is rounded up; it is the same for all three, and that makes it a fair race. Where the intervals
-# overlap and *p* is not small, the honest sentence is "we cannot tell them apart with one seed, so many users and so few updates". Say that one.
+# overlap and *p* (how often chance alone would make a difference at least this large, [notebook 6](06_training_runs.ipynb)) is not small, the honest sentence is "we cannot tell them apart with one seed, so many users and so few updates". Say that one.
 #
 # Your scorer in the explorer, on a model that was trained with it:
 
@@ -230,7 +231,7 @@ explorer
 # %% [markdown]
 # **What to look for**
 #
-# * There are no stars: on real data nobody knows which tokens are truly informative.
+# * No token carries a star: on real data nobody knows which are truly informative. The ★ marks only the item that came next.
 # * Switch between `fresh`, `norm` and `rastp`. Which kept tokens change? Find a user who bought in one colour only.
 # * Set `folder` in the second cell to your own data and run everything again. Small data first: 10,000 users train in minutes, millions want a GPU.
 
@@ -245,26 +246,6 @@ explorer
 # `signals.centrality * signals.hidden.abs().sum(-1)` is RASTP. Multiplying separators by 0 is not enough: a code may score next to 0, too.
 # `tensor.masked_fill(condition, -torch.inf)` does it.
 # </details>
-
-# %% tags=["setup"]
-def _signals():
-    generator = torch.Generator().manual_seed(1)
-    levels = torch.arange(12).repeat(2, 1) % 4
-    return sidlab.saliency.Signals(hidden=torch.randn(2, 12, 8, generator=generator), centrality=torch.rand(2, 12, generator=generator),
-                                   mask=torch.ones(2, 12, dtype=torch.long), positions=torch.arange(12).repeat(2, 1), levels=levels,
-                                   item_index=torch.arange(12).repeat(2, 1) // 4)
-
-
-def _no_separators(signals, size=lambda hidden: hidden.abs().sum(-1), fill=-torch.inf, level=3):
-    return torch.where(signals.levels == level, fill, signals.centrality * size(signals.hidden))
-
-
-teach.register("codes_only", [(_signals(),)], _no_separators, {
-    "Separators score 0: a code can score next to 0 as well. Give them −∞.": lambda s: _no_separators(s, fill=0.0),
-    "This is rastp with its separators: nothing is ruled out.": lambda s: _no_separators(s, level=9),
-    "This rules out the last code, not the separator: levels count from 0, and the separator has the highest.": lambda s: _no_separators(s, level=2),
-    "This takes the Euclidean norm; RASTP's size is the L1 norm, abs().sum(-1).": lambda s: _no_separators(s, lambda h: h.norm(dim=-1)),
-})
 
 # %% tags=["exercise"]
 def codes_only(signals):
@@ -289,27 +270,6 @@ teach.check("codes_only", codes_only)
 #
 # Normalise the rows, multiply the matrix with its transpose, and put −∞ on the diagonal (`np.fill_diagonal`), or every item is its own nearest one.
 # </details>
-
-# %% tags=["setup"]
-_rng = np.random.default_rng(3)
-_vectors = _rng.normal(size=(40, 6)) + 3 * np.eye(6)[_rng.integers(6, size=40)] + _rng.normal(size=6)
-_vectors *= _rng.uniform(0.2, 5, size=(40, 1))
-_first = np.stack([_vectors.argmax(1) % 4, _rng.integers(3, size=40)], axis=1)
-
-
-def _share(embeddings, codes, unit=True, itself=False, level=slice(0, 1)):
-    rows = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True) if unit else embeddings
-    alike = rows @ rows.T
-    if not itself:
-        alike = alike - np.diag(np.full(len(rows), np.inf))
-    return float((codes[alike.argmax(1), level] == codes[:, level]).all(1).mean())
-
-
-teach.register("nearest_share", [(_vectors, _first)], _share, {
-    "Every item is its own nearest one here: leave the diagonal out.": lambda e, c: _share(e, c, itself=True),
-    "These are dot products: long vectors win. Normalise the rows first.": lambda e, c: _share(e, c, unit=False),
-    "This asks for the whole SID; only the first code counts.": lambda e, c: _share(e, c, level=slice(None)),
-})
 
 # %% tags=["exercise"]
 def nearest_share(embeddings, codes):

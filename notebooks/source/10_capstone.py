@@ -6,7 +6,7 @@
 # **Goals**
 #
 # * Turn what you know about where information sits into a scorer, and test it in seconds on a trained model.
-# * Judge it as a reviewer would: equal kept tokens, users it was not tuned on, intervals, and bounds that nobody can pass.
+# * Judge it as a reviewer would: equal kept tokens, targets it was not tuned on, intervals, and bounds that nobody can pass.
 # * Find out whether what helps a model that exists also helps one that is trained with it, on planted or on real data.
 #
 # **You need** [notebook 4](04_live_pruning.ipynb), and [notebook 9](09_your_own_data.ipynb) for the form of a scorer.
@@ -28,10 +28,12 @@ seed = 0
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 
 import sidlab
 from sidlab import PruningConfig, teach
 
+transformers.logging.disable_progress_bar()  # of every checkpoint that is written
 
 def fair(scorer):
     """[1, 1, 1] if it is a scorer: shape [B, N], no NaN, padding changes nothing. The truth is not there, so whoever needs it fails."""
@@ -58,7 +60,8 @@ teach.register("fair_scorer", [(fair,)], lambda f: f(lambda s: s.positions.float
 #
 # * The model is the bundled demo, pruned behind layer 2. Every scorer keeps the same number of tokens of every history; only *which* is yours.
 # * A scorer may use everything in `signals` except `truth`.
-# * **Develop on validation users, report on test users.** Whoever tries thirty ideas on the same users and reports the best has tuned on them.
+# * **Develop on validation, report on test.** Of every user the last item is the target of the test, the one before it of the validation. Whoever tries thirty ideas on
+#   the same targets and reports the best has tuned on them.
 # * Two bounds. The **unpruned** model says what this model can do at all. The **Bayes optimum** says what anybody can do who knows the rules of the shop.
 #   It is an expectation: on a few hundred users luck can lift a model a little above it.
 # * `oracle` keeps the tokens that truly hold most information in the input. Whether that is a bound, too, you saw in notebook 4.
@@ -75,7 +78,7 @@ truth = demo.catalogue.truth
 
 
 def hits(scorer, part="validation"):
-    """Who found their item among ten: float [U], 1 or 0. `scorer` None: nothing pruned."""
+    """Whose target is among ten recommended items: float [U], 1 or 0. `scorer` None: nothing pruned."""
     demo.model.set_pruning(scorer and PruningConfig(after_layer=2, keep=keep, scorer=scorer))
     return recall_at(evaluate(demo.model, *split.cases(part), truth=truth), 10)
 
@@ -83,6 +86,16 @@ def hits(scorer, part="validation"):
 bayes = float(truth.bayes_recall(split.cases("validation")[0], 10).mean())
 starters = {name: hits(name) for name in ("rastp", "random", "recent", "oracle")}
 unpruned = hits(None)
+
+# %%
+ratio = starters["oracle"].mean() / unpruned.mean()
+teach.predict(
+    f"One token in six stays. How much of the unpruned recall@10, {unpruned.mean():.3f}, does the best of four starters (rastp, random, recent, oracle) keep, in percent?",
+    100 * max(h.mean() for h in starters.values()) / unpruned.mean(), range=(0, 100), default=(60, 90), unit="%",
+    explain=f"The oracle keeps {ratio:.0%}: the right tokens of the input are not the right states behind layer 2.",
+)
+
+# %%
 pd.Series({name: h.mean() for name, h in {**starters, "unpruned": unpruned}.items()} | {"Bayes optimum": bayes}).round(3)
 
 # %% [markdown]
@@ -109,14 +122,6 @@ def informative(scorer, part="validation"):
 
 tokens = pd.DataFrame({name: informative(name) for name in starters}, index=["precision", "recall of tokens"]).T.round(3)
 tokens
-
-# %%
-ratio = starters["oracle"].mean() / unpruned.mean()
-teach.predict(
-    "How much of the unpruned recall@10 does the best of the four starters (rastp, random, recent, oracle) keep, in percent?",
-    100 * max(h.mean() for h in starters.values()) / unpruned.mean(), range=(0, 100), default=(60, 90), unit="%",
-    explain=f"The oracle keeps {ratio:.0%}: the right tokens of the input are not the right states behind layer 2.",
-)
 
 # %% [markdown]
 # ## Watch before you write
@@ -150,7 +155,8 @@ explorer
 # %% [markdown]
 # ### Exercise 1 · ★★★ · 20 minutes or more
 #
-# Your scorer. It gets the signals of a batch and returns float `[B, N]`. Rewrite it and run from here again as often as you like; only its best version goes on the board.
+# Your scorer. It gets the signals of a batch and returns float `[B, N]`. Rewrite it and run the next three cells again as often as you like: they look at validation only. Go on to the
+# board with the version that is best there.
 #
 # <details><summary>Hint</summary>
 #
@@ -174,19 +180,24 @@ def my_scorer(signals):
 accepted = teach.check("fair_scorer", lambda f: f(my_scorer))
 accepted
 
+# %%
+if accepted.passed:
+    print(f"validation recall@10: mine {hits(my_scorer).mean():.3f}, last_code {starters['last_code'].mean():.3f}, rastp {starters['rastp'].mean():.3f}")
+
 # %% [markdown]
 # ## On the board
 #
-# The board is a file, so it outlives the kernel. Entries of one *contest* may be compared: same data, same users, same kept share.
+# Now the test. The board is a file, so it outlives the kernel. Entries of one *contest* may be compared: same data, same users, same kept share. A new entry of the same name takes
+# the place of the old one.
 
 # %%
 from sidlab.viz.board import Board
 
-board, contest = Board(board_file), f"demo model, test users {test_users}, keep {keep:.3f}"
+board, contest = Board(board_file), f"demo model, test of {test_users} users, keep {keep:.3f}"
 
 
 def enter(name, scorer):
-    """Measure a scorer on the test users and write it down; returns who found their item."""
+    """Measure a scorer on the test and write it down; returns whose item was found."""
     found = hits(scorer, "test")
     low, high = bootstrap_interval(found)
     precision, coverage = informative(scorer, "test")
@@ -241,7 +252,7 @@ print(world.n_items, "items,", len(targets), "users, SIDs of widths", table.widt
 
 # %%
 def race(name, scorer):
-    """Train with a scorer, test, write it on the board; returns who found their item."""
+    """Train with a scorer, test, write it on the board; returns whose item was found."""
     config = sidlab.TrainConfig.preset("quick", pruning=PruningConfig(keep=keep, scorer=scorer), max_updates=max_updates, epochs=100,
                                        eval_every=max(1, max_updates // 3), eval_users=300, seed=seed)
     result = sidlab.train(config, world, table, progress=False)
@@ -256,6 +267,15 @@ trained = f"{world.name}, {len(targets)} users, {max_updates} updates, keep {kee
 runners = {"rastp": "rastp", challenger: entries[challenger], **({"oracle": "oracle"} if planted else {})}
 raced = {name: race(name, scorer) for name, scorer in runners.items()}
 
+# %%
+race_test = paired_test(raced[challenger], raced["rastp"])
+teach.predict(
+    f"After {max_updates} updates with each scorer: who is ahead on the test?",
+    max(raced, key=lambda name: raced[name].mean()), choices=list(raced), default="rastp",
+    explain=", ".join(f"{name} {h.mean():.3f}" for name, h in raced.items()) + f". {challenger} − rastp: {race_test.difference:+.3f}, 95 % interval "
+            f"{race_test.interval[0]:+.3f} to {race_test.interval[1]:+.3f}, one seed.",
+)
+
 # %% [markdown]
 # `last_code` and many other scorers say `levels == 2`: the last code of three-level SIDs. If your table has another number of levels, because collisions added one, say
 # `levels == table.levels - 1`, and ask yourself whether a de-duplication digit is the right place to look.
@@ -269,15 +289,6 @@ board.add("neighbour table", trained, {"recall@10": float(recall_at(rank_of_targ
 if planted:
     board.add("Bayes optimum", trained, {"recall@10": float(world.truth.bayes_recall(histories, 10).mean()), "anchor": True})
 board.figure(trained)
-
-# %%
-race_test = paired_test(raced[challenger], raced["rastp"])
-teach.predict(
-    f"After {max_updates} updates with each scorer: who is ahead on the test users?",
-    max(raced, key=lambda name: raced[name].mean()), choices=list(raced), default="rastp",
-    explain=", ".join(f"{name} {h.mean():.3f}" for name, h in raced.items()) + f". {challenger} − rastp: {race_test.difference:+.3f}, 95 % interval "
-            f"{race_test.interval[0]:+.3f} to {race_test.interval[1]:+.3f}, one seed.",
-)
 
 # %%
 board
@@ -303,25 +314,6 @@ board
 # The sum of `centrality * mask` over the row, divided by `mask.sum(1)`, is the mean over real tokens. Keep the dimension, so that it broadcasts.
 # </details>
 
-# %% tags=["setup"]
-_mask = (torch.arange(8) < torch.tensor([[8], [5], [2]])).long()
-_votes = torch.rand(3, 8, generator=torch.Generator().manual_seed(2)) + 0.1
-
-
-def _relative(votes, mask, count=lambda mask: mask.sum(1, keepdim=True), weigh=True, clear=True):
-    total = (votes * mask if weigh else votes).sum(1, keepdim=True)
-    share = votes / (total / count(mask))
-    return share * mask if clear else share
-
-
-teach.register("relative_centrality", [(_votes, _mask)], _relative, {
-    "Padding is in the mean: sum over real tokens and divide by their number.":
-        [lambda v, m: _relative(v, m, lambda mask: mask.shape[1], weigh=False), lambda v, m: _relative(v, m, weigh=False)],
-    "The sum is over real tokens, but it is divided by the padded length.": lambda v, m: _relative(v, m, lambda mask: mask.shape[1]),
-    "Padding keeps a score: set it to 0.": lambda v, m: _relative(v, m, clear=False),
-    "This is the share of the sum, not of the mean.": lambda v, m: _relative(v, m, lambda mask: 1),
-})
-
 # %% tags=["exercise"]
 def relative_centrality(centrality, mask):
     """float [B, N], [B, N] → float [B, N], mean 1 over the real tokens of each row, 0 at padding."""
@@ -339,14 +331,14 @@ teach.check("relative_centrality", relative_centrality)
 # ## Summary
 #
 # At an equal number of kept tokens a scorer is judged by what the model can still do, not by how many "right" tokens it keeps. Testing on a model that exists takes seconds and finds ideas;
-# training with a scorer tests whether they survive when the model adapts. A claim needs users that were not used for tuning, an interval of the difference, several seeds,
+# training with a scorer tests whether they survive when the model adapts. A claim needs targets that were not used for tuning, an interval of the difference, several seeds,
 # and bounds that show how much there was to win. A negative result under these rules is a result.
 
 # %%
 teach.quiz(
-    teach.Question("Why is stage 1 developed on validation users?", ["They are more", "So that test users have not been used to choose among ideas",
-                                                                     "They are easier", "The model was not trained on them"], 1,
-                   "The best of many tries on the same users looks better than it is."),
+    teach.Question("Why is stage 1 developed on validation targets?", ["There are more of them", "So that test targets have not been used to choose among ideas",
+                                                                       "They are easier", "The model was trained on them"], 1,
+                   "The best of many tries on the same targets looks better than it is."),
     teach.Question("Scorer A keeps 20 % of the tokens and beats B, which keeps 10 %. What follows?", ["A is the better scorer", "B is the better scorer",
                                                                                                    "Nothing about the scorers", "A is cheaper"], 2,
                    "More tokens are an advantage of their own. Compare at equal kept shares."),

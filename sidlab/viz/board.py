@@ -53,7 +53,8 @@ class Board:
             error_x={"array": [row.get("high", x) - x for row, x in zip(entries, values)], "color": GREY,
                      "arrayminus": [x - row.get("low", x) for row, x in zip(entries, values)]}))
         for place, row in enumerate(anchors):  # names of neighbours on either side, or one covers the other
-            figure.add_vline(row["recall@10"], line_dash="dot", line_color=GREY, annotation_position=("top right", "top left")[place % 2],
+            figure.add_vline(row["recall@10"], line_dash="dot", line_color=GREY, annotation_yanchor="bottom",
+                             annotation_position=("top right", "top left")[place % 2],
                              annotation_text=html.escape(f"{row['name']} {row['recall@10']:.3f}"))
         figure.update_xaxes(title_text="recall@10").update_yaxes(autorange="reversed", type="category")
         return figure.update_layout(template=template(theme), height=160 + 30 * len(entries), margin_t=60, showlegend=False)

@@ -123,15 +123,15 @@ def padding_figure(rows, template: str = "sidlab") -> go.Figure:
                        insidetextfont_color="white", hovertemplate="%{x:.3f} ×<extra></extra>"))
     known = [(x, y) for x, y in zip(ON_BEAUTY, places) if x is not None]
     bars.append(go.Scatter(x=[x for x, _ in known], y=[y for _, y in known], mode="markers", name="reference: Beauty, a third kept",
-                           marker={"symbol": "diamond-open", "size": 13, "color": VERMILLION, "line": {"width": 2.5}}, **right,
+                           marker={"symbol": "diamond-open", "size": 11, "color": VERMILLION, "line": {"width": 2.5}}, **right,
                            hovertemplate="Beauty: %{x:.2f} ×<extra></extra>"))
     down = {"range": [len(rows) - 0.5, -0.5], "showgrid": False, "zeroline": False}
     across, far = {"text": "slots of an average history"}, {"text": "FLOPs, × 150 slots"}
     layout = {"template": template, "barmode": "stack", "height": 430, "margin": {"l": 20, "r": 30, "t": 70, "b": 40}, "uirevision": "same",
               "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
-              "xaxis": {"domain": [0, 0.66], "anchor": "y", "range": [0, 1.02 * SLOTS], "title": across},
+              "xaxis": {"domain": [0, 0.61], "anchor": "y", "range": [0, 1.02 * SLOTS], "title": across},
               "yaxis": down | {"anchor": "x", "tickvals": places, "ticktext": names},
-              "xaxis2": {"domain": [0.7, 1], "anchor": "y2", "range": [0, 1.1], "title": far},
+              "xaxis2": {"domain": [0.65, 1], "anchor": "y2", "range": [0, 1.1], "title": far},
               "yaxis2": down | {"anchor": "x2", "tickvals": places, "showticklabels": False}}
     return go.Figure(bars, layout)
 
@@ -176,7 +176,7 @@ class PaddingExplorer(Explorer):
         cells = [(row["name"], *(f"{row[key]:.1f}" for key, *_ in FATES), f"{row['real_kept'] / real:.0%}", f"{row['flops']:.2f}",
                   f"{known:.2f}" if known else "–") for row, known in zip(self.rows, ON_BEAUTY)]
         drawn = "" if self.value("source") else " The lengths are an approximation of the 5-core sets, not the sets themselves."
-        head = ("", *(name for _, name, _ in FATES), "of the real tokens", "FLOPs ×", "reference: Beauty, a third kept")
+        head = ("", *(name for _, name, _ in FATES), "share of real tokens kept", "FLOPs ×", "reference: Beauty, a third kept")
         return (f"<p><b>{plain['padding_kept'] / SLOTS:.0%} of the 150 slots are padding</b> (on RASTP's Amazon data {PADDING[0]:.0%} to "
                 f"{PADDING[1]:.0%}). {padding} of what the published rule drops is padding; {losers:.0%} of the histories lose a real "
                 f"token, and {published['real_kept'] / real:.0%} of all real tokens stay. Without padding nothing is lost, and training "

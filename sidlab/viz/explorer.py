@@ -101,6 +101,8 @@ class Explorer(widgets.VBox):
             for value in values:
                 widget.value = value
                 out.append((_shown(widget), *self.draw()))
+            widget.value = before
+            self.draw()  # what a draw leaves behind is that of the control's own value again
         finally:
             widget.value, self._quiet = before, False
         return out
@@ -187,6 +189,7 @@ PAGE = """<!DOCTYPE html>
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; margin: 1rem; color: #222; background: #fff }
 label { font-weight: 600 }
 input[type=range] { width: min(30rem, 60%%); vertical-align: middle }
+#text { overflow-x: auto }
 table { border-collapse: collapse } th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #8886 }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #14171a } }
 </style>

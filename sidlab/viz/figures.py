@@ -216,7 +216,7 @@ def pruning_strip(labels, kept, importance=None, informative=None, levels=None, 
                            marker_symbol="star", marker_size=9, marker_color=ORANGE, marker_line_width=0.8,
                            marker_line_color="#222222")
     figure.update_xaxes(tickvals=list(range(m)), ticktext=[_short(title, m) for title in titles], showgrid=False,
-                        tickangle=-50 if m > 6 else 0, range=[-0.6, m - 0.4], title_text="history, oldest item first")
+                        tickangle=-60 if m > 6 else 0, range=[-0.6, m - 0.4], title_text="history, oldest item first")
     figure.update_yaxes(tickvals=[v + 0.5 for v in range(n_levels)], ticktext=levels, range=[n_levels, 0],
                         showgrid=False, zeroline=False)
     return figure.update_layout(template=template, barmode="overlay", height=220 + 34 * n_levels,

@@ -158,11 +158,11 @@ def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab") 
             "hovertemplate": "token %{y} looks at token %{x}: %{z:.3f}<extra></extra>"}
     maps = [go.Heatmap(z=_short(before), showscale=False, xaxis="x2", yaxis="y2", **heat),
             go.Heatmap(z=after, xaxis="x3", yaxis="y3", **heat,
-                       colorbar={"title": "weight", "len": 0.44, "y": -0.02, "yanchor": "bottom"})]
+                       colorbar={"title": "weight", "len": 0.41, "y": -0.02, "yanchor": "bottom"})]
 
     # The layout at once: make_subplots and update_layout take twice as long as the model.
     x, y = strip.layout.xaxis.to_plotly_json(), strip.layout.yaxis.to_plotly_json()
-    bottom, top = (0.7, 0.39) if shape[0] > 6 else (0.62, 0.44)  # of the strip, whose slanted titles need room, and of the maps
+    bottom, top = (0.7, 0.36) if shape[0] > 6 else (0.62, 0.44)  # of the strip, whose slanted titles need room, and of the maps
     ticks = {"tickvals": list(range(0, n, len(levels))), "ticktext": [str(m + 1) for m in range(shape[0])], "showgrid": False,
              "zeroline": False}
     layout = {

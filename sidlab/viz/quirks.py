@@ -225,7 +225,7 @@ QUIRKS = (
     ("5 dropout in the scores", noisy_scores, "scores with the attention behind its dropout while training",
      "which tokens are kept is partly chance (dropout elsewhere shakes the choice as well, in both codes)",
      "scores with the clean attention"),
-    ("6 separators compete", separators_compete, "scores separators like codes", "items are cut apart: some of their codes stay, others go",
+    ("6 separators compete", separators_compete, "scores separators like codes", "items are cut apart: some tokens stay, others go",
      "scores whole items here (another way: protect the separators)"),
     ("7 no fused attention", attention_kernels, "asks every layer of encoder and decoder for its attention weights",
      "no layer can use a fused kernel, which never writes the weights out; that costs memory and time on a GPU",
@@ -286,8 +286,12 @@ def _number(value):
     return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
-def _key(legend):
-    return legend if isinstance(legend, str) else "; ".join(f"{SYMBOLS[fate]} {meaning}" for fate, meaning in legend.items())
+def _key(legend, line=4):
+    """What a picture's numbers or symbols mean, with so many symbols a line."""
+    if isinstance(legend, str):
+        return legend
+    parts = [f"{SYMBOLS[fate]} {meaning}" for fate, meaning in legend.items()]
+    return ";<br>".join("; ".join(parts[i:i + line]) for i in range(0, len(parts), line))
 
 
 def quirk_figure(evidence: dict[str, Evidence], mode: str, template: str = "sidlab") -> go.Figure:
@@ -297,26 +301,28 @@ def quirk_figure(evidence: dict[str, Evidence], mode: str, template: str = "sidl
     ends = (EMPTY, KEPT) if fates else (float(np.nanmin(known)), float(np.nanmax(known)))  # one scale for both modes
     symbols = [[SYMBOLS[float(v)] for v in row] for row in shown.z] if fates else [[""] * shown.z.shape[1]] * len(shown.z)
     hover = "%{y}, %{x}: %{text}<extra></extra>" if fates else "%{y}, %{x}: %{z:.3f}<extra></extra>"
-    picture = go.Heatmap(z=shown.z, x=list(range(1, shown.z.shape[1] + 1)), y=list(range(len(shown.rows))), text=symbols,
+    z = np.where(np.isnan(shown.z), None, shown.z)  # NaN is no JSON
+    picture = go.Heatmap(z=z, x=list(range(1, shown.z.shape[1] + 1)), y=list(range(len(shown.rows))), text=symbols,
                          texttemplate="%{text}", zmin=ends[0], zmax=ends[1], colorscale=SCALE, showscale=not fates,
-                         colorbar={"x": 0.575, "thickness": 12}, xgap=1, ygap=1, hoverongaps=False, hovertemplate=hover)
+                         colorbar={"x": 0.51, "thickness": 12}, xgap=1, ygap=1, hoverongaps=False, hovertemplate=hover)
     bars = []
     for name, color, shape in zip(MODES, (VERMILLION, BLUE), ("/", "")):
         values = list(evidence[name].bars.values())
         look = {"color": color, "pattern": {"shape": shape, "solidity": 0.4}, "line": {"color": color, "width": 1 + 3 * (name == mode)}}
-        bars.append(go.Bar(x=list(evidence[name].bars), y=values, name=name, marker=look, xaxis="x2", yaxis="y2", textposition="outside",
-                           text=[_number(v) for v in values], cliponaxis=False,
+        bars.append(go.Bar(x=[group.replace(" ", "<br>") for group in evidence[name].bars], y=values, name=name, marker=look, xaxis="x2",
+                           yaxis="y2", textposition="outside", text=[f"{round(v, 3):.2g}" for v in values], cliponaxis=False, textangle=0,
+                           constraintext="none", textfont_size=11,
                            hovertemplate=f"{name}, %{{x}}: %{{y:.4f}}<extra></extra>"))
     top, names = 1.15 * max(max(e.bars.values()) for e in evidence.values()), shown.rows
     every = list(range(0, len(names), 1 if len(names) <= DRAWS + 1 else 4))
     bare, outside = {"showgrid": False, "zeroline": False}, {"xref": "paper", "yref": "paper", "yanchor": "bottom", "showarrow": False}
-    key = {"text": f"<b>{mode} code</b><br>{_key(shown.legend)}", "x": 0, "y": 1.02, "xanchor": "left", "align": "left"}
-    measure = {"text": "<br>".join(textwrap.wrap(shown.measure, 32)), "x": 0.86, "y": 1.1, "xanchor": "center"}
+    key = {"text": f"<b>{mode} code</b><br>{_key(shown.legend, 2)}", "x": 0, "y": 1.02, "xanchor": "left", "align": "left"}
+    measure = {"text": "<br>".join(textwrap.wrap(shown.measure, 32)), "x": 0.85, "y": 1.1, "xanchor": "center"}
     layout = {"template": template, "height": 450, "margin": {"l": 20, "r": 20, "t": 100, "b": 40}, "barmode": "group",
-              "legend": {"x": 0.86, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "orientation": "h"},
+              "legend": {"x": 0.85, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "orientation": "h"},
               "annotations": [outside | key, outside | measure],
-              "xaxis": bare | {"domain": [0, 0.62 if fates else 0.56], "anchor": "y", "title": {"text": shown.columns},
+              "xaxis": bare | {"domain": [0, 0.6 if fates else 0.5], "anchor": "y", "title": {"text": shown.columns},
                                "visible": shown.z.shape[1] > 1},
               "yaxis": bare | {"anchor": "x", "tickvals": every, "ticktext": [names[i] for i in every], "range": [len(names) - 0.5, -0.5]},
-              "xaxis2": {"domain": [0.74, 1], "anchor": "y2", "tickangle": 0}, "yaxis2": {"anchor": "x2", "range": [0, top or 1]}}
+              "xaxis2": {"domain": [0.7, 1], "anchor": "y2", "tickangle": 0}, "yaxis2": {"anchor": "x2", "range": [0, top or 1]}}
     return go.Figure([picture, *bars], layout)

@@ -110,11 +110,12 @@ def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str, temp
     x, y = widths.index(chosen["sids.width"]), levels.index(chosen["sids.levels"])
     figure.add_scatter(x=x + 0.48 * np.array([-1, 1, 1, -1, -1]), y=y + 0.48 * np.array([-1, -1, 1, 1, -1]), mode="lines",
                        line_color=VERMILLION, line_width=4, hoverinfo="skip", showlegend=False, row=1, col=1)
-    for level, (color, symbol, dash) in zip(levels, len(levels) * LEVEL_LOOKS):
+    for place, (level, (color, symbol, dash)) in enumerate(zip(levels, len(levels) * LEVEL_LOOKS)):
         of_level = sorted((row for row in runs if row["sids.levels"] == level), key=lambda row: row["sids.width"])
         figure.add_scatter(
             x=[row[field] for row in of_level], y=[row[RECALL] for row in of_level], error_y=_error(of_level, RECALL),
-            mode="lines+markers+text", text=[_text(row["sids.width"]) for row in of_level], textposition="top right",
+            mode="lines+markers+text", text=[_text(row["sids.width"]) for row in of_level],
+            textposition=[("middle left", "middle right")[(place + widths.index(row["sids.width"])) % 2] for row in of_level],  # apart
             name=f"{level} level{'s' * (level > 1)}", marker_symbol=symbol, marker_color=color, marker_size=9,
             line_color=color, line_dash=dash, line_width=1.5,
             hovertemplate=f"{level} × %{{text}}: %{{y:.4f}} at %{{x:.3g}}<extra></extra>", row=1, col=2)

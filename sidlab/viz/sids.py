@@ -223,7 +223,7 @@ def _least(n):
 
 
 def _meter(share, shown):
-    return f'<meter min="0" max="1" value="{share:.4f}" aria-hidden="true"></meter> {shown}'
+    return f'<span style="white-space: nowrap"><meter min="0" max="1" value="{share:.4f}" aria-hidden="true"></meter> {shown}</span>'
 
 
 def _details(summary, head, rows):
