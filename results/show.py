@@ -31,8 +31,8 @@ def _comparison(results):
     machine = f"{machine['processor']}, {_count(machine['threads'], 'thread')}, {machine['gpu'] or 'no GPU'}"
     setting = (f"**{name}, preset `{results['preset']}`**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
                f"at most {updates:,} updates; {machine}, torch {results['versions']['torch']}:")
-    return "\n".join([setting, f"`{results['command']}`", "",
-                      "| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|", *rows, ""])
+    head = ["| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|"]
+    return "\n".join([setting, f"`{results['command']}`", "", *head, *rows, ""])
 
 
 def _count(n, noun):
@@ -40,11 +40,11 @@ def _count(n, noun):
 
 
 def _levers(levers):
-    rows = ["| {} | {:.4f} | {:.4f} [{:.4f}, {:.4f}] | {:.1f} |".format(
-        row["lever"], row["recall@5"], row["recall@10"], *row["recall@10_interval"], row["train_seconds"] / 60) for row in levers["rows"]]
-    setting = f"**What limits it**: one change at a time, {levers['rows'][0]['updates']:,} updates each, one seed: `{levers['command']}`"
-    return "\n".join([setting, "",
-                      "| lever | R@5 | R@10 [95 %] | minutes |", "|---|---|---|---|", *rows, ""])
+    rows = ["| {} | {:,} | {:.4f} | {:.4f} [{:.4f}, {:.4f}] | {:.1f} |".format(
+        row["lever"], row["updates"], row["recall@5"], row["recall@10"], *row["recall@10_interval"], row["train_seconds"] / 60)
+        for row in levers["rows"]]
+    return "\n".join([f"**What limits it**: one change at a time, one seed: `{levers['command']}`", "",
+                      "| lever | updates | R@5 | R@10 [95 %] | minutes |", "|---|---|---|---|---|", *rows, ""])
 
 
 def updated(text: str) -> str:

@@ -128,7 +128,7 @@ PRESETS = {
     "quick": SMALL | dict(epochs=2.5, max_updates=1600, eval_every=100, eval_users=500, patience=20),
     # For real data: wider, since there are many more codes to tell apart, and long enough to beat what `quick` reaches.
     "long": SMALL | dict(d_model=128, d_kv=32, d_ff=256, num_decoder_layers=1, separators=False, batch_tokens=4096, accumulation=1,
-                         dropout=0.1, epochs=6, eval_every=1000, eval_users=2000, patience=20),
+                         epochs=6, eval_every=1000, eval_users=2000, patience=20),
     "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),
 }
 

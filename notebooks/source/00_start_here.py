@@ -29,6 +29,8 @@ import torch
 import sidlab
 from sidlab import teach
 
+torch.set_num_threads(1)  # the model is too small to gain from more
+
 # %% [markdown]
 # ## Play first
 #

@@ -31,6 +31,7 @@ import pathlib
 import numpy as np
 import pandas as pd
 import plotly.express as px
+import torch
 
 import sidlab
 from sidlab import demo, teach
@@ -38,6 +39,7 @@ from sidlab.probe import Probe
 from sidlab.viz import DilutionExplorer, use_theme
 
 use_theme("light")
+torch.set_num_threads(1)  # the model is too small to gain from more
 catalogue, encoder, table, model = demo.load()
 levels = ["department", "brand", "kind"]
 

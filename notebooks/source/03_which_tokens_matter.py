@@ -29,6 +29,7 @@ import torch
 
 from sidlab import PruningConfig, teach
 
+torch.set_num_threads(1)  # the model is too small to gain from more
 torch.set_grad_enabled(False)  # we look into a model, we do not train one
 pd.set_option("display.precision", 3)
 
@@ -330,7 +331,7 @@ for name, which, symbol, color in (("truly informative", informative, "star", BL
                        marker={"symbol": symbol, "color": color, "size": 7, "opacity": 0.6})
 figure.update_xaxes(type="log", dtick=1, title_text=f"RASTP's importance in layer {layer}")
 figure.update_yaxes(type="log", range=[-6, 1], dtick=1, tickformat="~g", title_text="change of the prediction without it (nats)")
-figure.update_layout(template=template(), height=500, title="Each token: its importance, and what the prediction loses without it",
+figure.update_layout(template=template(), height=500, title="Each token: its importance, and the change without it",
                      margin_t=90, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
 
 # %%

@@ -13,7 +13,7 @@
 #
 # **Time** 35 minutes, 15 of them with the exercises.
 #
-# **Machine** One core, under 1 GB of memory, no GPU, no network.
+# **Machine** One core, about 1 GB of memory, no GPU, no network.
 
 # %% tags=["parameters"]
 user = 44                               # whose history you look at first
@@ -28,6 +28,8 @@ import torch
 
 import sidlab
 from sidlab import PruningConfig, teach
+
+torch.set_num_threads(1)  # the model is too small to gain from more
 
 # %% [markdown]
 # ## The explorer

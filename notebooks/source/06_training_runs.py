@@ -399,7 +399,7 @@ teach.quiz(
                    ["the models are equally good", "the models may still differ, compared user by user", "more epochs are needed"], 1,
                    "Users whom both find or both miss widen both intervals, but cancel in the difference."),
     teach.Question("Why is the best validation recall of a run a poor estimate of its test recall?",
-                   ["Validation users are harder", "The checkpoint was chosen because it was high", "Validation uses another metric"], 1,
+                   ["Validation items are harder", "The checkpoint was chosen because it was high", "Validation uses another metric"], 1,
                    "The maximum of noisy numbers is flattered by the noise. Test items take no part in any choice."),
     teach.Question("One run of RASTP, one unpruned, the same seed; paired interval of the difference [−0.03, −0.01]. What may you say?",
                    ["RASTP loses recall on this data set", "This RASTP model finds fewer targets than this unpruned model",

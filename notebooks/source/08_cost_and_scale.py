@@ -203,9 +203,8 @@ made = {n: recommending(n) for n in catalogue_sizes}
 times = time_steps({n: run for n, (run, _) in made.items()}, rounds)
 rows = {}
 for n, (_, table) in made.items():
-    trie = table.trie
-    arrays = [table.codes, table.item_tokens, *trie.first_child, *trie.child_code, *trie._keys, trie.first_item, trie.item]
-    rows[n] = {"distinct SIDs": trie.n_nodes[-1], "MB": sum(a.nbytes for a in arrays) / 2**20, "MB, predicted": table_bytes(n, table.widths) / 2**20,
+    size = table.codes.nbytes + table.item_tokens.nbytes + table.trie.nbytes
+    rows[n] = {"distinct SIDs": table.trie.n_nodes[-1], "MB": size / 2**20, "MB, predicted": table_bytes(n, table.widths) / 2**20,
                "ms per user": 1000 * times[n].median() / users, "fastest": 1000 * times[n].min() / users, "slowest": 1000 * times[n].max() / users}
 scale = pd.DataFrame(rows).T.rename_axis("items")
 

@@ -153,7 +153,7 @@ explorer
 # * Find a user whose ★ item is lost, raise the kept share until it comes back, and see which token brought it.
 
 # %% [markdown]
-# ### Exercise 1 · ★★★ · 20 minutes or more
+# ### Exercise 1 · ★★★ · 20 minutes
 #
 # Your scorer. It gets the signals of a batch and returns float `[B, N]`. Rewrite it and run the next three cells again as often as you like: they look at validation only. Go on to the
 # board with the version that is best there.

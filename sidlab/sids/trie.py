@@ -89,6 +89,11 @@ class Trie:
     def device(self) -> torch.device:
         return self.item.device
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all arrays, in bytes."""
+        return sum(a.nbytes for a in (*self.first_child, *self.child_code, *self._keys, self.first_item, self.item))
+
     def to(self, device) -> "Trie":
         """A trie on `device`; like `torch.Tensor.to`, this one stays as it is."""
         moved = copy.copy(self)
