@@ -173,7 +173,8 @@ def test_tables_take_as_much_memory_as_predicted(n, width, levels):
     table = random_table(n, levels, width)
     trie = table.trie
     arrays = [*trie.first_child, *trie.child_code, *trie._keys, trie.first_item, trie.item, table.item_tokens]
-    real = sum(a.numpy().nbytes for a in arrays) + table.codes.nbytes
+    assert trie.nbytes + table.item_tokens.nbytes == sum(a.numpy().nbytes for a in arrays)
+    real = trie.nbytes + table.item_tokens.nbytes + table.codes.nbytes
     assert table_bytes(n, (width,) * levels) == pytest.approx(real, rel=0.02)
     assert expected_prefixes(n, (width,) * levels) == pytest.approx(trie.n_nodes[1:], rel=0.03)
 
