@@ -186,3 +186,13 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
     total = total + decoders * (layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * noise)
     total = total + norm(levels) + levels * d * (2 * noise + (8 + 2 * w * len(ahead) if ahead else 0))
     return total + 4 * (sum(widths) + sum(map(sum, ahead)))
+
+
+if __name__ == "__main__":
+    import sys
+
+    if sys.argv[1:2] != ["bench"]:
+        sys.exit("usage: python -m sidlab.cost bench [options]; see python -m sidlab.bench --help")
+    from sidlab.bench import main
+
+    main(sys.argv[2:])

@@ -45,12 +45,12 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p, self.training)
 
 
-def replace_dropout(model: nn.Module) -> None:
-    """Puts `Dropout` in the place of every `nn.Dropout` inside `model`."""
+def replace_dropout(model: nn.Module, kind: type[nn.Dropout] = Dropout) -> None:
+    """Makes every dropout module inside `model` one of `kind`, of the same rate."""
     for module in model.modules():
         for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, Dropout(child.p))
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, kind(child.p))
 
 
 def _by_byte(x, p):
