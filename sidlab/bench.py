@@ -33,7 +33,7 @@ from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
 from sidlab.sweeps import write_json
 from sidlab.training import TrainConfig, _resident_mb, _use_bf16, build_model
-from sidlab.windows import Collator, LengthBatches, Windows
+from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories
 
 # Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.
 BEAUTY = (22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989, 2550, 2189, 1927, 1720, 1507, 1366, 1248, 1136, 1019, 935, 869,
@@ -256,27 +256,27 @@ def time_recommend(n_items, users: int, beam: int, rounds: int, *, library: bool
         histories = [rng.integers(1, n + 1, size) for size in lengths]
         functions[n] = lambda m=model, h=histories: timed(lambda: recommend(m, h, k=beam, beam=beam)) / users
         if library and "library" not in functions:
-            trie, batch = dict_trie(table), _padded(table, histories)
-
-            def allowed(row, sent, trie=trie):
-                node = trie
-                for token in sent.tolist()[1:]:
-                    node = node.get(token, {})
-                return list(node) or [PAD]
-
-            def generate(m=model, inputs=batch):
-                with torch.no_grad():
-                    m.generate(**inputs, num_beams=beam, num_return_sequences=beam, prefix_allowed_tokens_fn=allowed)
-
-            functions["library"] = lambda f=generate: timed(f) / users
+            search = library_search(model, table, histories, beam)
+            functions["library"] = lambda search=search: timed(search) / users
     return take_turns(functions, rounds)
 
 
-def _padded(table, histories):
-    from sidlab.windows import history_tokens, pad_histories
+def library_search(model, table, histories, beam: int):
+    """A function that runs Hugging Face's beam search over `dict_trie`: token ids int64 [U · beam, 1 + L], best first for each history."""
+    trie, tokens = dict_trie(table), history_tokens(pad_histories(histories, OURS.max_items, table.n_items), table, OURS.separators)
 
-    tokens = history_tokens(pad_histories(histories, OURS.max_items, table.n_items), table, OURS.separators)
-    return {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}
+    def allowed(row, sent):
+        node = trie
+        for token in sent.tolist()[1:]:
+            node = node.get(token, {})
+        return list(node) or [PAD]
+
+    def search():
+        with torch.no_grad():
+            return model.generate(input_ids=tokens, attention_mask=(tokens != PAD).long(), num_beams=beam, num_return_sequences=beam,
+                                  prefix_allowed_tokens_fn=allowed)
+
+    return search
 
 
 # --- All of it
@@ -402,6 +402,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m sidlab.bench", description="Measure this machine and compare with the targets.")
     parser.add_argument("--quick", action="store_true", help="under three minutes; fewer rounds, smaller batches")
     parser.add_argument("--gpu", action="store_true", help="the rows of a CUDA device")
+    parser.add_argument("--check", action="store_true", help="only say whether what is asked for can be measured here")
     parser.add_argument("--json", metavar="FILE", help="write hardware, rows and targets")
     parser.add_argument("--page", metavar="FILE", help="write a page with the waterfall and the table")
     parser.add_argument("--svg", metavar="FILE", help="write the waterfall as an image")
@@ -409,6 +410,8 @@ def main(arguments=None):
     if options.gpu and not torch.cuda.is_available():
         sys.exit("the GPU rows need a CUDA device, and this build of torch sees none: make setup "
                  "TORCH_INDEX=https://download.pytorch.org/whl/cu130 on a machine with one; `make bench` measures the CPU rows")
+    if options.check:
+        return
     report = run(options.quick, "cuda" if options.gpu else "cpu")
     results = {"hardware": hardware(), "rows": report.rows, "targets": report.targets}
     print("\n".join(report.lines()))
