@@ -301,7 +301,7 @@ class Report:
     def target(self, figure, value, spread, at_least=None, at_most=None):
         met = value >= at_least if at_least is not None else value <= at_most
         wanted = f"≥ {at_least:g}" if at_least is not None else f"≤ {at_most:g}"
-        self.targets.append({"figure": figure, "target": wanted, "value": value, "spread": list(spread) if spread else None,
+        self.targets.append({"figure": figure, "target": wanted, "value": float(value), "spread": list(spread) if spread else None,
                              "verdict": "met" if met else "short"})
 
     def skip(self, figure, wanted, reason):
@@ -385,11 +385,11 @@ def run(quick: bool, device: str = "cpu") -> Report:
         peak, seconds = in_child(kmeans_peak, 1_000_000, 256)
         report.target(figure, peak, None, at_most=2.2)
         report.rows.append({"workload": "ResidualKMeans, fit and encode", "seconds": seconds})
-    epoch = sum(BEAUTY) / 1000 * np.median(ours)
-    interval = sum(BEAUTY) / 1000 * np.quantile(ours, (0.025, 0.975))
+    epoch = sum(BEAUTY) / 1000 * float(np.median(ours))
+    interval = [sum(BEAUTY) / 1000 * float(seconds) / 60 for seconds in np.quantile(ours, (0.025, 0.975))]
     threads = torch.get_num_threads()
     report.target(f"minutes an epoch of Beauty (131,413 windows) takes, extrapolated; {threads} thread{'s' * (threads > 1)}", epoch / 60,
-                  interval / 60, at_most=4)
+                  interval, at_most=4)
     report.skip(f"GPU: {speedup}", "≥ 6", "run make bench-gpu" if torch.cuda.is_available() else "no CUDA device here")
     return report
 

@@ -179,7 +179,7 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
         behind, moved = config.num_layers - p.after_layer, p.positions == "original" and not reference  # each row its own bias, gathered
         scored = layer(slots, explicit(slots, slots, v=w)) + 4 * slots * d
         total = total + (scored if p.reduce == "select" else layer(slots, plain(slots, slots, padded)))
-        total = total + (4 * heads * kept * slots if moved and behind else 0) + (padded_behind & ~np.bool_(reference)) * kept**2
+        total = total + (8 * kept**2 if moved and behind else 0) + (padded_behind & ~np.bool_(reference)) * kept**2
         attention = in_kernel if p.positions == "none" and not drop and not reference else plain
         total = total + behind * layer(kept, attention(kept, kept, padded_behind | moved))
     total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + noise))  # last norm, read by all cross-attention

@@ -216,9 +216,10 @@ class PrunedEncoder(_LibraryInit, T5Stack):
             return torch.zeros_like(bias[..., :slots, :slots])
         if self.pruning.positions == "compact":
             return bias[..., :slots, :slots]
-        rows = bias[0][:, pruned.positions]  # [H, B, K, N]
-        columns = pruned.positions[None, :, None].expand(len(rows), -1, slots, -1)
-        return rows.gather(3, columns).transpose(0, 1)  # [B, H, K, K]
+        # T5's bias depends on the distance alone, so one row and one column of it hold all there is to gather.
+        by_distance = torch.cat([bias[0, :, 1:, 0].flip(1), bias[0, :, 0]], dim=1)  # [H, 2N − 1], from −(N − 1) to N − 1
+        distance = pruned.positions[:, None, :] - pruned.positions[:, :, None] + bias.shape[-1] - 1  # [B, K, K]
+        return by_distance.index_select(1, distance.flatten()).view(-1, *distance.shape).transpose(0, 1)  # [B, H, K, K]
 
 
 class DeepFeedForward(T5DenseActDense):
