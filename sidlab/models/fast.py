@@ -110,7 +110,13 @@ def masked_softmax(query, key, attention_mask, scaling=None, position_bias=None,
 
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, **kwargs):
     """Hugging Face's attention function of the models here: written out where a model trains with dropout on a processor, the library's
-    fused one everywhere else."""
+    fused one everywhere else. Keys [B, H, M, dk] may serve b times as many queries [B · b, H, 1, dk], the beams of a search; then the mask
+    is that of the keys, [B, 1, 1, M]."""
+    if len(query) != len(key):
+        rows, heads, _, size = query.shape
+        beams = query.view(len(key), -1, heads, size).transpose(1, 2)  # [B, H, b, dk]
+        out, _ = sdpa_attention_forward(module, beams, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **kwargs)
+        return out.reshape(rows, 1, heads, size), None
     if not module.training or dropout == 0 or not _by_byte(query, dropout):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       position_bias=position_bias, **kwargs)
