@@ -378,7 +378,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
     say("recommending")
     by_size = time_recommend((10_000, 1_000_000), 32, 20, rounds)
     report.target("recommend(), beam 20, per user: 1,000,000 ÷ 10,000 items", *ratio(by_size[1_000_000], by_size[10_000]), at_most=1.3)
-    library = time_recommend((100_000,), 8 if quick else 32, 20, rounds, library=True)
+    library = time_recommend((100_000,), 32, 20, rounds, library=True)
     report.target("recommend(), 100,000 items: prefix_allowed_tokens_fn ÷ ours", *ratio(library["library"], library[100_000]), at_least=3)
     for name, seconds in (by_size | library).items():
         report.rows.append({"workload": "recommend, beam 20", "variant": str(name), "seconds_per_user": float(np.median(seconds))})
@@ -406,7 +406,7 @@ def say(what):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m sidlab.bench", description="Measure this machine and compare with the targets.")
-    parser.add_argument("--quick", action="store_true", help="under three minutes; fewer rounds, smaller batches")
+    parser.add_argument("--quick", action="store_true", help="under three minutes on an idle machine; fewer rounds, smaller batches")
     parser.add_argument("--gpu", action="store_true", help="the rows of a CUDA device")
     parser.add_argument("--check", action="store_true", help="only say whether what is asked for can be measured here")
     parser.add_argument("--json", metavar="FILE", help="write hardware, rows and targets")

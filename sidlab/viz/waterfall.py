@@ -26,15 +26,14 @@ def steps(results: dict) -> list[dict]:
 def figure(results: dict) -> go.Figure:
     """Seconds per 1,000 windows of each step: measured, with quartiles, and what the cost model's FLOPs make of the first one."""
     rows = steps(results)
-    names = [row["variant"] for row in rows]
     seconds = [row["seconds_per_1k_windows"] for row in rows]
+    names = [f"{row['variant']}<br>{value:.3g} s, {seconds[0] / value:.3g}×" for row, value in zip(rows, seconds)]
     low, high = zip(*(row["quartiles"] for row in rows))
     first = rows[0]
     predicted = [first["seconds_per_1k_windows"] * row["gflops_per_1k_windows"] / first["gflops_per_1k_windows"] for row in rows]
     fig = go.Figure(layout={"template": TEMPLATES["light"], "height": 420, "xaxis": {"title": "seconds per 1,000 training windows"},
                             "yaxis": {"autorange": "reversed"}, "legend": {"orientation": "h", "y": 1.1}, "bargap": 0.35})
-    fig.add_bar(y=names, x=seconds, orientation="h", name="measured", marker={"color": BLUE}, textposition="outside", cliponaxis=False,
-                text=[f"{value:.3g} s, {seconds[0] / value:.3g}×" for value in seconds],
+    fig.add_bar(y=names, x=seconds, orientation="h", name="measured", marker={"color": BLUE},
                 error_x={"type": "data", "symmetric": False, "array": [h - s for h, s in zip(high, seconds)],
                          "arrayminus": [s - v for s, v in zip(seconds, low)], "color": GREY})
     fig.add_scatter(y=names, x=predicted, mode="markers", name="predicted from FLOPs alone, at the speed of the first",
