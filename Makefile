@@ -7,6 +7,7 @@ PRESET = quick
 METHODS = padded unpadded recent random rastp map stamp sasrec
 SEEDS = 3
 SIDS =
+QUICK =
 OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)
 
 # The build of torch: the CPU's, unless another index is named or was named before (.venv remembers it).
@@ -16,13 +17,13 @@ OTHER_INDEX = $(filter-out $(TORCH_INDEX),$(LAST_INDEX))
 
 READY = .venv/ready
 BIN = .venv/bin
-VARIABLES = PYTHON TORCH_INDEX DATASET PRESET METHODS SEEDS SIDS OUTPUT_DIR
+VARIABLES = PYTHON TORCH_INDEX DATASET PRESET METHODS SEEDS SIDS QUICK OUTPUT_DIR
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 ifneq ($(UNKNOWN),)
 $(error unknown variable: $(UNKNOWN). Valid ones are: $(VARIABLES))
 endif
 
-.PHONY: help setup lab reproduce test notebooks site demo-model record clean FORCE
+.PHONY: help setup lab reproduce test notebooks site demo-model record bench bench-gpu clean FORCE
 help:
 	@echo "make setup      install everything into .venv; on a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cu130"
 	@echo "make lab        open the notebooks in JupyterLab"
@@ -33,6 +34,8 @@ help:
 	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python notebooks/build.py)"
 	@echo "make site       run all notebooks and render them to build/site/, which opens from disk"
 	@echo "make demo-model train the bundled demo model again; make record: the recorded sweeps of the notebooks"
+	@echo "make bench      measure this machine: a table of targets, runs/bench/ with page, JSON and image; a short form: QUICK=--quick"
+	@echo "make bench-gpu  the same on a CUDA device, after the tests of its kernels"
 	@echo "make clean      remove .venv, build products and caches; runs/ stays"
 
 setup: $(READY)
@@ -75,6 +78,17 @@ demo-model: $(READY)
 
 record: $(READY)
 	$(BIN)/python notebooks/record.py
+
+bench: $(READY)
+	@mkdir -p runs/bench
+	$(BIN)/python -m sidlab.bench $(QUICK) --json runs/bench/bench.json --page runs/bench/index.html --svg runs/bench/waterfall.svg
+
+# Asks for the device first, so that a machine without one says so at once.
+bench-gpu: $(READY)
+	@$(BIN)/python -m sidlab.bench --gpu --check
+	@mkdir -p runs/bench-gpu
+	$(BIN)/python -m pytest -q tests/test_kernels.py
+	$(BIN)/python -m sidlab.bench --gpu --json runs/bench-gpu/bench.json --page runs/bench-gpu/index.html --svg runs/bench-gpu/waterfall.svg
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .ruff_cache

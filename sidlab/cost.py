@@ -155,36 +155,44 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
     derivative of PyTorch's memory-efficient attention, the one kernel of a GPU that takes a learned bias."""
     d, f, heads, hidden, decoders = config.d_model, config.d_ff, config.num_heads, config.ffn_hidden_layers, config.num_decoder_layers
     p, levels, ahead, inner, drop = config.pruning, len(widths), _ahead(config, widths), heads * config.d_kv, config.dropout > 0
-    w = 2 if bf16 else 4
-    noise, noise32 = (drop * (1 if fused else size) for size in (w, 4))  # what dropout drew: a byte on a GPU, a number elsewhere
+    w, reference = 2 if bf16 else 4, p is not None and p.mode == "reference"
+    noise = drop * (4 if reference else 1)  # what dropout drew: a byte, or PyTorch's number on a processor
 
     def norm(n, readers=1):  # input, scale, normalised; the result, which mixed precision casts for each product that reads it
         return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
 
-    def explicit(n, m, by_row=False, v=4):  # queries, keys, values in v bytes, result; weights, noise, weights as they are read
-        return inner * (v * (n + 2 * m) + w * n) + heads * n * m * (4 + noise32 + v * (drop or v < 4))
+    def explicit(n, m, by_row=False, v=w if drop else 4):  # queries, keys, values in v bytes, result; weights, noise, weights as read
+        return inner * (v * (n + 2 * m) + w * n) + heads * n * m * (4 + noise + v * (drop or v < 4))
 
     def in_kernel(n, m, by_row):  # and one number a query; a bias for every row of the batch, its last axis rounded up to 8
         return w * inner * 2 * (n + m) + heads * n * (4 + by_row * w * (-(-m // 8) * 8))
 
-    def layer(n, attention):  # with one hidden layer the library casts to float32 and back
-        recast = w * (bf16 and hidden == 1 and not drop)
-        return norm(n, 3) + attention + norm(n) + n * (2 * d * noise + f * (hidden * (w + drop * (noise + w)) + recast))
+    def layer(n, attention):  # of a hidden layer, the result behind dropout is all; PyTorch keeps that before and the noise
+        return norm(n, 3) + attention + norm(n) + n * (2 * d * noise + f * hidden * (w + reference * drop * (noise + w)))
 
-    reference = p is not None and p.mode == "reference"
     plain = in_kernel if fused and not reference else explicit
     cross = (plain if drop or reference else in_kernel)(levels, kept, padded_behind)  # a processor's kernel takes no learned bias
     masked = padded & ~np.bool_(reference)  # a mask of one byte; the library's plain attention adds one instead, and keeps none
-    total = slots * d * noise32 + masked * slots**2  # with the embeddings
+    total = slots * d * noise + masked * slots**2  # with the embeddings
     total = total + (p.after_layer - 1 if p is not None else config.num_layers) * layer(slots, plain(slots, slots, padded))
     if p is not None:
         behind, moved = config.num_layers - p.after_layer, p.positions == "original" and not reference  # each row its own bias, gathered
-        scored = layer(slots, explicit(slots, slots, v=w)) + masked * slots**2 + 4 * slots * d
+        scored = layer(slots, explicit(slots, slots, v=w)) + 4 * slots * d
         total = total + (scored if p.reduce == "select" else layer(slots, plain(slots, slots, padded)))
-        total = total + (4 * heads * kept * slots if moved and behind else 0) + (padded_behind & ~np.bool_(reference)) * kept**2
+        total = total + (8 * kept**2 if moved and behind else 0) + (padded_behind & ~np.bool_(reference)) * kept**2
         attention = in_kernel if p.positions == "none" and not drop and not reference else plain
         total = total + behind * layer(kept, attention(kept, kept, padded_behind | moved))
-    total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + noise32))  # last norm, read by all cross-attention
+    total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + noise))  # last norm, read by all cross-attention
     total = total + decoders * (layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * noise)
-    total = total + norm(levels) + levels * d * (2 * noise32 + (8 + 2 * w * len(ahead) if ahead else 0))
+    total = total + norm(levels) + levels * d * (2 * noise + (8 + 2 * w * len(ahead) if ahead else 0))
     return total + 4 * (sum(widths) + sum(map(sum, ahead)))
+
+
+if __name__ == "__main__":
+    import sys
+
+    if sys.argv[1:2] != ["bench"]:
+        sys.exit("usage: python -m sidlab.cost bench [options]; see python -m sidlab.bench --help")
+    from sidlab.bench import main
+
+    main(sys.argv[2:])

@@ -78,6 +78,10 @@ def beam_search(model, encoded, beam: int) -> tuple[Tensor, Tensor]:
     scores = torch.zeros(batch, 1, device=model.device)
     tokens = torch.full((batch, 1), BOS, device=model.device)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    # Beams of one history attend to the same keys and values, which our own attention takes as they are; others need a copy for each.
+    shared = model.decoder.config._attn_implementation == "sidlab"
+    if shared:
+        memory_mask = memory_mask[:, None, None].bool()  # [B, 1, 1, K], which the decoder hands on
     for depth, offset in enumerate(table.offsets):
         hidden = model.decoder(input_ids=tokens.reshape(-1, 1), encoder_hidden_states=memory, encoder_attention_mask=memory_mask,
                                past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # [B·b, d]
@@ -92,7 +96,7 @@ def beam_search(model, encoded, beam: int) -> tuple[Tensor, Tensor]:
         tokens = codes.flatten(1).gather(1, choice) + offset
         rows = (torch.arange(batch, device=model.device)[:, None] * before + parent).flatten()
         cache.self_attention_cache.batch_select_indices(rows)
-        if width != before:  # beams of one history share what they attend to, so this changes only with their number
+        if width != before and not shared:  # the same for all beams of a history, so this changes only with their number
             cache.cross_attention_cache.batch_select_indices(rows)
             memory, memory_mask = memory[rows], memory_mask[rows]
     return nodes, scores

@@ -19,6 +19,7 @@ from sidlab.comparison import METHODS, method_config
 from sidlab.cost import cost, cost_table, recommend_flops
 from sidlab.decoding import recommend
 from sidlab.map_loss import MapConfig
+from sidlab.models import fast
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.sids.table import SidTable
@@ -199,6 +200,7 @@ def on_a_gpu(monkeypatch):
     def dropout(x, p, training, inplace=False):
         return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
+    monkeypatch.setattr(fast, "_by_byte", lambda x, p: False)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(F, "dropout", dropout)
 

@@ -169,6 +169,17 @@ def test_beam_search_is_the_librarys_where_every_code_is_valid(pruning, beam):
         torch.testing.assert_close(scores, out.sequences_scores.view(len(histories), beam), **CLOSE)
 
 
+@pytest.mark.parametrize("beam", [1, 6, N])
+def test_beams_that_share_keys_find_what_beams_with_copies_find(beam):
+    table = SidTable(CODES, (5, 4, 3), collisions="share")
+    model = build(table, PruningConfig(after_layer=1, keep=0.5))
+    shared = beam_search(model, encode_histories(model, HISTORIES), beam)
+    model.set_attn_implementation("eager")
+    copied = beam_search(model, encode_histories(model, HISTORIES), beam)
+    torch.testing.assert_close(shared[1], copied[1], **CLOSE)
+    assert torch.equal(shared[0], copied[0])
+
+
 def test_an_oracle_model_needs_the_truth():
     catalogue = planted_catalogue(4, shortest=5, longest=6)
     tree = catalogue.truth.tree

@@ -30,6 +30,7 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense, T5PreTrainedMode
 from transformers.utils.output_capturing import capture_outputs
 
 from sidlab.map_loss import MapConfig, MapHead, map_loss
+from sidlab.models import fast
 from sidlab.pruning import PruningConfig, TokenPruner, pool_tokens, reference_choice
 from sidlab.saliency import Signals, attention_centrality, scramble, semantic_saliency, token_importance
 from sidlab.sids.table import BOS, PAD, SidTable
@@ -94,15 +95,9 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
                      token_mask=None, reference=False, **kwargs):
     """Plain attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`; with `reference` that
     of the weights after dropout, to which padded queries contribute. Where `record` asks for it, the weights themselves as well."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * (1.0 if scaling is None else scaling)  # [B, H, N, N]
-    if position_bias is not None:
-        scores = scores + position_bias
-    if attention_mask is not None:
-        # True where attention may go; additive if the other blocks use the library's "eager" attention
-        boolean = attention_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min) if boolean else scores + attention_mask
-    clean = torch.softmax(scores, dim=-1)
-    weights = F.dropout(clean, p=dropout, training=module.training)
+    clean = fast.masked_softmax(query, key, attention_mask, scaling, position_bias)
+    # The published code keeps PyTorch's own dropout.
+    weights = F.dropout(clean, dropout, module.training) if reference else fast.dropout(clean.to(value.dtype), dropout, module.training)
     record["centrality"] = attention_centrality((weights if reference else clean).detach(), token_mask, reference)  # [B, N]
     if record.get("keep_attention"):
         record["attention"] = clean.detach()
@@ -221,13 +216,14 @@ class PrunedEncoder(_LibraryInit, T5Stack):
             return torch.zeros_like(bias[..., :slots, :slots])
         if self.pruning.positions == "compact":
             return bias[..., :slots, :slots]
-        rows = bias[0][:, pruned.positions]  # [H, B, K, N]
-        columns = pruned.positions[None, :, None].expand(len(rows), -1, slots, -1)
-        return rows.gather(3, columns).transpose(0, 1)  # [B, H, K, K]
+        # T5's bias depends on the distance alone, so one row and one column of it hold all there is to gather.
+        by_distance = torch.cat([bias[0, :, 1:, 0].flip(1), bias[0, :, 0]], dim=1)  # [H, 2N − 1], from −(N − 1) to N − 1
+        distance = pruned.positions[:, None, :] - pruned.positions[:, :, None] + bias.shape[-1] - 1  # [B, K, K]
+        return by_distance.index_select(1, distance.flatten()).view(-1, *distance.shape).transpose(0, 1)  # [B, H, K, K]
 
 
 class DeepFeedForward(T5DenseActDense):
-    """T5's feed-forward layer with more than one hidden layer, as in RASTP's model (d → d_ff → d_ff → d)."""
+    """T5's feed-forward layer with `ffn_hidden_layers` hidden layers, two in RASTP's model (d → d_ff → d_ff → d)."""
 
     def __init__(self, config: SidT5Config):
         super().__init__(config)
@@ -237,9 +233,12 @@ class DeepFeedForward(T5DenseActDense):
             layer._is_hf_initialized = True
 
     def forward(self, hidden_states):
-        hidden_states = self.dropout(self.act(self.wi(hidden_states)))
-        for layer in self.hidden:
-            hidden_states = self.dropout(self.act(layer(hidden_states)))
+        for layer in (self.wi, *self.hidden):
+            hidden_states = layer(hidden_states)
+            if isinstance(self.dropout, fast.Dropout) and isinstance(self.act, nn.ReLU):
+                hidden_states = fast.relu_dropout(hidden_states, self.dropout.p, self.training)
+            else:
+                hidden_states = self.dropout(self.act(hidden_states))
         return self.wo(hidden_states)
 
 
@@ -261,13 +260,15 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
         encoder_config, decoder_config = copy.deepcopy(config), copy.deepcopy(config)
         encoder_config.is_decoder, encoder_config.use_cache = False, False
         decoder_config.is_decoder, decoder_config.num_layers = True, config.num_decoder_layers
-        if config.pruning is not None and config.pruning.get("mode") == "reference":
-            encoder_config._attn_implementation = decoder_config._attn_implementation = "eager"
+        reference = config.pruning is not None and config.pruning.get("mode") == "reference"
+        if reference or config._attn_implementation == "sdpa":
+            encoder_config._attn_implementation = decoder_config._attn_implementation = "eager" if reference else "sidlab"
         self.encoder, self.decoder = PrunedEncoder(encoder_config), T5Stack(decoder_config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.ffn_hidden_layers > 1:
-            for block in [*self.encoder.block, *self.decoder.block]:
-                block.layer[-1].DenseReluDense = DeepFeedForward(config)
+        for block in [*self.encoder.block, *self.decoder.block]:
+            block.layer[-1].DenseReluDense = DeepFeedForward(config)
+        if not reference:
+            fast.replace_dropout(self)
         self.map_config = MapConfig(**config.map) if config.map is not None else None
         self.map_head = MapHead(config.d_model, self.map_config.steps) if self.map_config is not None else None
         self.table = None

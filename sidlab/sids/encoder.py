@@ -138,7 +138,8 @@ def _checked(embeddings, dim: int) -> np.ndarray:
     if embeddings.ndim != 2 or embeddings.shape[1] != dim or dim == 0:
         raise ValueError(f"embeddings must have the shape [n, {dim or 'd'}], got {list(embeddings.shape)}")
     embeddings = embeddings.astype(np.float32, copy=False)
-    wrong = ~np.isfinite(embeddings).all(axis=1)
+    parts = range(0, len(embeddings), CHUNK)
+    wrong = np.concatenate([np.zeros(0, bool), *(~np.isfinite(embeddings[i : i + CHUNK]).all(axis=1) for i in parts)])
     if wrong.any():
         raise ValueError(f"embeddings must be finite float32 numbers: {wrong.sum()} rows are not, "
                          f"the first is row {wrong.argmax()}")

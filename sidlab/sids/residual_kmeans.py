@@ -11,6 +11,7 @@ from scipy.cluster.hierarchy import fcluster, ward
 
 from sidlab.sids.encoder import SidEncoder, distinct, nearest, residual_codes
 
+SUBSET = 256  # embeddings per code that a level learns from, faiss's own limit
 WARD_SAMPLE = 2048  # Ward's method takes memory and time quadratic in the sample
 WARD_WIDTH = 512  # with more codes than this the sample is too small for a start, and faiss starts from random items
 
@@ -19,8 +20,8 @@ class ResidualKMeans(SidEncoder):
     """fit(embeddings) → self, encode(embeddings) → codes, decode(codes) → embeddings.
 
     Args: `levels` L; `width`: codes per level, an int or one int per level (`widths` afterwards); `seed`: equal seeds
-    give equal codebooks; `iterations` of k-means per level. Beyond 256 embeddings per code, faiss trains on a random
-    subset of that size.
+    give equal codebooks; `iterations` of k-means per level. Beyond 256 embeddings per code, a level learns from a random
+    subset of that size, so that `fit` needs hardly any memory besides its input, which may be a memory map.
 
     After fit: `codebooks_`, L float32 arrays [W_l, d]; an embedding is decoded as the sum of its centroids. Where a level
     has no more distinct residuals than codes, they become the codebook, and codes left over stand for zero (no
@@ -33,10 +34,12 @@ class ResidualKMeans(SidEncoder):
         super().__init__(levels, width, seed, iterations=iterations)
 
     def _fit(self, x):
-        codebooks, residual = [], x.copy()
+        codebooks = []
         for level, width in enumerate(self.widths):
+            residual = _subset(x, SUBSET * width, self.seed + level)
+            for book in codebooks:
+                residual -= book[nearest(residual, book)]
             codebooks.append(_codebook(residual, width, self.seed + level, self.iterations))
-            residual -= codebooks[-1][nearest(residual, codebooks[-1])]
         return codebooks, {}
 
     def _encode(self, x):
@@ -44,6 +47,11 @@ class ResidualKMeans(SidEncoder):
 
     def _decode(self, codes):
         return sum(book[column] for book, column in zip(self.codebooks_, codes.T))
+
+
+def _subset(x, size: int, seed: int) -> np.ndarray:
+    """A copy of `size` random rows of `x`, in their order, or of all where it has no more."""
+    return x[np.sort(np.random.default_rng(seed).choice(len(x), size, replace=False))] if len(x) > size else x.copy()
 
 
 def _codebook(x, width: int, seed: int, iterations: int) -> np.ndarray:

@@ -1,0 +1,436 @@
+"""The benchmark: what training, recommending and SID encoding cost here, against the published way and against the cost model.
+
+    python -m sidlab.bench [--quick] [--json FILE] [--page FILE] [--svg FILE]        (also: python -m sidlab.cost bench, make bench)
+
+Every figure is a ratio of medians over rounds in which all variants take turns, in one process; its spread is the 95 % interval of a
+bootstrap over rounds. Peak memory is that of a child process of its own. All variants have the same parameters, dropout rate and
+windows an update. Windows have the lengths of Amazon Beauty's, so no data are needed; SIDs and items are random, which costs the same.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from sidlab.calibration import random_table
+from sidlab.comparison import hardware
+from sidlab.cost import cost
+from sidlab.decoding import recommend
+from sidlab.models import fast
+from sidlab.models.t5 import DeepFeedForward
+from sidlab.pruning import PruningConfig
+from sidlab.sids.residual_kmeans import ResidualKMeans
+from sidlab.sids.table import BOS, PAD, SidTable
+from sidlab.sweeps import write_json
+from sidlab.training import TrainConfig, _resident_mb, _use_bf16, build_model
+from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories
+
+# Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.
+BEAUTY = (22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989, 2550, 2189, 1927, 1720, 1507, 1366, 1248, 1136, 1019, 935, 869,
+          796, 722, 661, 607, 563, 519, 481, 451, 8550)
+WIDTHS = (256, 256, 256, 10)  # RASTP's; the width of its de-duplication digit is not published, and its head is under 0.1 % of the cost
+ONE_THIRD = PruningConfig(after_layer=2, keep=1 / 3)
+PUBLISHED = TrainConfig.preset("paper", windows="prefixes", padding="fixed", precision="fp32")
+OURS = dataclasses.replace(PUBLISHED, padding="batch", precision="auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to train. `eager`: Hugging Face's plain attention and PyTorch's dropout in place of `models.fast`; `stock`: the library's
+    own T5 with the same layers, for comparison."""
+
+    config: TrainConfig
+    eager: bool = False
+    stock: bool = False
+
+
+def pruned(config, **changes):
+    """`config`, pruning to a third behind the second layer."""
+    return dataclasses.replace(config, pruning=dataclasses.replace(ONE_THIRD, **changes))
+
+
+# From the published configuration to ours: each differs from the one before in what its name says.
+WATERFALL = {
+    "published, without pruning": Variant(PUBLISHED, eager=True),
+    "published RASTP": Variant(pruned(PUBLISHED, mode="reference"), eager=True),
+    "no padding, nothing pruned": Variant(dataclasses.replace(PUBLISHED, padding="batch"), eager=True),
+    "cheap dropout and attention": Variant(dataclasses.replace(OURS, precision="fp32")),
+    "mixed precision": Variant(OURS),
+    "pruning to a third": Variant(pruned(OURS)),
+}
+STOCK = "Hugging Face T5, eager, 150 slots"
+FULL = {"nothing pruned": Variant(OURS), "everything scored and kept": Variant(pruned(OURS, keep=1.0)),
+        "a third kept": Variant(pruned(OURS))}
+
+
+def clock() -> float:
+    """Seconds of this thread's processor time where one thread does all the work, for other jobs do not disturb that; else of the wall."""
+    return time.thread_time() if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter()
+
+
+def stock_model(table, config: TrainConfig):
+    """The library's unmodified T5 in the shape of `config` but for the feed-forward layers, which the published code replaces too."""
+    fields = dict(d_model=config.d_model, d_kv=config.d_kv, num_heads=config.num_heads, d_ff=config.d_ff, num_layers=config.num_layers,
+                  num_decoder_layers=config.num_decoder_layers, dropout_rate=config.dropout, vocab_size=table.vocab_size)
+    model = T5ForConditionalGeneration(T5Config(**fields, pad_token_id=PAD, decoder_start_token_id=BOS, attn_implementation="eager"))
+    model.config.ffn_hidden_layers = config.ffn_hidden_layers
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense = DeepFeedForward(model.config)
+    return model
+
+
+class Training:
+    """A model of `variant` and its batches, `lengths`: a list of int arrays, the items of history of each batch's windows."""
+
+    def __init__(self, variant: Variant, lengths, device="cpu"):
+        self.config, self.device, rng = variant.config, torch.device(device), np.random.default_rng(0)
+        table = SidTable(rng.integers(0, WIDTHS, (12101, len(WIDTHS))), WIDTHS, collisions="share")
+        self.model = stock_model(table, self.config) if variant.stock else build_model(self.config, table)
+        if variant.eager and not variant.stock:
+            self.model.set_attn_implementation("eager")
+            fast.replace_dropout(self.model, nn.Dropout)
+        self.model.train().to(self.device)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, fused=True)
+        self.batches = []
+        for items in lengths:
+            windows = Windows([rng.integers(1, table.n_items + 1, n + 1) for n in items], self.config.max_items)
+            collator = Collator(windows, table, separators=True, max_items=self.config.max_items,
+                                fixed_slots=self.config.padding == "fixed")
+            batch = collator(windows.of_user[1:] - 1)  # of each user the last window, which has all of these items
+            self.batches.append({name: tensor.to(self.device) for name, tensor in batch.items()})
+        self.windows = sum(map(len, lengths))
+
+    def passes(self) -> float:
+        """Seconds of a forward and a backward pass of each batch; gradients add up."""
+        begin = self._now()
+        for batch in self.batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=_use_bf16(self.config)):
+                loss = self.model(**batch).loss
+            (loss / len(self.batches)).backward()
+        return self._now() - begin
+
+    def step(self) -> float:
+        """Seconds of the optimiser's step."""
+        begin = self._now()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return self._now() - begin
+
+    def _now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock()
+
+
+def beauty_batches(config: TrainConfig, count: int):
+    """`count` batches of an epoch over Beauty, evenly spaced from the shortest windows to the longest: (items of history of each batch's
+    windows, batches of the epoch, share of its slots that are real). All batches have the same number of slots, so the seconds of
+    these, times batches of the epoch over `count`, are those of an epoch."""
+    lengths = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)  # ascending
+    cuts = LengthBatches(lengths, len(WIDTHS) + config.separators, config.batch_tokens).cuts
+    spaced = ((np.arange(count) + 0.5) / count * (len(cuts) - 1)).astype(int)
+    real = lengths.sum() / (np.diff(cuts) * lengths[cuts[1:] - 1]).sum()
+    return [lengths[cuts[b] : cuts[b + 1]] for b in spaced], len(cuts) - 1, float(real)
+
+
+def time_beauty(variants: dict[str, Variant], batch_tokens: int, count: int, rounds: int, device="cpu"):
+    """Seconds per 1,000 windows of Beauty's lengths of each variant in each round: {name: float [rounds]}.
+
+    An update has the windows of `count` average batches. With fixed slots a window costs the same whatever its length, so of such an
+    update two batches are run, and their seconds are scaled to all of its windows; the optimiser's are not."""
+    parts, n_batches, _ = beauty_batches(dataclasses.replace(OURS, batch_tokens=batch_tokens), count)
+    of_update, few = sum(BEAUTY) / n_batches * count, batch_tokens // (OURS.max_items * (len(WIDTHS) + 1))
+    drawn = np.random.default_rng(0).choice(np.concatenate(parts), (2, few))
+    runs = {name: Training(v, drawn if v.config.padding == "fixed" else parts, device) for name, v in variants.items()}
+
+    def seconds(name):
+        scale = of_update / runs[name].windows if variants[name].config.padding == "fixed" else 1.0
+        return 1000 / of_update * (runs[name].passes() * scale + runs[name].step())
+
+    return take_turns({name: lambda name=name: seconds(name) for name in variants}, rounds)
+
+
+def time_histories(variants: dict[str, Variant], size: int, rounds: int, device="cpu"):
+    """As `time_beauty`, of windows with as many items as fit; an update has four batches of `size`, and one of them is run."""
+    runs = {name: Training(v, [np.full(size, v.config.max_items)], device) for name, v in variants.items()}
+    return take_turns({name: lambda run=run: 1000 / size * (run.passes() + run.step() / 4) for name, run in runs.items()}, rounds)
+
+
+def take_turns(functions: dict, rounds: int) -> dict[str, np.ndarray]:
+    """What each function returns in each round; they take turns within it, in an order that turns as well. A first round warms up."""
+    found, names = {name: [] for name in functions}, list(functions)
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            found[name].append(functions[name]())
+    return {name: np.array(values[1:]) for name, values in found.items()}
+
+
+def timed(function) -> float:
+    begin = clock()
+    function()
+    return clock() - begin
+
+
+def ratio(over, under, transform=lambda r: r) -> tuple[float, tuple[float, float]]:
+    """median(over) / median(under) and the 95 % interval of it over 2,000 bootstrap draws of rounds; of `transform` of it, if given."""
+    draws = np.random.default_rng(0).integers(0, len(over), (2000, len(over)))
+    values = transform(np.median(over[draws], axis=1) / np.median(under[draws], axis=1))
+    return float(transform(np.median(over) / np.median(under))), tuple(np.quantile(values, (0.025, 0.975)).tolist())
+
+
+# --- In child processes
+
+
+def in_child(function, *arguments):
+    """The result of `function` in a fresh process whose allocator gives freed memory back at once, so that its peak is what was in use."""
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # read at its start
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_mb(function) -> float:
+    """By how many MB the resident memory of this process at its highest, while `function` runs, lies above that before (Linux)."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    base = _resident_mb("VmRSS")
+    function()
+    return _resident_mb("VmHWM") - base
+
+
+def training_peak(variant: Variant, size: int) -> float:
+    """MB that forward and backward pass of `size` windows as long as fit need beyond model, gradients and the optimiser's state."""
+    training = Training(variant, [np.full(size, variant.config.max_items)])
+    training.passes()
+    training.step()
+    training.passes()  # from now on there are gradients, as in all batches of an update but the first
+    return peak_mb(training.passes)
+
+
+def kmeans_peak(n: int, d: int) -> tuple[float, float]:
+    """Peak memory ÷ size of the input of ResidualKMeans' fit and encode on a memory map of float32 [n, d], and their seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, rng = pathlib.Path(folder, "embeddings.npy"), np.random.default_rng(0)
+        array, begin = np.lib.format.open_memmap(path, "w+", np.float32, (n, d)), 0
+        centres = rng.standard_normal((1000, d), np.float32)
+        for begin in range(0, n, 65536):
+            size = min(65536, n - begin)
+            array[begin : begin + size] = centres[rng.integers(0, 1000, size)] + rng.standard_normal((size, d), np.float32)
+        array.flush()
+        del array
+        seconds = []
+
+        def encode():
+            embeddings, start = np.load(path, mmap_mode="r"), time.perf_counter()
+            ResidualKMeans(levels=3, width=256).fit(embeddings).encode(embeddings)
+            seconds.append(time.perf_counter() - start)
+
+        return peak_mb(encode) * 2**20 / (4 * n * d), seconds[0]
+
+
+# --- Recommending
+
+
+def dict_trie(table) -> dict:
+    """The valid SIDs as nested dicts from token id to dict, as implementations on `prefix_allowed_tokens_fn` have it."""
+    root = {}
+    for sid in table.item_tokens[1:].tolist():
+        node = root
+        for token in sid:
+            node = node.setdefault(token, {})
+    return root
+
+
+def time_recommend(n_items, users: int, beam: int, rounds: int, *, library: bool = False) -> dict:
+    """Seconds per user of `recommend` for catalogues of `n_items` (a sequence); with `library` also of Hugging Face's own constrained
+    beam search over a dict of dicts, as "library", for the first."""
+    lengths = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)
+    lengths = lengths[((np.arange(users) + 0.5) / users * len(lengths)).astype(int)]
+    functions, rng = {}, np.random.default_rng(0)
+    for n in n_items:
+        table = random_table(n, 3, 256)
+        model = build_model(OURS, table).eval()
+        histories = [rng.integers(1, n + 1, size) for size in lengths]
+        functions[n] = lambda m=model, h=histories: timed(lambda: recommend(m, h, k=beam, beam=beam)) / users
+        if library and "library" not in functions:
+            search = library_search(model, table, histories, beam)
+            functions["library"] = lambda search=search: timed(search) / users
+    return take_turns(functions, rounds)
+
+
+def library_search(model, table, histories, beam: int):
+    """A function that runs Hugging Face's beam search over `dict_trie`: token ids int64 [U · beam, 1 + L], best first for each history."""
+    trie, tokens = dict_trie(table), history_tokens(pad_histories(histories, OURS.max_items, table.n_items), table, OURS.separators)
+
+    def allowed(row, sent):
+        node = trie
+        for token in sent.tolist()[1:]:
+            node = node.get(token, {})
+        return list(node) or [PAD]
+
+    def search():
+        with torch.no_grad():
+            return model.generate(input_ids=tokens, attention_mask=(tokens != PAD).long(), num_beams=beam, num_return_sequences=beam,
+                                  prefix_allowed_tokens_fn=allowed)
+
+    return search
+
+
+# --- All of it
+
+
+class Report:
+    """Collects `rows` (what was measured) and `targets` (figures with what they should be)."""
+
+    def __init__(self):
+        self.rows, self.targets, self.reasons = [], [], {}
+
+    def times(self, workload, variants, times, predicted, memory=()):
+        """Rows of training: `times` as `time_beauty` gives them, `predicted`: the `Cost` of each variant."""
+        for name, seconds in times.items():
+            median, flops = float(np.median(seconds)), predicted[name].training * 1000
+            self.rows.append({"workload": workload, "variant": name, "seconds_per_1k_windows": median,
+                              "quartiles": np.quantile(seconds, (0.25, 0.75)).tolist(), "gflops_per_1k_windows": flops / 1e9,
+                              "achieved_gflops_per_second": flops / 1e9 / median,
+                              # The model of what autograd keeps knows the kit's own attention and dropout, and the published mode's.
+                              "activation_mb_predicted": None if variants[name].eager else predicted[name].activation_bytes / 2**20,
+                              "peak_mb": dict(memory).get(name), "attention": attention_kernel(variants[name])})
+
+    def target(self, figure, value, spread, at_least=None, at_most=None):
+        met = value >= at_least if at_least is not None else value <= at_most
+        wanted = f"≥ {at_least:g}" if at_least is not None else f"≤ {at_most:g}"
+        self.targets.append({"figure": figure, "target": wanted, "value": float(value), "spread": list(spread) if spread else None,
+                             "verdict": "met" if met else "short"})
+
+    def skip(self, figure, wanted, reason):
+        self.targets.append({"figure": figure, "target": wanted, "value": None, "spread": None, "verdict": "skipped"})
+        self.rows.append({"workload": figure, "skipped": reason})
+
+    def lines(self) -> list[str]:
+        """The table of targets, as text."""
+        reasons = {row["workload"]: row["skipped"] for row in self.rows if "skipped" in row}
+        out = [f"{'figure':86} {'target':>8} {'value':>8}  {'95 % interval':15} verdict"]
+        for t in self.targets:
+            spread = "" if not t["spread"] else "{:.3g} – {:.3g}".format(*t["spread"])
+            value = "" if t["value"] is None else f"{t['value']:.3g}"
+            reason = f": {reasons[t['figure']]}" if t["figure"] in reasons else ""
+            out.append(f"{t['figure']:86} {t['target']:>8} {value:>8}  {spread:15} {t['verdict']}{reason}")
+        return out
+
+
+def attention_kernel(variant: Variant) -> str:
+    """Which attention a variant trains with, in words."""
+    if variant.stock or variant.eager:
+        return "eager"
+    return "written out, dropout by bytes" if not torch.cuda.is_available() else "PyTorch's fused, plain where it scores"
+
+
+def run(quick: bool, device: str = "cpu") -> Report:
+    """Measure everything; prints what it is at."""
+    report, on_gpu = Report(), device == "cuda"
+    tokens, count, rounds = (32768 if on_gpu else 4096, 4, 9) if not quick else (2048, 3, 4)
+    where = "GPU" if on_gpu else "CPU"
+
+    say(f"training windows of Beauty's lengths, {rounds} rounds")
+    variants = WATERFALL | {STOCK: Variant(PUBLISHED, eager=True, stock=True)}
+    times = time_beauty(variants, tokens, count, rounds, device)
+    lengths = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)
+    predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=tokens), WIDTHS, lengths) for name, v in variants.items()}
+    report.times("Beauty lengths", variants, times, predicted)
+    published, rastp, unpadded, *_, ours = (times[name] for name in WATERFALL)
+    speedup = "published RASTP ÷ ours with pruning, seconds per window, Beauty lengths"
+    value = ratio(rastp, ours)
+    report.target(f"{where}: {speedup}", *value, at_least=6 if on_gpu else 10)
+    report.target("padded ÷ unpadded, nothing pruned", *ratio(published, unpadded), at_least=3)
+    report.target("reference variant ÷ Hugging Face's eager T5 (within 10 %)", *ratio(published, times[STOCK]), at_most=1.1)
+    real = beauty_batches(dataclasses.replace(OURS, batch_tokens=tokens), 1)[2]
+    report.target("real tokens in a batch, share", real, None, at_least=0.95)
+
+    say("full histories, nothing to unpad")
+    size = tokens // 150
+    times = time_histories(FULL, size, 2 * rounds + 1, device)
+    items = np.full(size, OURS.max_items)
+    predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), WIDTHS, items) for name, v in FULL.items()}
+    peaks = {name: in_child(training_peak, v, size) for name, v in FULL.items()} if not on_gpu else {}
+    report.times("full histories", FULL, times, predicted, peaks)
+    plain, scored, third = FULL
+    bound = predicted[plain].training / predicted[third].training
+    share = ratio(times[third], times[plain], lambda r: (1 - r) / (1 - 1 / bound))
+    report.target(f"T5, a third kept: time saved ÷ predicted (bound {bound:.2f}×, RASTP reports 1.36×)", *share, at_least=0.9)
+    if peaks:
+        saved = (peaks[plain] - peaks[third]) * 2**20 / (predicted[plain].activation_bytes - predicted[third].activation_bytes)
+        figure = f"T5, a third kept: peak memory saved ÷ predicted (saves {1 - peaks[third] / peaks[plain]:.0%}, STAMP reports 17–55 %)"
+        report.target(figure, saved, None, at_least=0.9)
+    report.target("everything scored and kept ÷ no scores", *ratio(times[scored], times[plain]), at_most=1.08)
+    report.skip("Qwen shape, a third kept: time saved ÷ predicted", "≥ 0.9", "the package has no decoder-only model yet")
+    if on_gpu:
+        report.skip("CPU rows", "", "run without --gpu")
+        return report
+
+    say("recommending")
+    by_size = time_recommend((10_000, 1_000_000), 32, 20, rounds)
+    report.target("recommend(), beam 20, per user: 1,000,000 ÷ 10,000 items", *ratio(by_size[1_000_000], by_size[10_000]), at_most=1.3)
+    library = time_recommend((100_000,), 32, 20, rounds, library=True)
+    report.target("recommend(), 100,000 items: prefix_allowed_tokens_fn ÷ ours", *ratio(library["library"], library[100_000]), at_least=3)
+    for name, seconds in (by_size | library).items():
+        report.rows.append({"workload": "recommend, beam 20", "variant": str(name), "seconds_per_user": float(np.median(seconds))})
+
+    figure = "ResidualKMeans, 1,000,000 × 256, 3 × 256: peak memory ÷ input"
+    if quick:
+        report.skip(figure, "≤ 2.2", "takes minutes: run without --quick")
+    else:
+        say("residual k-means on a million items")
+        peak, seconds = in_child(kmeans_peak, 1_000_000, 256)
+        report.target(figure, peak, None, at_most=2.2)
+        report.rows.append({"workload": "ResidualKMeans, fit and encode", "seconds": seconds})
+    epoch = sum(BEAUTY) / 1000 * float(np.median(ours))
+    interval = [sum(BEAUTY) / 1000 * float(seconds) / 60 for seconds in np.quantile(ours, (0.025, 0.975))]
+    threads = torch.get_num_threads()
+    report.target(f"minutes an epoch of Beauty (131,413 windows) takes, extrapolated; {threads} thread{'s' * (threads > 1)}", epoch / 60,
+                  interval, at_most=4)
+    report.skip(f"GPU: {speedup}", "≥ 6", "run make bench-gpu" if torch.cuda.is_available() else "no CUDA device here")
+    return report
+
+
+def say(what):
+    print(f"{time.strftime('%H:%M:%S')}  {what}", file=sys.stderr, flush=True)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m sidlab.bench", description="Measure this machine and compare with the targets.")
+    parser.add_argument("--quick", action="store_true", help="under three minutes on an idle machine; fewer rounds, smaller batches")
+    parser.add_argument("--gpu", action="store_true", help="the rows of a CUDA device")
+    parser.add_argument("--check", action="store_true", help="only say whether what is asked for can be measured here")
+    parser.add_argument("--json", metavar="FILE", help="write hardware, rows and targets")
+    parser.add_argument("--page", metavar="FILE", help="write a page with the waterfall and the table")
+    parser.add_argument("--svg", metavar="FILE", help="write the waterfall as an image")
+    options = parser.parse_args(arguments)
+    if options.gpu and not torch.cuda.is_available():
+        sys.exit("the GPU rows need a CUDA device, and this build of torch sees none: make setup "
+                 "TORCH_INDEX=https://download.pytorch.org/whl/cu130 on a machine with one; `make bench` measures the CPU rows")
+    if options.check:
+        return
+    report = run(options.quick, "cuda" if options.gpu else "cpu")
+    results = {"hardware": hardware(), "rows": report.rows, "targets": report.targets}
+    print("\n".join(report.lines()))
+    if options.json:
+        write_json(pathlib.Path(options.json), results)
+    if options.page or options.svg:
+        from sidlab.viz import waterfall  # the one step to the right: it shows what was just measured
+
+        if options.page:
+            waterfall.write_page(results, options.page)
+        if options.svg:
+            pathlib.Path(options.svg).write_text(waterfall.svg(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What the benchmark measured, as a page and as an image: the waterfall from the published configuration to ours.
+
+`results` is what `python -m sidlab.bench --json` writes.
+"""
+
+import html
+import pathlib
+
+import plotly.graph_objects as go
+import plotly.io as pio
+from plotly.offline import get_plotlyjs
+
+from sidlab.viz.page import STYLE
+from sidlab.viz.theme import BLUE, FONT, GREY, ORANGE, TEMPLATES
+
+TRAINING = "Beauty lengths"
+HEAD = ("windows", "variant", "s per 1,000", "GFLOP per 1,000", "GFLOP/s", "activations MB, predicted", "peak MB, measured", "attention")
+WIDTH, LEFT, BAR, GAP = 900, 300, 26, 16  # of the image
+
+
+def steps(results: dict) -> list[dict]:
+    """The rows of the waterfall: its first is the published configuration without pruning, its last ours with it."""
+    return [row for row in results["rows"] if row["workload"] == TRAINING and not row["variant"].startswith("Hugging Face")]
+
+
+def figure(results: dict) -> go.Figure:
+    """Seconds per 1,000 windows of each step: measured, with quartiles, and what the cost model's FLOPs make of the first one."""
+    rows = steps(results)
+    seconds = [row["seconds_per_1k_windows"] for row in rows]
+    names = [f"{row['variant']}<br>{value:.3g} s, {seconds[0] / value:.3g}×" for row, value in zip(rows, seconds)]
+    low, high = zip(*(row["quartiles"] for row in rows))
+    first = rows[0]
+    predicted = [first["seconds_per_1k_windows"] * row["gflops_per_1k_windows"] / first["gflops_per_1k_windows"] for row in rows]
+    fig = go.Figure(layout={"template": TEMPLATES["light"], "height": 420, "xaxis": {"title": "seconds per 1,000 training windows"},
+                            "yaxis": {"autorange": "reversed"}, "legend": {"orientation": "h", "y": 1.1}, "bargap": 0.35})
+    fig.add_bar(y=names, x=seconds, orientation="h", name="measured", marker={"color": BLUE},
+                error_x={"type": "data", "symmetric": False, "array": [h - s for h, s in zip(high, seconds)],
+                         "arrayminus": [s - v for s, v in zip(seconds, low)], "color": GREY})
+    fig.add_scatter(y=names, x=predicted, mode="markers", name="predicted from FLOPs alone, at the speed of the first",
+                    marker={"symbol": "line-ns", "size": 22, "line": {"width": 3, "color": ORANGE}})
+    return fig
+
+
+def write_page(results: dict, path) -> None:
+    """Writes one self-contained HTML file: the waterfall, the targets, every row."""
+    machine = results["hardware"]
+    setting = (f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
+               if not machine["gpu"] else f"{machine['gpu']}")
+    reasons = {row["workload"]: row["skipped"] for row in results["rows"] if "skipped" in row}
+    targets = [(t["figure"], t["target"], _number(t["value"]), " – ".join(map(_number, t["spread"] or ())),
+                t["verdict"] + (f": {reasons[t['figure']]}" if t["figure"] in reasons else "")) for t in results["targets"]]
+    measured = [row for row in results["rows"] if "seconds_per_1k_windows" in row]
+    rows = [(row["workload"], row["variant"], _number(row["seconds_per_1k_windows"]), _number(row["gflops_per_1k_windows"]),
+             _number(row["achieved_gflops_per_second"]), _number(row["activation_mb_predicted"]), _number(row["peak_mb"]),
+             row["attention"]) for row in measured]
+    chart = pio.to_html(figure(results), include_plotlyjs=False, full_html=False)
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>What training costs</title><style>{STYLE}</style><script>{get_plotlyjs()}</script>
+<h1>What training costs, from the published configuration to ours</h1>
+<p>{html.escape(setting)}. Ratios are of medians of runs that take turns in one process; intervals are 95 % of a bootstrap over rounds. Each
+step of the waterfall changes one thing. FLOPs come from the cost model, not from the clock.</p>
+<figure class="chart">{chart}</figure>
+<h2>Targets</h2>{_table(("figure", "target", "value", "95 % interval", "verdict"), targets)}
+<h2>Training</h2>{_table(HEAD, rows)}</html>"""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def svg(results: dict) -> str:
+    """The waterfall as an SVG image."""
+    rows = steps(results)
+    seconds = [row["seconds_per_1k_windows"] for row in rows]
+    height = 96 + len(rows) * (BAR + GAP)
+    unit = (WIDTH - LEFT - 170) / max(seconds)
+    out = [_text(30, 36, "Seconds per 1,000 training windows, from the published configuration to this kit", 18, weight="bold")]
+    for number, (row, value) in enumerate(zip(rows, seconds)):
+        y, width = 62 + number * (BAR + GAP), value * unit
+        out.append(_text(LEFT - 12, y + 18, row["variant"], 14, anchor="end"))
+        out.append(f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" rx="3" fill="{BLUE if number else GREY}"/>')
+        if number:  # what this step took away
+            lost = (seconds[number - 1] - value) * unit
+            out.append(f'<rect x="{LEFT + min(width, width + lost):.1f}" y="{y}" width="{abs(lost):.1f}" height="{BAR}" fill="none" '
+                       f'stroke="{GREY}" stroke-dasharray="4 3"/>')
+        label = f"{value:.3g} s" + (f", {seconds[0] / value:.3g}×" if number else "")
+        out.append(_text(LEFT + max(width, seconds[number - 1] * unit if number else 0) + 10, y + 18, label, 14))
+    machine = results["hardware"]
+    note = machine["gpu"] or f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    out.append(_text(30, height - 14, f"T5 of the RASTP paper, windows of Amazon Beauty's lengths; {note}", 12, color="#5A5A5A"))
+    body = "\n".join(out)
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img"
+ aria-labelledby="title" font-family="{FONT}">
+<title id="title">{html.escape("; ".join(f"{row['variant']}: {value:.3g} s" for row, value in zip(rows, seconds)))}</title>
+<rect width="{WIDTH}" height="{height}" rx="14" fill="#FFFFFF"/>
+{body}
+</svg>
+"""
+
+
+def _text(x, y, words, size, weight="normal", anchor="start", color="#222222"):
+    return (f'<text x="{x:.1f}" y="{y}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="{color}">'
+            f"{html.escape(words)}</text>")
+
+
+def _number(value):
+    return "" if value is None else f"{value:.3g}"
+
+
+def _table(head, rows):
+    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<{'td' if n else 'th'}>{html.escape(cell)}</{'td' if n else 'th'}>" for n, cell in enumerate(row))
+                   + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
