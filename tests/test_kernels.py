@@ -25,7 +25,6 @@ from sidlab.saliency import attention_centrality
 
 DEVICE = "cuda" if CUDA else "cpu"
 compiled = pytest.mark.gpu if CUDA else (lambda test: test)
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device: fused attention and its kernels have not run compiled")]
 NEAR = {"rtol": 1e-4, "atol": 1e-4}  # of float64 on the same rounded inputs, so for every dtype
 
 
@@ -364,10 +363,11 @@ def test_flex_attention_without_a_backward_pass_is_not_used(check):
         assert not check("flex")
 
 
-@pytest.mark.parametrize("marked", [pytest.param(None, marks=needs_gpu)])
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device: fused attention and its kernels have not run compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_on_a_gpu_both_fused_paths_work(marked, dtype, dropout, recwarn):
+def test_on_a_gpu_both_fused_paths_work(dtype, dropout, recwarn):
     sizes = {"d_kv": 64, "num_heads": 6, "d_model": 128}
     model, inputs = build(PruningConfig(), **sizes, dropout=dropout).cuda().train(), {k: v.cuda() for k, v in batch().items()}
     plain = model_with("plain", **sizes, dropout=dropout).cuda()

@@ -101,8 +101,10 @@ def _works(path, device, dtype, heads, width):
         expected = results((weights @ value.float()).transpose(1, 2), torch.einsum("bhqk,bq->bk", weights.detach(), tokens.float()))
         try:
             kernels.column_sums(query, key, backend="triton")  # otherwise `fused_attention` may do without Triton
+            # Autocast, which is off here, would give SDPA's mask the dtype of the queries; `score_mod` takes any.
+            bias = inputs[3].to(dtype) if path == "sdpa" else inputs[3]
             found = results(*fused_attention(path, module, query, key, value, tokens[:, None, None] != 0, dropout=0.0, scaling=width**-0.5,
-                                             position_bias=inputs[3], token_mask=tokens))
+                                             position_bias=bias, token_mask=tokens))
             for one, other in zip(found, expected, strict=True):
                 error = (one.float() - other).norm() / other.norm()
                 if not error < 0.03:
@@ -124,8 +126,9 @@ def attention_path(model) -> str:
         path = "plain"
     elif path == "auto":
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
-        config = model.config
-        path = choose_path(device, dtype, config.num_heads, config.d_kv, config.dropout_rate if model.training else 0.0)
+        attention = encoder.block[encoder.pruning.after_layer - 1].layer[0].SelfAttention
+        dropout = attention.dropout if attention.training else 0.0
+        path = choose_path(device, dtype, attention.n_heads, attention.key_value_proj_dim, dropout)
     names = {"plain": "plain attention", "flex": "FlexAttention + column sums", "sdpa": "SDPA + column sums"}
     by = "" if path == "plain" else f" in {'Triton' if kernels.choose_backend(None, device) == 'triton' else 'PyTorch'}"
     return f"layer {encoder.pruning.after_layer}, which scores: {names[path]}{by}; the others: {others}"
