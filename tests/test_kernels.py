@@ -104,12 +104,12 @@ def test_the_kernel_equals_the_whole_matrix(case):
 
 
 @compiled
-@pytest.mark.parametrize("rows", [1, 2])
-def test_the_kernel_with_everything_at_once(rows):
+@pytest.mark.parametrize("bias", [(1, 6, 35, 35), (2, 6, 35, 35), (6, 69)])
+def test_the_kernel_with_everything_at_once(bias):
     query, key, ones = tensors(2, 6, 35, 20)[0], tensors(2, 2, 35, 20)[1], torch.ones(2, 35, dtype=torch.long, device=DEVICE)
     mask, votes = ones.clone(), ones.clone()
     mask[0, :3], mask[1, 20:], votes[0, 9:17] = 0, 0, 0
-    options = {"bias": tensors(rows, 6, 35, 35, count=1)[0], "mask": mask, "votes": votes * mask, "causal": True, "scaling": 0.2,
+    options = {"bias": tensors(*bias, count=1)[0], "mask": mask, "votes": votes * mask, "causal": True, "scaling": 0.2,
                "segments": (torch.arange(35, device=DEVICE) > 18).long().expand(2, -1)}
     assert_right((query, key.mT.contiguous().mT, options), "triton", 16)
 
