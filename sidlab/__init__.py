@@ -30,8 +30,8 @@ _HOME = {
     "sweep": "sweeps",
 }
 _ROOMS = (
-    "baselines", "comparison", "cost", "decoding", "demo", "map_loss", "metrics", "papers", "probe", "pruning", "saliency",
-    "sweeps", "teach", "training", "viz", "windows",
+    "baselines", "comparison", "cost", "decoding", "demo", "kernels", "map_loss", "metrics", "papers", "probe", "pruning",
+    "saliency", "sweeps", "teach", "training", "viz", "windows",
 )
 
 __all__ = [*_HOME, *_ROOMS]

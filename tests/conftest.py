@@ -1,17 +1,23 @@
-"""Shared by all tests: where the real data stand, if they do."""
+"""Shared by all tests: where the real data stand, if they do, and how Triton's kernels run."""
 
 import json
+import os
 import pathlib
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data not found at {SHARED}")
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # here, before a test imports anything that imports triton
 
 
 def pytest_report_header():
-    return f"sidlab: real data {'found at' if SHARED.is_dir() else 'NOT found, tests on it are skipped; looked at'} {SHARED}"
+    data = "found at" if SHARED.is_dir() else "NOT found, tests on it are skipped; looked at"
+    return [f"sidlab: real data {data} {SHARED}", f"sidlab: GPU kernels are {'compiled' if CUDA else 'interpreted on the CPU'}"]
 
 
 class FakeComm:

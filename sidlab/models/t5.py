@@ -5,7 +5,7 @@ A subclass of Hugging Face's T5 that overrides three short pieces and nothing el
 * `PrunedEncoder.forward`: the loop over encoder blocks, with the `TokenPruner` behind block `after_layer`;
 * `SidT5.forward`: output heads by level, cross-attention on the pruned mask, the MAP loss;
 * the attention of the one block that scores, registered with `transformers.AttentionInterface`: all other blocks keep the
-  library's fused attention.
+  library's fused attention. On a GPU that block is fused as well (`models/scoring.py`).
 
 An item is its SID's tokens, followed by one learned separator where `separators` is on. The decoder starts from BOS and
 predicts the L tokens of the target; there is no EOS, for a SID has a fixed length.
@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from sidlab.map_loss import MapConfig, MapHead, map_loss
 from sidlab.models import fast
+from sidlab.models.scoring import choose_path, fused_attention
 from sidlab.pruning import PruningConfig, TokenPruner, pool_tokens, reference_choice
 from sidlab.saliency import Signals, attention_centrality, scramble, semantic_saliency, token_importance
 from sidlab.sids.table import BOS, PAD, SidTable
@@ -92,9 +93,16 @@ class SidOutput(Seq2SeqLMOutput):
 
 
 def scored_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, record=None,
-                     token_mask=None, reference=False, **kwargs):
-    """Plain attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`; with `reference` that
-    of the weights after dropout, to which padded queries contribute. Where `record` asks for it, the weights themselves as well."""
+                     token_mask=None, reference=False, path="plain", **kwargs):
+    """Attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`; with `reference` that
+    of the weights after dropout, to which padded queries contribute. Where `record` asks for it, the weights themselves as well.
+    `path`: how it is computed, see `models.scoring`; what `reference` and `record` ask for needs the plain one."""
+    if path == "auto":
+        path = choose_path(query.device, query.dtype, query.shape[1], query.shape[3], dropout)
+    if path != "plain":
+        output, record["centrality"] = fused_attention(path, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                                       position_bias=position_bias, token_mask=token_mask)
+        return output, None
     clean = fast.masked_softmax(query, key, attention_mask, scaling, position_bias)
     # The published code keeps PyTorch's own dropout.
     weights = F.dropout(clean, dropout, module.training) if reference else fast.dropout(clean.to(value.dtype), dropout, module.training)
@@ -122,6 +130,8 @@ class _LibraryInit:
 
 class PrunedEncoder(_LibraryInit, T5Stack):
     """T5's encoder with a `TokenPruner` behind block `pruning.after_layer`; without `pruning` it is T5's encoder."""
+
+    scoring_path = "auto"  # how the block that scores computes attention: one of `scoring.PATHS`
 
     def __init__(self, config: SidT5Config):
         super().__init__(config)
@@ -172,7 +182,9 @@ class PrunedEncoder(_LibraryInit, T5Stack):
         for number, block in enumerate(self.block, start=1):
             scoring = pruning is not None and number == pruning.after_layer
             selects = self.pruning and self.pruning.reduce == "select" and number == self.pruning.after_layer
-            record = {"record": {}, "token_mask": attention_mask, "reference": reference} if selects else {}
+            plain = reference or self.config._attn_implementation == "eager"
+            record = {"record": {}, "token_mask": attention_mask, "reference": reference,
+                      "path": "plain" if plain else self.scoring_path} if selects else {}
             hidden, bias, _ = block(hidden, mask, bias, **record, **kwargs)
             if scoring:
                 centrality = record["record"]["centrality"] if selects else None

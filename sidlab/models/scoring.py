@@ -1,0 +1,134 @@
+"""The attention of the layer that scores, fused: its output as ever, and the centrality of its tokens without the attention matrix.
+
+Centrality needs every attention weight, and fused attention has none. So the scores are computed once more, in blocks, and only their
+column sums are kept (`kernels.column_sums`), outside of what the backward pass remembers. `choose_path` says how:
+
+* "plain": the attention matrix itself (`t5.scored_attention`). On a CPU it exists anyway; `mode="reference"` and whoever asks for
+  the weights need it.
+* "flex": FlexAttention, with T5's position bias as `score_mod`; it returns the log-sum-exp that the column sums need.
+* "sdpa": PyTorch's `scaled_dot_product_attention`, as in all other layers. Without log-sum-exp, so one more product; but it can drop
+  attention weights, which FlexAttention cannot: in training with dropout this is the path.
+
+Every path scores the clean weights, before dropout. Before a fused path is used on a device for the first time, a small example has to
+give the same output, centrality and gradients as the plain one (outside of a CUDA graph, so warm up first); if it does not, or cannot
+run, there is a warning and the next path is tried, the plain one at last.
+"""
+
+import functools
+import types
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from sidlab import kernels
+
+PATHS = ("auto", "plain", "flex", "sdpa")
+
+
+@torch.compiler.assume_constant_result
+def choose_path(device: torch.device, dtype: torch.dtype, heads: int, width: int, dropout: float) -> str:
+    """"flex", "sdpa" or "plain": how to compute attention on `device` for queries of `dtype`, with `heads` heads of `width` numbers and
+    this rate of dropout on attention weights (0 outside training)."""
+    if device.type != "cuda":
+        return "plain"
+    fused = ("flex", "sdpa") if dropout == 0 and width >= 16 else ("sdpa",)  # FlexAttention takes heads from a width of 16
+    return next((path for path in fused if _works(path, device, dtype, heads, width)), "plain")
+
+
+def fused_attention(path: str, module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, dropout: float,
+                    scaling: float | None, position_bias: Tensor | None, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention by `path`, "flex" or "sdpa", and the centrality of its clean weights.
+
+    Args: `module`, the library's attention module; `query`, `key`, `value` float [B, H, N, dk]; `attention_mask` bool [B, 1, N, N] or None,
+    the library's form of `token_mask` [B, N], 1 real, 0 padding; `scaling`, None for 1; `position_bias` float [1 or B, H, N, N] or None.
+    Returns the output [B, N, H, dk] and float32 [B, N], 0 at padding, through which no gradient flows.
+    Raises ValueError for a path that is unknown or cannot do what is asked.
+    """
+    scaling = 1.0 if scaling is None else scaling
+    if path == "flex":
+        if dropout > 0:
+            raise ValueError(f'path="flex" cannot drop attention weights, and dropout={dropout}; use "sdpa" or "auto"')
+        output, lse = _flex(query, key, value, scaling, position_bias, token_mask)
+    elif path == "sdpa":
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                           position_bias=position_bias)
+        lse = None
+    else:
+        raise ValueError(f"path={path!r} is unknown; use one of {', '.join(PATHS)}")
+    return output, kernels.column_sums(query, key, lse, scaling=scaling, bias=position_bias, mask=token_mask)
+
+
+@functools.cache
+def _compiled_flex():
+    return torch.compile(flex_attention)
+
+
+def _flex(query, key, value, scaling, bias, mask):
+    one_bias = bias is not None and bias.shape[0] == 1
+
+    def score_mod(score, b, h, q, k):
+        if bias is not None:
+            score = score + bias[0 if one_bias else b, h, q, k]
+        # Not −inf: a row of nothing but padding then attends evenly, as in the plain path
+        return torch.where(mask[b, k] != 0, score, torch.finfo(score.dtype).min)
+
+    # PyTorch compiles it for a GPU; on a CPU, where it has no backward pass, and inside a compiled model it is called as it is.
+    compiled = query.device.type == "cuda" and not torch.compiler.is_compiling()
+    attend = _compiled_flex() if compiled else flex_attention
+    output, extra = attend(query, key, value, score_mod=score_mod, scale=scaling, return_aux=AuxRequest(lse=True))
+    return output.transpose(1, 2).contiguous(), extra.lse
+
+
+@functools.cache
+def _works(path, device, dtype, heads, width):
+    """Whether a small example comes out as it does with the attention matrix; a warning if not."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        length, generator = 40, torch.Generator(device).manual_seed(0)
+        draw = functools.partial(torch.randn, device=device, generator=generator)
+        inputs = [draw(2, heads, length, width, requires_grad=True) for _ in "qkv"] + [draw(1, heads, length, length, requires_grad=True)]
+        query, key, value = (x.to(dtype) for x in inputs[:3])
+        tokens = (torch.arange(length, device=device) < torch.tensor([[length], [length - 7]], device=device)).long()  # [B, N]
+        module = types.SimpleNamespace(is_causal=False)
+
+        def results(output, centrality):
+            return [output, centrality, *torch.autograd.grad((output.float() ** 2).sum(), inputs)]
+
+        weights = query.float() @ key.float().mT * width**-0.5 + inputs[3]
+        weights = weights.masked_fill(tokens[:, None, None] == 0, -torch.inf).softmax(-1)  # [B, H, N, N]
+        expected = results((weights @ value.float()).transpose(1, 2), torch.einsum("bhqk,bq->bk", weights.detach(), tokens.float()))
+        try:
+            kernels.column_sums(query, key, backend="triton")  # otherwise `fused_attention` may do without Triton
+            # Autocast, which is off here, would give SDPA's mask the dtype of the queries; `score_mod` takes any.
+            bias = inputs[3].to(dtype) if path == "sdpa" else inputs[3]
+            found = results(*fused_attention(path, module, query, key, value, tokens[:, None, None] != 0, dropout=0.0, scaling=width**-0.5,
+                                             position_bias=bias, token_mask=tokens))
+            for one, other in zip(found, expected, strict=True):
+                error = (one.float() - other).norm() / other.norm()
+                if not error < 0.03:
+                    raise ArithmeticError(f"its results are off by {float(error):.1%}")
+        except Exception as error:  # noqa: BLE001  (compilers, drivers: the warning says what, and there is another path)
+            warnings.warn(f'attention path "{path}" does not work on {device} in {dtype} and is not used: {error}', stacklevel=2)
+            return False
+    return True
+
+
+def attention_path(model) -> str:
+    """In words, which attention the encoder of `model`, a `SidT5`, runs on its device, in its mode (`train` or `eval`) and under the
+    current autocast."""
+    encoder, others = model.encoder, model.encoder.config._attn_implementation
+    if encoder.pruning is None or encoder.pruning.reduce != "select":
+        return f"all layers: {others}; none scores"
+    path, device = encoder.scoring_path, model.device
+    if encoder.pruning.mode == "reference" or others == "eager":
+        path = "plain"
+    elif path == "auto":
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+        attention = encoder.block[encoder.pruning.after_layer - 1].layer[0].SelfAttention
+        dropout = attention.dropout if attention.training else 0.0
+        path = choose_path(device, dtype, attention.n_heads, attention.key_value_proj_dim, dropout)
+    names = {"plain": "plain attention", "flex": "FlexAttention + column sums", "sdpa": "SDPA + column sums"}
+    by = "" if path == "plain" else f" in {'Triton' if kernels.choose_backend(None, device) == 'triton' else 'PyTorch'}"
+    return f"layer {encoder.pruning.after_layer}, which scores: {names[path]}{by}; the others: {others}"

@@ -1,0 +1,381 @@
+"""Column sums without the attention matrix: kernel and chunks against the direct softmax in float64, and the models that use them.
+
+Where there is a GPU the kernel is compiled and runs on it (`pytest -m gpu` runs just that); elsewhere Triton interprets it
+(conftest.py) and `test_the_kernels_compile_for_a_gpu` takes it as far as machine code.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CUDA, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_t5 import CLOSE, HISTORIES, LABELS, batch, build, gradients
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sidlab import kernels
+from sidlab.decoding import recommend
+from sidlab.models import scoring
+from sidlab.pruning import PruningConfig
+from sidlab.saliency import attention_centrality
+
+DEVICE = "cuda" if CUDA else "cpu"
+compiled = pytest.mark.gpu if CUDA else (lambda test: test)
+NEAR = {"rtol": 1e-4, "atol": 1e-4}  # of float64 on the same rounded inputs, so for every dtype
+
+
+def oracle(query, key, *, scaling=1.0, bias=None, mask=None, votes=None, segments=None, causal=False):
+    """(column sums, log-sum-exp), float64, of the whole softmax matrix."""
+    batch_size, heads, length, _ = query.shape
+    scores = query.double() @ key.double().repeat_interleave(heads // key.shape[1], 1).mT * scaling
+    at = torch.arange(length, device=query.device)
+    if bias is not None:
+        scores = scores + (bias[:, length - 1 + at[None] - at[:, None]] if bias.ndim == 2 else bias).double()
+    seen = torch.ones(batch_size, 1, length, length, dtype=torch.bool, device=query.device)
+    if mask is not None:
+        seen = seen & (mask != 0)[:, None, None]
+    if segments is not None:
+        seen = seen & (segments[:, None, :, None] == segments[:, None, None])
+    if causal:
+        seen = seen & (at[:, None] >= at)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0)  # NaN: a query without keys
+    votes = mask if votes is None else votes
+    if votes is not None:
+        weights = weights * (votes != 0)[:, None, :, None]
+    return weights.sum((1, 2)), scores.logsumexp(-1)
+
+
+@st.composite
+def cases(draw, longest):
+    """(query, key, options) of every shape, layout, dtype and mask."""
+    rows, groups, members = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    heads, length, width = groups * members, draw(st.integers(1, longest)), draw(st.sampled_from((1, 8, 20)))
+    draws = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=draws)
+
+    def flags(dtype):
+        return (torch.rand(rows, length, generator=draws) < draw(st.sampled_from((0, 0.6, 1)))).to(dtype)
+
+    query, key = normal(rows, length, heads, width).transpose(1, 2), normal(rows, groups, length, width)
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    bias = draw(st.sampled_from((None, (1, heads, length, length), (rows, heads, length, length), (heads, 2 * length - 1))))
+    options = {
+        "scaling": draw(st.sampled_from((1, 0.3))),
+        "bias": None if bias is None else 3 * normal(*bias),
+        "mask": flags(torch.long) if draw(st.booleans()) else None,
+        "votes": flags(torch.bool) if draw(st.booleans()) else None,
+        "segments": torch.randint(0, 2, (rows, length), generator=draws).cumsum(1) if draw(st.booleans()) else None,
+        "causal": draw(st.booleans()),
+    }
+    return query.to(DEVICE, dtype), key.to(DEVICE, dtype), {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in options.items()
+    }
+
+
+def assert_right(case, backend, block):
+    query, key, options = case
+    sums, lse = oracle(query, key, **options)
+    for given_lse in (None, lse.float()):
+        found = kernels.column_sums(query, key, given_lse, backend=backend, block=block, **options)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), sums, **NEAR)
+    del options["votes"]
+    torch.testing.assert_close(kernels.log_sum_exp(query, key, backend=backend, block=block, **options).double(), lse, **NEAR)
+
+
+@settings(deadline=None, max_examples=80)
+@given(cases(longest=30), st.sampled_from((1, 7, 16, None)))
+def test_chunks_equal_the_whole_matrix(case, block):
+    assert_right(case, "torch", block)
+
+
+@compiled
+@settings(deadline=None, max_examples=200 if CUDA else 12)
+@given(cases(longest=200 if CUDA else 35))
+def test_the_kernel_equals_the_whole_matrix(case):
+    assert_right(case, "triton", 16)
+
+
+@compiled
+@pytest.mark.parametrize("bias", [(1, 6, 35, 35), (2, 6, 35, 35), (6, 69)])
+def test_the_kernel_with_everything_at_once(bias):
+    query, key, ones = tensors(2, 6, 35, 20)[0], tensors(2, 2, 35, 20)[1], torch.ones(2, 35, dtype=torch.long, device=DEVICE)
+    mask, votes = ones.clone(), ones.clone()
+    mask[0, :3], mask[1, 20:], votes[0, 9:17] = 0, 0, 0
+    options = {"bias": tensors(*bias, count=1)[0], "mask": mask, "votes": votes * mask, "causal": True, "scaling": 0.2,
+               "segments": (torch.arange(35, device=DEVICE) > 18).long().expand(2, -1)}
+    assert_right((query, key.mT.contiguous().mT, options), "triton", 16)
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=[pytest.mark.gpu] if CUDA else [])])
+def backend(request):
+    return request.param
+
+
+def tensors(*shape, count=2, seed=0):
+    return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def test_it_is_the_centrality_of_the_plain_path(backend):
+    query, key = tensors(3, 2, 20, 8)
+    bias, mask = tensors(1, 2, 20, 20, count=1)[0], torch.ones(3, 20, dtype=torch.long, device=DEVICE)
+    mask[0, 12:], mask[1, :5], mask[2] = 0, 0, 0  # right padding, left padding, nothing else
+    weights = (query @ key.mT + bias).masked_fill(mask[:, None, None] == 0, torch.finfo(torch.float32).min).softmax(-1)
+    expected = attention_centrality(weights, mask)
+    found = kernels.column_sums(query, key, bias=bias, mask=mask, backend=backend)
+    torch.testing.assert_close(found, expected, **NEAR)
+    assert (found[mask == 0] == 0).all() and found[2].eq(0).all()
+    torch.testing.assert_close(found.sum(1), 2.0 * mask.sum(1), **NEAR)  # every real query has one vote a head
+
+    # Padded queries do not count, whatever an attention kernel says of them.
+    lse = kernels.log_sum_exp(query, key, bias=bias, mask=mask, backend=backend)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        strange = lse.masked_fill(mask[:, None] == 0, value)
+        torch.testing.assert_close(kernels.column_sums(query, key, strange, bias=bias, mask=mask, backend=backend), expected, **NEAR)
+
+
+def test_packed_sequences_are_as_if_alone(backend):
+    lengths = (17, 1, 14)
+    query, key = tensors(1, 2, sum(lengths), 8)
+    by_distance = tensors(2, 2 * sum(lengths) - 1, count=1)[0]
+    segments = torch.repeat_interleave(torch.tensor([4, 7, 5], device=DEVICE), torch.tensor(lengths, device=DEVICE))[None]
+    options = {"causal": True, "backend": backend}
+    packed = kernels.column_sums(query, key, bias=by_distance, segments=segments, block=16, **options)
+    start = 0
+    for length in lengths:
+        rows, near = slice(start, start + length), slice(sum(lengths) - length, sum(lengths) + length - 1)
+        alone = kernels.column_sums(query[:, :, rows], key[:, :, rows], bias=by_distance[:, near], **options)
+        torch.testing.assert_close(packed[:, rows], alone, **NEAR)
+        start += length
+
+
+def test_it_repeats_and_leaves_gradients_and_autocast_alone(backend):
+    query, key = (x.requires_grad_() for x in tensors(2, 2, 20, 8))
+    bias = tensors(1, 2, 20, 20, count=1)[0].requires_grad_()
+    found = kernels.column_sums(query, key, bias=bias, backend=backend)
+    assert not found.requires_grad
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(kernels.column_sums(query, key, bias=bias, backend=backend), found)
+
+
+def test_chunks_need_memory_for_a_chunk_only():
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            made = function(*args, **kwargs or {})
+            largest = max([largest, *(x.numel() for x in torch.utils._pytree.tree_leaves(made) if isinstance(x, torch.Tensor))])
+            return made
+
+    query, key = tensors(2, 3, 256, 4)
+    with Watch():
+        kernels.column_sums(query, key, bias=tensors(3, 511, count=1)[0], causal=True, backend="torch", block=8)
+    assert 0 < largest <= 2 * 3 * 8 * 256
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"key": torch.zeros(2, 3, 10, 8)}, r"H a multiple of Hkv"),
+    ({"key": torch.zeros(2, 2, 9, 8)}, r"\[B, Hkv, N, dk\]"),
+    ({"query": torch.zeros(2, 2, 0, 8), "key": torch.zeros(2, 2, 0, 8)}, "nothing empty"),
+    ({"key": torch.zeros(2, 2, 10, 8, dtype=torch.float64)}, "float64"),
+    ({"bias": torch.zeros(2, 10, 10)}, r"bias must be .*\[2, 19\], got \[2, 10, 10\]"),
+    ({"mask": torch.ones(2, 9)}, r"mask must be \[B, N\] = \[2, 10\], got \[2, 9\]"),
+    ({"votes": torch.ones(10)}, "votes must be"),
+    ({"segments": torch.ones(1, 10)}, "segments must be"),
+    ({"lse": torch.zeros(2, 10)}, r"lse must be float32 \[2, 2, 10\]"),
+    ({"backend": "cuda"}, "backend='cuda' is unknown"),
+])
+def test_what_does_not_fit_is_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        kernels.column_sums(**{"query": torch.zeros(2, 2, 10, 8), "key": torch.zeros(2, 2, 10, 8)} | change)
+
+
+def test_without_triton_chunks_are_used_and_the_kernel_is_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "triton", None)
+    query, key = tensors(1, 2, 5, 8)
+    torch.testing.assert_close(kernels.column_sums(query, key).double(), oracle(query, key)[0], **NEAR)
+    with pytest.raises(RuntimeError, match="not installed"):
+        kernels.column_sums(query, key, backend="triton")
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    code = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sidlab import kernels
+
+made = []
+for number, width, block, everything, chip in (("bf16", 64, 64, True, 80), ("fp32", 256, 16, False, 90)):
+    types = dict.fromkeys(("query", "key"), "*" + number) | dict.fromkeys(("mask", "votes", "segments"), "*i64")
+    types |= dict.fromkeys(("lse", "bias", "received"), "*fp32") | {"scaling": "fp32"}
+    fixed = dict(GROUP=2, CAUSAL=everything, WIDTH=width - 3, BLOCK=block, BLOCK_WIDTH=width, PRECISION="ieee")
+    fixed |= {} if everything else dict.fromkeys(("bias", "mask", "votes", "segments"))
+    for kernel in (kernels._column_sums_kernel, kernels._log_sum_exp_kernel):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in fixed.items() if name in names})
+        binary = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_stages": 2})
+        made.append([len(binary.asm["cubin"]), binary.metadata.shared])
+print(json.dumps(made))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = json.loads(done.stdout)
+    assert len(made) == 4
+    for size, shared in made:
+        assert size > 0 and shared <= 48 * 1024  # what every GPU grants without being asked
+
+
+# --- the models
+
+
+def model_with(path, **changes):
+    model = build(PruningConfig(), **changes)
+    model.encoder.scoring_path = path
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("path", ["sdpa", "flex"])
+@pytest.mark.parametrize("layout", [{"extra": 3}, {"side": "left"}])
+def test_a_fused_path_keeps_the_same_tokens_and_gives_the_same_logits(path, layout):
+    inputs = batch(**layout)
+    inputs["input_ids"][2], inputs["attention_mask"][2] = 0, 0  # a row of nothing but padding
+    plain, fused = model_with("plain"), model_with(path)
+    with torch.no_grad():
+        expected, found = plain.encoder(**inputs), fused.encoder(**inputs)
+        torch.testing.assert_close(found.centrality, expected.centrality, **CLOSE)
+        torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, **CLOSE)
+        assert torch.equal(found.positions, expected.positions) and torch.equal(found.attention_mask, expected.attention_mask)
+        expected, found = plain(**inputs, labels=LABELS), fused(**inputs, labels=LABELS)
+    torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+    for one, other in zip(recommend(fused, HISTORIES, k=5), recommend(plain, HISTORIES, k=5), strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), **CLOSE)
+
+
+def test_the_fused_path_trains_alike():
+    inputs = batch() | {"labels": LABELS}
+    plain, fused = gradients(model_with("plain"), inputs), gradients(model_with("sdpa"), inputs)
+    assert plain.keys() == fused.keys()
+    for name in plain:
+        torch.testing.assert_close(fused[name], plain[name], **CLOSE)
+
+
+def fused(path="sdpa", dropout=0.0, seed=0):
+    query, key, value = tensors(2, 2, 12, 8, count=3)
+    module, mask = build().encoder.block[0].layer[0].SelfAttention, torch.ones(2, 12, dtype=torch.long)
+    torch.manual_seed(seed)
+    return scoring.fused_attention(path, module, query.cpu(), key.cpu(), value.cpu(), None, dropout=dropout, scaling=None,
+                                   position_bias=torch.zeros(1, 2, 12, 12), token_mask=mask)
+
+
+def test_scores_are_those_of_the_clean_weights():
+    (clean, expected), (dropped, found) = fused(), fused(dropout=0.5)
+    assert (clean - dropped).abs().max() > 0.1
+    assert torch.equal(found, expected)
+
+
+def test_a_path_that_cannot_do_what_is_asked_is_refused():
+    with pytest.raises(ValueError, match='path="flex" cannot drop attention weights, and dropout=0.5'):
+        fused("flex", dropout=0.5)
+    with pytest.raises(ValueError, match="path='flash' is unknown; use one of auto, plain, flex, sdpa"):
+        fused("flash")
+
+
+def test_a_compiled_encoder_has_the_kernel_in_its_graph():
+    model, inputs = model_with("sdpa"), batch()
+    with torch.no_grad():
+        expected = model.encoder(**inputs)
+        found = torch.compile(model.encoder, backend="eager", fullgraph=True)(**inputs)
+    torch.testing.assert_close(found.centrality, expected.centrality, **CLOSE)
+    torch.compiler.reset()
+
+
+def test_which_path_is_taken_and_told(monkeypatch):
+    model = model_with("auto")
+    assert scoring.attention_path(model) == "layer 2, which scores: plain attention; the others: sdpa"
+    assert scoring.attention_path(build()) == "all layers: sdpa; none scores"
+    model.encoder.scoring_path = "sdpa"
+    by = "PyTorch" if CUDA else "Triton"  # of the CPU, where Triton is interpreted or not at all
+    assert scoring.attention_path(model) == f"layer 2, which scores: SDPA + column sums in {by}; the others: sdpa"
+    model.set_attn_implementation("eager")  # whoever wants to see the weights sees all of them
+    assert scoring.attention_path(model) == "layer 2, which scores: plain attention; the others: eager"
+    assert model.encoder(**batch(), output_attentions=True).attentions[1].shape == (4, 2, 32, 32)
+
+    working = {"flex", "sdpa"}
+    monkeypatch.setattr(scoring, "_works", lambda path, *_: path in working)
+
+    def choice(dropout, width=64):
+        return scoring.choose_path(torch.device("cuda"), torch.bfloat16, 6, width, dropout)
+
+    assert (choice(0), choice(0.1), choice(0, width=8)) == ("flex", "sdpa", "sdpa")
+    working.remove("flex")
+    assert (choice(0), choice(0.1)) == ("sdpa", "sdpa")
+    working.clear()
+    assert (choice(0), choice(0.1)) == ("plain", "plain")
+    assert scoring.choose_path(torch.device("cpu"), torch.float32, 6, 64, 0) == "plain"
+
+
+@pytest.fixture
+def check():
+    scoring._works.cache_clear()
+    yield lambda path, dtype=torch.float32: scoring._works(path, torch.device(DEVICE), dtype, 2, 16)
+    scoring._works.cache_clear()
+
+
+def test_a_path_is_used_only_after_its_check(check, monkeypatch, recwarn):
+    state = torch.get_rng_state()
+    assert check("sdpa") and check("sdpa", torch.bfloat16) and not recwarn.list
+    with torch.inference_mode():
+        assert check("sdpa", torch.float16)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    scoring._works.cache_clear()
+    right = kernels.column_sums
+    monkeypatch.setattr(kernels, "column_sums", lambda *args, **options: 1.2 * right(*args, **options))
+    with pytest.warns(UserWarning, match='path "sdpa" does not work .* its results are off by 20'):
+        assert not check("sdpa")
+    assert not check("sdpa")
+    assert len(recwarn.list) == 0, "one warning, once"
+
+
+def test_without_triton_there_is_a_warning_and_no_fused_path(check, monkeypatch):
+    monkeypatch.setattr(kernels, "triton", None)
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert not check("sdpa")
+
+
+@pytest.mark.skipif(CUDA, reason="on a GPU FlexAttention has a backward pass")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_without_a_backward_pass_is_not_used(check):
+    with pytest.warns(UserWarning, match='path "flex" does not work on cpu .*backward'):
+        assert not check("flex")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device: fused attention and its kernels have not run compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_on_a_gpu_both_fused_paths_work(dtype, dropout, recwarn):
+    sizes = {"d_kv": 64, "num_heads": 6, "d_model": 128}
+    model, inputs = build(PruningConfig(), **sizes, dropout=dropout).cuda().train(), {k: v.cuda() for k, v in batch().items()}
+    plain = model_with("plain", **sizes, dropout=dropout).cuda()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        assert ("SDPA" if dropout else "FlexAttention") in scoring.attention_path(model)
+        model(**inputs, labels=LABELS.cuda()).loss.backward()
+        found, expected = model.eval().encoder(**inputs), plain.encoder(**inputs)
+    assert not [w for w in recwarn.list if "does not work" in str(w.message)]
+    assert all(torch.isfinite(p.grad).all() for p in model.encoder.parameters() if p.grad is not None)
+    near = NEAR if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(found.centrality, expected.centrality, **near)
