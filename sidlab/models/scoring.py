@@ -119,6 +119,9 @@ def attention_path(model) -> str:
     """In words, which attention the encoder of `model`, a `SidT5`, runs on its device, in its mode (`train` or `eval`) and under the
     current autocast."""
     encoder, others = model.encoder, model.encoder.config._attn_implementation
+    if others == "sidlab":  # as `fast.attention` decides
+        written = model.training and model.config.dropout_rate > 0 and model.device.type == "cpu"
+        others = "written out, dropout by bytes" if written else "sdpa"
     if encoder.pruning is None or encoder.pruning.reduce != "select":
         return f"all layers: {others}; none scores"
     path, device = encoder.scoring_path, model.device
