@@ -86,7 +86,8 @@ def _run_one(path, setting, output, environment, keep_widgets):
     executed, record = output / path.name, output / f"{path.stem}.record.json"
     for file in (executed, record):
         file.unlink(missing_ok=True)
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # Two notebooks share the cores; with more threads they would wait for one another.
+    variables = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
     variables |= {"SIDLAB_UNATTENDED": "1", "SIDLAB_RECORD": str(record), "PLOTLY_RENDERER": "plotly_mimetype", **environment}
     command = [sys.executable, "-m", "papermill", path, executed, "--kernel", "python3", "--cwd", HERE, "--no-progress-bar",
                "--parameters_yaml", json.dumps(setting["parameters"])]

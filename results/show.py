@@ -32,7 +32,7 @@ def _comparison(results):
     setting = (f"**{name}, preset `{results['preset']}`**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
                f"at most {updates:,} updates; {machine}, torch {results['versions']['torch']}:")
     head = ["| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([setting, f"`{results['command']}`", "", *head, *rows, ""])
+    return "\n".join([setting, f"`{results['command']}`", "", *head, *rows, "", *([results["note"], ""] if "note" in results else [])])
 
 
 def _count(n, noun):
