@@ -277,8 +277,13 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
             encoder_config._attn_implementation = decoder_config._attn_implementation = "eager" if reference else "sidlab"
         self.encoder, self.decoder = PrunedEncoder(encoder_config), T5Stack(decoder_config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        for block in [*self.encoder.block, *self.decoder.block]:
-            block.layer[-1].DenseReluDense = DeepFeedForward(config)
+        plain = config.ffn_hidden_layers == 1
+        with torch.random.fork_rng(devices=[], enabled=plain):
+            for block in [*self.encoder.block, *self.decoder.block]:
+                theirs, ours = block.layer[-1].DenseReluDense, DeepFeedForward(config)
+                if plain:  # the library's layer has drawn its weights already
+                    ours.wi, ours.wo, ours._is_hf_initialized = theirs.wi, theirs.wo, True
+                block.layer[-1].DenseReluDense = ours
         if not reference:
             fast.replace_dropout(self)
         self.map_config = MapConfig(**config.map) if config.map is not None else None
