@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig, train
+from sidlab.training import TrainConfig, quiet, train
 
 FOLDER = pathlib.Path(__file__).parent / "demo_model"
 SCORERS = ("rastp", "norm", "centrality", "random", "recent")
@@ -37,11 +36,8 @@ class Demo(NamedTuple):
 
 def load() -> Demo:
     """The demo, from the package's own files: no network, no training."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # over 64 small arrays
-    model = SidT5.from_pretrained(FOLDER).eval()
-    if shown:
-        logging.enable_progress_bar()
+    with quiet():  # no bar over 64 small arrays
+        model = SidT5.from_pretrained(FOLDER).eval()
     model.set_pruning(None)
     return Demo(load_catalogue("planted"), ResidualKMeans.load(FOLDER), model.table, model)
 

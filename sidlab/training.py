@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
@@ -191,6 +192,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     updates = min(updates, config.max_updates or updates)
     model = build_model(config, table)
     with contextlib.ExitStack() as stack:
+        if not progress:
+            stack.enter_context(quiet())
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         checkpoint = _resume_point(pathlib.Path(folder), config, catalogue, table) if output_dir else None
         set_seed(config.seed)
@@ -220,6 +223,20 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         timing=trainer.meter.timing(trainer.state.global_step), peak_memory=trainer.meter.peak, tokens=trainer.meter.tokens(),
         log=[{k.removeprefix("eval_"): v for k, v in e.items()} for e in trainer.state.log_history if "train_runtime" not in e],
     )
+
+
+@contextlib.contextmanager
+def quiet():
+    """Neither progress bars (the library shows one for every checkpoint) nor notes of the library, only errors."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def evaluate(model, histories, targets, *, k: int = 10, beam: int | None = None, exclude_seen: bool = False, truth=None) -> np.ndarray:

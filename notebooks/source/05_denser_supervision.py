@@ -36,7 +36,6 @@ import pandas as pd
 import plotly.express as px
 import torch
 import torch.nn.functional as F
-import transformers
 
 import sidlab
 from sidlab import demo, teach
@@ -46,7 +45,6 @@ from sidlab.viz import MapExplorer, use_theme
 from sidlab.windows import Collator, Windows, leave_one_out
 
 use_theme("light")
-transformers.logging.disable_progress_bar()
 catalogue, encoder, table, _ = demo.load()
 split = leave_one_out(catalogue.histories)
 windows = Windows(split.train, max_items=30)

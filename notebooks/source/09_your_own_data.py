@@ -29,12 +29,9 @@ import warnings
 
 import numpy as np
 import torch
-import transformers
 
 import sidlab
 from sidlab import teach
-
-transformers.logging.disable_progress_bar()  # of every checkpoint that is written
 
 # %% [markdown]
 # ## Two files

@@ -28,12 +28,10 @@ seed = 0
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 
 import sidlab
 from sidlab import PruningConfig, teach
 
-transformers.logging.disable_progress_bar()  # of every checkpoint that is written
 
 def fair(scorer):
     """[1, 1, 1] if it is a scorer: shape [B, N], no NaN, padding changes nothing. The truth is not there, so whoever needs it fails."""

@@ -4,7 +4,6 @@ The thread draws too: ipykernel takes widget messages from any thread, and plotl
 draws from PyTorch's global random state, so code that does the same meanwhile changes the numbers of the run.
 """
 
-import contextlib
 import dataclasses
 import html
 import os
@@ -13,9 +12,8 @@ import time
 
 import ipywidgets as widgets
 from transformers import TrainerCallback
-from transformers.utils import logging
 
-from sidlab.training import TrainConfig, TrainResult, train
+from sidlab.training import TrainConfig, TrainResult, quiet, train
 from sidlab.viz.explorer import Explorer, write_frames
 from sidlab.viz.figures import learning_curves
 from sidlab.viz.pruning import table as html_table
@@ -116,7 +114,7 @@ class TrainingMonitor(Explorer):
     def _train(self, run):
         run.state, run.begin = "training", clock()
         try:
-            with _quiet():
+            with quiet():
                 run.result = train(run.config, self.catalogue, self.table, progress=False, callbacks=[_Watch(self, run)])
             run.state = "stopped" if self._stopping.is_set() and run.step < run.updates else "done"
         except _Stopped:
@@ -227,20 +225,6 @@ class _Watch(TrainerCallback):
 
 class _Stopped(Exception):
     """Stopped before the first evaluation."""
-
-
-@contextlib.contextmanager
-def _quiet():
-    """No progress bars and no notes of the library: the monitor says how far it is."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def looks(names) -> list:
