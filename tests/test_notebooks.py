@@ -122,6 +122,13 @@ def test_links_of_notebook_lead_to_files(path):
     assert not missing, f"{path.name} links to {missing}"
 
 
+@pytest.mark.parametrize("path", [NOTEBOOKS / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_links_of_a_page_lead_to_files(path):
+    page = new_notebook(cells=[new_markdown_cell(path.read_text(encoding="utf-8"))])
+    missing = [target for target in links(page) if not (path.parent / target.partition("#")[0]).is_file()]
+    assert not missing, f"{path.name} links to {missing}; the site needs files, not folders"
+
+
 @each_source
 def test_source_has_the_parts_of_a_lesson(path):
     lesson = build.read(path)
