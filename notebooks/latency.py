@@ -21,7 +21,7 @@ ROW = "{:20} {:>10} {:>11} {:>10} {:>9} {:>8} {:>8}"
 
 
 class Comm:
-    """Stands in for the connection to a browser; `sent` holds the bytes of each message."""
+    """Stands in for the connection to a browser; `sent` gets the bytes of each message. NaN is no JSON and would be refused."""
 
     comm_id = kernel = "none"
 
@@ -29,12 +29,18 @@ class Comm:
         self.sent = sent
 
     def send(self, data=None, metadata=None, buffers=None):
-        self.sent.append(len(json.dumps(data)) + sum(memoryview(buffer).nbytes for buffer in buffers or []))
+        self.sent.append(len(json.dumps(data, allow_nan=False)) + sum(memoryview(buffer).nbytes for buffer in buffers or ()))
 
     def on_msg(self, *args):
         """Nothing ever arrives."""
 
     on_close = close = on_msg
+
+
+def connect(explorer, sent):
+    """Let an explorer talk to a `Comm`."""
+    for widget in (explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
+        widget.comm = Comm(sent)
 
 
 def measure(name, moves):
@@ -47,8 +53,7 @@ def measure(name, moves):
     explorer = getattr(viz, name)(*recorded)
     explorer.figure.to_json()
     first, sent = time.time() - psutil.Process().create_time(), []
-    for widget in (explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
-        widget.comm = Comm(sent)
+    connect(explorer, sent)
     slider, rng = explorer.controls[explorer.exported], np.random.default_rng(0)
     if hasattr(slider, "_options_full"):
         places = [value for _, value in slider._options_full]

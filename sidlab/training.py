@@ -102,8 +102,8 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "TrainConfig":
-        """"smoke" (seconds, only shows that everything runs), "quick" (minutes on two cores), "long" (for real data, about an hour a
-        run) or "paper" (RASTP's configuration as far as it is published; see papers.py), with any field overridden."""
+        """"smoke" (seconds, only shows that everything runs), "quick" (minutes on two cores), "long" (for real data, half an hour a
+        run on one core) or "paper" (RASTP's configuration as far as it is published; see papers.py), with any field overridden."""
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is unknown; use one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | overrides)
@@ -127,7 +127,7 @@ SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, nu
 PRESETS = {
     "smoke": SMALL | dict(d_model=32, d_ff=64, batch_tokens=1024, accumulation=1, max_updates=20, eval_every=10, eval_users=50),
     "quick": SMALL | dict(epochs=2.5, max_updates=1600, eval_every=100, eval_users=500, patience=20),
-    # For real data: wider, since there are many more codes to tell apart, and long enough to beat what `quick` reaches.
+    # For real data: wider, since there are many more codes to tell apart (results/levers.json).
     "long": SMALL | dict(d_model=128, d_kv=32, d_ff=256, num_decoder_layers=1, separators=False, batch_tokens=4096, accumulation=1,
                          epochs=6, eval_every=1000, eval_users=2000, patience=20),
     "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),

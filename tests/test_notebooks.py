@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import json
 import re
-import sys
 
 import ipywidgets
 import nbformat
@@ -16,8 +15,6 @@ from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 NOTEBOOKS = ROOT / "notebooks"
-sys.path.append(str(NOTEBOOKS))  # last: the tools import one another, and nothing else may find them first
-
 import build
 import run
 

@@ -424,3 +424,8 @@ def test_bad_input_is_named(make, message):
 
 def planted_without_truth():
     return dataclasses.replace(WORLD, truth=None, embeddings=WORLD.embeddings)
+
+
+def test_without_progress_nothing_is_printed(capfd):
+    run()
+    assert capfd.readouterr() == ("", "")

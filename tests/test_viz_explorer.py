@@ -2,8 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import ipywidgets as widgets
+import latency
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -150,3 +153,10 @@ def test_theme():
     assert Squares(theme="dark").figure.layout.template.layout.paper_bgcolor == "#14171A"
     with pytest.raises(ValueError, match="theme='pink' is unknown"):
         Squares(theme="pink")
+
+
+def test_latency_is_measured_in_a_process_of_its_own():
+    command = [sys.executable, latency.__file__, "--only", "MapExplorer", "--moves", "2"]
+    head, row = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    name, *numbers = row.split()
+    assert name == "MapExplorer" and len(numbers) == 6 and all(float(number) > 0 for number in numbers) and "p95 (ms)" in head

@@ -13,7 +13,7 @@ import time
 import ipywidgets as widgets
 from transformers import TrainerCallback
 
-from sidlab.training import TrainConfig, TrainResult, quiet, train
+from sidlab.training import TrainConfig, TrainResult, train
 from sidlab.viz.explorer import Explorer, write_frames
 from sidlab.viz.figures import learning_curves
 from sidlab.viz.pruning import table as html_table
@@ -114,8 +114,7 @@ class TrainingMonitor(Explorer):
     def _train(self, run):
         run.state, run.begin = "training", clock()
         try:
-            with quiet():
-                run.result = train(run.config, self.catalogue, self.table, progress=False, callbacks=[_Watch(self, run)])
+            run.result = train(run.config, self.catalogue, self.table, progress=False, callbacks=[_Watch(self, run)])
             run.state = "stopped" if self._stopping.is_set() and run.step < run.updates else "done"
         except _Stopped:
             run.state = "stopped"

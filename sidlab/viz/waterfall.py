@@ -11,6 +11,7 @@ import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from sidlab.viz.page import STYLE
+from sidlab.viz.pruning import table
 from sidlab.viz.theme import BLUE, FONT, GREY, ORANGE, TEMPLATES
 
 TRAINING = "Beauty lengths"
@@ -60,8 +61,8 @@ def write_page(results: dict, path) -> None:
 <p>{html.escape(setting)}. Ratios are of medians of runs that take turns in one process; intervals are 95 % of a bootstrap over rounds. Each
 step of the waterfall changes one thing. FLOPs come from the cost model, not from the clock.</p>
 <figure class="chart">{chart}</figure>
-<h2>Targets</h2>{_table(("figure", "target", "value", "95 % interval", "verdict"), targets)}
-<h2>Training</h2>{_table(HEAD, rows)}</html>"""
+<h2>Targets</h2><div class="scroll">{table(("figure", "target", "value", "95 % interval", "verdict"), targets)}</div>
+<h2>Training</h2><div class="scroll">{table(HEAD, rows)}</div></html>"""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -104,10 +105,3 @@ def _text(x, y, words, size, weight="normal", anchor="start", color="#222222"):
 
 def _number(value):
     return "" if value is None else f"{value:.3g}"
-
-
-def _table(head, rows):
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<{'td' if n else 'th'}>{html.escape(cell)}</{'td' if n else 'th'}>" for n, cell in enumerate(row))
-                   + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
