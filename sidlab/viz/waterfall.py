@@ -10,8 +10,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from sidlab.viz.page import STYLE
-from sidlab.viz.pruning import table
+from sidlab.viz.page import STYLE, _table
 from sidlab.viz.theme import BLUE, FONT, GREY, ORANGE, TEMPLATES
 
 TRAINING = "Beauty lengths"
@@ -54,15 +53,17 @@ def write_page(results: dict, path) -> None:
     rows = [(row["workload"], row["variant"], _number(row["seconds_per_1k_windows"]), _number(row["gflops_per_1k_windows"]),
              _number(row["achieved_gflops_per_second"]), _number(row["activation_mb_predicted"]), _number(row["peak_mb"]),
              row["attention"]) for row in measured]
+    tables = (_table("What was to be reached.", ("figure", "target", "value", "95 % interval", "verdict"), _cells(targets)),
+              _table("Every row that was measured.", HEAD, _cells(rows)))
     chart = pio.to_html(figure(results), include_plotlyjs=False, full_html=False)
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>What training costs</title><style>{STYLE}</style><script>{get_plotlyjs()}</script>
+<title>What training costs</title><style>{STYLE} td:last-child, th:last-child {{ text-align: left; white-space: normal; min-width: 14rem }}</style><script>{get_plotlyjs()}</script>
 <h1>What training costs, from the published configuration to ours</h1>
 <p>{html.escape(setting)}. Ratios are of medians of runs that take turns in one process; intervals are 95 % of a bootstrap over rounds. Each
 step of the waterfall changes one thing. FLOPs come from the cost model, not from the clock.</p>
 <figure class="chart">{chart}</figure>
-<h2>Targets</h2><div class="scroll">{table(("figure", "target", "value", "95 % interval", "verdict"), targets)}</div>
-<h2>Training</h2><div class="scroll">{table(HEAD, rows)}</div></html>"""
+<h2>Targets</h2>{tables[0]}
+<h2>Training</h2>{tables[1]}</html>"""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -105,3 +106,7 @@ def _text(x, y, words, size, weight="normal", anchor="start", color="#222222"):
 
 def _number(value):
     return "" if value is None else f"{value:.3g}"
+
+
+def _cells(rows):
+    return [[html.escape(cell) for cell in row] for row in rows]
