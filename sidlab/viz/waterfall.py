@@ -57,7 +57,9 @@ def write_page(results: dict, path) -> None:
               _table("Every row that was measured.", HEAD, _cells(rows)))
     chart = pio.to_html(figure(results), include_plotlyjs=False, full_html=False)
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>What training costs</title><style>{STYLE} td:last-child, th:last-child {{ text-align: left; white-space: normal; min-width: 14rem }}</style><script>{get_plotlyjs()}</script>
+<title>What training costs</title>
+<style>{STYLE} td:last-child, th:last-child {{ text-align: left; white-space: normal; min-width: 14rem }}</style>
+<script>{get_plotlyjs()}</script>
 <h1>What training costs, from the published configuration to ours</h1>
 <p>{html.escape(setting)}. Ratios are of medians of runs that take turns in one process; intervals are 95 % of a bootstrap over rounds. Each
 step of the waterfall changes one thing. FLOPs come from the cost model, not from the clock.</p>
