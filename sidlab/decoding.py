@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
 
 from sidlab.sids.table import BOS, PAD
 from sidlab.windows import history_tokens, pad_histories, truth_tokens
@@ -20,7 +19,7 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
               batch_size: int = 256, truth=None) -> tuple[Tensor, Tensor]:
     """The k best next items of each history.
 
-    Args: `model`: a `SidT5` with its table; `histories`: sequence of arrays of item ids, oldest first (the last `max_items`
+    Args: `model`: a `SidT5` or `SidQwen` with its table; `histories`: sequence of arrays of item ids, oldest first (the last `max_items`
     count); `exclude_seen`: never recommend an item of the history; `beam`: width of the search (default: max(k, 10), or more
     by the number of seen items if these are excluded); `truth`: the `PlantedTruth`, for models pruned by the oracle.
     Returns items int64 [B, k] and scores float32 [B, k], best first. Items that share a SID follow one another by id with equal
@@ -51,7 +50,7 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
 
 
 def encode_histories(model, histories, truth=None):
-    """Run the encoder over histories (arrays of item ids): returns its output, a `PrunedEncoderOutput`."""
+    """Run the model over histories (arrays of item ids): what `model.encode` returns."""
     config, table = model.config, _table(model)
     # The published code prunes a share of the padded length, so the padding has to be the published one.
     fixed = config.pruning is not None and config.pruning["mode"] == "reference"
@@ -63,7 +62,7 @@ def encode_histories(model, histories, truth=None):
         nats = truth.information(recent)
         extra["truth"] = truth_tokens(nats, table.levels, config.separators, tokens.shape).to(model.device)
     tokens = tokens.to(model.device)
-    return model.encoder(input_ids=tokens, attention_mask=(tokens != PAD).long(), **extra)
+    return model.encode(tokens, (tokens != PAD).long(), **extra)
 
 
 @torch.no_grad()
@@ -72,33 +71,18 @@ def beam_search(model, encoded, beam: int) -> tuple[Tensor, Tensor]:
     `encode_histories` returns."""
     table = _table(model)
     trie = table.trie.to(model.device)
-    memory, memory_mask = encoded.last_hidden_state, encoded.attention_mask  # [B, K, d], [B, K]
-    batch = len(memory)
+    search, batch = model.search(encoded), len(encoded.attention_mask)
     nodes = torch.zeros(batch, 1, dtype=torch.long, device=model.device)  # every search starts at the root
     scores = torch.zeros(batch, 1, device=model.device)
-    tokens = torch.full((batch, 1), BOS, device=model.device)
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    # Beams of one history attend to the same keys and values, which our own attention takes as they are; others need a copy for each.
-    shared = model.decoder.config._attn_implementation == "sidlab"
-    if shared:
-        memory_mask = memory_mask[:, None, None].bool()  # [B, 1, 1, K], which the decoder hands on
+    tokens, parents = torch.full((batch, 1), BOS, device=model.device), None
     for depth, offset in enumerate(table.offsets):
-        hidden = model.decoder(input_ids=tokens.reshape(-1, 1), encoder_hidden_states=memory, encoder_attention_mask=memory_mask,
-                               past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # [B·b, d]
-        logits = F.linear(hidden, model.lm_head.weight[offset : offset + table.widths[depth]])
-        log_p = logits.float().log_softmax(-1).view(*nodes.shape, -1)  # [B, b, W]
+        log_p = model.level_logits(search.step(tokens, parents), depth).float().log_softmax(-1)  # [B, b, W]
         codes, children, valid = trie.children(depth, nodes)  # [B, b, C] each
         grown = (scores.unsqueeze(-1) + log_p.gather(-1, codes)).masked_fill(~valid, -torch.inf).flatten(1)  # [B, b·C]
-        before, width = nodes.shape[1], min(beam, grown.shape[1])
-        scores, choice = grown.topk(width, dim=1)  # [B, width]
-        parent = choice // codes.shape[-1]
+        scores, choice = grown.topk(min(beam, grown.shape[1]), dim=1)  # [B, b']
+        parents = choice // codes.shape[-1]
         nodes = children.flatten(1).gather(1, choice)
         tokens = codes.flatten(1).gather(1, choice) + offset
-        rows = (torch.arange(batch, device=model.device)[:, None] * before + parent).flatten()
-        cache.self_attention_cache.batch_select_indices(rows)
-        if width != before and not shared:  # the same for all beams of a history, so this changes only with their number
-            cache.cross_attention_cache.batch_select_indices(rows)
-            memory, memory_mask = memory[rows], memory_mask[rows]
     return nodes, scores
 
 
@@ -111,15 +95,14 @@ def score_items(model, histories, *, chunk: int = 512, truth=None) -> Tensor:
     table = _table(model)
     model.eval()
     encoded = encode_histories(model, [np.asarray(h, np.int64) for h in histories], truth)
-    sids = table.item_tokens[1:].to(model.device)  # [n, L]
     out = []
-    for part in sids.split(chunk):
-        labels = part.repeat(len(histories), 1)  # [B·c, L]
-        again = {"last_hidden_state": encoded.last_hidden_state.repeat_interleave(len(part), 0),
-                 "attention_mask": encoded.attention_mask.repeat_interleave(len(part), 0)}
-        logits = model(encoder_outputs=type(encoded)(**again), labels=labels).logits
-        log_p = logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)  # [B·c, L]
-        out.append(log_p.sum(-1).view(len(histories), -1))
+    for labels in table.item_tokens[1:].to(model.device).split(chunk):  # [c, L]
+        hidden = model.teacher_forced(encoded, model.shifted(labels))  # [B, c, L, d]
+        score = torch.zeros(hidden.shape[:2], device=model.device)  # [B, c]
+        for level, first in enumerate(table.offsets):
+            log_p = model.level_logits(hidden[:, :, level], level).float().log_softmax(-1)  # [B, c, W]
+            score += log_p.gather(-1, (labels[:, level] - first).expand(len(hidden), -1).unsqueeze(-1)).squeeze(-1)
+        out.append(score)
     return torch.cat(out, dim=1).cpu()
 
 

@@ -1,9 +1,10 @@
-"""The attention of the layer that scores, fused: its output as ever, and the centrality of its tokens without the attention matrix.
+"""The attention of the layer that scores: its output as ever, and the centrality of the history's tokens.
 
-Centrality needs every attention weight, and fused attention has none. So the scores are computed once more, in blocks, and only their
-column sums are kept (`kernels.column_sums`), outside of what the backward pass remembers. `choose_path` says how:
+Centrality needs every attention weight, and fused attention has none. So on a GPU the scores are computed once more, in blocks, and
+only their column sums are kept (`kernels.column_sums`), outside of what the backward pass remembers. `scored_attention` is registered
+with Hugging Face, so that one layer can have it and the others keep the library's choice. `choose_path` says how:
 
-* "plain": the attention matrix itself (`t5.scored_attention`). On a CPU it exists anyway; `mode="reference"` and whoever asks for
+* "plain": the attention matrix itself. On a CPU it exists anyway; `mode="reference"` and whoever asks for
   the weights need it.
 * "flex": FlexAttention, with T5's position bias as `score_mod`; it returns the log-sum-exp that the column sums need.
 * "sdpa": PyTorch's `scaled_dot_product_attention`, as in all other layers. Without log-sum-exp, so one more product; but it can drop
@@ -19,38 +20,82 @@ import types
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from sidlab import kernels
+from sidlab.models import fast
+from sidlab.saliency import attention_centrality
 
 PATHS = ("auto", "plain", "flex", "sdpa")
+SCORED = "sidlab_scored"  # the name of `scored_attention` in the library
+
+
+def scored_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, record=None,
+                     token_mask=None, history=slice(None), reference=False, path="plain", **kwargs):
+    """Attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`: what the tokens in the slice
+    `history` receive from one another. With `reference` that of the weights after dropout, to which padded queries contribute. Where
+    `record` asks for it, the weights themselves as well. `path`: how it is computed; what `reference` and `record` ask for needs the
+    plain one. Without `record` nothing is scored."""
+    causal = module.is_causal and query.shape[2] > 1
+    if record is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                      position_bias=position_bias, **kwargs)
+    if path == "auto":
+        path = choose_path(query.device, query.dtype, query.shape[1], query.shape[3], dropout, causal)
+    if path != "plain":
+        output, record["centrality"] = fused_attention(
+            path, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias,
+            token_mask=token_mask, causal=causal, history=history)
+        return output, None
+    if key.shape[1] != query.shape[1]:  # grouped heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    clean = fast.masked_softmax(query, key, attention_mask, scaling, position_bias, causal)
+    # The published code keeps PyTorch's own dropout.
+    weights = F.dropout(clean, dropout, module.training) if reference else fast.dropout(clean.to(value.dtype), dropout, module.training)
+    votes = (weights if reference else clean).detach()[:, :, history, history]
+    record["centrality"] = attention_centrality(votes, token_mask[:, history], reference)  # [B, N]
+    if record.get("keep_attention"):
+        record["attention"] = clean.detach()
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(SCORED, scored_attention)
+AttentionMaskInterface.register(SCORED, sdpa_mask)
 
 
 @torch.compiler.assume_constant_result
-def choose_path(device: torch.device, dtype: torch.dtype, heads: int, width: int, dropout: float) -> str:
+def choose_path(device: torch.device, dtype: torch.dtype, heads: int, width: int, dropout: float, causal: bool = False) -> str:
     """"flex", "sdpa" or "plain": how to compute attention on `device` for queries of `dtype`, with `heads` heads of `width` numbers and
-    this rate of dropout on attention weights (0 outside training)."""
+    this rate of dropout on attention weights (0 outside training). `causal`: queries see no later keys; without a position bias SDPA
+    has its fastest kernels there."""
     if device.type != "cuda":
         return "plain"
-    fused = ("flex", "sdpa") if dropout == 0 and width >= 16 else ("sdpa",)  # FlexAttention takes heads from a width of 16
+    # FlexAttention takes heads from a width of 16.
+    fused = ("flex", "sdpa") if dropout == 0 and width >= 16 and not causal else ("sdpa",)
     return next((path for path in fused if _works(path, device, dtype, heads, width)), "plain")
 
 
 def fused_attention(path: str, module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, dropout: float,
-                    scaling: float | None, position_bias: Tensor | None, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+                    scaling: float | None, position_bias: Tensor | None, token_mask: Tensor, causal: bool = False,
+                    history: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """Attention by `path`, "flex" or "sdpa", and the centrality of its clean weights.
 
-    Args: `module`, the library's attention module; `query`, `key`, `value` float [B, H, N, dk]; `attention_mask` bool [B, 1, N, N] or None,
-    the library's form of `token_mask` [B, N], 1 real, 0 padding; `scaling`, None for 1; `position_bias` float [1 or B, H, N, N] or None.
-    Returns the output [B, N, H, dk] and float32 [B, N], 0 at padding, through which no gradient flows.
+    Args: `module`, the library's attention module; `query` float [B, H, N, dk], `key` and `value` [B, Hkv, N, dk]; `attention_mask` bool
+    [B, 1, N, N] or None, the library's form of `token_mask` [B, N], 1 real, 0 padding, and of `causal`; `scaling`, None for 1;
+    `position_bias` float [1 or B, H, N, N] or None; `history`: the tokens that vote and are voted for. Without `causal` all of them.
+    Returns the output [B, N, H, dk] and float32 [B, history], 0 at padding, through which no gradient flows.
     Raises ValueError for a path that is unknown or cannot do what is asked.
     """
     scaling = 1.0 if scaling is None else scaling
     if path == "flex":
-        if dropout > 0:
-            raise ValueError(f'path="flex" cannot drop attention weights, and dropout={dropout}; use "sdpa" or "auto"')
+        if dropout > 0 or causal:
+            what = "is not written for causal attention" if causal else f"cannot drop attention weights, and dropout={dropout}"
+            raise ValueError(f'path="flex" {what}; use "sdpa" or "auto"')
         output, lse = _flex(query, key, value, scaling, position_bias, token_mask)
     elif path == "sdpa":
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
@@ -58,7 +103,9 @@ def fused_attention(path: str, module, query: Tensor, key: Tensor, value: Tensor
         lse = None
     else:
         raise ValueError(f"path={path!r} is unknown; use one of {', '.join(PATHS)}")
-    return output, kernels.column_sums(query, key, lse, scaling=scaling, bias=position_bias, mask=token_mask)
+    if causal:  # what comes behind the history sees it, and does not vote
+        query, key, token_mask = query[:, :, history], key[:, :, history], token_mask[:, history]
+    return output, kernels.column_sums(query, key, lse, scaling=scaling, bias=position_bias, mask=token_mask, causal=causal)
 
 
 @functools.cache

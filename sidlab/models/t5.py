@@ -17,23 +17,28 @@ queries vote, scores with the attention after dropout, lets separators compete, 
 
 import copy
 import dataclasses
-import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask, sdpa_mask
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5PreTrainedModel, T5Stack
 from transformers.utils.output_capturing import capture_outputs
 
-from sidlab.map_loss import MapConfig, MapHead, map_loss
+from sidlab.map_loss import MapConfig, MapHead
 from sidlab.models import fast
-from sidlab.models.scoring import choose_path, fused_attention
-from sidlab.pruning import PruningConfig, TokenPruner, pool_tokens, reference_choice
-from sidlab.saliency import Signals, attention_centrality, scramble, semantic_saliency, token_importance
+from sidlab.models.sid import (
+    PrunedHistory,
+    PrunedStack,
+    SidLosses,
+    SidModel,
+    check_after_layer,
+    pruning_of,
+    token_levels,
+)
+from sidlab.pruning import PruningConfig, pool_tokens
 from sidlab.sids.table import BOS, PAD, SidTable
 
 
@@ -62,101 +67,35 @@ class SidT5Config(T5Config):
         self.decoder_start_token_id = BOS
         self.scale_decoder_outputs = False  # T5's answer to embeddings of size 1; ours start small
         if self.pruning is not None:
-            after = PruningConfig(**self.pruning | {"scorer": "rastp"}).after_layer
-            if after > self.num_layers:
-                raise ValueError(f"after_layer={after} lies beyond the last encoder layer; use 1..{self.num_layers}")
+            PruningConfig(**self.pruning | {"scorer": "rastp"})
+            check_after_layer(self.pruning, self.num_layers)
         if self.map is not None:
             MapConfig(**self.map)
 
 
 @dataclasses.dataclass
-class PrunedEncoderOutput(BaseModelOutput):
-    """The encoder's output. With pruning `last_hidden_state` is [B, K, d], `attention_mask` and `positions` are int64 [B, K], and
-    `importance`, `centrality`, `saliency` float32 [B, N] are the scores and their two factors. Without it K = N and the last
-    four are None."""
-
-    attention_mask: Tensor | None = None
-    positions: Tensor | None = None
-    importance: Tensor | None = None
-    centrality: Tensor | None = None
-    saliency: Tensor | None = None
+class PrunedEncoderOutput(PrunedHistory, BaseModelOutput):
+    """The encoder's output. With pruning `last_hidden_state` is [B, K, d]."""
 
 
 @dataclasses.dataclass
-class SidOutput(Seq2SeqLMOutput):
-    """Hugging Face's output plus `main_loss` and `map_loss`, the two terms of `loss`, and `encoder_attention_mask` int64 [B, K],
-    the mask of `encoder_last_hidden_state` behind the pruner."""
-
-    main_loss: Tensor | None = None
-    map_loss: Tensor | None = None
-    encoder_attention_mask: Tensor | None = None
+class SidOutput(SidLosses, Seq2SeqLMOutput):
+    """Hugging Face's output and ours; `encoder_attention_mask` is the mask of `encoder_last_hidden_state`."""
 
 
-def scored_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, record=None,
-                     token_mask=None, reference=False, path="plain", **kwargs):
-    """Attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`; with `reference` that
-    of the weights after dropout, to which padded queries contribute. Where `record` asks for it, the weights themselves as well.
-    `path`: how it is computed, see `models.scoring`; what `reference` and `record` ask for needs the plain one."""
-    if path == "auto":
-        path = choose_path(query.device, query.dtype, query.shape[1], query.shape[3], dropout)
-    if path != "plain":
-        output, record["centrality"] = fused_attention(path, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                                                       position_bias=position_bias, token_mask=token_mask)
-        return output, None
-    clean = fast.masked_softmax(query, key, attention_mask, scaling, position_bias)
-    # The published code keeps PyTorch's own dropout.
-    weights = F.dropout(clean, dropout, module.training) if reference else fast.dropout(clean.to(value.dtype), dropout, module.training)
-    record["centrality"] = attention_centrality((weights if reference else clean).detach(), token_mask, reference)  # [B, N]
-    if record.get("keep_attention"):
-        record["attention"] = clean.detach()
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-AttentionInterface.register("sidlab_scored", scored_attention)
-AttentionMaskInterface.register("sidlab_scored", sdpa_mask)
-
-
-class _LibraryInit:
-    """Initialise as the library's own classes do.
-
-    For classes defined elsewhere it passes over modules that own no parameter directly, such as T5's attention, and leaves
-    their projections at standard deviation 1, some eight times too large; such a model hardly learns.
-    """
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        return False
-
-
-class PrunedEncoder(_LibraryInit, T5Stack):
+class PrunedEncoder(PrunedStack, T5Stack):
     """T5's encoder with a `TokenPruner` behind block `pruning.after_layer`; without `pruning` it is T5's encoder."""
-
-    scoring_path = "auto"  # how the block that scores computes attention: one of `scoring.PATHS`
 
     def __init__(self, config: SidT5Config):
         super().__init__(config)
-        # Level of every token of the vocabulary: BOS −1 (level 0 comes next), codes 0..L−1, PAD and SEP L.
-        n_levels = len(config.widths)
-        level = [n_levels, -1, n_levels] + [level for level, width in enumerate(config.widths) for _ in range(width)]
-        self.register_buffer("token_level", torch.tensor(level), persistent=True)
-        self.pruning = None
+        self.register_buffer("token_level", token_levels(config.widths), persistent=True)
         if config.pruning is not None:
-            scorer = config.pruning["scorer"]
-            own = _missing_scorer(scorer) if scorer.startswith("own:") else scorer
-            self.set_pruning(PruningConfig(**config.pruning | {"scorer": own}))
+            self.set_pruning(pruning_of(config))
 
     def set_pruning(self, pruning: PruningConfig | None):
         """Prune as `pruning` says from now on, or (None) not at all."""
-        if pruning is not None and pruning.after_layer > len(self.block):
-            raise ValueError(f"after_layer={pruning.after_layer} lies beyond the last encoder layer; use 1..{len(self.block)}")
-        self.pruning = pruning
-        self.pruner = TokenPruner(pruning.keep, pruning.unit) if pruning is not None else None
-        for number, block in enumerate(self.block, start=1):
-            attention = block.layer[0].SelfAttention
-            attention.config = self.config
-            if pruning is not None and pruning.reduce == "select" and number == pruning.after_layer:
-                attention.config = copy.copy(self.config)  # this block alone scores; the others keep the library's choice
-                attention.config._attn_implementation = "sidlab_scored"
+        check_after_layer(pruning, len(self.block))
+        self.prune_behind([block.layer[0].SelfAttention for block in self.block], pruning)
 
     @capture_outputs
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, truth=None, **kwargs):
@@ -199,27 +138,10 @@ class PrunedEncoder(_LibraryInit, T5Stack):
         if pruning.reduce == "pool":
             pruned = pool_tokens(hidden, tokens, pruning.keep)
         else:
-            pruned = self._select(hidden, centrality, input_ids, truth, out)
+            pruned = self.select(hidden, centrality, input_ids, truth, out)
         out.attention_mask, out.positions = pruned.mask, pruned.positions
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=pruned.hidden, attention_mask=pruned.mask)
         return pruned.hidden, self._bias_behind(bias, pruned), mask
-
-    def _select(self, hidden, centrality, input_ids, truth, out):
-        pruning, tokens = self.pruning, out.attention_mask
-        levels = item_index = None
-        if input_ids is not None:
-            levels = self.token_level[input_ids]  # [B, N]
-            item_index = ((levels == 0).cumsum(1) - 1).clamp_min(0)
-        positions = (tokens.cumsum(1) - 1).clamp_min(0)
-        # Random scorers draw from the global state in training, and otherwise by the history itself, so that recommendations repeat.
-        seed = None if self.training or input_ids is None else (scramble(input_ids + (positions << 32)) * tokens).sum(1)
-        signals = Signals(hidden.detach(), centrality, tokens, positions, levels, item_index, truth, seed)
-        out.importance = token_importance(signals, pruning.scorer)
-        out.centrality, out.saliency = centrality, semantic_saliency(signals.hidden) * tokens
-        if pruning.mode == "reference":
-            return reference_choice(hidden, tokens, out.importance, pruning.keep)
-        protect = levels == len(self.config.widths) if pruning.protect_separators and levels is not None else None
-        return self.pruner(hidden, tokens, out.importance, protect=protect, item_index=item_index)
 
     def _bias_behind(self, bias, pruned):
         """Relative position bias of the kept tokens, [B, H, K, K] or [1, H, K, K]."""
@@ -254,13 +176,14 @@ class DeepFeedForward(T5DenseActDense):
         return self.wo(hidden_states)
 
 
-class SidT5(_LibraryInit, T5ForConditionalGeneration):
+class SidT5(SidModel, T5ForConditionalGeneration):
     """Generates the SID of the next item from the SIDs of a history.
 
     Build it with `SidT5(config, table)`. `save_pretrained` writes the table beside the weights, `from_pretrained` reads it.
     """
 
     config_class = SidT5Config
+    stack = property(lambda self: self.encoder)
     # The parent's tying: the heads of the levels are slices of the embedding. These keys come back with `shared`.
     _keys_to_ignore_on_save = list(T5ForConditionalGeneration._tied_weights_keys)
 
@@ -286,32 +209,12 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
                 block.layer[-1].DenseReluDense = ours
         if not reference:
             fast.replace_dropout(self)
-        self.map_config = MapConfig(**config.map) if config.map is not None else None
-        self.map_head = MapHead(config.d_model, self.map_config.steps) if self.map_config is not None else None
-        self.table = None
+        self.add_map_head(config.d_model)
         if table is not None:
             self.set_table(table)
         self.post_init()
         self.generation_config.update(max_new_tokens=len(config.widths), max_length=None, eos_token_id=None, pad_token_id=PAD,
                                       decoder_start_token_id=BOS)
-
-    def set_table(self, table: SidTable):
-        """Attach the `SidTable` this model speaks; its widths must be the model's."""
-        if list(table.widths) != list(self.config.widths):
-            raise ValueError(f"the table has widths {tuple(table.widths)}, the model {tuple(self.config.widths)}")
-        self.table = table
-
-    def set_pruning(self, pruning: PruningConfig | None):
-        """Prune by another configuration, or (None) not at all. Pruning has no parameters, so any trained model can change it."""
-        self.encoder.set_pruning(pruning)
-        # What `save_pretrained` writes.
-        self.config.pruning = self.encoder.config.pruning = None if pruning is None else pruning.to_dict()
-
-    def set_scorer(self, scorer):
-        """Replace the saliency scorer: a name or a callable (see `saliency.token_importance`)."""
-        if self.encoder.pruning is None:
-            raise ValueError("this model does not prune: call set_pruning with a PruningConfig first")
-        self.set_pruning(dataclasses.replace(self.encoder.pruning, scorer=scorer))
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -325,11 +228,7 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
                         start[head + 1, head] += self.config.position_init
                     init.copy_(bias.weight, start)
         elif isinstance(module, MapHead):
-            # In a fork, so that adding the head leaves every other random number as it was.
-            with torch.random.fork_rng(devices=[]):
-                init.ones_(module.norm)
-                init.normal_(module.step, std=0.02)
-                init.normal_(module.projection, std=self.config.d_model**-0.5)
+            self.init_map_head(module)
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None,
                 encoder_outputs=None, past_key_values=None, inputs_embeds=None, labels=None, map_labels=None, truth=None,
@@ -351,7 +250,7 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
         seen = getattr(encoder_outputs, "attention_mask", None)
         seen = attention_mask if seen is None else seen
         if labels is not None and decoder_input_ids is None:
-            decoder_input_ids = self._shift_right(labels)
+            decoder_input_ids = self.shifted(labels)
         decoded = self.decoder(
             input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, past_key_values=past_key_values,
             encoder_hidden_states=encoder_outputs.last_hidden_state, encoder_attention_mask=seen,
@@ -365,65 +264,50 @@ class SidT5(_LibraryInit, T5ForConditionalGeneration):
             encoder_attentions=encoder_outputs.attentions, encoder_attention_mask=seen,
         )
         if labels is not None:
-            self._add_losses(out, hidden, labels, map_labels, num_items_in_batch)
+            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch)
         if labels is None or not self.training:
-            token_level = self.encoder.token_level
-            level = token_level[decoder_input_ids] + 1  # [B, L], what each position predicts
-            out.logits = self.lm_head(hidden).masked_fill(level.unsqueeze(-1) != token_level, -torch.inf)
+            out.logits = self.masked_logits(hidden, decoder_input_ids)
         return out
 
-    def _add_losses(self, out, hidden, labels, map_labels, num_items_in_batch):
-        share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
-        losses = self._token_losses(hidden, labels)  # [B, L]
-        out.main_loss = losses.sum() / (labels != -100).sum().clamp_min(1)
-        out.loss = out.main_loss * share
-        if self.map_head is not None and map_labels is not None:
-            states = self.map_head(hidden)  # [B, S, L, d]
-            by_item = self.map_config.unit == "item"
-            steps = [self._token_losses(states[:, s], map_labels[:, s], shift=0 if by_item else s + 1)
-                     for s in range(self.map_config.steps)]
-            out.map_loss = map_loss(torch.stack(steps, dim=1), map_labels, self.map_config.decay)
-            out.loss = out.loss + self.map_config.weight * out.map_loss * share
+    def encode(self, input_ids, attention_mask, **kwargs) -> PrunedEncoderOutput:
+        """The history as the decoder sees it; arguments as in `forward`."""
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    def _token_losses(self, hidden, labels, shift=0):
-        """Cross-entropy of each label against the codes of its own level: [B, L, d] and [B, L] → float32 [B, L], 0 at −100.
+    def search(self, encoded: PrunedEncoderOutput) -> "BeamState":
+        """The state of a beam search behind `encoded`."""
+        return BeamState(self, encoded)
 
-        Position t predicts level t, or level t + `shift` for MAP's token unit.
-        """
-        losses = []
-        first = 3 + sum(self.config.widths[:shift])  # token id of the level's code 0
-        for position, width in enumerate(self.config.widths[shift:]):
-            logits = F.linear(hidden[:, position], self.lm_head.weight[first : first + width])  # [B, W]
-            label = torch.where(labels[:, position] == -100, -100, labels[:, position] - first)
-            losses.append(F.cross_entropy(logits.float(), label, ignore_index=-100, reduction="none"))
-            first += width
-        losses += [torch.zeros(len(hidden), device=hidden.device)] * min(shift, labels.shape[1])
-        return torch.stack(losses, dim=1)
-
-    def save_pretrained(self, save_directory, *args, drop_map=False, state_dict=None, **kwargs):
-        """As in Hugging Face, with the `SidTable` in the same folder. `drop_map`: leave out the MAP head, which inference does
-        not use; the loaded model recommends the same."""
-        if drop_map and self.map_head is not None:
-            state = state_dict if state_dict is not None else self.state_dict()
-            bare = SidT5(copy.deepcopy(self.config), self.table)
-            bare.config.map = bare.map_config = bare.map_head = None
-            bare.load_state_dict({k: v for k, v in state.items() if not k.startswith("map_head.")})
-            return bare.save_pretrained(save_directory, *args, **kwargs)
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if self.table is not None:
-            self.table.save(save_directory)
-
-    @classmethod
-    def from_pretrained(cls, folder, *args, **kwargs):
-        loaded = super().from_pretrained(folder, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if os.path.isfile(os.path.join(folder, "sids.json")):
-            model.set_table(SidTable.load(folder))
-        return loaded
+    def teacher_forced(self, encoded: PrunedEncoderOutput, tokens: Tensor) -> Tensor:
+        """Decoder states for `tokens` int64 [c, L], each row behind each history of `encoded`: [B, c, L, d]."""
+        batch = len(encoded.last_hidden_state)
+        out = self.decoder(input_ids=tokens.repeat(batch, 1),
+                           encoder_hidden_states=encoded.last_hidden_state.repeat_interleave(len(tokens), 0),
+                           encoder_attention_mask=encoded.attention_mask.repeat_interleave(len(tokens), 0))
+        return out.last_hidden_state.unflatten(0, (batch, -1))
 
 
-def _missing_scorer(name):
-    def scorer(signals):
-        raise ValueError(f"this model was built with an own scorer ({name}); give it back with model.set_scorer(function)")
+class BeamState:
+    """What a beam search in a `SidT5` carries from level to level: the cached keys and values of the decoder."""
 
-    return scorer
+    def __init__(self, model: SidT5, encoded: PrunedEncoderOutput):
+        self.decoder, self.memory, self.mask = model.decoder, encoded.last_hidden_state, encoded.attention_mask  # [B, K, d], [B, K]
+        self.cache, self.width = EncoderDecoderCache(DynamicCache(), DynamicCache()), 1
+        # Beams of one history attend to the same keys and values, which our own attention takes as they are; others need a copy for each.
+        self.shared = self.decoder.config._attn_implementation == "sidlab"
+        if self.shared:
+            self.mask = self.mask[:, None, None].bool()  # [B, 1, 1, K], which the decoder hands on
+
+    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """`tokens` int64 [B, b], the last token of each beam, and `parents` int64 [B, b], the beam of the step before that it goes on from
+        (None at the first step) → decoder states [B, b, d]."""
+        batch, width = tokens.shape
+        if parents is not None:
+            rows = (torch.arange(batch, device=tokens.device)[:, None] * self.width + parents).flatten()
+            self.cache.self_attention_cache.batch_select_indices(rows)
+            if width != self.width and not self.shared:  # the same for all beams of a history: this changes only with their number
+                self.cache.cross_attention_cache.batch_select_indices(rows)
+                self.memory, self.mask = self.memory[rows], self.mask[rows]
+            self.width = width
+        out = self.decoder(input_ids=tokens.reshape(-1, 1), encoder_hidden_states=self.memory, encoder_attention_mask=self.mask,
+                           past_key_values=self.cache, use_cache=True)
+        return out.last_hidden_state[:, -1].view(batch, width, -1)

@@ -1,0 +1,234 @@
+"""What all recommenders here share, whatever transformer they stand on: the SID table, the heads by level, the two losses.
+
+Token `t` of a target is predicted from the codes of level `t` alone. A `SidModel` has `table` (a `SidTable`), `config.widths`,
+`lm_head` with a row for each token id, and `map_head` (None without MAP). `decoding` asks it for `encode`, `search` and
+`teacher_forced`.
+"""
+
+import copy
+import dataclasses
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import initialization as init
+
+from sidlab.map_loss import MapConfig, MapHead, map_loss
+from sidlab.models.scoring import SCORED
+from sidlab.pruning import Pruned, PruningConfig, TokenPruner, reference_choice
+from sidlab.saliency import Signals, scramble, semantic_saliency, token_importance
+from sidlab.sids.table import BOS, SidTable
+
+
+class LibraryInit:
+    """Initialise as the library's own classes do.
+
+    For classes defined elsewhere it passes over modules that own no parameter directly, such as T5's attention, and leaves
+    their projections at standard deviation 1, some eight times too large; such a model hardly learns.
+    """
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False
+
+
+def token_levels(widths, further: int = 0) -> Tensor:
+    """Level of every token id: int64 [V]. BOS −1 (level 0 comes next), codes 0..L−1, PAD, SEP and `further` ids behind the codes L."""
+    n_levels = len(widths)
+    codes = [level for level, width in enumerate(widths) for _ in range(width)]
+    return torch.tensor([n_levels, -1, n_levels, *codes, *[n_levels] * further])
+
+
+@dataclasses.dataclass
+class PrunedHistory:
+    """What a pruner leaves of the histories: `attention_mask` and `positions` int64 [B, K]; `importance`, `centrality`, `saliency`
+    float32 [B, N], the scores and their two factors. Without pruning K = N, and all but the mask are None."""
+
+    attention_mask: Tensor | None = None
+    positions: Tensor | None = None
+    importance: Tensor | None = None
+    centrality: Tensor | None = None
+    saliency: Tensor | None = None
+
+
+@dataclasses.dataclass
+class SidLosses:
+    """`main_loss` and `map_loss`, the two terms of `loss`, and `encoder_attention_mask` int64 [B, K], the mask of the history behind the
+    pruner."""
+
+    main_loss: Tensor | None = None
+    map_loss: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
+
+
+def check_after_layer(pruning: dict | PruningConfig | None, layers: int, of: str = "encoder ") -> None:
+    """ValueError where `pruning` prunes behind a layer that a model with so many layers does not have."""
+    after = pruning.after_layer if isinstance(pruning, PruningConfig) else (pruning or {}).get("after_layer", 1)
+    if after > layers:
+        raise ValueError(f"after_layer={after} lies beyond the last {of}layer; use 1..{layers}")
+
+
+def pruning_of(config) -> PruningConfig | None:
+    """The `PruningConfig` that a model's configuration holds as a dict; an own scorer becomes one that says it is missing."""
+    if config.pruning is None:
+        return None
+    scorer = config.pruning["scorer"]
+    own = _missing_scorer(scorer) if scorer.startswith("own:") else scorer
+    return PruningConfig(**config.pruning | {"scorer": own})
+
+
+def _missing_scorer(name):
+    def scorer(signals):
+        raise ValueError(f"this model was built with an own scorer ({name}); give it back with model.set_scorer(function)")
+
+    return scorer
+
+
+class PrunedStack(LibraryInit):
+    """The mixin of the two stacks of layers that prune. It expects `config.widths` and the buffer `token_level` [V]."""
+
+    pruning: PruningConfig | None = None
+    scoring_path = "auto"  # how the layer that scores computes attention: one of `scoring.PATHS`
+
+    def prune_behind(self, attentions, pruning: PruningConfig | None):
+        """Prune as `pruning` says; of `attentions`, one a layer, that of the layer in front of the pruner alone scores."""
+        self.pruning = pruning
+        self.pruner = TokenPruner(pruning.keep, pruning.unit) if pruning is not None else None
+        for number, attention in enumerate(attentions, start=1):
+            attention.config = self.config
+            if pruning is not None and pruning.reduce == "select" and number == pruning.after_layer:
+                attention.config = copy.copy(self.config)
+                attention.config._attn_implementation = SCORED
+
+    def select(self, hidden: Tensor, centrality: Tensor, input_ids: Tensor | None, truth: Tensor | None, out: PrunedHistory,
+               sink: bool = False) -> Pruned:
+        """Scores and chooses tokens of `hidden` [B, N, d] and gathers them; `out.attention_mask` is their mask. Fills the scores of `out`.
+        `sink`: the first token of each row stays whatever its score, on top of the share."""
+        pruning, tokens = self.pruning, out.attention_mask
+        levels = item_index = protect = slots = None
+        if input_ids is not None:
+            levels = self.token_level[input_ids]  # [B, N]
+            item_index = ((levels == 0).cumsum(1) - 1).clamp_min(0)
+        positions = (tokens.cumsum(1) - 1).clamp_min(0)
+        # Random scorers draw from the global state in training, and otherwise by the history itself, so that recommendations repeat.
+        seed = None if self.training or input_ids is None else (scramble(input_ids + (positions << 32)) * tokens).sum(1)
+        signals = Signals(hidden.detach(), centrality, tokens, positions, levels, item_index, truth, seed)
+        out.importance = token_importance(signals, pruning.scorer)
+        out.centrality, out.saliency = centrality, semantic_saliency(signals.hidden) * tokens
+        if pruning.mode == "reference":
+            return reference_choice(hidden, tokens, out.importance, pruning.keep)
+        if pruning.protect_separators and levels is not None:
+            protect = levels == len(self.config.widths)
+        elif sink and pruning.unit == "token":  # so that the number of slots still follows from the shape alone
+            slots = min(math.ceil(pruning.keep * tokens.shape[1] - 1e-6) + 1, tokens.shape[1])
+        if sink:
+            first = (positions == 0) & tokens.bool()
+            protect = first if protect is None else protect | first
+        return self.pruner(hidden, tokens, out.importance, protect=protect, item_index=item_index, slots=slots)
+
+
+class SidModel(LibraryInit):
+    """The mixin of `SidT5` and `SidQwen`. `stack` is their `PrunedStack`."""
+
+    table: SidTable | None = None
+
+    def add_map_head(self, d_model: int):
+        """`map_head` as `config.map` asks for it."""
+        self.map_config = MapConfig(**self.config.map) if self.config.map is not None else None
+        self.map_head = MapHead(d_model, self.map_config.steps) if self.map_config is not None else None
+
+    def init_map_head(self, head: MapHead):
+        """Draws the head's weights in a fork, so that adding it leaves every other random number as it was."""
+        with torch.random.fork_rng(devices=[]):
+            init.ones_(head.norm)
+            init.normal_(head.step, std=0.02)
+            init.normal_(head.projection, std=len(head.norm) ** -0.5)
+
+    def set_table(self, table: SidTable):
+        """Attach the `SidTable` this model speaks; its widths must be the model's."""
+        if list(table.widths) != list(self.config.widths):
+            raise ValueError(f"the table has widths {tuple(table.widths)}, the model {tuple(self.config.widths)}")
+        self.table = table
+
+    @property
+    def pruning(self) -> PruningConfig | None:
+        """How this model prunes now."""
+        return self.stack.pruning
+
+    def set_pruning(self, pruning: PruningConfig | None):
+        """Prune by another configuration, or (None) not at all. Pruning has no parameters, so any trained model can change it."""
+        self.stack.set_pruning(pruning)
+        # What `save_pretrained` writes.
+        self.config.pruning = self.stack.config.pruning = None if pruning is None else pruning.to_dict()
+
+    def set_scorer(self, scorer):
+        """Replace the saliency scorer: a name or a callable (see `saliency.token_importance`)."""
+        if self.pruning is None:
+            raise ValueError("this model does not prune: call set_pruning with a PruningConfig first")
+        self.set_pruning(dataclasses.replace(self.pruning, scorer=scorer))
+
+    def shifted(self, labels: Tensor) -> Tensor:
+        """BOS and all but the last label: int64 [..., L]."""
+        return F.pad(labels[..., :-1].masked_fill(labels[..., :-1] == -100, 0), (1, 0), value=BOS)
+
+    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """Logits of the codes of `level` (from 0): [..., d] → [..., W]."""
+        first = 3 + sum(self.config.widths[:level])  # token id of the level's code 0
+        return F.linear(hidden, self.lm_head.weight[first : first + self.config.widths[level]])
+
+    def add_losses(self, out, hidden, labels, map_labels, num_items_in_batch):
+        """Fills `loss`, `main_loss` and `map_loss` of `out` from the states [B, L, d] that predict the target's tokens."""
+        share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
+        losses = self._token_losses(hidden, labels)  # [B, L]
+        out.main_loss = losses.sum() / (labels != -100).sum().clamp_min(1)
+        out.loss = out.main_loss * share
+        if self.map_head is not None and map_labels is not None:
+            states = self.map_head(hidden)  # [B, S, L, d]
+            by_item = self.map_config.unit == "item"
+            steps = [self._token_losses(states[:, s], map_labels[:, s], shift=0 if by_item else s + 1)
+                     for s in range(self.map_config.steps)]
+            out.map_loss = map_loss(torch.stack(steps, dim=1), map_labels, self.map_config.decay)
+            out.loss = out.loss + self.map_config.weight * out.map_loss * share
+
+    def _token_losses(self, hidden, labels, shift=0):
+        """Cross-entropy of each label against the codes of its own level: [B, L, d] and [B, L] → float32 [B, L], 0 at −100.
+
+        Position t predicts level t, or level t + `shift` for MAP's token unit.
+        """
+        losses = []
+        first = 3 + sum(self.config.widths[:shift])
+        for position, width in enumerate(self.config.widths[shift:]):
+            logits = self.level_logits(hidden[:, position], position + shift)  # [B, W]
+            label = torch.where(labels[:, position] == -100, -100, labels[:, position] - first)
+            losses.append(F.cross_entropy(logits.float(), label, ignore_index=-100, reduction="none"))
+            first += width
+        losses += [torch.zeros(len(hidden), device=hidden.device)] * min(shift, labels.shape[1])
+        return torch.stack(losses, dim=1)
+
+    def masked_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits [B, L, V] of the states [B, L, d] behind `tokens` int64 [B, L], −inf off the level that each position predicts."""
+        level = self.stack.token_level
+        return self.lm_head(hidden).masked_fill((level[tokens] + 1).unsqueeze(-1) != level, -torch.inf)
+
+    def save_pretrained(self, save_directory, *args, drop_map=False, state_dict=None, **kwargs):
+        """As in Hugging Face, with the `SidTable` in the same folder. `drop_map`: leave out the MAP head, which inference does
+        not use; the loaded model recommends the same."""
+        if drop_map and self.map_head is not None:
+            state = state_dict if state_dict is not None else self.state_dict()
+            bare = type(self)(copy.deepcopy(self.config), self.table)
+            bare.config.map = bare.map_config = bare.map_head = None
+            bare.load_state_dict({k: v for k, v in state.items() if not k.startswith("map_head.")})
+            return bare.save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if self.table is not None:
+            self.table.save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, **kwargs):
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if os.path.isfile(os.path.join(folder, "sids.json")):
+            model.set_table(SidTable.load(folder))
+        return loaded
