@@ -24,6 +24,8 @@ _HOME = {
     "MapConfig": "map_loss",
     "SidT5": "models.t5",
     "SidT5Config": "models.t5",
+    "SidQwen": "models.qwen",
+    "SidQwenConfig": "models.qwen",
     "TrainConfig": "training",
     "train": "training",
     "recommend": "decoding",

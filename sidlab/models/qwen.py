@@ -1,0 +1,349 @@
+"""SidQwen: a decoder-only recommender over semantic IDs, with a pruning layer between two of its layers.
+
+A subclass of Hugging Face's Qwen3. A row is [prompt] history BOS target; the loss is on the target's L tokens, as in `SidT5`, and the
+history comes in the same batches. The pruner stands behind layer `after_layer` and touches history tokens alone: never the first token
+of the row (the attention sink), the prompt, BOS or the target. Attention is causal, so labels cannot reach the history's states, nor
+what is kept of it; and only history queries vote. Kept tokens keep the rotation of their places in the full history, and what follows
+goes on at the place behind it (`positions="compact"`: at their places among the kept).
+
+Causal attention favours early tokens: a later query cannot vote for them alone, but they are seen by all. `scorer="rastp"` is the plain
+sum of the paper; "rastp-visible" divides it by the number of queries that can see the token.
+
+At inference the layers in front of the pruner cache the keys of the whole history, those behind it only the kept ones. A beam search
+never copies or reorders that cache: its beams are queries of one row, and a mask says which of the new keys are a beam's own past.
+
+There is no text by default. `SidQwen.from_checkpoint` starts from a pretrained Qwen3, whose text tokens then stand behind the SID tokens
+in the vocabulary, for a prompt in front of the history.
+"""
+
+import copy
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
+from transformers.utils.output_capturing import capture_outputs
+
+from sidlab.map_loss import MapConfig, MapHead
+from sidlab.models.sid import (
+    PrunedHistory,
+    PrunedStack,
+    SidLosses,
+    SidModel,
+    check_after_layer,
+    pruning_of,
+    token_levels,
+)
+from sidlab.pruning import PruningConfig, pool_tokens
+from sidlab.sids.table import BOS, PAD, SidTable
+
+
+class SidQwenConfig(Qwen3Config):
+    """Qwen3's configuration plus: `widths`, codes per level; `separators`, one after each item; `max_items` of history;
+    `embedding_init`, standard deviation of the initial token embeddings; `text_vocab`, how many text tokens stand behind the SID tokens,
+    and `prompt`, ids in front of every history; `pruning` and `map`, the fields of `PruningConfig` and `MapConfig` as dicts, or None."""
+
+    model_type = "sid_qwen"
+
+    widths: list[int] | tuple[int, ...] = (256, 256, 256)
+    separators: bool = True
+    max_items: int = 30
+    embedding_init: float = 0.05
+    text_vocab: int = 0
+    prompt: list[int] | None = None
+    tie_word_embeddings: bool = True
+    pruning: dict | None = None
+    map: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        self.widths = list(self.widths)
+        self.vocab_size = 3 + sum(self.widths) + self.text_vocab
+        super().__post_init__(**kwargs)
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = PAD, BOS, None
+        if "sliding_attention" in self.layer_types:
+            raise ValueError("SidQwen needs full attention in every layer; use_sliding_window must be False")
+        wrong = [token for token in self.prompt or [] if not 3 + sum(self.widths) <= token < self.vocab_size]
+        if wrong:
+            raise ValueError(f"prompt must hold ids of text tokens, {3 + sum(self.widths)}..{self.vocab_size - 1}, got {wrong[0]}")
+        if self.pruning is not None:
+            pruning = PruningConfig(**self.pruning | {"scorer": "rastp"})
+            _check(pruning, self.num_hidden_layers)
+        if self.map is not None:
+            MapConfig(**self.map)
+
+
+def _check(pruning, layers):
+    check_after_layer(pruning, layers, of="")
+    if pruning is not None and (pruning.mode == "reference" or pruning.positions == "none"):
+        what = 'mode="reference"' if pruning.mode == "reference" else 'positions="none"'
+        raise ValueError(f"{what} belongs to T5: a rotation has no place to leave out; leave it out for SidQwen")
+
+
+@dataclasses.dataclass
+class PrunedDecoderOutput(PrunedHistory, BaseModelOutputWithPast):
+    """`last_hidden_state` [B, P + K + T, d], of prompt, kept history and tail. `masks` and `lengths`: what a later token sees, in front of
+    and behind the pruner: int64 [B, P + N] and [B, P + K]; int64 [B] each, the place at which it stands."""
+
+    masks: tuple[Tensor, Tensor] | None = None
+    lengths: tuple[Tensor, Tensor] | None = None
+
+
+@dataclasses.dataclass
+class SidCausalOutput(SidLosses, CausalLMOutputWithPast):
+    """Hugging Face's output and ours."""
+
+
+class PrunedDecoder(PrunedStack, Qwen3Model):
+    """Qwen3's layers with a `TokenPruner` behind layer `pruning.after_layer`."""
+
+    def __init__(self, config: SidQwenConfig):
+        super().__init__(config)
+        self.register_buffer("token_level", token_levels(config.widths, config.text_vocab), persistent=True)
+        self.register_buffer("prompt", torch.tensor(config.prompt or [], dtype=torch.long), persistent=False)
+        if config.pruning is not None:
+            self.set_pruning(pruning_of(config))
+
+    def set_pruning(self, pruning: PruningConfig | None):
+        """Prune as `pruning` says from now on, or (None) not at all."""
+        _check(pruning, len(self.layers))
+        self.prune_behind([layer.self_attn for layer in self.layers], pruning)
+
+    @capture_outputs
+    def forward(self, input_ids=None, attention_mask=None, tail=None, past_key_values=None, truth=None, **kwargs):
+        """`input_ids` int64 [B, N], the histories; `attention_mask` [B, N] (default: not PAD); `tail` int64 [B, T], what follows them;
+        `past_key_values`, an empty cache to fill; `truth` float [B, N], for the oracle scorer. Returns `PrunedDecoderOutput`."""
+        batch, width = input_ids.shape
+        front, tail = self.prompt.expand(batch, -1), input_ids[:, :0] if tail is None else tail
+        history = slice(front.shape[1], front.shape[1] + width)
+        if attention_mask is None:
+            attention_mask = (input_ids != PAD).long()
+        pruning = self.pruning if self.training or (self.pruning is not None and self.pruning.at_inference) else None
+        out = PrunedDecoderOutput(attention_mask=attention_mask, past_key_values=past_key_values)
+
+        def around(middle):  # ones before and behind: prompt and tail are real
+            return torch.cat([torch.ones_like(front), middle, torch.ones_like(tail)], dim=1)
+
+        hidden = self.embed_tokens(torch.cat([front, input_ids, tail], dim=1))  # [B, P + N + T, d]
+        mask = around(attention_mask.long())
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        split = pruning.after_layer if pruning is not None else len(self.layers)
+        scores = pruning is not None and pruning.reduce == "select"
+        record = {"record": {}, "token_mask": mask, "history": history, "path": self.scoring_path} if scores else {}
+        hidden = self._run(self.layers[:split], hidden, mask, places, past_key_values, record, **kwargs)
+        seen = [mask[:, : history.stop]]
+        at = [seen[0].sum(1)]
+        if pruning is not None:
+            middle = hidden[:, history]
+            if pruning.reduce == "pool":
+                pruned = pool_tokens(middle, attention_mask, pruning.keep)
+            else:
+                centrality = record["record"]["centrality"]
+                pruned = self.select(middle, centrality, input_ids, truth, out, sink=history.start == 0)
+            out.attention_mask, out.positions = pruned.mask, pruned.positions
+            hidden = torch.cat([hidden[:, : history.start], pruned.hidden, hidden[:, history.stop :]], dim=1)  # [B, P + K + T, d]
+            mask = around(pruned.mask)
+            kept = places[:, history].gather(1, pruned.positions)  # [B, K]
+            places = torch.cat([places[:, : history.start], kept, places[:, history.stop :]], dim=1)
+            seen.append(mask[:, : history.start + pruned.mask.shape[1]])
+            at.append(at[0])
+            if pruning.positions == "compact":
+                places, at[1] = (mask.cumsum(1) - 1).clamp_min(0), seen[1].sum(1)
+            hidden = self._run(self.layers[split:], hidden, mask, places, past_key_values, {}, **kwargs)
+        out.masks, out.lengths = (seen[0], seen[-1]), (at[0], at[-1])
+        out.last_hidden_state = self.norm(hidden)
+        return out
+
+    def _run(self, layers, hidden, mask, places, cache, record, **kwargs):
+        """`hidden` [B, M, d] through `layers`, causally; `mask`, `places` [B, M]."""
+        causal = mask
+        if mask.ndim == 2:
+            causal = create_causal_mask(config=self.config, inputs_embeds=hidden, attention_mask=mask, past_key_values=None)
+        rotation = self.rotary_emb(hidden, places)
+        if self.config._attn_implementation == "eager":
+            record = record and record | {"path": "plain"}
+        for layer in layers:
+            scores = layer.self_attn.config is not self.config
+            hidden = layer(hidden, attention_mask=causal, position_ids=places, past_key_values=cache, use_cache=cache is not None,
+                           position_embeddings=rotation, **(record if scores else {}), **kwargs)
+        return hidden
+
+    def extend(self, tokens: Tensor, depth: Tensor, past: Tensor, prefix: PrunedDecoderOutput, cache: DynamicCache) -> Tensor:
+        """Tokens behind a prefix that is in `cache`, which takes their keys in.
+
+        Args: `tokens` int64 [B, q]; `depth` int64 [q] or [B, q], their places behind the history, from 0; `past` bool [B, q, t + q], which
+        of the t new tokens before and of these each one sees, itself included. Returns float [B, q, d].
+        """
+        hidden = self.embed_tokens(tokens)
+        split = self.pruning.after_layer if self.pruning is not None else len(self.layers)
+        for layers, seen, length in zip((self.layers[:split], self.layers[split:]), prefix.masks, prefix.lengths):
+            before = seen.bool().unsqueeze(1).expand(-1, tokens.shape[1], -1)  # [B, q, P + K]
+            mask = torch.cat([before, past], dim=-1).unsqueeze(1)  # [B, 1, q, P + K + t + q]
+            if self.config._attn_implementation == "eager":
+                mask = torch.where(mask, 0.0, torch.finfo(hidden.dtype).min)
+            hidden = self._run(layers, hidden, mask, length.unsqueeze(1) + depth, cache, {})
+        return self.norm(hidden)
+
+
+class SidQwen(SidModel, Qwen3ForCausalLM):
+    """Generates the SID of the next item from the SIDs of a history.
+
+    Build it with `SidQwen(config, table)`. `save_pretrained` writes the table beside the weights, `from_pretrained` reads it.
+    """
+
+    config_class = SidQwenConfig
+    stack = property(lambda self: self.model)
+
+    def __init__(self, config: SidQwenConfig, table: SidTable | None = None):
+        Qwen3PreTrainedModel.__init__(self, config)  # the parent's own would build and initialise a model that is then thrown away
+        self.model = PrunedDecoder(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.add_map_head(config.hidden_size)
+        if table is not None:
+            self.set_table(table)
+        self.post_init()
+        self.generation_config.update(max_new_tokens=len(config.widths), max_length=None, eos_token_id=None, pad_token_id=PAD,
+                                      bos_token_id=BOS)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str, table: SidTable, prompt: str | None = None, **config) -> "SidQwen":
+        """A pretrained Qwen3, by name (where there is a network) or folder, extended by the SID tokens of `table`.
+
+        `prompt`: text in front of every history, read by the checkpoint's tokenizer. `config`: further fields of `SidQwenConfig`
+        (`separators`, `max_items`, `pruning`, `map`). The SID tokens start with the mean and the spread of the text embeddings.
+        Raises ValueError where the checkpoint cannot be loaded or is no Qwen3.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            theirs = AutoConfig.from_pretrained(checkpoint)
+            if theirs.model_type != "qwen3":
+                raise ValueError(f"checkpoint={checkpoint!r} is a {theirs.model_type!r}; SidQwen takes Qwen3, such as Qwen/Qwen3-0.6B")
+            source = Qwen3ForCausalLM.from_pretrained(checkpoint, torch_dtype="auto")
+            text = AutoTokenizer.from_pretrained(checkpoint)(prompt, add_special_tokens=False).input_ids if prompt else None
+        except OSError as error:
+            raise ValueError(f"checkpoint={checkpoint!r} can't be loaded: {error}\nIt must be a local folder with a Qwen3 model, or a name "
+                             "on the Hugging Face hub and a network. Without one: `hf download NAME --local-dir FOLDER` elsewhere, and "
+                             "give FOLDER") from error
+        own = {name: value for name, value in theirs.to_dict().items() if name not in ("model_type", "architectures", "vocab_size")}
+        first = 3 + sum(table.widths)
+        prompt_ids = [first + token for token in text] if text else None
+        model = cls(SidQwenConfig(**own | config, widths=table.widths, text_vocab=theirs.vocab_size, prompt=prompt_ids), table)
+        model.to(source.dtype)
+        state = source.state_dict()
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            rows = state[name].float()
+            drawn = torch.randn(first, rows.shape[1], generator=torch.Generator().manual_seed(0)) * rows.std(0) + rows.mean(0)
+            state[name] = torch.cat([drawn, rows]).to(source.dtype)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        if unexpected or any(not name.startswith(("map_head.", "model.token_level")) for name in missing):
+            raise ValueError(f"checkpoint={checkpoint!r} does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        return model
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SidQwen):
+            init.normal_(module.model.embed_tokens.weight, std=self.config.embedding_init)
+        elif isinstance(module, MapHead):
+            self.init_map_head(module)
+
+    def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, labels=None, map_labels=None, truth=None,
+                past_key_values=None, use_cache=None, num_items_in_batch=None, position_ids=None, cache_position=None, logits_to_keep=0,
+                **kwargs) -> SidCausalOutput:
+        """One pass.
+
+        Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
+        `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; `decoder_input_ids` int64 [B, T], BOS
+        and what follows (default: `labels` shifted). Without either, as `generate` calls it, `input_ids` are histories that end with
+        BOS, all in the same column, or the next token behind `past_key_values`. Returns `SidCausalOutput`; `logits` [B, T, V] are −inf off
+        each position's level, and left out (None) while training. `num_items_in_batch` as in `SidT5`.
+        """
+        if labels is not None and decoder_input_ids is None:
+            decoder_input_ids = self.shifted(labels)
+        prefix = None
+        if decoder_input_ids is None:
+            prefix = getattr(past_key_values, "sid_prefix", None)
+            if prefix is None:
+                input_ids, attention_mask, decoder_input_ids = _cut_at_bos(input_ids, attention_mask)
+            else:
+                decoder_input_ids = input_ids
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+        width = decoder_input_ids.shape[1]
+        if prefix is not None:
+            before = past_key_values.get_seq_length() - prefix.masks[0].shape[1]
+            past = torch.ones(len(input_ids), width, before + width, dtype=torch.bool, device=input_ids.device).tril(before)
+            depth = torch.arange(before, before + width, device=input_ids.device)
+            hidden = self.model.extend(decoder_input_ids, depth, past, prefix, past_key_values)
+            out = SidCausalOutput(past_key_values=past_key_values)
+        else:
+            prefix = self.model(input_ids=input_ids, attention_mask=attention_mask, tail=decoder_input_ids, truth=truth,
+                                past_key_values=past_key_values, **kwargs)
+            hidden = prefix.last_hidden_state[:, -width:]  # [B, T, d]
+            out = SidCausalOutput(past_key_values=past_key_values, hidden_states=prefix.hidden_states, attentions=prefix.attentions,
+                                  encoder_attention_mask=prefix.attention_mask)
+            if past_key_values is not None:
+                past_key_values.sid_prefix = prefix  # `generate` hands the cache on and nothing else of ours
+        if labels is not None:
+            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch)
+        if labels is None or not self.training:
+            out.logits = self.masked_logits(hidden, decoder_input_ids)
+        return out
+
+    def encode(self, input_ids, attention_mask, **kwargs) -> PrunedDecoderOutput:
+        """The histories in the cache; arguments as in `forward`."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=DynamicCache(config=self.config), **kwargs)
+
+    def search(self, encoded: PrunedDecoderOutput) -> "BeamTree":
+        """The state of a beam search behind `encoded`."""
+        return BeamTree(self.model, encoded)
+
+    def teacher_forced(self, encoded: PrunedDecoderOutput, tokens: Tensor) -> Tensor:
+        """States for `tokens` int64 [c, L], each row behind each history of `encoded`: [B, c, L, d]."""
+        batch, (count, length) = len(encoded.attention_mask), tokens.shape
+        place = torch.arange(count * length, device=tokens.device)
+        row, depth = place // length, place % length
+        past = (row[:, None] == row) & (depth[:, None] >= depth)  # [c·L, c·L]
+        hidden = self.model.extend(tokens.reshape(1, -1).expand(batch, -1), depth, past.expand(batch, -1, -1), encoded, _copy(encoded))
+        return hidden.unflatten(1, (count, length))
+
+
+class BeamTree:
+    """What a beam search in a `SidQwen` carries from level to level: a cache with the history and every beam so far, and `past`, which of
+    them are each beam's own."""
+
+    def __init__(self, decoder: PrunedDecoder, encoded: PrunedDecoderOutput):
+        self.decoder, self.encoded, self.cache, self.past, self.depth = decoder, encoded, _copy(encoded), None, 0
+
+    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """As `models.t5.BeamState.step`."""
+        batch, width = tokens.shape
+        own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        if parents is not None:
+            inherited = self.past.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.past.shape[-1]))
+            own = torch.cat([inherited, own], dim=-1)  # [B, b, t + b]
+        self.past, depth = own, torch.tensor([self.depth], device=tokens.device)
+        self.depth += 1
+        return self.decoder.extend(tokens, depth, own, self.encoded, self.cache)
+
+
+def _copy(encoded):
+    """The cache of `encoded` to go on from, which stays as it is: tensors are shared, for new keys go into new ones."""
+    cache = copy.copy(encoded.past_key_values)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    return cache
+
+
+def _cut_at_bos(input_ids, attention_mask):
+    """History, its mask and what begins with BOS, of rows that hold both."""
+    columns = (input_ids == BOS).int().argmax(1)
+    cut = int(columns[0])
+    if not (input_ids[:, cut] == BOS).all():
+        raise ValueError("without labels or decoder_input_ids, input_ids must hold BOS behind every history, in the same column: pad on "
+                         "the left")
+    mask = (input_ids != PAD).long() if attention_mask is None else attention_mask
+    return input_ids[:, :cut], mask[:, :cut], input_ids[:, cut:]
