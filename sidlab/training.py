@@ -33,6 +33,9 @@ from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
 from sidlab.map_loss import MapConfig
 from sidlab.metrics import rank_of_target, summary
+from sidlab.models import qwen as sid_qwen
+from sidlab.models.qwen import SidQwen, SidQwenConfig
+from sidlab.models.sid import check_after_layer
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
@@ -43,13 +46,17 @@ from sidlab.windows import Collator, LengthBatches, UserBatches, Windows, leave_
 class TrainConfig:
     """Everything a training run depends on besides the data.
 
-    Model: `d_model`, `d_kv`, `num_heads`, `d_ff`, `ffn_hidden_layers`, `num_layers` (encoder), `num_decoder_layers`, `dropout`,
-    `embedding_init`, `position_init` (as in `SidT5Config`),
-    `separators`, `max_items` of history, `pruning`, `map`. Batches: `windows` "prefixes", in batches of `batch_tokens` encoder
+    Model: `arch`, "t5" (`SidT5`) or "qwen" (`SidQwen`, decoder-only); `d_model`, `d_kv`, `num_heads`, `d_ff`, `num_layers` (of the encoder,
+    or all of a decoder-only model), `dropout` (decoder-only: of attention weights), `embedding_init`, `separators`, `max_items` of history,
+    `pruning`, `map`; for "t5" also `num_decoder_layers`, `ffn_hidden_layers`, `position_init` (as in `SidT5Config`); for "qwen" also
+    `num_kv_heads` (default: `num_heads`) and `checkpoint`, a pretrained Qwen3 (`SidQwen.from_checkpoint`) whose sizes count instead of
+    these. Batches: `windows` "prefixes", in batches of `batch_tokens` encoder
     slots, `accumulation` of them an update (so that an update mixes lengths); or "contiguous", drawn as published, where
     `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`,
     the published way, in the same batches). Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all
-    updates) and `schedule` (a Hugging Face name). Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every`
+    updates) and `schedule` (a Hugging Face name); with `muon`, a learning rate, the weight matrices inside the layers are Muon's
+    (orthogonalised momentum, `torch.optim.Muon`), under the same schedule. Length: `epochs`, cut to `max_updates` if given. Evaluation
+    every `eval_every`
     updates on `eval_users` validation users (None: all), stopping after `patience` evaluations without a better recall@5.
     `precision`: "fp32", "bf16" or "auto" (bf16 where the processor gains from it). `seed` reaches weights, dropout and order.
     """
@@ -65,6 +72,8 @@ class TrainConfig:
     dropout: float = 0.15
     embedding_init: float = 0.05
     position_init: float | None = None
+    num_kv_heads: int | None = None
+    checkpoint: str | None = None
     separators: bool = True
     max_items: int = 30
     pruning: PruningConfig | None = None
@@ -74,6 +83,7 @@ class TrainConfig:
     batch_tokens: int = 4096
     accumulation: int = 4
     learning_rate: float = 1e-3
+    muon: float | None = None
     weight_decay: float = 1e-4
     warmup: float = 0.05
     schedule: str = "cosine"
@@ -87,7 +97,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, valid in (("arch", ("t5",)), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
+        for name, valid in (("arch", tuple(MODELS)), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
                             ("precision", ("auto", "fp32", "bf16"))):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(map(repr, valid))}")
@@ -97,8 +107,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.pruning is not None and self.pruning.mode == "reference" and self.padding != "fixed":
             raise ValueError('pruning mode="reference" needs padding="fixed", as in the published code')
-        if self.pruning is not None and self.pruning.after_layer > self.num_layers:
-            raise ValueError(f"after_layer={self.pruning.after_layer} lies beyond the last encoder layer; use 1..{self.num_layers}")
+        if self.checkpoint is not None and self.arch != "qwen":
+            raise ValueError(f'checkpoint={self.checkpoint!r} needs arch="qwen", got arch={self.arch!r}')
+        if self.pruning is not None and self.checkpoint is None:  # what does not fit a model is refused before anything is loaded
+            (sid_qwen.check if self.arch == "qwen" else check_after_layer)(self.pruning, self.num_layers)
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "TrainConfig":
@@ -129,7 +141,7 @@ PRESETS = {
     "quick": SMALL | dict(epochs=2.5, max_updates=1600, eval_every=100, eval_users=500, patience=20),
     # For real data: wider, since there are many more codes to tell apart (results/levers.json).
     "long": SMALL | dict(d_model=128, d_kv=32, d_ff=256, num_decoder_layers=1, separators=False, batch_tokens=4096, accumulation=1,
-                         epochs=6, eval_every=1000, eval_users=2000, patience=20),
+                         muon=0.02, epochs=6, eval_every=1000, eval_users=2000, patience=20),
     "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),
 }
 
@@ -142,7 +154,7 @@ class TrainResult:
     the real tokens. `log`: dicts with "step" and what was logged there ("loss", "main_loss" without
     MAP's part, "recall@5", …)."""
 
-    model: SidT5
+    model: SidT5 | SidQwen
     metrics: dict
     timing: dict
     peak_memory: float
@@ -150,19 +162,33 @@ class TrainResult:
     log: list[dict]
 
 
-def build_model(config: TrainConfig, table: SidTable) -> SidT5:
+def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
     """A fresh model; weights depend on `config.seed` alone, whatever is pruned or predicted besides."""
     fields = config.to_dict()
     set_seed(config.seed)
-    model = SidT5(SidT5Config(
-        widths=table.widths, separators=config.separators, max_items=config.max_items, d_model=config.d_model, d_kv=config.d_kv,
-        num_heads=config.num_heads, d_ff=config.d_ff, ffn_hidden_layers=config.ffn_hidden_layers, num_layers=config.num_layers,
-        num_decoder_layers=config.num_decoder_layers, dropout_rate=config.dropout,
-        embedding_init=config.embedding_init, position_init=config.position_init, pruning=fields["pruning"], map=fields["map"],
-    ), table)
+    model = MODELS[config.arch](config, table, {name: fields[name] for name in ("separators", "max_items", "pruning", "map")})
     if config.pruning is not None and callable(config.pruning.scorer):
         model.set_scorer(config.pruning.scorer)
     return model
+
+
+def _t5(config, table, shared):
+    return SidT5(SidT5Config(
+        widths=table.widths, d_model=config.d_model, d_kv=config.d_kv, num_heads=config.num_heads, d_ff=config.d_ff,
+        ffn_hidden_layers=config.ffn_hidden_layers, num_layers=config.num_layers, num_decoder_layers=config.num_decoder_layers,
+        dropout_rate=config.dropout, embedding_init=config.embedding_init, position_init=config.position_init, **shared), table)
+
+
+def _qwen(config, table, shared):
+    if config.checkpoint is not None:
+        return SidQwen.from_checkpoint(config.checkpoint, table, attention_dropout=config.dropout, **shared)
+    return SidQwen(SidQwenConfig(
+        widths=table.widths, hidden_size=config.d_model, head_dim=config.d_kv, num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads or config.num_heads, intermediate_size=config.d_ff, num_hidden_layers=config.num_layers,
+        attention_dropout=config.dropout, embedding_init=config.embedding_init, **shared), table)
+
+
+MODELS = {"t5": _t5, "qwen": _qwen}
 
 
 def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_dir=None, progress: bool = True,
@@ -201,7 +227,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             model=model, args=_arguments(config, folder, updates, keep=bool(output_dir), progress=progress),
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
             data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
-            callbacks=[_Patience(config.patience), *(callbacks or [])],
+            muon=config.muon, callbacks=[_Patience(config.patience), *(callbacks or [])],
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
@@ -301,8 +327,9 @@ def _resume_point(folder, config, catalogue, table):
 class _SidTrainer(Trainer):
     """The Trainer with our batches, our evaluation and a meter."""
 
-    def __init__(self, *, batches, cases, beam, truth, meter, **kwargs):
+    def __init__(self, *, batches, cases, beam, truth, meter, muon, **kwargs):
         super().__init__(**kwargs)
+        self.muon = muon
         self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
         self.main_losses = []  # since the last log
 
@@ -310,6 +337,13 @@ class _SidTrainer(Trainer):
         loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator,
                                              pin_memory=self.args.dataloader_pin_memory)
         return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.muon is None:
+            return super().create_optimizer(*args, **kwargs)
+        if self.optimizer is None:
+            self.optimizer = MuonAdamW(self.model, self.muon, self.args.learning_rate, self.args.weight_decay)
+        return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
@@ -340,6 +374,36 @@ class _SidTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         self.meter.resume()
         return super().training_step(*args, **kwargs)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (K. Jordan 2024; `torch.optim.Muon`) for the weight matrices inside the layers of `model`, AdamW for all else, embeddings and
+    position biases among it. `muon` and `learning_rate`: their initial learning rates."""
+
+    def __init__(self, model, muon: float, learning_rate: float, weight_decay: float):
+        kinds = {kind: {id(module.weight) for module in model.modules() if isinstance(module, kind)}
+                 for kind in (torch.nn.Linear, torch.nn.Embedding)}
+        inside = kinds[torch.nn.Linear] - kinds[torch.nn.Embedding]  # an output head that is tied to the embeddings is none
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices, others = [p for p in trained if id(p) in inside], [p for p in trained if id(p) not in inside]
+        self.parts = (torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay, fused=True),
+                      torch.optim.Muon(matrices, lr=muon, weight_decay=weight_decay))
+        super().__init__([*others, *matrices], {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]  # theirs: what a schedule sets, they use
+
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict):
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def _stale(state):

@@ -71,12 +71,13 @@ class SidQwenConfig(Qwen3Config):
             raise ValueError(f"prompt must hold ids of text tokens, {3 + sum(self.widths)}..{self.vocab_size - 1}, got {wrong[0]}")
         if self.pruning is not None:
             pruning = PruningConfig(**self.pruning | {"scorer": "rastp"})
-            _check(pruning, self.num_hidden_layers)
+            check(pruning, self.num_hidden_layers)
         if self.map is not None:
             MapConfig(**self.map)
 
 
-def _check(pruning, layers):
+def check(pruning: PruningConfig | None, layers: int) -> None:
+    """ValueError where a decoder-only model of so many layers cannot prune like this."""
     check_after_layer(pruning, layers, of="")
     if pruning is not None and (pruning.mode == "reference" or pruning.positions == "none"):
         what = 'mode="reference"' if pruning.mode == "reference" else 'positions="none"'
@@ -109,7 +110,7 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
 
     def set_pruning(self, pruning: PruningConfig | None):
         """Prune as `pruning` says from now on, or (None) not at all."""
-        _check(pruning, len(self.layers))
+        check(pruning, len(self.layers))
         self.prune_behind([layer.self_attn for layer in self.layers], pruning)
 
     @capture_outputs
