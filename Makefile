@@ -7,8 +7,9 @@ PRESET = quick
 METHODS = padded unpadded recent random rastp map stamp sasrec
 SEEDS = 3
 SIDS =
+ARCH = t5
 QUICK =
-OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)
+OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)$(patsubst %,-%,$(filter-out t5,$(ARCH)))
 
 # The build of torch: the CPU's, unless another index is named or was named before (.venv remembers it).
 LAST_INDEX := $(shell cat .venv/torch-index 2>/dev/null)
@@ -17,7 +18,7 @@ OTHER_INDEX = $(filter-out $(TORCH_INDEX),$(LAST_INDEX))
 
 READY = .venv/ready
 BIN = .venv/bin
-VARIABLES = PYTHON TORCH_INDEX DATASET PRESET METHODS SEEDS SIDS QUICK OUTPUT_DIR
+VARIABLES = PYTHON TORCH_INDEX DATASET PRESET METHODS SEEDS SIDS ARCH QUICK OUTPUT_DIR
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 ifneq ($(UNKNOWN),)
 $(error unknown variable: $(UNKNOWN). Valid ones are: $(VARIABLES))
@@ -29,7 +30,7 @@ help:
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, long, paper)"
 	@echo "                METHODS=\"unpadded rastp\" SEEDS=3 (seeds 0, 1, 2) OUTPUT_DIR=runs/<dataset>-<preset>"
-	@echo "                SIDS=a published SID file"
+	@echo "                SIDS=a published SID file ARCH=t5 (or qwen, decoder-only)"
 	@echo "make test       run all tests; the browser test needs Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)"
 	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python notebooks/build.py)"
 	@echo "make site       run all notebooks and render them to build/site/, which opens from disk"
@@ -62,7 +63,7 @@ reproduce: $(READY)
 	@mkdir -p "$(OUTPUT_DIR)"
 	$(BIN)/papermill notebooks/reproduce.ipynb "$(OUTPUT_DIR)/reproduce.ipynb" -k python3 --cwd . \
 	    --log-output --no-progress-bar -r dataset "$(DATASET)" -r preset "$(PRESET)" -r methods "$(METHODS)" \
-	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)"
+	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)" -r arch "$(ARCH)"
 
 test: $(READY)
 	$(BIN)/python -m pytest -q

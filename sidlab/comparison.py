@@ -32,6 +32,7 @@ METHODS = {
     "random": "keeps tokens at random",
     "rastp": "keeps the tokens with most attention received × size of hidden state (RASTP, STAMP's SAP)",
     "rastp-l2": "as rastp, the size of the hidden state being its Euclidean norm",
+    "rastp-visible": "as rastp, the attention received being divided by the number of queries that can see the token (arch=qwen)",
     "rastp-reference": "padded, and pruned as RASTP's published code does it",
     "pool": "averages neighbouring tokens down to the kept share",
     "norm": "keeps the tokens with the largest hidden states",
@@ -48,17 +49,17 @@ BASELINES = {
 }
 PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map", "sasrec"))
 DEFAULT_METHODS = "padded unpadded recent random rastp map stamp sasrec"
-PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir", "sids")
+PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir", "sids", "arch")
 
 
 def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_METHODS, seeds: int = 3, output_dir: str = "",
-            sids: str = "") -> dict:
+            sids: str = "", arch: str = "t5") -> dict:
     """Train and test every method with every seed; write `results.json` and `index.html` into `output_dir`; return the results.
 
     Args: `dataset`: what `load_catalogue` takes; `preset`: of `TrainConfig`; `methods`: names of `METHODS`, separated by spaces or
     in a list; a pruning method may carry its kept share, as in "rastp@1/2" (default 1/3); `seeds`: how many, from 0 on;
-    `output_dir`: default runs/<dataset>-<preset>; `sids`: a published SID file (default: `sweeps.sid_table`'s choice). Raises
-    ValueError naming what is valid before anything is trained.
+    `output_dir`: default runs/<dataset>-<preset>; `sids`: a published SID file (default: `sweeps.sid_table`'s choice); `arch`: "t5" or
+    "qwen", decoder-only. Raises ValueError naming what is valid before anything is trained.
     """
     names = methods.split() if isinstance(methods, str) else list(methods)
     if not names or int(seeds) < 1:
@@ -67,10 +68,10 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     if sids and not os.path.isfile(sids):
         raise ValueError(f"sids={sids!r} is no file; give a published table with a line `item_id c1 c2 …` per item, or leave it out")
     source = {"file": os.path.abspath(sids)} if sids else {}
-    specs = {f"{name}-seed{seed}": spec(dataset, method_config(name, preset, seed), source) for name, seed in runs}
-    catalogue, folder = load_catalogue(dataset), pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}")
+    specs = {f"{name}-seed{seed}": spec(dataset, method_config(name, preset, seed, arch), source) for name, seed in runs}
+    catalogue, folder = load_catalogue(dataset), pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}{_suffix(arch)}")
     results = [{"method": name, "seed": seed, **result} for (name, seed), result in zip(runs, run_all(specs, folder))]
-    results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids)
+    results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids, arch)
     write_json(folder / "results.json", results)
     from sidlab.viz.page import write_page  # the one step to the right: the page shows what was just written
 
@@ -96,7 +97,11 @@ def predicted_and_measured(results: dict) -> pd.DataFrame:
     return frame
 
 
-def method_config(name: str, preset: str, seed: int) -> TrainConfig | dict:
+def _suffix(arch):
+    return "" if arch == "t5" else f"-{arch}"
+
+
+def method_config(name: str, preset: str, seed: int, arch: str = "t5") -> TrainConfig | dict:
     """The configuration of a method: `preset` and what the method changes of it; for "sasrec" what `sweeps.spec` takes."""
     base, _, keep = name.partition("@")
     if base not in METHODS:
@@ -104,7 +109,7 @@ def method_config(name: str, preset: str, seed: int) -> TrainConfig | dict:
     prunes = base in PRUNERS
     if keep and not (prunes and re.fullmatch(r"\d+(/\d+|\.\d+)?", keep)):
         raise ValueError(f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or rastp@0.5")
-    base_config = TrainConfig.preset(preset, seed=seed)
+    base_config = TrainConfig.preset(preset, seed=seed, arch=arch)
     if base == "sasrec":
         short = {"epochs": 1} if preset == "smoke" else {}
         return {"sasrec": {"max_items": base_config.max_items, "seed": seed, **short}}
@@ -120,7 +125,7 @@ def method_config(name: str, preset: str, seed: int) -> TrainConfig | dict:
     return dataclasses.replace(base_config, **changes)
 
 
-def _collect(dataset, preset, names, runs, catalogue, table, report, sids):
+def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch):
     ranks = {name: np.array([r["ranks"] for r in runs if r["method"] == name]) for name in names}  # [S, U]
     ranks |= _baselines(catalogue)
     rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
@@ -129,7 +134,7 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids):
     summary = []
     for name, of_method in ranks.items():
         entry = {"method": name, "seeds": len(of_method), **metrics_of(of_method), "predicted_flops": None, "predicted_activation_mb": None}
-        if isinstance(config := method_config(name, preset, 0) if name in names else None, TrainConfig):
+        if isinstance(config := method_config(name, preset, 0, arch) if name in names else None, TrainConfig):
             config = fitted(config, catalogue)
             predicted = cost(config, table.widths, Windows(leave_one_out(catalogue.histories).train, config.max_items, config.windows))
             entry |= {"predicted_flops": predicted.training, "predicted_activation_mb": predicted.activation_bytes / 2**20}
@@ -146,9 +151,9 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids):
                                         "p_value": float(test.p_value) if len(of_method) == 1 else None}
         summary.append(entry)
     return {
-        "dataset": str(dataset), "preset": preset, "hardware": hardware(), "versions": versions(),
+        "dataset": str(dataset), "preset": preset, "arch": arch, "hardware": hardware(), "versions": versions(),
         "command": f'make reproduce DATASET={dataset} PRESET={preset} METHODS="{" ".join(names)}" SEEDS={len(runs) // len(names)}'
-                   + f" SIDS={sids}" * bool(sids),
+                   + f" SIDS={sids}" * bool(sids) + f" ARCH={arch}" * (arch != "t5"),
         "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
         "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]],
     }

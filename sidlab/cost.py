@@ -57,7 +57,8 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
         kept = np.floor(p.keep * slots + 1e-6).astype(np.int64)
     padded = shortest < room, np.minimum(_kept(config, widths, shortest), shortest * (len(widths) + config.separators)) < kept
     fused, bf16 = torch.cuda.is_available() if fused is None else fused, _use_bf16(config) if bf16 is None else bf16
-    memory = size * _activations(config, widths, slots, kept, *padded, fused, bf16)
+    activations = _qwen_activations if config.arch == "qwen" else _activations
+    memory = size * activations(config, widths, slots, kept, *padded, fused, bf16)
     flops = {part: _mean(value, size) for part, value in _flops(config, widths, slots, kept).items()}
     parameters = _parameters(config, widths)
     activation_bytes = int(memory.max()) + 2 * parameters * bf16  # a copy of the weights is kept with them
@@ -66,7 +67,9 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
 
 def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = None, batch_size: int = 256) -> float:
     """Forward FLOPs per user of `recommend` for histories of `lengths` items; `beam`: default `config.beam`. An upper bound if the
-    catalogue uses fewer first codes than that."""
+    catalogue uses fewer first codes than that. Raises ValueError for a decoder-only model, which this does not cover."""
+    if config.arch != "t5":
+        raise ValueError(f'recommend_flops covers arch="t5", got arch={config.arch!r}')
     parts = np.array_split(np.sort(np.minimum(np.asarray(lengths, np.int64), config.max_items)), -(-len(lengths) // batch_size))
     size, longest = np.array([len(part) for part in parts]), np.array([part[-1] for part in parts])
     slots, d, inner = longest * (len(widths) + config.separators), config.d_model, config.num_heads * config.d_kv
@@ -113,15 +116,20 @@ def _kept(config, widths, items):
     if p is None:
         return codes + separators
     whole = p.unit == "item"
+    sink = config.arch == "qwen" and not whole and p.reduce == "select"
     count = kept_count(torch.from_numpy(items if whole else codes + separators), p.keep).numpy()
     if p.protect_separators:
-        return np.minimum(count * len(widths) if whole else count, codes) + separators
+        return np.minimum(count * len(widths) if whole else count + sink, codes) + separators
+    if sink:  # the first token stays on top
+        return np.minimum(count + 1, codes + separators)
     return count * (len(widths) + config.separators) if whole else count
 
 
 def _layer(config, n, keys):
     """FLOPs of n tokens through self-attention with so many keys and feed-forward."""
     d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
+    if config.arch == "qwen":  # keys and values may have fewer heads; the feed-forward layer is gated
+        return n * (4 * d * (inner + _kv(config)) + 4 * keys * inner + 6 * d * f)
     return n * (8 * d * inner + 4 * keys * inner + 4 * d * f + 2 * (config.ffn_hidden_layers - 1) * f**2)
 
 
@@ -129,10 +137,19 @@ def _flops(config, widths, slots, kept):
     d, inner, levels, layers = config.d_model, config.num_heads * config.d_kv, len(widths), config.num_decoder_layers
     p, ahead = config.pruning, _ahead(config, widths)
     before, scores = p.after_layer if p is not None else config.num_layers, p is not None and p.reduce == "select"
+    if config.arch == "qwen":  # the target's tokens run in the same layers as the history
+        slots_all, kept_all = slots + levels, kept + levels
+        return {"encoder": before * _layer(config, slots_all, slots_all), "scoring": 2 * slots**2 * scores,
+                "behind": (config.num_layers - before) * _layer(config, kept_all, kept_all), "decoder": 0 * slots, "cross": 0 * slots,
+                "heads": 2 * d * sum(widths), "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)))}
     return {"encoder": before * _layer(config, slots, slots), "scoring": 2 * slots**2 * scores,
             "behind": (config.num_layers - before) * _layer(config, kept, kept), "decoder": layers * _layer(config, levels, levels),
             "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept), "heads": 2 * d * sum(widths),
             "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)))}
+
+
+def _kv(config):
+    return (config.num_kv_heads or config.num_heads) * config.d_kv
 
 
 def _ahead(config, widths):
@@ -143,10 +160,14 @@ def _ahead(config, widths):
 
 def _parameters(config, widths):
     d, f, heads, steps = config.d_model, config.d_ff, config.num_heads, len(_ahead(config, widths))
+    map_head = d * (1 + steps + d) if steps else 0
+    if config.arch == "qwen":
+        attention = 2 * d * (heads * config.d_kv + _kv(config)) + 2 * config.d_kv  # norms of queries and keys
+        return config.num_layers * (attention + 3 * d * f + 2 * d) + (3 + sum(widths)) * d + d + map_head
     attention, ffn = 4 * d * heads * config.d_kv + d, 2 * d * f + (config.ffn_hidden_layers - 1) * f**2 + d  # with their norms
     layers = config.num_layers * (attention + ffn) + config.num_decoder_layers * (2 * attention + ffn)
     # And embeddings (the heads are slices of them), two last norms, 32 position biases a head in each stack, MAP's head.
-    return layers + (3 + sum(widths)) * d + 2 * d + 64 * heads + (d * (1 + steps + d) if steps else 0)
+    return layers + (3 + sum(widths)) * d + 2 * d + 64 * heads + map_head
 
 
 def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16):
@@ -185,6 +206,38 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
     total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + noise))  # last norm, read by all cross-attention
     total = total + decoders * (layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * noise)
     total = total + norm(levels) + levels * d * (2 * noise + (8 + 2 * w * len(ahead) if ahead else 0))
+    return total + 4 * (sum(widths) + sum(map(sum, ahead)))
+
+
+def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused, bf16):
+    """As `_activations`, of a decoder-only model. A processor has a fused kernel for it too, unless it drops attention weights."""
+    d, f, heads, dk, levels, p = config.d_model, config.d_ff, config.num_heads, config.d_kv, len(widths), config.pruning
+    w, drop, ahead, inner, kv = 2 if bf16 else 4, config.dropout > 0, _ahead(config, widths), heads * dk, _kv(config)
+
+    def norm(n, readers):
+        return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
+
+    def in_kernel(n, masked):  # queries, keys, values, result; one number a query; a mask, and then keys and values for all heads
+        return n * (w * (2 * inner + 2 * kv) + 4 * heads) + masked * n * (w * 2 * (inner - kv) + w * n)
+
+    def explicit(n, masked):  # weights, what dropout drew, weights as read
+        return 4 * n * w * inner + heads * n * n * (4 + drop + w * (drop or w < 4)) + masked * n * n
+
+    def layer(n, attention):
+        rotated = n * ((4 + w) * (inner + kv) + 4 * (heads + kv // dk))  # norms of queries and keys
+        return norm(n, 3) + rotated + attention + norm(n, 2) + 4 * n * w * f
+
+    plain = explicit if drop and not fused else in_kernel
+    n, m = slots + levels, kept + levels
+    before = p.after_layer if p is not None else config.num_layers
+    scores = p is not None and p.reduce == "select"
+    total = (before - scores) * layer(n, plain(n, padded))
+    if scores:
+        total = total + layer(n, explicit(n, padded)) + 4 * n * d
+    total = total + (config.num_layers - before) * layer(m, plain(m, padded_behind))
+    total = total + 8 * config.d_kv * (n + (m if p is not None else 0))  # rotations
+    heads_read = (2 * (1 + len(ahead)) if bf16 else 0) + (8 + 2 * w * len(ahead) if ahead else 0)
+    total = total + m * (12 * d + 4) + levels * d * heads_read
     return total + 4 * (sum(widths) + sum(map(sum, ahead)))
 
 

@@ -41,6 +41,7 @@ SMALL = TrainConfig(
     max_items=12,
     batch_tokens=1500,
 )
+QWEN = dataclasses.replace(SMALL, arch="qwen", num_kv_heads=2)
 CHANGES = {
     "unpadded": {},
     "padded": {"padding": "fixed"},
@@ -107,15 +108,16 @@ def assert_counts(config, histories=HISTORIES):
 
 @st.composite
 def configurations(draw):
-    layers, fields = draw(st.integers(1, 3)), {}
+    layers, fields, arch = draw(st.integers(1, 3)), {}, draw(st.sampled_from(("t5", "qwen")))
     if draw(st.booleans()):
+        by_shape = arch == "qwen"  # there, whether the first token is on top depends on the scores of items
         fields["pruning"] = PruningConfig(
             after_layer=draw(st.integers(1, layers)),
             keep=draw(st.sampled_from((0.01, 0.2, 1 / 3, 0.5, 0.9, 1.0))),
             scorer=draw(st.sampled_from(sorted(set(SCORERS) - {"oracle"}))),
-            unit=draw(st.sampled_from(("token", "item"))),
+            unit=draw(st.sampled_from(("token",) if by_shape else ("token", "item"))),
             protect_separators=draw(st.booleans()),
-            positions=draw(st.sampled_from(("original", "compact", "none"))),
+            positions=draw(st.sampled_from(("original", "compact") if by_shape else ("original", "compact", "none"))),
         )
     if draw(st.booleans()):
         fields["map"] = MapConfig(steps=draw(st.integers(1, 4)), unit=draw(st.sampled_from(("item", "token"))))
@@ -127,6 +129,7 @@ def configurations(draw):
         ffn_hidden_layers=draw(st.integers(1, 3)),
         num_layers=layers,
         num_decoder_layers=draw(st.integers(1, 2)),
+        arch=arch,
         dropout=draw(st.sampled_from((0.0, 0.1))),
         separators=draw(st.booleans()),
         max_items=draw(st.sampled_from((5, 12))),
@@ -142,9 +145,14 @@ def test_flops_slots_and_parameters_are_the_model_s(config, sizes):
     assert_counts(config, [RNG.integers(1, 101, n) for n in sizes])
 
 
+@pytest.mark.parametrize("arch", ("t5", "qwen"))
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"sasrec"}))
-def test_flops_of_every_method_are_exact(method):
-    assert_counts(dataclasses.replace(method_config(method, "smoke", 0), max_items=12))
+def test_flops_of_every_method_are_exact(method, arch):
+    if (arch, method) == ("qwen", "rastp-reference"):
+        with pytest.raises(ValueError, match="belongs to T5"):
+            method_config(method, "smoke", 0, arch)
+        return
+    assert_counts(dataclasses.replace(method_config(method, "smoke", 0, arch), max_items=12))
 
 
 @pytest.mark.parametrize("changes", ({}, {"unit": "token"}, {"unit": "item"}, {"at_inference": False}))
@@ -238,6 +246,15 @@ def test_activations_are_what_autograd_keeps_and_so_are_their_ratios(monkeypatch
     for name, found in measured.items():
         ratio = predicted[name] / predicted["unpadded"]
         assert ratio == pytest.approx(found / measured["unpadded"], rel=0.02), name
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+def test_activations_of_a_decoder_only_model_are_what_autograd_keeps(bf16, dropout):
+    for name in ("unpadded", "padded", "rastp", "rastp, padded", "rastp, compact", "items", "separators", "map", "stamp", "pool"):
+        config = dataclasses.replace(QWEN, dropout=dropout, **CHANGES[name])
+        predicted = cost(config, TABLE.widths, epoch(config)[0], fused=False, bf16=bf16).activation_bytes
+        assert predicted == pytest.approx(measured_activations(config, bf16), rel=0.02), name
 
 
 def test_table_is_relative_to_unpadded():

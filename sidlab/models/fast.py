@@ -93,8 +93,8 @@ class _ReluDropout(torch.autograd.Function):
 
 
 def masked_softmax(query, key, attention_mask, scaling=None, position_bias=None, causal=False):
-    """Attention weights before dropout, [B, H, N, M], of `query` [B, H, N, dk] and `key` [B, H, M, dk]. `attention_mask`: bool, True where
-    attention may go, or a number to add; None with `causal`: each query sees the keys up to its own place."""
+    """Attention weights before dropout, float32 [B, H, N, M], of `query` [B, H, N, dk] and `key` [B, H, M, dk]. `attention_mask`: bool,
+    True where attention may go, or a number to add; None with `causal`: each query sees the keys up to its own place."""
     scores = torch.matmul(query, key.transpose(2, 3))
     if scaling not in (None, 1.0):
         scores = scores * scaling
@@ -105,7 +105,12 @@ def masked_softmax(query, key, attention_mask, scaling=None, position_bias=None,
     if attention_mask is not None:
         boolean = attention_mask.dtype == torch.bool  # `where` keeps this mask for its backward pass, `masked_fill` would keep the opposite
         scores = torch.where(attention_mask, scores, torch.finfo(scores.dtype).min) if boolean else scores + attention_mask
-    return torch.softmax(scores, dim=-1)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32)
+
+
+def same_heads(query, key, value):
+    """Grouped keys and values [B, Hkv, M, dk], a copy for each of the query's heads: [B, H, M, dk]."""
+    return (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
 
 
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, **kwargs):
@@ -120,6 +125,8 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     if not module.training or dropout == 0 or not _by_byte(query, dropout):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       position_bias=position_bias, **kwargs)
+    if key.shape[1] != query.shape[1]:
+        key, value = same_heads(query, key, value)
     weights = masked_softmax(query, key, attention_mask, scaling, position_bias, causal=module.is_causal)
     weights = _Dropout.apply(weights.to(value.dtype), dropout)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), None

@@ -104,7 +104,6 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
     def __init__(self, config: SidQwenConfig):
         super().__init__(config)
         self.register_buffer("token_level", token_levels(config.widths, config.text_vocab), persistent=True)
-        self.register_buffer("prompt", torch.tensor(config.prompt or [], dtype=torch.long), persistent=False)
         if config.pruning is not None:
             self.set_pruning(pruning_of(config))
 
@@ -118,7 +117,8 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
         """`input_ids` int64 [B, N], the histories; `attention_mask` [B, N] (default: not PAD); `tail` int64 [B, T], what follows them;
         `past_key_values`, an empty cache to fill; `truth` float [B, N], for the oracle scorer. Returns `PrunedDecoderOutput`."""
         batch, width = input_ids.shape
-        front, tail = self.prompt.expand(batch, -1), input_ids[:, :0] if tail is None else tail
+        front = input_ids.new_tensor(self.config.prompt or []).long().expand(batch, -1)  # [B, P]
+        tail = input_ids[:, :0] if tail is None else tail
         history = slice(front.shape[1], front.shape[1] + width)
         if attention_mask is None:
             attention_mask = (input_ids != PAD).long()
@@ -200,6 +200,8 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
 
     def __init__(self, config: SidQwenConfig, table: SidTable | None = None):
         Qwen3PreTrainedModel.__init__(self, config)  # the parent's own would build and initialise a model that is then thrown away
+        if config._attn_implementation == "sdpa":
+            config._attn_implementation = "sidlab"  # the same, but for dropout on a processor
         self.model = PrunedDecoder(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -52,8 +52,8 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
             path, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias,
             token_mask=token_mask, causal=causal, history=history)
         return output, None
-    if key.shape[1] != query.shape[1]:  # grouped heads
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if key.shape[1] != query.shape[1]:
+        key, value = fast.same_heads(query, key, value)
     clean = fast.masked_softmax(query, key, attention_mask, scaling, position_bias, causal)
     # The published code keeps PyTorch's own dropout.
     weights = F.dropout(clean, dropout, module.training) if reference else fast.dropout(clean.to(value.dtype), dropout, module.training)
