@@ -15,6 +15,7 @@ _HOME = {
     "Catalogue": "data.catalogue",
     "load_catalogue": "data.catalogue",
     "save_catalogue": "data.folder",
+    "algr_catalogue": "data.algr",
     "ResidualKMeans": "sids.residual_kmeans",
     "RQVAE": "sids.rqvae",
     "OPQ": "sids.opq",

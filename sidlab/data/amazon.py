@@ -31,7 +31,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
-from sidlab.data.folder import _Dirt, _find, _lines
+from sidlab.data.folder import Dirt, _find, _lines
 from sidlab.data.text import cache_folder
 
 ADDRESS = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
@@ -52,7 +52,7 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     on_dirty: "warn" gives one warning with the count and the first example of each kind (also in `Catalogue.dirty`), "raise" a
     ValueError at the first. ValueError too for missing or damaged files, two categories, and an empty 5-core.
     """
-    folder, dirt, found = pathlib.Path(folder), _Dirt(on_dirty), find_reviews(folder)
+    folder, dirt, found = pathlib.Path(folder), Dirt(on_dirty), find_reviews(folder)
     if len(found) != 1:
         raise ValueError(f"{folder} must hold the files of one category, reviews_X_5.json.gz and meta_X.json.gz; found {sorted(found)}")
     ((category, reviews),) = found.items()

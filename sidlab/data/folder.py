@@ -28,7 +28,7 @@ import pandas as pd
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
 
 
-class _Dirt:
+class Dirt:
     """Counts dirty lines by kind, or stops at the first."""
 
     def __init__(self, on_dirty):
@@ -42,6 +42,11 @@ class _Dirt:
             raise ValueError(f"{kind}: {path.parent / first}")
         self.kinds.setdefault(kind, {"count": 0, "first": first})["count"] += 1
 
+    def warn(self, where):
+        """One warning with all that was found in `where`, if anything was."""
+        if self.kinds:
+            warnings.warn(f"dirty lines in {where}: {self}", stacklevel=4)
+
     def __str__(self):
         return "; ".join(f"{kind}: {found['count']} (first: {found['first']})" for kind, found in self.kinds.items())
 
@@ -52,11 +57,10 @@ def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     on_dirty: "warn" gives one warning with the count and the first example of each kind (also in `Catalogue.dirty`),
     "raise" a ValueError at the first dirty line. ValueError too for a gap in the item ids and for unreadable files.
     """
-    folder, dirt = pathlib.Path(folder), _Dirt(on_dirty)
+    folder, dirt = pathlib.Path(folder), Dirt(on_dirty)
     items = _read_items(_find(folder, "items.jsonl"), dirt)
     user_ids, histories = _read_sequences(_find(folder, "sequences.txt"), len(items), dirt)
-    if dirt.kinds:
-        warnings.warn(f"dirty lines in {folder}: {dirt}", stacklevel=3)
+    dirt.warn(folder)
     if embeddings is None and (folder / "embeddings.npy").exists():
         embeddings = np.load(folder / "embeddings.npy", allow_pickle=False)
     return Catalogue(folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings)

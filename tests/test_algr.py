@@ -1,0 +1,187 @@
+"""AL-GR's tables: the real sample, dirty lines, and the way from generated files to a trained model's hit rate."""
+
+import csv
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, needs_shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidlab.data import algr
+from sidlab.decoding import recommend
+from sidlab.metrics import rank_of_target
+from sidlab.training import TrainConfig, train
+from sidlab.windows import leave_one_out
+
+
+def table(path, header, *rows, delimiter=","):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    return path
+
+
+def sid(a, b, c, width=8192):
+    return f"C{a}C{b + width}C{c + 2 * width}"
+
+
+ROWS = ("system", "user", "answer")
+ITEMS = ("base62_string", "codebook_lv1", "codebook_lv2", "codebook_lv3")
+
+
+@needs_shared
+def test_the_real_sample_reads_whole():
+    rows = list(algr.read_rows(SHARED / "al-gr-sample" / "train_sample.tsv.gz", on_dirty="raise"))
+    assert len(rows) == 10
+    assert [len(history) for history, _ in rows] == [99, 99, 69, 11, 60, 73, 99, 100, 100, 98]
+    assert rows[0][0][0].tolist() == [1989, 14585 - 8192, 22548 - 16384]
+    assert rows[0][1].tolist() == [1442, 14117 - 8192, 19114 - 16384]
+    for history, answer in rows:
+        assert history.min() >= 0 and history.max() < 8192 and answer.shape == (3,)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.tuples(*[st.integers(0, 8191)] * 3), min_size=2, max_size=12), min_size=1, max_size=5), st.sampled_from(",\t"))
+def test_rows_come_back_as_they_were_written(tmp_path_factory, sequences, delimiter):
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    text = [(algr.SYSTEM, algr.USER.format("".join(sid(*item) for item in s[:-1])), sid(*s[-1])) for s in sequences]
+    table(path, ROWS, *text, delimiter=delimiter)
+    found = list(algr.read_rows(path, on_dirty="raise"))
+    assert [[*map(tuple, history.tolist()), tuple(answer.tolist())] for history, answer in found] == sequences
+
+
+DIRTY = [
+    (("s", "no history", sid(1, 2, 3)), "user: no SID"),
+    (("s", sid(1, 2, 3) + "C5", sid(1, 2, 3)), "user: 3 codes an item expected"),
+    (("s", sid(1, 2, 3), "C1C2C3"), "answer: a code outside its level's 8192"),
+    (("s", sid(1, 2, 8192), sid(1, 2, 3)), "user: a code outside its level's 8192"),
+    (("s", sid(1, 2, 3), sid(1, 2, 3) * 2), "answer: not one SID"),
+    (("s", sid(1, 2, 3)), "other than 3 fields"),
+]
+
+
+@pytest.mark.parametrize("row, kind", DIRTY)
+def test_a_dirty_row_is_named_and_left_out_or_stops(tmp_path, row, kind):
+    good = ("s", sid(1, 2, 3), sid(4, 5, 6))
+    path = table(tmp_path / "rows.csv", ROWS, good, row, good)
+    with pytest.warns(UserWarning, match=rf"{kind}: 1 \(first: rows.csv line 3"):
+        assert len(list(algr.read_rows(path))) == 2
+    with pytest.raises(ValueError, match=kind):
+        list(algr.read_rows(path, on_dirty="raise"))
+
+
+def test_dirty_items_and_raw_rows_are_named(tmp_path):
+    rows = [("a", 1, 2, 3), ("b", 1, "", 3), ("a", 4, 5, 6), ("c", 1, 9000, 3), ("d", "7.0", 8, 9), ("", 1, 1, 1)]
+    path = table(tmp_path / "items.csv", ITEMS, *rows)
+    with pytest.warns(UserWarning) as warned:
+        ids, codes = algr.read_items(path)
+    assert ids == ["a", "d"] and codes.tolist() == [[1, 2, 3], [7, 8, 9]]
+    for kind in ("a code is missing: 1", "duplicate item: 1", r"a code outside 0..8191: 1", "no item id: 1"):
+        assert kind in str(warned[0].message)
+    raw = table(tmp_path / "raw.csv", ("user_history", "target_item"), ("x;y;z", "u;v"), ("", "u"))
+    with pytest.warns(UserWarning, match="no history or no target: 1"):
+        assert list(algr.read_raw_rows(raw)) == [(["x", "y", "z"], ["u", "v"])]
+    with pytest.raises(ValueError, match="has no column answer; its header is 'system,user"):
+        list(algr.read_rows(table(tmp_path / "odd.csv", ("system", "user"))))
+    with pytest.raises(ValueError, match="holds no item"):
+        algr.read_items(table(tmp_path / "none.csv", ITEMS))
+    whole = gzip.compress(path.read_bytes() * 50)
+    (tmp_path / "cut.csv.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        algr.read_items(tmp_path / "cut.csv.gz")
+
+
+def test_rows_are_streamed(tmp_path):
+    """The first row is there before the second is looked at."""
+    path = table(tmp_path / "rows.csv", ROWS, ("s", sid(1, 2, 3), sid(4, 5, 6)), ("s", "broken", ""))
+    stream = algr.read_rows(path, on_dirty="raise")
+    assert next(stream)[1].tolist() == [4, 5, 6]
+    with pytest.raises(ValueError, match="user: no SID"):
+        next(stream)
+
+
+# --- Generator, reader, training, hit rate
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("algr")
+    algr.write_algr(folder, n_rows=400, n_items=120, width=64, longest=20, seed=3)
+    return folder
+
+
+def test_generated_files_agree_with_one_another(written):
+    ids, codes = algr.read_items(written / "items.csv.gz", width=64, on_dirty="raise")
+    rows = list(algr.read_rows(written / "rows.csv.gz", width=64, on_dirty="raise"))
+    raw = list(algr.read_raw_rows(written / "raw.csv.gz", on_dirty="raise"))
+    assert (len(ids), len(rows), len(raw)) == (120, 400, 400) and len(set(ids)) == 120
+    number = {item: i for i, item in enumerate(ids)}
+    for (history, answer), (items, targets) in zip(rows, raw):
+        assert np.array_equal(history, codes[[number[item] for item in items]])
+        assert np.array_equal(answer, codes[number[targets[0]]]) and len(targets) == 1
+    assert len(np.unique(codes, axis=0)) < 120  # some share a SID
+    lengths = [len(history) for history, _ in rows]
+    assert 1 <= min(lengths) and max(lengths) <= 20 and 13 < np.mean(lengths) < 18
+
+
+def test_a_generated_file_reads_like_the_sample(written):
+    with gzip.open(written / "rows.csv.gz", "rt", encoding="utf-8") as file:
+        header, first = next(csv.reader([next(file)])), next(csv.reader([next(file)]))
+    assert header == ["system", "user", "answer"]
+    assert first[0] == algr.SYSTEM and first[1].startswith("当前用户的历史行为如下：C") and first[1].endswith("后续行为的语义编码")
+    if SHARED.is_dir():
+        with gzip.open(SHARED / "al-gr-sample" / "train_sample.tsv.gz", "rt", encoding="utf-8") as file:
+            real = list(file)[1].rstrip("\n").split("\t")
+        assert real[1] == algr.SYSTEM
+        assert algr._SID.sub("", real[2]) == algr._SID.sub("", first[1])
+
+
+@pytest.mark.parametrize("arch", ("qwen", "t5"))
+def test_from_generated_files_to_a_hit_rate(written, arch):
+    catalogue, table = algr.algr_catalogue(written / "rows.csv.gz", written / "items.csv.gz", width=64)
+    assert table.collisions == "share" and table.levels == 3 and catalogue.n_items == 120 and not catalogue.dirty
+    config = TrainConfig.preset("smoke", arch=arch, max_updates=150, eval_every=150, learning_rate=5e-3, max_items=20, position_init=None,
+                                separators=False)
+    result = train(config, catalogue, table, progress=False)
+    histories, targets = leave_one_out(catalogue.histories).cases("test")
+    items, _ = recommend(result.model, histories, k=40)
+    leaves, _ = table.trie.find(table.codes[targets - 1])
+    sharers = [row[valid].numpy() for row, valid in zip(*table.trie.leaf_items(leaves))]
+    rates = algr.hit_rate(items, sharers, ks=(5, 20, 40))
+    rng = np.random.default_rng(0)
+    chance = algr.hit_rate(np.stack([rng.permutation(120)[:40] + 1 for _ in targets]), sharers, ks=(5, 20, 40))
+    assert chance[5] == pytest.approx(5 / 120, abs=0.02)
+    assert chance[5] * 2.5 < rates[5] < rates[20] < rates[40]
+
+
+def test_hit_rate_counts_what_is_found_of_what_is_true():
+    items = torch.tensor([[5, 6, 7, 8], [1, 2, 0, 0]])
+    assert algr.hit_rate(items, [[6, 8], [2]], ks=(1, 2, 4)) == {1: 0.0, 2: 0.75, 4: 1.0}
+    ranks = rank_of_target(items.numpy(), np.array([7, 3]))
+    assert algr.hit_rate(items, [7, 3], ks=(2, 3)) == {k: float(((ranks > 0) & (ranks <= k)).mean()) for k in (2, 3)}
+    with pytest.raises(ValueError, match="K at least 1000"):
+        algr.hit_rate(items, [7, 3])
+
+
+def test_rows_with_unknown_sids_are_dirty_and_a_limit_cuts(tmp_path):
+    table(tmp_path / "items.csv", ITEMS, ("a", 1, 2, 3), ("b", 1, 2, 3), ("c", 4, 5, 6))
+    good, bad = ("s", sid(1, 2, 3) + sid(4, 5, 6), sid(1, 2, 3)), ("s", sid(1, 2, 4), sid(1, 2, 3))
+    path = table(tmp_path / "rows.csv", ROWS, good, bad, good, good)
+    with pytest.warns(UserWarning, match="a SID that no item has: 1"):
+        catalogue, sids = algr.algr_catalogue(path, tmp_path / "items.csv")
+    assert [h.tolist() for h in catalogue.histories] == [[1, 3, 1]] * 3  # the first item of each SID
+    assert catalogue.items.title.tolist() == ["a", "b", "c"] and sids.items_of([[1, 2, 3]]) == [[1, 2]]
+    assert len(algr.algr_catalogue(path, tmp_path / "items.csv", limit=1)[0].histories) == 1
+
+
+def test_bad_sizes_and_an_absent_network_say_so(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="n_items, width at least 2, got 1, 5, 1, 8192"):
+        algr.write_algr(tmp_path, 1, 1, longest=5)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="(?s)can't be downloaded.*take the file from https://huggingface.co/datasets/AL-GR/AL-GR-Tiny"):
+        algr.fetch_algr("train_data/s1_tiny.csv")
