@@ -22,6 +22,7 @@ _HOME = {
     "SidTable": "sids.table",
     "TokenPruner": "pruning",
     "PruningConfig": "pruning",
+    "Strategy": "adaptive",
     "MapConfig": "map_loss",
     "SidT5": "models.t5",
     "SidT5Config": "models.t5",
@@ -33,7 +34,7 @@ _HOME = {
     "sweep": "sweeps",
 }
 _ROOMS = (
-    "baselines", "comparison", "cost", "decoding", "demo", "kernels", "map_loss", "metrics", "papers", "probe", "pruning",
+    "adaptive", "baselines", "comparison", "cost", "decoding", "demo", "kernels", "map_loss", "metrics", "papers", "probe", "pruning",
     "saliency", "sweeps", "teach", "training", "viz", "windows",
 )
 

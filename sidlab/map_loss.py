@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidlab.pruning import _one_of
+from sidlab.pruning import one_of
 
 UNITS = ("item", "token")
 
@@ -31,7 +31,7 @@ class MapConfig:
     decay: float = 1.0
 
     def __post_init__(self):
-        _one_of("unit", self.unit, UNITS)
+        one_of("unit", self.unit, UNITS)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.weight < 0 or not 0 < self.decay <= 1:

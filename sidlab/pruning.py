@@ -41,8 +41,10 @@ class PruningConfig:
     "item" (whole items). `protect_separators`: keep every separator, on top. `positions`: position information behind the
     pruner: "original" (places in the full history), "compact" (places among the kept) or "none" (as the published code does
     by accident). `at_inference`: prune there too, as the published code does. `reduce`: "select" tokens, or "pool": average
-    neighbours down to the kept share, which needs no scorer. `mode`: "corrected", or "reference": what the published code
-    does (see `reference_choice` and the docstring of `models.t5`), for histories padded to a fixed length.
+    neighbours down to the kept share, which needs no scorer. `mass`: of each row only the smallest set of tokens that holds this share of
+    the row's importance, `keep` being the most (so a share by row; for scores that are not negative, with unit="token"). `mode`:
+    "corrected", or "reference": what the published code does (see `reference_choice` and the docstring of `models.t5`), for histories
+    padded to a fixed length.
     """
 
     after_layer: int = 2
@@ -53,21 +55,25 @@ class PruningConfig:
     positions: str = "original"
     at_inference: bool = True
     reduce: str = "select"
+    mass: float | None = None
     mode: str = "corrected"
 
     def __post_init__(self):
-        _check_keep(self.keep)
-        _one_of("unit", self.unit, UNITS)
-        _one_of("positions", self.positions, POSITIONS)
-        _one_of("reduce", self.reduce, REDUCTIONS)
-        _one_of("mode", self.mode, MODES)
+        check_keep(self.keep)
+        one_of("unit", self.unit, UNITS)
+        one_of("positions", self.positions, POSITIONS)
+        one_of("reduce", self.reduce, REDUCTIONS)
+        one_of("mode", self.mode, MODES)
+        if self.mass is not None and (not 0 < self.mass <= 1 or self.unit != "token"):
+            raise ValueError('mass is a share of the importance in (0, 1] and needs unit="token", got '
+                             f"mass={self.mass} and unit={self.unit!r}")
         if self.mode == "reference" or self.reduce == "pool":
             which = 'mode="reference"' if self.mode == "reference" else 'reduce="pool"'
-            for name in ("unit", "protect_separators", *(["positions", "reduce"] if self.mode == "reference" else [])):
+            for name in ("unit", "protect_separators", "mass", *(["positions", "reduce"] if self.mode == "reference" else [])):
                 if getattr(self, name) != getattr(PruningConfig, name):
                     raise ValueError(f"{which} knows no {name}={getattr(self, name)!r}; leave it out")
         if isinstance(self.scorer, str):
-            _one_of("scorer", self.scorer, tuple(SCORERS))
+            one_of("scorer", self.scorer, tuple(SCORERS))
         if self.after_layer < 1:
             raise ValueError(f"after_layer is counted from 1, got {self.after_layer}")
 
@@ -90,7 +96,8 @@ def kept_count(n: Tensor, keep: float) -> Tensor:
 
 
 class TokenPruner(nn.Module):
-    """Keeps the `keep` share of each row's real tokens (`unit="token"`) or items (`unit="item"`); no parameters.
+    """Keeps the `keep` share of each row's real tokens (`unit="token"`) or items (`unit="item"`), or less of them where `mass` says so
+    (see `PruningConfig`); no parameters.
 
     >>> pruner = TokenPruner(keep=0.5)
     >>> hidden, mask = torch.randn(1, 4, 8), torch.ones(1, 4, dtype=torch.long)
@@ -98,11 +105,11 @@ class TokenPruner(nn.Module):
     tensor([[1, 3]])
     """
 
-    def __init__(self, keep: float = 1 / 3, unit: str = "token"):
+    def __init__(self, keep: float = 1 / 3, unit: str = "token", mass: float | None = None):
         super().__init__()
-        _check_keep(keep)
-        _one_of("unit", unit, UNITS)
-        self.keep, self.unit = keep, unit
+        check_keep(keep)
+        one_of("unit", unit, UNITS)
+        self.keep, self.unit, self.mass = keep, unit, mass
 
     def forward(self, hidden: Tensor, mask: Tensor, importance: Tensor, *, protect: Tensor | None = None,
                 item_index: Tensor | None = None, slots: int | None = None) -> Pruned:
@@ -111,7 +118,7 @@ class TokenPruner(nn.Module):
         Args: `hidden` [B, N, d]; `mask` [B, N], 1 real, 0 padding; `importance` float [B, N] (ignored at padding); `protect`
         bool [B, N], tokens kept on top of the share; `item_index` int64 [B, N], needed by `unit="item"`, ascending from 0;
         `slots`: K if the caller knows it. Without it K is ceil(keep · N) in token mode, from the shape alone, and is read
-        from the mask (one synchronisation on a GPU) in item mode and with `protect`.
+        from the mask (one synchronisation on a GPU) in item mode, with `protect` and with `mass`.
         Returns `Pruned`. Where scores are equal the lowest position is kept. Raises ValueError on shapes that do not agree.
         """
         if hidden.ndim != 3 or mask.shape != hidden.shape[:2] or importance.shape != hidden.shape[:2]:
@@ -119,8 +126,8 @@ class TokenPruner(nn.Module):
                              f"{tuple(hidden.shape)}, {tuple(mask.shape)} and {tuple(importance.shape)}")
         kept = self.choose(mask, importance, protect=protect, item_index=item_index)
         width = mask.shape[1]
-        if slots is None:
-            from_shape = self.unit == "token" and protect is None
+        if slots is None or self.mass is not None:
+            from_shape = self.unit == "token" and protect is None and self.mass is None
             slots = max(math.ceil(self.keep * width - 1e-6), min(width, 1)) if from_shape else int(kept.sum(1).max())
         # Kept tokens first, each group in its original order: a stable sort of the booleans does both.
         positions = torch.argsort(~kept, dim=1, stable=True)[:, :slots]  # [B, K]
@@ -141,8 +148,20 @@ class TokenPruner(nn.Module):
             kept = self._whole_items(real, score, protect, item_index)
         else:
             candidates = score if protect is None else score.masked_fill(protect, -torch.inf)
-            kept = _top(candidates, kept_count(real.sum(1), self.keep)) & real
+            count = kept_count(real.sum(1), self.keep)
+            if self.mass is not None:
+                count = torch.minimum(count, self._holding_mass(candidates))
+            kept = _top(candidates, count) & real
         return kept if protect is None else kept | protect
+
+    def _holding_mass(self, score):
+        """How many of the largest scores of each row hold the share `mass` of their sum: int64 [B], at least 1 where one is finite."""
+        finite = score.clamp_min(0).double()
+        if (score.masked_fill(score <= torch.finfo(torch.float32).min, 0) < 0).any():
+            raise ValueError(f"mass={self.mass} is a share of the importance, so no score may be negative; choose another scorer")
+        total = finite.sum(1, keepdim=True)
+        reached = finite.sort(dim=1, descending=True).values.cumsum(1)  # [B, N]
+        return ((reached < self.mass * total - 1e-9 * total).sum(1) + 1).clamp_max((score > -torch.inf).sum(1))
 
     def _whole_items(self, real, score, protect, item_index):
         if item_index is None:
@@ -156,7 +175,7 @@ class TokenPruner(nn.Module):
         return kept_items.gather(1, item_index) & real
 
     def extra_repr(self):
-        return f"keep={self.keep:.4g}, unit={self.unit!r}"
+        return f"keep={self.keep:.4g}, unit={self.unit!r}" + (f", mass={self.mass:.4g}" if self.mass is not None else "")
 
 
 def reference_choice(hidden: Tensor, mask: Tensor, importance: Tensor, keep: float) -> Pruned:
@@ -200,11 +219,11 @@ def _top(score: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(taken).scatter(1, order, taken)
 
 
-def _check_keep(keep):
+def check_keep(keep):
     if not 0 < keep <= 1:
         raise ValueError(f"keep is the kept fraction and must lie in (0, 1], got {keep}")
 
 
-def _one_of(name, value, valid):
+def one_of(name, value, valid):
     if value not in valid:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, valid))}")

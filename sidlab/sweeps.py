@@ -24,6 +24,7 @@ import transformers
 from transformers import TrainerCallback
 
 import sidlab
+from sidlab.adaptive import Strategy
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.map_loss import MapConfig
@@ -45,7 +46,7 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
     """Train every setting of a grid with every seed, each in a process of its own.
 
     Args: `grid`: {name: values}, all combinations, or a list of dicts {name: value}. A name is a field of `TrainConfig`, of its
-    parts ("pruning.keep", "map.steps") or of the SIDs ("sids.levels", see `sid_table`). `folder`: where results are kept;
+    parts ("pruning.keep", "strategy.kind", "map.steps") or of the SIDs ("sids.levels", see `sid_table`). `folder`: where results are kept;
     what is there already is not run again. `dataset` and `preset` as in `compare`; `seeds`: how many, from 0 on.
     Returns a row a run: the settings, "seed", metrics, costs and "file", which holds ranks and learning curve too. The same
     table grows in `folder/rows.csv` while the sweep runs. Raises ValueError before anything is trained.
@@ -82,7 +83,7 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
 
 def config_with(preset: str, seed: int, settings: dict) -> TrainConfig:
     """A preset with settings by name; "pruning.keep" sets a field of a part, which is then switched on."""
-    parts, fields = {"pruning": PruningConfig, "map": MapConfig}, {}
+    parts, fields = {"pruning": PruningConfig, "strategy": Strategy, "map": MapConfig}, {}
     valid = {f.name for f in dataclasses.fields(TrainConfig)} | {f"{p}.{f.name}" for p, c in parts.items() for f in dataclasses.fields(c)}
     if unknown := settings.keys() - valid:
         raise ValueError(f"settings {sorted(unknown)} are unknown; use {', '.join(sorted(valid))}, or sids.{', sids.'.join(SIDS)}")

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from sidlab.adaptive import AdaptPruning, Strategy
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
 from sidlab.map_loss import MapConfig
@@ -48,16 +49,16 @@ class TrainConfig:
 
     Model: `arch`, "t5" (`SidT5`) or "qwen" (`SidQwen`, decoder-only); `d_model`, `d_kv`, `num_heads`, `d_ff`, `num_layers` (of the encoder,
     or all of a decoder-only model), `dropout` (decoder-only: of attention weights), `embedding_init`, `separators`, `max_items` of history,
-    `pruning`, `map`; for "t5" also `num_decoder_layers`, `ffn_hidden_layers`, `position_init` (as in `SidT5Config`); for "qwen" also
-    `num_kv_heads` (default: `num_heads`) and `checkpoint`, a pretrained Qwen3 (`SidQwen.from_checkpoint`) whose sizes count instead of
-    these. Batches: `windows` "prefixes", in batches of `batch_tokens` encoder
-    slots, `accumulation` of them an update (so that an update mixes lengths); or "contiguous", drawn as published, where
-    `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`,
-    the published way, in the same batches). Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all
-    updates) and `schedule` (a Hugging Face name); with `muon`, a learning rate, the weight matrices inside the layers are Muon's
-    (orthogonalised momentum, `torch.optim.Muon`), under the same schedule. Length: `epochs`, cut to `max_updates` if given. Evaluation
-    every `eval_every`
-    updates on `eval_users` validation users (None: all), stopping after `patience` evaluations without a better recall@5.
+    `pruning`, `strategy` (how it changes while training, see `adaptive`), `map`; for "t5" also `num_decoder_layers`, `ffn_hidden_layers`,
+    `position_init` (as in `SidT5Config`); for "qwen" also `num_kv_heads` (default: `num_heads`) and `checkpoint`, a pretrained Qwen3
+    (`SidQwen.from_checkpoint`) whose sizes count instead of these.
+    Batches: `windows` "prefixes", in batches of `batch_tokens` history slots, `accumulation` of them an update (so that an update mixes
+    lengths); or "contiguous", drawn as published, where `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the
+    batch's longest) or "fixed" (to `max_items`, the published way, in the same batches).
+    Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all updates) and `schedule` (a Hugging Face name); with
+    `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
+    Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),
+    stopping after `patience` evaluations without a better recall@5.
     `precision`: "fp32", "bf16" or "auto" (bf16 where the processor gains from it). `seed` reaches weights, dropout and order.
     """
 
@@ -77,6 +78,7 @@ class TrainConfig:
     separators: bool = True
     max_items: int = 30
     pruning: PruningConfig | None = None
+    strategy: Strategy | None = None
     map: MapConfig | None = None
     windows: str = "prefixes"
     padding: str = "batch"
@@ -107,6 +109,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.pruning is not None and self.pruning.mode == "reference" and self.padding != "fixed":
             raise ValueError('pruning mode="reference" needs padding="fixed", as in the published code')
+        if self.strategy is not None:
+            if self.pruning is None or self.pruning.mode == "reference":
+                raise ValueError(f'strategy changes pruning, other than mode="reference"; got pruning={self.pruning}')
+            if self.eval_every % self.strategy.every:
+                raise ValueError(f"eval_every={self.eval_every} must be a multiple of strategy.every={self.strategy.every}")
         if self.checkpoint is not None and self.arch != "qwen":
             raise ValueError(f'checkpoint={self.checkpoint!r} needs arch="qwen", got arch={self.arch!r}')
         if self.pruning is not None and self.checkpoint is None:  # what does not fit a model is refused before anything is loaded
@@ -127,7 +134,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, fields: dict) -> "TrainConfig":
         """The inverse of `to_dict`."""
-        nested = {"pruning": PruningConfig, "map": MapConfig}
+        nested = {"pruning": PruningConfig, "strategy": Strategy, "map": MapConfig}
         return cls(**{k: nested[k](**v) if k in nested and v is not None else v for k, v in fields.items()})
 
 
@@ -222,17 +229,21 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             stack.enter_context(quiet())
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         checkpoint = _resume_point(pathlib.Path(folder), config, catalogue, table) if output_dir else None
+        callbacks = [_Patience(config.patience), *(callbacks or [])]
+        if config.strategy is not None:
+            callbacks.append(AdaptPruning(config.strategy, model, collator(_probe_windows(windows))))
         set_seed(config.seed)
         trainer = _SidTrainer(
             model=model, args=_arguments(config, folder, updates, keep=bool(output_dir), progress=progress),
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
             data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
-            muon=config.muon, callbacks=[_Patience(config.patience), *(callbacks or [])],
+            muon=config.muon, callbacks=callbacks,
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             trainer.meter.load(checkpoint)
+            _prune_as(model, checkpoint)
             trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         state = trainer.state
         if state.max_steps and (state.global_step >= state.max_steps or _stale(state) >= config.patience):
@@ -242,6 +253,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.meter.pause()
+        if config.strategy is not None:
+            _prune_as(model, trainer.state.best_model_checkpoint)
     model = trainer.model.eval()
     best = max((e for e in trainer.state.log_history if "eval_recall@5" in e), key=lambda e: e["eval_recall@5"])
     return TrainResult(
@@ -278,6 +291,20 @@ def _eval_cases(split, config):
         chosen = np.sort(np.random.default_rng(0).choice(len(targets), config.eval_users, replace=False))
         histories, targets = [histories[i] for i in chosen], targets[chosen]
     return histories, targets
+
+
+def _probe_windows(windows, size=64):
+    """The same windows for every method and seed, of similar length, since a probe is one batch: the middle ones by length."""
+    order = np.argsort(windows.lengths, kind="stable")
+    begin = max(0, len(order) // 2 - size // 2)
+    return order[begin : begin + size].tolist()
+
+
+def _prune_as(model, checkpoint):
+    """Share and layer as a strategy had them when `checkpoint` was written."""
+    if model.pruning is not None:
+        then = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())["pruning"]
+        model.set_pruning(dataclasses.replace(model.pruning, keep=then["keep"], after_layer=then["after_layer"]))
 
 
 def _arguments(config, folder, updates, *, keep, progress):

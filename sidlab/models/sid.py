@@ -95,7 +95,7 @@ class PrunedStack(LibraryInit):
     def prune_behind(self, attentions, pruning: PruningConfig | None):
         """Prune as `pruning` says; of `attentions`, one a layer, that of the layer in front of the pruner alone scores."""
         self.pruning = pruning
-        self.pruner = TokenPruner(pruning.keep, pruning.unit) if pruning is not None else None
+        self.pruner = TokenPruner(pruning.keep, pruning.unit, pruning.mass) if pruning is not None else None
         for number, attention in enumerate(attentions, start=1):
             attention.config = self.config
             if pruning is not None and pruning.reduce == "select" and number == pruning.after_layer:

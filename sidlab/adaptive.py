@@ -1,0 +1,130 @@
+"""Pruning that changes while a model trains: how much of a history is kept, and behind which layer.
+
+A `Strategy` says how, a callback (`AdaptPruning`, which `train` adds) does it before an update:
+
+* "linear", "cosine": the kept share goes from `start` to the configured `keep` over the first `until` of the updates;
+* "stage": the same in four equal steps. A summary of RASTP claims a ratio that changes with the stage of learning, more aggressive early;
+  its code has none. `start` below `keep` is that reading, above it the opposite one;
+* "loss-gap": guided by a learning signal (named as future work by STAMP, arXiv 2604.05329): every `every` updates, the smallest share
+  in `SHARES` at which the loss on a probe batch is at most `bound` nats a token above the unpruned one;
+* "settled-layer": after the first `every` updates the pruner moves behind the first layer whose ranking of the tokens has settled:
+  where Spearman's correlation with the ranking of the layer behind is at least `threshold`, the mean over the histories of a probe batch.
+  Then it stays. (If none has, it moves behind the last layer but one.)
+
+Ratios by row are no strategy over time but a way to choose: `PruningConfig(mass=…)`. What a strategy spends on its probe counts as
+training.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from sidlab.pruning import PruningConfig, check_keep, one_of
+
+KINDS = ("linear", "cosine", "stage", "loss-gap", "settled-layer")
+SHARES = (0.1, 0.2, 1 / 3, 0.5, 0.7, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """`kind`: one of `KINDS`. `start`: the kept share at first, and `until`, the share of the updates after which `keep` is reached
+    (schedules). `bound` (loss-gap), in nats per token. `threshold` (settled-layer), a correlation. `every`: updates between two looks at
+    the probe, a divisor of `eval_every`, so that a resumed run decides as one that was not interrupted."""
+
+    kind: str = "cosine"
+    start: float = 0.15
+    until: float = 0.5
+    bound: float = 0.02
+    threshold: float = 0.9
+    every: int = 50
+
+    def __post_init__(self):
+        one_of("kind", self.kind, KINDS)
+        check_keep(self.start)
+        if not 0 < self.until <= 1:
+            raise ValueError(f"until must lie in (0, 1], got {self.until}")
+        if self.bound < 0 or not -1 <= self.threshold <= 1 or self.every < 1:
+            raise ValueError(f"bound must be >= 0, threshold in [-1, 1] and every >= 1, got {self.bound}, {self.threshold}, {self.every}")
+
+
+def keep_at(strategy: Strategy, keep: float, progress: float) -> float:
+    """The kept share of a schedule that ends at `keep`, when `progress` (0..1) of the updates are done.
+
+    >>> [round(keep_at(Strategy("linear", start=0.2), 0.4, p), 2) for p in (0, 0.25, 0.5, 1)]
+    [0.2, 0.3, 0.4, 0.4]
+    """
+    done = min(progress / strategy.until, 1.0)
+    if strategy.kind == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    elif strategy.kind == "stage":
+        done = min(math.floor(done * 4) / 3, 1.0)
+    elif strategy.kind != "linear":
+        raise ValueError(f"kind={strategy.kind!r} follows no schedule; what it keeps depends on the model")
+    return strategy.start + (keep - strategy.start) * done
+
+
+class AdaptPruning(TrainerCallback):
+    """Changes `model`'s pruning as `strategy` says; `probe` is a batch as the collator gives it."""
+
+    def __init__(self, strategy: Strategy, model, probe: dict[str, Tensor]):
+        self.strategy, self.model, self.keep = strategy, model, model.pruning.keep
+        self.probe = {name: value for name, value in probe.items() if name != "map_labels"}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        kind, step = self.strategy.kind, state.global_step
+        if kind == "loss-gap":
+            if step % self.strategy.every == 0:
+                self._set(keep=self.within_bound())
+        elif kind == "settled-layer":
+            if step == self.strategy.every:
+                self._set(after_layer=self.settled())
+        else:
+            self._set(keep=keep_at(self.strategy, self.keep, step / state.max_steps))
+
+    def _set(self, **changes):
+        self.model.set_pruning(dataclasses.replace(self.model.pruning, **changes))
+
+    def within_bound(self) -> float:
+        """The smallest of `SHARES` whose loss on the probe is at most `bound` above that of all tokens."""
+        before = self.model.pruning
+        unpruned = self._probe(dataclasses.replace(before, keep=1.0)).main_loss
+        gaps = (self._probe(dataclasses.replace(before, keep=share)).main_loss - unpruned for share in SHARES)
+        return next((share for share, gap in zip(SHARES, gaps) if gap <= self.strategy.bound), 1.0)
+
+    def settled(self) -> int:
+        """The first layer whose ranking of the tokens correlates with that of the layer behind as asked."""
+        before, layers = self.model.pruning, self.model.stack.config.num_hidden_layers
+        rankings = [self._probe(dataclasses.replace(before, after_layer=layer, keep=1.0), encode=True).importance
+                    for layer in range(1, layers + 1)]
+        agreement = [spearman(one, other, self.probe["attention_mask"]) for one, other in itertools.pairwise(rankings)]
+        self.agreement = agreement
+        return next((layer for layer, r in enumerate(agreement, start=1) if r >= self.strategy.threshold), max(layers - 1, 1))
+
+    @torch.no_grad()
+    def _probe(self, pruning: PruningConfig, encode: bool = False):
+        before, training = self.model.pruning, self.model.training
+        self.model.eval()
+        self.model.set_pruning(dataclasses.replace(pruning, at_inference=True))
+        inputs = {name: value.to(self.model.device) for name, value in self.probe.items()}
+        labels = inputs.pop("labels")
+        out = self.model.encode(**inputs) if encode else self.model(**inputs, labels=labels)
+        self.model.set_pruning(before)
+        self.model.train(training)
+        return out
+
+
+def spearman(one: Tensor, other: Tensor, mask: Tensor) -> float:
+    """Spearman's rank correlation of each row's real tokens under two scores float [B, N], the mean over rows with two tokens or more;
+    `mask` [B, N], 1 real."""
+    found = []
+    for a, b, real in zip(one, other, mask.bool()):
+        if real.sum() > 1:
+            ranks = torch.stack([score[real].argsort().argsort().double() for score in (a, b)])
+            found.append(float(torch.corrcoef(ranks)[0, 1]))
+    if not found:
+        raise ValueError("no history has two tokens to rank")
+    return sum(found) / len(found)
