@@ -5,6 +5,7 @@ that are there already are read, and a killed run goes on from its last checkpoi
 child process that does one run.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -21,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 import sidlab
@@ -180,6 +182,38 @@ def run(folder, name: str) -> None:
     write_json(_file(path, ".json"), {"key": one["key"], **result})
     row = result["row"]
     say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users, trained {row['train_seconds']:.0f} s")
+
+
+def launch(arguments) -> None:
+    """`accelerate launch -m sidlab.training --config run.json`: one run on any number of processes and machines.
+
+    The file: {"dataset", "output_dir", "preset", "seed", "settings": {name: value, as in `sweep`}, "sids"}; only `output_dir` must be
+    there. Writes the model, its table and result.json (configuration, test metrics, costs) into it; a run that was stopped goes on.
+    """
+    parser = argparse.ArgumentParser("sidlab.training", description=launch.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="the JSON file")
+    path = pathlib.Path(parser.parse_args(arguments).config)
+    given = json.loads(path.read_text())
+    known = {"dataset": "planted", "output_dir": None, "preset": "quick", "seed": 0, "settings": {}, "sids": {}}
+    if unknown := given.keys() - known.keys():
+        raise ValueError(f"{path}: {sorted(unknown)} are unknown; use {', '.join(known)}")
+    if not given.get("output_dir"):
+        raise ValueError(f"{path}: output_dir is missing: where checkpoints, model and result go")
+    one, state = known | given, PartialState(cpu=not torch.cuda.is_available())
+    folder, catalogue = pathlib.Path(one["output_dir"]), load_catalogue(one["dataset"])
+    with state.main_process_first():  # the others read what it made
+        table, _ = sid_table(catalogue, folder, one["sids"])
+    config = fitted(config_with(one["preset"], one["seed"], one["settings"]), catalogue)
+    result = train(config, catalogue, table, output_dir=folder / "run", progress=state.is_main_process)
+    if not state.is_main_process:
+        return
+    histories, targets = leave_one_out(catalogue.histories).cases("test")
+    ranks = evaluate(result.model, histories, targets, beam=config.beam)
+    result.model.save_pretrained(folder)
+    write_json(folder / "result.json", {
+        "config": config.to_dict(), "processes": state.num_processes, "test": metrics_of(ranks), "validation": result.metrics,
+        **result.timing, **result.tokens, "peak_memory_mb": result.peak_memory, "log": result.log})
+    print(f"recall@10 {metrics_of(ranks)['recall@10']:.4f} on {len(targets)} test users; {folder / 'result.json'}")
 
 
 def _run_sasrec(one, catalogue, folder, path):

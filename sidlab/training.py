@@ -18,6 +18,8 @@ import time
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -53,8 +55,9 @@ class TrainConfig:
     `position_init` (as in `SidT5Config`); for "qwen" also `num_kv_heads` (default: `num_heads`) and `checkpoint`, a pretrained Qwen3
     (`SidQwen.from_checkpoint`) whose sizes count instead of these.
     Batches: `windows` "prefixes", in batches of `batch_tokens` history slots, `accumulation` of them an update (so that an update mixes
-    lengths); or "contiguous", drawn as published, where `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the
-    batch's longest) or "fixed" (to `max_items`, the published way, in the same batches).
+    lengths; several processes share them, so it must be a multiple of their number); or "contiguous", drawn as published, where
+    `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`, the
+    published way, in the same batches).
     Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all updates) and `schedule` (a Hugging Face name); with
     `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
     Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),
@@ -211,6 +214,9 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     oracle = config.pruning is not None and config.pruning.scorer == "oracle"
     if oracle and catalogue.truth is None:
         raise ValueError('scorer="oracle" needs catalogue.truth, which only the planted catalogue has')
+    processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
+    if config.accumulation % processes:
+        raise ValueError(f"accumulation={config.accumulation} batches an update can't be shared by {processes} processes; use a multiple")
     truth = catalogue.truth if oracle else None
     meter = Meter()  # first of all: what it finds in use is not the training's
     split = leave_one_out(catalogue.histories)
@@ -218,9 +224,12 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     collator = Collator(windows, table, separators=config.separators, max_items=config.max_items,
                         fixed_slots=config.padding == "fixed", map_config=config.map, truth=truth)
     if config.windows == "prefixes":
-        batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed)
+        batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed,
+                                config.accumulation)
     else:
         batches = UserBatches(windows, config.accumulation, config.seed)
+    if len(batches) < processes:
+        raise ValueError(f"{len(batches)} batches an epoch are too few for {processes} processes; use a smaller batch_tokens")
     updates = math.ceil(config.epochs * math.ceil(len(batches) / config.accumulation))
     updates = min(updates, config.max_updates or updates)
     model = build_model(config, table)
@@ -234,7 +243,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             callbacks.append(AdaptPruning(config.strategy, model, collator(_probe_windows(windows))))
         set_seed(config.seed)
         trainer = _SidTrainer(
-            model=model, args=_arguments(config, folder, updates, keep=bool(output_dir), progress=progress),
+            model=model, args=_arguments(config, folder, updates, processes, keep=bool(output_dir), progress=progress),
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
             data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
             muon=config.muon, callbacks=callbacks,
@@ -259,7 +268,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     best = max((e for e in trainer.state.log_history if "eval_recall@5" in e), key=lambda e: e["eval_recall@5"])
     return TrainResult(
         model=model, metrics={k.removeprefix("eval_"): v for k, v in best.items() if "@" in k},
-        timing=trainer.meter.timing(trainer.state.global_step), peak_memory=trainer.meter.peak, tokens=trainer.meter.tokens(),
+        timing=trainer.meter.timing(trainer.state.global_step), peak_memory=trainer.meter.totals()["peak"], tokens=trainer.meter.tokens(),
         log=[{k.removeprefix("eval_"): v for k, v in e.items()} for e in trainer.state.log_history if "train_runtime" not in e],
     )
 
@@ -307,9 +316,10 @@ def _prune_as(model, checkpoint):
         model.set_pruning(dataclasses.replace(model.pruning, keep=then["keep"], after_layer=then["after_layer"]))
 
 
-def _arguments(config, folder, updates, *, keep, progress):
+def _arguments(config, folder, updates, processes, *, keep, progress):
     return TrainingArguments(
-        output_dir=str(folder), seed=config.seed, per_device_train_batch_size=1, gradient_accumulation_steps=config.accumulation,
+        output_dir=str(folder), seed=config.seed, per_device_train_batch_size=1,
+        gradient_accumulation_steps=config.accumulation // processes,
         learning_rate=config.learning_rate, weight_decay=config.weight_decay, lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup, max_steps=updates,
         eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
@@ -338,7 +348,7 @@ def _resume_point(folder, config, catalogue, table):
             raise ValueError(f"output_dir={str(folder)!r} holds a run of another configuration, catalogue or table; choose another folder")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        beside = stamp.with_suffix(".tmp")
+        beside = stamp.with_suffix(f".tmp{os.getpid()}")  # every process of a run writes the same
         beside.write_text(json.dumps(what))
         os.replace(beside, stamp)
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
@@ -380,17 +390,27 @@ class _SidTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:  # which includes MAP's part; this one compares over methods
-            logs["main_loss"] = float(torch.stack(self.main_losses).mean())
+            logs["main_loss"] = float(np.mean(gather_object([float(torch.stack(self.main_losses).mean())])))
             self.main_losses = []
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self.meter.pause()  # until the next training step
-        ranks = evaluate(self.model, *self.cases, beam=self.beam, truth=self.truth)
+        ranks = self._ranks()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(ranks).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _ranks(self):
+        """Every process takes a share of the users."""
+        (histories, targets), state = self.cases, PartialState()
+        mine = slice(state.process_index, None, state.num_processes)
+        shares = gather_object([evaluate(self.model, histories[mine], targets[mine], beam=self.beam, truth=self.truth)])
+        ranks = np.empty(len(targets), np.int64)
+        for process, share in enumerate(shares):
+            ranks[process :: state.num_processes] = share
+        return ranks
 
     def _save_checkpoint(self, model, trial):
         self.meter.pause()
@@ -483,25 +503,36 @@ class Meter:
             self._since = None
             self.peak = max(self.peak, _peak_mb() - self._base)
 
+    def totals(self):
+        """What all processes counted; seconds and peak are those of the slowest and the largest."""
+        own = {"seconds": self.seconds, "peak": self.peak, "windows": self.windows, "slots": self._slots,
+               "real": int(sum(self._real)), "kept": int(sum(self._kept))}
+        all_counts = gather_object([own])
+        return {name: (max if name in ("seconds", "peak") else sum)(counts[name] for counts in all_counts) for name in own}
+
     def save(self, checkpoint):
         """Leave what was counted beside a checkpoint, so that a resumed run reports the whole."""
-        counts = {"seconds": self.seconds, "peak": self.peak, "windows": self.windows, "slots": self._slots,
-                  "real": int(sum(self._real)), "kept": int(sum(self._kept))}
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "meter.json").write_text(json.dumps(counts))
+        counts = self.totals()
+        if PartialState().is_main_process:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "meter.json").write_text(json.dumps(counts))
 
     def load(self, checkpoint):
         counts = json.loads((pathlib.Path(checkpoint) / "meter.json").read_text())
-        self.seconds, self.peak, self.windows, self._slots = (counts[k] for k in ("seconds", "peak", "windows", "slots"))
-        self._real, self._kept = [counts["real"]], [counts["kept"]]
+        self.seconds, self.peak = counts["seconds"], counts["peak"]
+        if PartialState().is_main_process:  # or every process would count them again
+            self.windows, self._slots = counts["windows"], counts["slots"]
+            self._real, self._kept = [counts["real"]], [counts["kept"]]
 
     def timing(self, updates):
-        return {"train_seconds": self.seconds, "seconds_per_1k_windows": 1000 * self.seconds / max(self.windows, 1),
-                "windows": self.windows, "updates": updates}
+        counts = self.totals()
+        return {"train_seconds": counts["seconds"], "seconds_per_1k_windows": 1000 * counts["seconds"] / max(counts["windows"], 1),
+                "windows": counts["windows"], "updates": updates}
 
     def tokens(self):
-        real = float(sum(self._real)) or 1.0
-        return {"real_token_fraction": real / max(self._slots, 1), "kept_token_fraction": float(sum(self._kept)) / real}
+        counts = self.totals()
+        real = counts["real"] or 1
+        return {"real_token_fraction": real / max(counts["slots"], 1), "kept_token_fraction": counts["kept"] / real}
 
 
 def _peak_mb():
@@ -515,3 +546,9 @@ def _resident_mb(field):
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":  # accelerate launch -m sidlab.training --config run.json
+    from sidlab.sweeps import launch
+
+    launch(sys.argv[1:])

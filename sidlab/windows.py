@@ -94,14 +94,15 @@ class LengthBatches(torch.utils.data.Sampler):
     """Batches of windows of similar length, `batch_tokens` slots each, newly shuffled every epoch.
 
     Windows are sorted by length with ties in random order, cut into batches, and the batches shuffled. The cuts depend on the
-    lengths alone, so the number of batches is the same in every epoch. `tokens_per_item` turns lengths into slots.
+    lengths alone, so the number of batches is the same in every epoch. `tokens_per_item` turns lengths into slots. An epoch has a
+    multiple of `accumulation` batches, whole updates: those at the end of the shuffle that fill none are left out.
     """
 
-    def __init__(self, lengths: np.ndarray, tokens_per_item: int, batch_tokens: int, seed: int = 0):
+    def __init__(self, lengths: np.ndarray, tokens_per_item: int, batch_tokens: int, seed: int = 0, accumulation: int = 1):
         longest = int(lengths.max()) * tokens_per_item
         if batch_tokens < longest:
             raise ValueError(f"batch_tokens={batch_tokens} is less than one window's {longest} tokens")
-        self.lengths, self.seed, self.epoch = lengths, seed, 0
+        self.lengths, self.seed, self.accumulation, self.epoch = lengths, seed, accumulation, 0
         ordered = np.sort(lengths) * tokens_per_item
         cuts, begin = [0], 0
         while begin < len(ordered):
@@ -116,13 +117,14 @@ class LengthBatches(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.cuts) - 1
+        batches = len(self.cuts) - 1
+        return batches // self.accumulation * self.accumulation or batches  # fewer than an update takes make a small one
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.lengths))
         order = order[np.argsort(self.lengths[order], kind="stable")]
-        for b in rng.permutation(len(self)):
+        for b in rng.permutation(len(self.cuts) - 1)[: len(self)]:
             yield order[self.cuts[b] : self.cuts[b + 1]].tolist()
 
 

@@ -1,0 +1,82 @@
+"""Two processes train what one does: the same losses, and checkpoints that either goes on from."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from sidlab.models.t5 import SidT5
+from sidlab.sweeps import launch
+
+SETTINGS = {"accumulation": 2, "max_updates": 8, "eval_every": 4, "pruning.keep": 0.5, "map.steps": 2, "precision": "fp32", "muon": 0.01,
+            "batch_tokens": 700}
+
+
+def write(path, folder, **changes):
+    path.write_text(json.dumps({"preset": "smoke", "output_dir": str(folder), "settings": SETTINGS} | changes))
+    return path
+
+
+def run(config, processes):
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *several, "-m", "sidlab.training", "--config", str(config)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Result of a run on one process and on two."""
+    folder, results = tmp_path_factory.mktemp("processes"), {}
+    for processes in (1, 2):
+        code, output = run(write(folder / f"{processes}.json", folder / str(processes)), processes)
+        assert code == 0, output
+        results[processes] = json.loads((folder / str(processes) / "result.json").read_text())
+    return folder, results
+
+
+def test_losses_recalls_and_counts_are_those_of_one_process(finished):
+    _, results = finished
+    one, two = results[1], results[2]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name in ("windows", "updates", "kept_token_fraction", "real_token_fraction"):
+        assert one[name] == two[name], name
+    for name in ("main_loss", "grad_norm", "learning_rate", "recall@10"):
+        found = [[entry[name] for entry in result["log"] if name in entry] for result in (one, two)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) >= 2, name
+    assert one["test"]["recall@10"] == pytest.approx(two["test"]["recall@10"], abs=0.002)
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_a_checkpoint_of_one_goes_on_in_two_and_the_other_way_round(finished, tmp_path, before, after):
+    _, results = finished
+    config = write(tmp_path / "run.json", tmp_path / "out")
+    assert run(config, before)[0] == 0
+    last = tmp_path / "out" / "run" / "checkpoint-8"
+    for file in sorted(last.rglob("*"), reverse=True):
+        file.unlink()
+    last.rmdir()  # as if it had been stopped after update 4
+    code, output = run(config, after)
+    assert code == 0, output
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert found["processes"] == after and found["windows"] == results[1]["windows"]
+    losses = [[e["main_loss"] for e in result["log"] if "main_loss" in e] for result in (found, results[1])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_it_writes_loads(finished):
+    folder, results = finished
+    model = SidT5.from_pretrained(folder / "2")
+    assert model.table is not None and model.pruning.keep == results[2]["config"]["pruning"]["keep"] == 0.5
+
+
+def test_what_cannot_be_shared_or_is_unknown_says_so(tmp_path):
+    code, output = run(write(tmp_path / "odd.json", tmp_path / "odd", settings=SETTINGS | {"accumulation": 3}), 2)
+    assert code != 0 and "accumulation=3 batches an update can't be shared by 2 processes; use a multiple" in output
+    with pytest.raises(ValueError, match=r"\['epochs'\] are unknown; use dataset, output_dir"):
+        launch(["--config", str(write(tmp_path / "x.json", tmp_path, epochs=3))])
+    with pytest.raises(ValueError, match="output_dir is missing"):
+        launch(["--config", str(write(tmp_path / "y.json", ""))])
