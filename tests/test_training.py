@@ -295,7 +295,7 @@ def recalls(monkeypatch):
 
     def prescribed(*args, **kwargs):
         hits = values.pop(0)
-        return np.array([1] * hits + [0] * (10 - hits))
+        return np.repeat([1] * hits + [0] * (10 - hits), 2)  # 20 users
 
     monkeypatch.setattr(training, "evaluate", prescribed)
     return values
