@@ -3,6 +3,7 @@
 
 PYTHON = python3
 DATASET = planted
+DATASETS = $(wildcard ../shared/data/amazon-*)
 PRESET = quick
 METHODS = padded unpadded recent random rastp map stamp sasrec
 SEEDS = 3
@@ -18,19 +19,21 @@ OTHER_INDEX = $(filter-out $(TORCH_INDEX),$(LAST_INDEX))
 
 READY = .venv/ready
 BIN = .venv/bin
-VARIABLES = PYTHON TORCH_INDEX DATASET PRESET METHODS SEEDS SIDS ARCH QUICK OUTPUT_DIR
+VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH QUICK OUTPUT_DIR
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 ifneq ($(UNKNOWN),)
 $(error unknown variable: $(UNKNOWN). Valid ones are: $(VARIABLES))
 endif
 
-.PHONY: help setup lab reproduce test notebooks site demo-model record bench bench-gpu clean FORCE
+.PHONY: help setup lab reproduce paper test notebooks site demo-model record bench bench-gpu clean FORCE
 help:
 	@echo "make setup      install everything into .venv; on a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cu130"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, long, paper)"
 	@echo "                METHODS=\"unpadded rastp\" SEEDS=3 (seeds 0, 1, 2) OUTPUT_DIR=runs/<dataset>-<preset>"
 	@echo "                SIDS=a published SID file ARCH=t5 (or qwen, decoder-only)"
+	@echo "make paper      every method on DATASETS=\"folder …\" (default: what stands in ../shared/data), SEEDS=3, PRESET=paper, and the"
+	@echo "                claims page: what both papers claim, and what came out here; DATASETS= writes the page from what is there"
 	@echo "make test       run all tests; the browser test needs Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)"
 	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python notebooks/build.py)"
 	@echo "make site       run all notebooks and render them to build/site/, which opens from disk"
@@ -64,6 +67,9 @@ reproduce: $(READY)
 	$(BIN)/papermill notebooks/reproduce.ipynb "$(OUTPUT_DIR)/reproduce.ipynb" -k python3 --cwd . \
 	    --log-output --no-progress-bar -r dataset "$(DATASET)" -r preset "$(PRESET)" -r methods "$(METHODS)" \
 	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)" -r arch "$(ARCH)"
+
+paper: $(READY)
+	$(BIN)/python -m sidlab.claims $(DATASETS) --preset $(if $(filter command,$(origin PRESET)),$(PRESET),paper) --seeds $(SEEDS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q

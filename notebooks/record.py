@@ -13,6 +13,7 @@ from sidlab.comparison import hardware
 from sidlab.sweeps import sid_table, write_json
 
 HERE = pathlib.Path(__file__).parent
+ADAMW = {"muon": None}  # as these were recorded
 # Single runs: their intervals are those of other users, not of other seeds.
 SWEEPS = {
     "granularity": {"sids.levels": [1, 2, 3, 4], "sids.width": [4, 8, 16, 32], "sids.collisions": ["extend"]},
@@ -34,7 +35,8 @@ def main():
     args = parser.parse_args()
     for name in args.names:
         folder = pathlib.Path(args.folder) / name
-        frame = sidlab.sweep(SWEEPS[name], folder, preset=args.preset, seeds=1)
+        grid = SWEEPS[name] | {"muon": [None]} if isinstance(SWEEPS[name], dict) else [ADAMW | setting for setting in SWEEPS[name]]
+        frame = sidlab.sweep(grid, folder, preset=args.preset, seeds=1)
         catalogue, rows = sidlab.load_catalogue("planted"), []
         for row in json.loads(frame.to_json(orient="records")):
             row["curve"] = json.loads(pathlib.Path(row.pop("file")).read_text())["curve"]

@@ -79,10 +79,10 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     return results
 
 
-def unknown_parameters(namespace: dict) -> list[str]:
+def unknown_parameters(namespace: dict, valid=PARAMETERS) -> list[str]:
     """Names in a notebook's namespace that are no parameter of it. papermill takes any name in silence; the notebook asks here."""
     given = {name for name in namespace if not name.startswith("_")}
-    return sorted(given - {*PARAMETERS, "In", "Out", "get_ipython", "exit", "quit", "open", "comparison"})
+    return sorted(given - {*valid, "In", "Out", "get_ipython", "exit", "quit", "open", "comparison"})
 
 
 def predicted_and_measured(results: dict) -> pd.DataFrame:

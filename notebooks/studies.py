@@ -1,0 +1,90 @@
+"""Make the notebooks of the studies, one for each in sidlab.studies: python notebooks/studies.py
+
+Each is run by papermill, with any data set, preset and number of seeds; what is done is kept in `output_dir` and not done again:
+
+    papermill notebooks/studies/layer-ratio.ipynb runs/studies/layer-ratio.ipynb --cwd . -p dataset planted -p preset quick -p seeds 2
+"""
+
+import pathlib
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from sidlab.studies import STUDIES
+
+FOLDER = pathlib.Path(__file__).resolve().parent / "studies"
+PARAMETERS = """# Parameters (papermill replaces them)
+dataset = "planted"  # or a folder such as ../shared/data/amazon-beauty
+preset = "quick"  # "smoke" | "quick" | "long" | "paper"
+seeds = 2  # how many
+arch = "t5"  # or "qwen": decoder-only
+sids = ""  # a published SID file; empty: residual k-means on the item embeddings
+output_dir = ""  # empty: runs/studies/<study>-<dataset>-<preset>
+only = 0  # the first settings only; 0: all"""
+RUN = """import pathlib
+
+from sidlab import comparison, studies
+
+valid = ("dataset", "preset", "seeds", "arch", "sids", "output_dir", "only")
+if unknown := comparison.unknown_parameters(globals(), {{*valid, "pathlib", "studies", "valid"}}):
+    raise ValueError(f"unknown parameter {{', '.join(unknown)}}; use {{', '.join(valid)}}")
+
+study = studies.STUDIES[{name!r}]
+folder = output_dir or f"runs/studies/{name}-{{pathlib.Path(dataset).name}}-{{preset}}" + (f"-{{arch}}" if arch != "t5" else "")
+runs = studies.run({name!r}, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only or None)
+rows = studies.summarise(runs)"""
+TABLE = """import pandas as pd
+
+
+def ends(interval):
+    return "" if interval is None else "[{:+.4f}, {:+.4f}]".format(*interval)
+
+
+pd.DataFrame({
+    "setting": rows["label"], "recall@10": rows["recall@10"].round(4), "95 %": [ends(i) for i in rows["recall@10_interval"]],
+    "against the first": rows["difference"].round(4), "95 % of that": [ends(i) for i in rows["difference_interval"]],
+    "s per 1,000 windows": rows["seconds_per_1k_windows"].round(3), "peak MB": rows["peak_memory_mb"].round(),
+    "kept in training": rows["kept_token_fraction"].round(3), "updates": rows["updates"].astype(int)}).set_index("setting")"""
+FIGURE = """from sidlab.viz.studies import study_figure
+
+study_figure(rows, study.x)"""
+STRATA = """from sidlab.viz.studies import strata_figure
+
+groups = studies.strata(runs, dataset)
+strata_figure(groups)"""
+SAVE = """import json
+
+from sidlab.comparison import hardware, versions
+from sidlab.sweeps import write_json
+
+write_json(pathlib.Path(folder) / "study.json", {{
+    "study": {name!r}, "dataset": str(dataset), "preset": preset, "seeds": int(seeds), "arch": arch, "hardware": hardware(),
+    "versions": versions(), "rows": json.loads(rows.to_json(orient="records")){strata}}})"""
+
+
+def notebook(name: str) -> str:
+    """The text of the study's .ipynb."""
+    study = STUDIES[name]
+    text = (f"# {study.title}\n\n**{study.question}** {len(study.settings)} settings, each in a process of its own; what is done already "
+            f"is not done again.\n\n*What the papers say.* {study.published}\n\n*How to read it.* Intervals are over test users and seeds; "
+            "with one seed they know nothing of other seeds. \"Against the first\" compares with the first setting on the same users and "
+            "seeds: if its interval holds 0, do not call either better. Costs are medians, measured in training.")
+    cells = [new_markdown_cell(text), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(RUN.format(name=name)),
+             new_code_cell(TABLE), new_code_cell(FIGURE)]
+    if name == "strata":
+        cells += [new_code_cell(STRATA), new_code_cell('groups.round(4)')]
+    groups = ', "groups": json.loads(groups.to_json(orient="records"))' if name == "strata" else ""
+    cells.append(new_code_cell(SAVE.format(name=name, strata=groups)))
+    for place, cell in enumerate(cells):
+        cell.id = f"{name}-{place:02}"
+    out = new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                                              "language_info": {"name": "python"}})
+    nbformat.validate(out)
+    return nbformat.writes(out) + "\n"
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for study_name in STUDIES:
+        (FOLDER / f"{study_name}.ipynb").write_text(notebook(study_name), encoding="utf-8", newline="\n")
+    print(f"{len(STUDIES)} notebooks in {FOLDER}")

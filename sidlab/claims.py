@@ -1,0 +1,274 @@
+"""What the two papers claim, and what came out here: `make paper` runs the comparisons and writes the claims page from their files.
+
+    python -m sidlab.claims DATASET … [--preset paper] [--seeds 3] [--arch t5 qwen] [--output runs/paper] [--evidence results]
+
+A claim is judged by rules alone, from every results.json and study.json below `--output` and `--evidence`; nothing is typed in. A saving is
+confirmed where ours is at least the published one. Quality counts as kept where the interval of the difference lies above −5 % of the
+unpruned recall@10, and as lost where it lies below 0; between the two the interval is too wide to say. Without a DATASET nothing is run.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+
+from sidlab.papers import METRICS, RASTP_CLAIMS, STAMP_CLAIMS, published
+
+METHODS = "padded unpadded rastp-reference rastp recent random map stamp sasrec"
+MARGIN = 0.05  # of the unpruned recall
+CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, UNTESTABLE = "confirmed", "not confirmed", "undecided", "not run", "not testable here"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """`verdict` on a claim in one run, the `figures` it rests on, `where` they were measured and the `command` that makes them."""
+
+    verdict: str
+    figures: str
+    where: str
+    command: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """`check` yields the findings in one file of results; `missing` says why there may be none."""
+
+    paper: str
+    text: str
+    check: Callable[[dict], Iterator[Finding]]
+    missing: str
+
+
+def _rows(results):
+    return {row["method"]: row for row in results.get("summary", ())}
+
+
+def _found(results, verdict, figures):
+    machine = results["hardware"]
+    where = (f"{pathlib.PurePath(results['dataset']).name}, {results.get('arch', 't5')}, preset {results['preset']}, "
+             f"{results.get('seeds') or max((row['seeds'] for row in results.get('summary', [])), default=1)} seed(s), "
+             f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)")
+    parameters = " ".join(f"-p {name} {results.get(name)}" for name in ("dataset", "preset", "seeds", "arch"))
+    return Finding(verdict, figures, where, results.get("command") or f"papermill notebooks/studies/{results['study']}.ipynb {parameters}")
+
+
+def _faster(pairs, least):
+    """At least `least` times as fast, for each pair (pruned, base) of methods."""
+    def check(results):
+        rows = _rows(results)
+        for method, base in pairs:
+            seconds = [rows.get(name, {}).get("seconds_per_1k_windows") for name in (method, base)]
+            if all(seconds):
+                ratio = seconds[1] / seconds[0]
+                yield _found(results, CONFIRMED if ratio >= least else REFUTED, f"{method} trains {ratio:.2f} times as fast as {base}")
+    return check
+
+
+def _less_memory(method, base, least):
+    def check(results):
+        rows = _rows(results)
+        peaks = [rows.get(name, {}).get("peak_memory_mb") for name in (method, base)]
+        if all(peaks):
+            saved = 1 - peaks[0] / peaks[1]
+            yield _found(results, CONFIRMED if saved >= least else REFUTED, f"{method} takes {saved:+.1%} less memory than {base}")
+    return check
+
+
+def _kept(*methods):
+    def check(results):
+        rows = _rows(results)
+        for method in methods:
+            test = rows.get(method, {}).get("versus_unpadded")
+            if test:
+                yield _found(results, _not_worse(test["interval"], rows["unpadded"]["recall@10"]),
+                             f"{method} − unpadded, recall@10: {_signed(test['difference'])} {_span(test['interval'])}, "
+                             f"of {rows['unpadded']['recall@10']:.4f}")
+    return check
+
+
+def _not_worse(interval, base):
+    return CONFIRMED if interval[0] >= -MARGIN * base else REFUTED if interval[1] < 0 else UNDECIDED
+
+
+def _better(method):
+    def check(results):
+        test = _rows(results).get(method, {}).get("versus_unpadded")
+        if test:
+            low, high = test["interval"]
+            verdict = CONFIRMED if low > 0 else REFUTED if high < 0 else UNDECIDED
+            yield _found(results, verdict, f"{method} − unpadded, recall@10: {_signed(test['difference'])} {_span(test['interval'])}")
+    return check
+
+
+def _study(name):
+    """A check of the rows {label: row} of one study."""
+    def decorate(check):
+        def of_file(results):
+            if results.get("study") == name:
+                yield from check(results, {row["label"]: row for row in results["rows"]})
+        return of_file
+    return decorate
+
+
+@_study("layer-ratio")
+def _too_low_hurts(results, rows):
+    for label, row in rows.items():
+        if label.endswith("keep 0.1"):
+            low, high = row["difference_interval"]
+            verdict = CONFIRMED if high < 0 else REFUTED if low > 0 else UNDECIDED
+            yield _found(results, verdict, f"{label} − unpruned, recall@10: {_signed(row['difference'])} {_span((low, high))}")
+
+
+@_study("layer-ratio")
+def _two_thirds_go(results, rows):
+    for label, row in rows.items():
+        if label.endswith("keep 0.33"):
+            verdict = _not_worse(row["difference_interval"], rows["unpruned"]["recall@10"])
+            yield _found(results, verdict, f"{label} − unpruned: {_signed(row['difference'])} {_span(row['difference_interval'])}")
+
+
+@_study("granularity")
+def _dilution(results, rows):
+    plain = {tuple(map(int, label.split(" × "))): row for label, row in rows.items() if "stamp" not in label}
+    pairs = [(coarse, fine) for coarse in plain for fine in plain if coarse != fine and coarse[0] <= fine[0] and coarse[1] <= fine[1]]
+    low, high = ({size: row["recall@10_interval"][end] for size, row in plain.items()} for end in (0, 1))
+    drops = [(coarse, fine) for coarse, fine in pairs if high[fine] < low[coarse]]
+    rises = [(coarse, fine) for coarse, fine in pairs if low[fine] > high[coarse]]
+    examples = "; ".join(f"{a[0]} × {a[1]} codes {plain[a]['recall@10']:.4f}, {b[0]} × {b[1]} codes {plain[b]['recall@10']:.4f}"
+                         for a, b in [*drops[:1], *rises[:1]])
+    yield _found(results, CONFIRMED if drops and rises else REFUTED, f"of {len(pairs)} pairs of settings the finer one is clearly worse in "
+                 f"{len(drops)} and clearly better in {len(rises)}: {examples}")
+
+
+@_study("strategies")
+def _choice_matters(results, rows):
+    if {"rastp", "random"} <= rows.keys():
+        (low, high), (floor, top) = rows["rastp"]["recall@10_interval"], rows["random"]["recall@10_interval"]
+        verdict = CONFIRMED if low > top else REFUTED if high < floor else UNDECIDED
+        yield _found(results, verdict, f"recall@10, keeping a third by rastp {rows['rastp']['recall@10']:.4f} {_span((low, high))}, "
+                     f"at random {rows['random']['recall@10']:.4f} {_span((floor, top))}")
+
+
+@_study("adaptive")
+def _stages_help(results, rows):
+    constant = rows.get("constant 1/3")
+    for label, row in rows.items():
+        if constant and label.startswith("stage"):
+            (low, high), (floor, top) = row["recall@10_interval"], constant["recall@10_interval"]
+            verdict = CONFIRMED if low > top else REFUTED if high < floor else UNDECIDED
+            yield _found(results, verdict, f"recall@10, {label} to a third ({row['kept_token_fraction']:.0%} kept on the way) "
+                         f"{row['recall@10']:.4f} {_span((low, high))}, constant {constant['recall@10']:.4f} {_span((floor, top))}")
+
+
+def _decoder_only(results):
+    if results.get("arch") == "qwen":
+        yield from _kept("rastp", "stamp")(results)
+        yield from _faster([("rastp", "unpadded"), ("stamp", "unpadded")], STAMP_CLAIMS["speedup"][0])(results)
+
+
+def _nothing(results):
+    return iter(())
+
+
+CLAIMS = (
+    Claim("RASTP", f"Training takes {RASTP_CLAIMS['time_saved']:.1%} less time ({RASTP_CLAIMS['speedup']} times as fast).",
+          _faster([("rastp-reference", "padded"), ("rastp", "unpadded")], RASTP_CLAIMS["speedup"]),
+          "needs `padded` and `rastp-reference`, or `unpadded` and `rastp`"),
+    Claim("RASTP", "Quality is kept or slightly better.", _kept("rastp", "rastp-reference"), "needs `unpadded` and `rastp`"),
+    Claim("RASTP", "A ratio that changes with the stage of learning helps (a summary of the paper; its code has none).", _stages_help,
+          "needs the study `adaptive`"),
+    Claim("both", "Centrality × saliency finds the tokens that matter: better than a random third.", _choice_matters,
+          "needs the study `strategies`"),
+    Claim("STAMP", "Training is {}–{} times as fast.".format(*STAMP_CLAIMS["speedup"]),
+          _faster([("stamp", "padded"), ("stamp", "unpadded")], STAMP_CLAIMS["speedup"][0]), "needs `unpadded` and `stamp`"),
+    Claim("STAMP", "Training takes {:.1%}–{:.1%} less memory.".format(*STAMP_CLAIMS["memory_saved"]),
+          _less_memory("stamp", "unpadded", STAMP_CLAIMS["memory_saved"][0]), "needs `unpadded` and `stamp`"),
+    Claim("STAMP", "Quality is kept or better.", _kept("stamp"), "needs `unpadded` and `stamp`"),
+    Claim("STAMP", "MAP alone beats the baseline.", _better("map"), "needs `unpadded` and `map`"),
+    Claim("STAMP", "Up to two thirds of the tokens can go without a loss of accuracy.", _two_thirds_go, "needs the study `layer-ratio`"),
+    Claim("STAMP", "Too low a retention ratio hurts.", _too_low_hurts, "needs the study `layer-ratio`"),
+    Claim("STAMP", "Accuracy moves non-monotonically as SIDs get finer (Semantic Dilution Effect).", _dilution,
+          "needs the study `granularity`"),
+    Claim("STAMP", "It holds for decoder-only models, too.", _decoder_only, "needs a comparison with arch=qwen"),
+    Claim("STAMP", "It holds on AL-GR-Tiny with a pretrained Qwen.", _nothing,
+          "needs the 61 GB of AL-GR-Tiny, a pretrained checkpoint and GPUs (`sidlab.data.algr` and `SidQwen.from_checkpoint` take them)"),
+)
+
+
+def judge(files: list[dict]) -> list[dict]:
+    """Every claim with its findings in the loaded results and studies: {"paper", "claim", "verdict", "findings", "missing"}. The verdict is
+    that of all findings where they agree, "mixed" where not."""
+    out = []
+    for claim in CLAIMS:
+        findings = [finding for results in files if results.get("preset") != "smoke" for finding in claim.check(results)]
+        verdicts = {finding.verdict for finding in findings} or {UNTESTABLE if claim.check is _nothing else NOT_RUN}
+        out.append({"paper": claim.paper, "claim": claim.text, "verdict": verdicts.pop() if len(verdicts) == 1 else "mixed",
+                    "findings": [dataclasses.asdict(finding) for finding in findings], "missing": claim.missing})
+    return out
+
+
+def evidence(*folders) -> list[dict]:
+    """All results of comparisons and studies below the folders, loaded; of equal commands the one found last."""
+    found = {}
+    for folder in folders:
+        for path in sorted(pathlib.Path(folder).rglob("*.json")):
+            if path.name.endswith(("results.json", "study.json")) or path.parent.name == "results":
+                content = json.loads(path.read_text())
+                if "summary" in content or "study" in content:
+                    found[content.get("command") or json.dumps([content.get(k) for k in ("study", "dataset", "preset", "arch")])] = content
+    return list(found.values())
+
+
+def beside_published(files: list[dict]) -> list[dict]:
+    """Published rows of each data set, with ours of the same method: {"dataset", "method", "source", metrics, "interval"}."""
+    rows = []
+    for name in dict.fromkeys(pathlib.PurePath(results["dataset"]).name for results in files if "summary" in results):
+        rows += [{"dataset": name, **row, "interval": None} for row in published(name).to_dict("records")]
+        for results in files:
+            if "summary" in results and pathlib.PurePath(results["dataset"]).name == name:
+                source = f"here: {results.get('arch', 't5')}, preset {results['preset']}"
+                rows += [{"dataset": name, "method": row["method"], "source": source, **{metric: row[metric] for metric in METRICS},
+                          "interval": row["recall@10_interval"]} for row in results["summary"]]
+    return rows
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser("sidlab.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("datasets", nargs="*", metavar="DATASET")
+    parser.add_argument("--preset", default="paper")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arch", nargs="+", default=["t5"])
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--output", default="runs/paper")
+    parser.add_argument("--evidence", nargs="*", default=["results"])
+    args = parser.parse_args(arguments)
+    from sidlab.comparison import compare
+    from sidlab.sweeps import write_json
+    from sidlab.viz.claims import write_claims
+
+    output = pathlib.Path(args.output)
+    for dataset in args.datasets:
+        for arch in args.arch:
+            methods = [name for name in args.methods.split() if arch == "t5" or name != "rastp-reference"]
+            folder = output / f"{pathlib.PurePath(dataset).name}-{args.preset}-{arch}"
+            compare(dataset, args.preset, methods, args.seeds, str(folder), arch=arch)
+    files = evidence(*args.evidence, output)
+    output.mkdir(parents=True, exist_ok=True)
+    claims, rows = judge(files), beside_published(files)
+    write_json(output / "claims.json", {"claims": claims, "published": rows})
+    write_claims(claims, rows, output / "index.html")
+    print(*(f"{claim['verdict']:18} {claim['paper']}: {claim['claim']}" for claim in claims), sep="\n")
+    print(f"{len(files)} files of evidence; {output / 'index.html'}")
+
+
+def _signed(value):
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def _span(interval):
+    return "[{:+.4f}, {:+.4f}]".format(*interval).replace("-", "−")
+
+
+if __name__ == "__main__":
+    main()

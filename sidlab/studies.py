@@ -1,0 +1,147 @@
+"""The sweeps that the papers plot, and what they leave open: each a grid of settings, a question, and the way to look at the runs.
+
+A study is run by a notebook of its own (`notebooks/studies/NAME.ipynb`, made by `notebooks/studies.py`): `run` does what is not done
+yet and `summarise` pools the seeds of a setting. Every point has an interval over users and seeds, its cost, and its difference to the
+first setting.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pandas as pd
+
+from sidlab.data.catalogue import load_catalogue
+from sidlab.metrics import bootstrap_interval, paired_test, recall_at
+from sidlab.sweeps import COSTS, metrics_of, sweep
+from sidlab.windows import leave_one_out
+
+KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
+NOTHING = {}  # pruned; the setting that the others are compared with
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """`settings`: {label: settings by name, as in `sweeps.sweep`}, the first the one to compare with. `x`: a setting or a cost, the axis of
+    the figure; None: the labels. `published`: what the papers say of it, in words, with its source."""
+
+    title: str
+    question: str
+    settings: dict[str, dict]
+    published: str
+    x: str | None = None
+
+
+def _pruned(**fields):
+    return {f"pruning.{name}": value for name, value in fields.items()}
+
+
+STUDIES = {
+    "strategies": Study(
+        "Which tokens to keep", "A third of the tokens stays. Does it matter which, and is averaging neighbours as good?",
+        {"unpruned": NOTHING}
+        | {scorer: _pruned(scorer=scorer) for scorer in ("rastp", "rastp-l2", "centrality", "norm", "recent", "random")}
+        | {"pool": _pruned(reduce="pool")},
+        "RASTP's history holds an unadvertised comparison (Beauty, recall@5): none .0427; pooling to a third after layer 1, 2, 3: .0374, "
+        ".0400, .0385. Its paper: pruning .0441 against .0426."),
+    "layer-ratio": Study(
+        "Where to prune, and how much", "Earlier and harder is cheaper. From where on does it cost recall?",
+        {"unpruned": NOTHING} | {f"layer {layer}, keep {keep:.2g}": _pruned(after_layer=layer, keep=keep)
+                                 for layer in (1, 2, 3) for keep in KEEPS},
+        "STAMP: up to two thirds can go without a loss, too low a ratio hurts; values and grid are not published. RASTP prunes after layer "
+        "2 of 4 and keeps a third.", x="pruning.keep"),
+    "efficiency": Study(
+        "What pruning saves", "Seconds and memory against the kept share. The runs are short: quality is not the point.",
+        {"unpruned": {"max_updates": 60}} | {f"keep {keep:.2g}": {"max_updates": 60} | _pruned(keep=keep) for keep in KEEPS},
+        "RASTP: 1.36 times as fast. STAMP: 1.23 to 1.38 times, with 17 to 55 % less memory. Both against models that pad.",
+        x="pruning.keep"),
+    "granularity": Study(
+        "The dilution curve", "Finer SIDs make longer histories. Does accuracy rise with them, and does STAMP change that?",
+        {f"{levels} × {width}{', stamp' * stamp}": {"sids.levels": levels, "sids.width": width, "sids.collisions": "extend"}
+         | ({"pruning.keep": 1 / 3, "map.steps": 2} if stamp else {})
+         for levels in (2, 3, 4) for width in (8, 16) for stamp in (False, True)},
+        "STAMP: accuracy moves non-monotonically with granularity (the Semantic Dilution Effect); its settings and values are not "
+        "published."),
+    "map": Study(
+        "Looking further ahead", "How many steps, with which weight?",
+        {"no MAP": NOTHING} | {f"{steps} step{'s' * (steps > 1)}, weight {weight:g}": {"map.steps": steps, "map.weight": weight}
+                               for steps in (1, 2, 4) for weight in (0.1, 0.3, 1.0)},
+        "STAMP: MAP alone beats the baseline. The number of steps and the weight are not published.", x="map.weight"),
+    "strata": Study(
+        "Who loses", "Recall by length of the history and by popularity of the target: who pays for pruning?",
+        {"unpruned": NOTHING, "recent": _pruned(scorer="recent"), "rastp": _pruned(), "stamp": _pruned() | {"map.steps": 2}},
+        "Neither paper reports it. RASTP's published code cuts only histories over ten items, 15 % of Beauty's test users."),
+    "inference": Study(
+        "Pruning in training only", "Whoever prunes only to train faster can keep all tokens when it recommends. Is that better or worse?",
+        {"unpruned": NOTHING} | {f"keep {keep:.2g}, {'always' if always else 'in training only'}": _pruned(keep=keep, at_inference=always)
+                                 for keep in (0.15, 1 / 3) for always in (True, False)},
+        "RASTP's published code prunes at evaluation, too; neither paper compares."),
+    "adaptive": Study(
+        "Ratios and layers that adapt", "Against constant shares: schedules, a share by row, one guided by the loss, a layer that settled.",
+        {"unpruned": NOTHING, "constant 1/3": _pruned(), "constant 0.2": _pruned(keep=0.2), "constant 0.5": _pruned(keep=0.5)}
+        | {f"{kind}, from {start:g}": _pruned() | {"strategy.kind": kind, "strategy.start": start}
+           for kind, start in (("linear", 0.15), ("cosine", 0.15), ("stage", 0.15), ("stage", 0.6))}
+        | {"mass 0.5": _pruned(keep=1.0, mass=0.5), "loss gap 0.02": _pruned() | {"strategy.kind": "loss-gap"},
+           "settled layer": _pruned() | {"strategy.kind": "settled-layer"}},
+        "A summary of RASTP claims ratios that change with the stage of learning; its code has none. STAMP names ratios guided by learning "
+        "signals and adaptive layers as future work.", x="kept_token_fraction"),
+}
+
+
+def run(name: str, folder, *, dataset: str = "planted", preset: str = "quick", seeds: int = 2, arch: str = "t5", sids: str = "",
+        only: int | None = None) -> pd.DataFrame:
+    """Do the study's runs that `folder` does not hold yet: a row a run, as `sweeps.sweep` gives it, and its "label".
+
+    `sids`: a published SID file; `only`: the first settings, for a quick look. Raises ValueError for an unknown study.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"study {name!r} is unknown; use one of {', '.join(STUDIES)}")
+    shared = ({"arch": arch} if arch != "t5" else {}) | ({"sids.file": str(pathlib.Path(sids).absolute())} if sids else {})
+    settings = dict(list(STUDIES[name].settings.items())[:only])
+    frame = sweep([shared | setting for setting in settings.values()], folder, dataset=dataset, preset=preset, seeds=seeds)
+    return frame.assign(label=list(settings) * int(seeds))
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a setting: its label and settings, "seeds", metrics with intervals over users and seeds, medians of costs, and "difference" of
+    recall@10 to the first setting with its interval ("difference_interval") on the same users and seeds."""
+    rows, first = [], None
+    for label, runs in frame.groupby("label", sort=False):
+        ranks = np.array([json.loads(pathlib.Path(file).read_text())["ranks"] for file in runs["file"]])  # [S, U]
+        hits = np.array([recall_at(of_seed, 10) for of_seed in ranks])
+        row = {"label": label, **runs.iloc[0].drop(["label", "seed", "file", *COSTS], errors="ignore").to_dict(), "seeds": len(runs),
+               **metrics_of(ranks), **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs}}
+        first = hits if first is None else first
+        test = paired_test(hits, first) if len(rows) else None
+        row |= {"difference": test and float(test.difference), "difference_interval": test and [float(end) for end in test.interval]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
+    """Recall@10 of every setting by third of history length and by popularity of the target: head (the most popular items, which receive a
+    third of all training interactions), middle and tail. Columns "label", "by", "group", "users", "recall@10", its interval."""
+    catalogue = load_catalogue(dataset)
+    split = leave_one_out(catalogue.histories)
+    histories, targets = split.cases("test")
+    lengths = np.array([len(history) for history in histories])
+    cuts = np.quantile(lengths, (1 / 3, 2 / 3))
+    of_length = np.array(["short", "middle", "long"])[np.searchsorted(cuts, lengths)]
+    count = np.bincount(np.concatenate(split.train), minlength=catalogue.n_items + 1)
+    order = np.argsort(-count, kind="stable")
+    before = (np.cumsum(count[order]) - count[order]) / max(count.sum(), 1)
+    third = np.empty(len(count), np.int64)
+    third[order] = np.minimum(before * 3, 2).astype(np.int64)
+    of_target = np.array(["head", "middle", "tail"])[third[targets]]
+    rows = []
+    for label, runs in frame.groupby("label", sort=False):
+        ranks = np.array([json.loads(pathlib.Path(file).read_text())["ranks"] for file in runs["file"]])
+        for by, groups in (("history length", of_length), ("target popularity", of_target)):
+            for group in dict.fromkeys(("short", "middle", "long") if by == "history length" else ("head", "middle", "tail")):
+                inside = groups == group
+                if inside.any():
+                    values = np.array([recall_at(of_seed[inside], 10) for of_seed in ranks])
+                    rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()), "recall@10": float(values.mean()),
+                                 "recall@10_interval": [float(end) for end in bootstrap_interval(values)]})
+    return pd.DataFrame(rows)

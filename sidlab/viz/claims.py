@@ -1,0 +1,63 @@
+"""The claims page: what both papers claim, the verdict of the runs at hand, and the figures it rests on. One HTML file, no script."""
+
+import os
+import pathlib
+
+from sidlab.papers import METRICS
+from sidlab.viz.page import STYLE, _table, _text
+
+SIGNS = {"confirmed": "✓", "not confirmed": "✗", "undecided": "?", "mixed": "±", "not run": "…", "not testable here": "–"}
+
+
+def write_claims(claims: list[dict], rows: list[dict], path) -> None:
+    """Writes the page of `claims` (what `claims.judge` gives) and `rows` (what `claims.beside_published` gives) to `path`, atomically."""
+    path = pathlib.Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(_page(claims, rows), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _page(claims, rows):
+    count = {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in SIGNS}
+    summary = ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n)
+    body = [[f"<b>{_text(claim['paper'])}</b> {_text(claim['claim'])}", f"{SIGNS[claim['verdict']]} {_text(claim['verdict'])}",
+             _findings(claim)] for claim in claims]
+    tables = "\n".join(
+        _table(f"{name}: published beside ours", ["method", *METRICS, "95 % of recall@10"],
+               [[f"<b>{_text(row['method'])}</b><small>{_text(row['source'])}</small>", *(f"{row[m]:.4f}" for m in METRICS),
+                 "[{:.4f}, {:.4f}]".format(*row["interval"]) if row["interval"] else "–"] for row in rows if row["dataset"] == name])
+        for name in dict.fromkeys(row["dataset"] for row in rows))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What RASTP and STAMP claim, and what came out here</title>
+<style>{STYLE}
+td:last-child {{ white-space: normal; text-align: left; min-width: 30rem }}
+ul {{ margin: 0; padding-left: 1.1rem }}
+</style>
+</head>
+<body>
+<main>
+<h1>What RASTP and STAMP claim, and what came out here</h1>
+<p>{summary}. Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where ours is at least the published one;
+quality is kept where the interval of the difference to the unpruned model lies above −5 % of its recall@10, lost where it lies below 0,
+and undecided between. “Mixed”: the runs disagree. Intervals are 95 %, over test users and seeds. How to run what is missing: <code>make paper</code>.</p>
+{_table("Claims", ["claim", "verdict", "evidence"], body)}
+<h2>Numbers</h2>
+<p>Published numbers have no intervals and rest on other preparations of the data; honest reproductions of one method differ by more than
+either paper gains.</p>
+{tables}
+</main>
+</body>
+</html>
+"""
+
+
+def _findings(claim):
+    if not claim["findings"]:
+        return _text(claim["missing"])
+    items = "".join(f"<li>{SIGNS[found['verdict']]} {_text(found['figures'])}<small>{_text(found['where'])}<br>"
+                    f"<code>{_text(found['command'])}</code></small></li>" for found in claim["findings"])
+    return f"<ul>{items}</ul>"

@@ -1,0 +1,73 @@
+"""Figures of `sidlab.studies`: recall with its interval, and cost, of every setting."""
+
+import itertools
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sidlab.viz.figures import COST, MEMORY, _error
+from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION
+
+TITLES = {"pruning.keep": "kept share", "map.weight": "weight of the auxiliary loss",
+          "kept_token_fraction": "share of tokens kept in training"}
+LOOKS = [(color, symbol, dash) for dash, symbols in (("solid", ("circle", "square", "diamond", "triangle-up")),
+                                                     ("dash", ("cross", "x", "star", "pentagon")), ("dot", ("hexagon", "bowtie")))
+         for color, symbol in zip((BLUE, VERMILLION, GREEN, ORANGE), symbols)]
+
+
+def study_figure(rows: pd.DataFrame, x: str | None = None, template: str = "sidlab") -> go.Figure:
+    """Test recall@10 with its 95 % interval, seconds per 1,000 training windows and peak memory of every setting of `rows` (what
+    `studies.summarise` gives). `x`: the column on the axis, a line for each number of the other setting; None: settings by name, one below
+    the other. The first setting is the dotted line and its band."""
+    records = rows.to_dict("records")
+    first = records[0]
+    if x is None:
+        figure = make_subplots(1, 2, shared_yaxes=True, column_widths=[0.65, 0.35], horizontal_spacing=0.03,
+                               subplot_titles=("test recall@10", "seconds per 1,000 windows"))
+        places = list(range(len(records)))
+        figure.add_scatter(x=[row["recall@10"] for row in records], y=places, error_x=_error(records, "recall@10"), mode="markers",
+                           marker_size=10, showlegend=False, row=1, col=1)
+        figure.add_bar(x=[row[COST] for row in records], y=places, orientation="h", showlegend=False, row=1, col=2)
+        figure.update_yaxes(tickvals=places, ticktext=[row["label"] for row in records], range=[len(records) - 0.5, -0.5], zeroline=False)
+        low, high = first["recall@10_interval"]
+        figure.add_vrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=1, col=1)
+        return figure.update_layout(template=template, height=130 + 34 * len(records))
+    columns = (("recall@10", "test recall@10"), (COST, "seconds per 1,000 windows"), (MEMORY, "peak MB while training"))
+    figure = make_subplots(1, 3, horizontal_spacing=0.07, subplot_titles=[title for _, title in columns])
+    points = [row for row in records[1:] if pd.notna(row.get(x))]
+    names = {row["label"]: _line(row, x) for row in points}
+    for line, (color, symbol, dash) in zip(dict.fromkeys(names.values()), itertools.cycle(LOOKS)):
+        of_line = sorted((row for row in points if names[row["label"]] == line), key=lambda row: row[x])
+        for place, (column, _) in enumerate(columns, start=1):
+            figure.add_scatter(
+                x=[row[x] for row in of_line], y=[row[column] for row in of_line], name=line, legendgroup=line, showlegend=place == 1,
+                error_y=_error(of_line, column) if place == 1 else None, mode="lines+markers" if len(of_line) > 1 else "markers",
+                line_color=color, line_dash=dash, marker_symbol=symbol, marker_size=9,
+                text=[row["label"] for row in of_line], hovertemplate="%{text}: %{y:.4g}<extra></extra>", row=1, col=place)
+    for place, (column, _) in enumerate(columns, start=1):
+        figure.add_hline(first[column], line_dash="dot", line_color=GREY, row=1, col=place)
+        figure.update_xaxes(title_text=TITLES.get(x, x), row=1, col=place)
+    low, high = first["recall@10_interval"]
+    figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=1, col=1)
+    return figure.update_layout(template=template, height=460, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
+
+
+def strata_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
+    """Recall@10 of every setting by group of users, from `studies.strata`."""
+    sides = list(dict.fromkeys(rows["by"]))
+    figure = make_subplots(1, len(sides), horizontal_spacing=0.08, subplot_titles=[f"by {by}" for by in sides])
+    for label, (color, symbol, dash) in zip(dict.fromkeys(rows["label"]), itertools.cycle(LOOKS)):
+        for place, by in enumerate(sides, start=1):
+            part = rows[(rows["label"] == label) & (rows["by"] == by)].to_dict("records")
+            figure.add_scatter(
+                x=[f"{row['group']}<br>{row['users']:,} users" for row in part], y=[row["recall@10"] for row in part], name=label,
+                legendgroup=label, showlegend=place == 1, error_y=_error(part, "recall@10"), mode="lines+markers", line_color=color,
+                line_dash=dash, marker_symbol=symbol, marker_size=9, row=1, col=place)
+    figure.update_yaxes(title_text="test recall@10", row=1, col=1)
+    return figure.update_layout(template=template, height=440, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
+
+
+def _line(row, x):
+    """What tells the line of a point from others: its label without the part that is on the axis."""
+    return row["label"].split(", keep")[0].split(", weight")[0] if x in ("pruning.keep", "map.weight") else row["label"]
