@@ -34,7 +34,7 @@ class Study:
 
 
 def _pruned(**fields):
-    return {f"pruning.{name}": value for name, value in fields.items()}
+    return {f"pruning.{name}": value for name, value in ({"keep": 1 / 3} | fields).items()}
 
 
 STUDIES = {

@@ -43,7 +43,8 @@ ul {{ margin: 0; padding-left: 1.1rem }}
 <h1>What RASTP and STAMP claim, and what came out here</h1>
 <p>{summary}. Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where ours is at least the published one;
 quality is kept where the interval of the difference to the unpruned model lies above −5 % of its recall@10, lost where it lies below 0,
-and undecided between. “Mixed”: the runs disagree. Intervals are 95 %, over test users and seeds. How to run what is missing: <code>make paper</code>.</p>
+and undecided between. “Mixed”: the runs disagree. Intervals are 95 %, over test users and seeds. How to run what is missing:
+<code>make paper</code>.</p>
 {_table("Claims", ["claim", "verdict", "evidence"], body)}
 <h2>Numbers</h2>
 <p>Published numbers have no intervals and rest on other preparations of the data; honest reproductions of one method differ by more than

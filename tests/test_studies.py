@@ -1,0 +1,212 @@
+"""The sweeps of the papers, their notebooks, and the verdicts on the papers' claims."""
+
+import dataclasses
+import json
+import pathlib
+
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import studies as notebooks  # notebooks/studies.py
+from conftest import ROOT
+
+from sidlab import claims, studies
+from sidlab.comparison import compare
+from sidlab.data.catalogue import load_catalogue
+from sidlab.sweeps import config_with
+from sidlab.viz.studies import strata_figure, study_figure
+from sidlab.windows import leave_one_out
+
+
+def test_every_setting_is_a_configuration_and_no_two_are_equal():
+    for name, study in studies.STUDIES.items():
+        made = []
+        for label, setting in study.settings.items():
+            config = config_with("quick", 0, {key: value for key, value in setting.items() if not key.startswith("sids.")})
+            made.append((config, {key: value for key, value in setting.items() if key.startswith("sids.")}))
+            assert (config.pruning is not None) == any(key.startswith("pruning.") for key in setting), (name, label)
+        assert all(one != other for i, one in enumerate(made) for other in made[:i]), name
+
+
+def test_committed_notebooks_are_those_of_the_generator():
+    folder = ROOT / "notebooks" / "studies"
+    assert {path.stem for path in folder.glob("*.ipynb")} == studies.STUDIES.keys()
+    for name in studies.STUDIES:
+        assert (folder / f"{name}.ipynb").read_text(encoding="utf-8") == notebooks.notebook(name), "run: python notebooks/studies.py"
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The notebook of one study by papermill, smoke runs of two settings and two seeds."""
+    folder = tmp_path_factory.mktemp("study")
+    parameters = dict(preset="smoke", seeds=2, only=2, output_dir=str(folder / "out"))
+    papermill.execute_notebook(ROOT / "notebooks/studies/strata.ipynb", folder / "run.ipynb", parameters, kernel_name="python3",
+                               cwd=str(ROOT), progress_bar=False)
+    return folder
+
+
+def test_a_study_runs_pools_its_seeds_and_writes_what_it_found(ran):
+    study = json.loads((ran / "out" / "study.json").read_text())
+    assert [row["label"] for row in study["rows"]] == ["unpruned", "recent"] and study["hardware"]["processor"]
+    for row in study["rows"]:
+        low, high = row["recall@10_interval"]
+        assert row["seeds"] == 2 and row["updates"] == 20 and low <= row["recall@10"] <= high
+    files = sorted((ran / "out" / "runs").glob("*.json"))
+    ranks = {seed: [np.array(json.loads(f.read_text())["ranks"]) for f in files if f"seed{seed}" in f.name] for seed in (0, 1)}
+    hits = {of_seed: sorted(float(((r > 0) & (r <= 10)).mean()) for r in ranks[of_seed]) for of_seed in ranks}
+    assert sum(row["recall@10"] for row in study["rows"]) == pytest.approx((sum(hits[0]) + sum(hits[1])) / 2)
+    assert study["rows"][0]["difference"] is None
+    assert study["rows"][1]["difference"] == pytest.approx(study["rows"][1]["recall@10"] - study["rows"][0]["recall@10"])
+    outputs = [output for cell in nbformat.read(ran / "run.ipynb", 4).cells for output in cell.get("outputs", [])]
+    assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) == 2
+
+
+def test_groups_cover_all_users_and_average_to_the_whole(ran):
+    frame = studies.run("strata", ran / "out", preset="smoke", seeds=2, only=2)
+    groups = studies.strata(frame, "planted")
+    rows = studies.summarise(frame).set_index("label")["recall@10"]
+    histories, targets = leave_one_out(load_catalogue("planted").histories).cases("test")
+    for (label, _), part in groups.groupby(["label", "by"]):
+        assert part["users"].sum() == len(targets)
+        assert (part["users"] * part["recall@10"]).sum() / len(targets) == pytest.approx(rows[label])
+    lengths = np.array([len(h) for h in histories])
+    short = groups[(groups["label"] == "unpruned") & (groups["group"] == "short")]["users"].item()
+    assert short == (lengths <= np.quantile(lengths, 1 / 3)).sum()
+
+
+def test_an_unknown_study_or_parameter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="study 'layers' is unknown; use one of strategies, layer-ratio"):
+        studies.run("layers", tmp_path)
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter epochs; use dataset"):
+        papermill.execute_notebook(ROOT / "notebooks/studies/map.ipynb", tmp_path / "x.ipynb", {"epochs": 3}, kernel_name="python3",
+                                   cwd=str(ROOT), progress_bar=False)
+
+
+def fake_rows(name):
+    rng = np.random.default_rng(0)
+    rows = []
+    for label, setting in studies.STUDIES[name].settings.items():
+        recall = float(rng.uniform(0.3, 0.5))
+        rows.append({"label": label, **setting, "recall@10": recall, "recall@10_interval": [recall - 0.02, recall + 0.02],
+                     "seconds_per_1k_windows": float(rng.uniform(1, 3)), "peak_memory_mb": 200.0,
+                     "kept_token_fraction": float(rng.uniform(0.2, 1))})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_figures_show_every_setting(name):
+    rows, x = fake_rows(name), studies.STUDIES[name].x
+    figure = study_figure(rows, x)
+    if x is None:
+        assert list(figure.layout.yaxis.ticktext) == rows["label"].tolist() and len(figure.data[0].x) == len(rows)
+        assert list(figure.data[0].x) == rows["recall@10"].tolist()
+    else:
+        shown = [(text, y) for trace in figure.data if trace.xaxis == "x" for text, y in zip(trace.text, trace.y)]
+        assert sorted(shown) == sorted(zip(rows["label"][1:], rows["recall@10"][1:]))
+        looks = {(t.line.color, t.line.dash, t.marker.symbol) for t in figure.data if t.xaxis == "x"}
+        assert len(looks) == len([t for t in figure.data if t.xaxis == "x"])
+
+
+def test_strata_figure_shows_both_sides():
+    rows = pd.DataFrame([{"label": label, "by": by, "group": group, "users": 10, "recall@10": 0.1, "recall@10_interval": [0.05, 0.2]}
+                         for label in ("unpruned", "rastp") for by in ("a", "b") for group in ("x", "y")])
+    figure = strata_figure(rows)
+    assert [trace.name for trace in figure.data] == ["unpruned", "unpruned", "rastp", "rastp"]
+
+
+# --- Claims
+
+
+def comparison(arch="t5", preset="quick", **differences):
+    """Results in which a method has (seconds, memory, difference, half width of its interval)."""
+    rows = [{"method": "unpadded", "recall@10": 0.4, "seconds_per_1k_windows": 2.0, "peak_memory_mb": 100.0, "versus_unpadded": None}]
+    for method, (seconds, memory, difference, half) in differences.items():
+        versus = {"difference": difference, "interval": [difference - half, difference + half]}
+        rows.append({"method": method.replace("_", "-"), "recall@10": 0.4 + difference, "seconds_per_1k_windows": seconds,
+                     "peak_memory_mb": memory, "versus_unpadded": versus})
+    for row in rows:
+        row |= {"seeds": 3, "recall@5": 0.2, "ndcg@5": 0.1, "ndcg@10": 0.1, "recall@10_interval": [0.3, 0.5]}
+    return {"dataset": "planted", "preset": preset, "arch": arch, "summary": rows, "command": f"make reproduce {arch}",
+            "hardware": {"processor": "p", "gpu": None, "threads": 1}}
+
+
+def verdicts(*files):
+    return {claim["claim"]: claim["verdict"] for claim in claims.judge(list(files))}
+
+
+@pytest.mark.parametrize("difference, half, verdict", [
+    (0.0, 0.01, "confirmed"), (0.01, 0.005, "confirmed"), (-0.005, 0.002, "confirmed"), (-0.05, 0.01, "not confirmed"),
+    (0.0, 0.05, "undecided")])
+def test_quality_is_judged_by_its_interval(difference, half, verdict):
+    """Kept: above −5 % of .4, that is −.02; lost: below 0."""
+    found = verdicts(comparison(rastp=(1.0, 50, difference, half)))
+    assert found["Quality is kept or slightly better."] == verdict
+
+
+def test_savings_are_judged_by_the_published_figure():
+    speed, memory = "Training is 1.23–1.38 times as fast.", "Training takes 17.2%–54.7% less memory."
+    fast = verdicts(comparison(stamp=(2.0 / 1.24, 82, 0, 0.01)))
+    slow = verdicts(comparison(stamp=(2.0 / 1.22, 83, 0, 0.01)))
+    assert (fast[speed], fast[memory]) == ("confirmed", "confirmed") and (slow[speed], slow[memory]) == ("not confirmed", "not confirmed")
+    both = verdicts(comparison(stamp=(1.0, 50, 0, 0.01)), comparison(stamp=(1.9, 50, 0, 0.01)))
+    assert both[speed] == "mixed"
+    padded = comparison(padded=(10.0, 500, 0, 0.01), rastp_reference=(5.0, 300, -0.1, 0.01))
+    finding = next(c for c in claims.judge([padded]) if c["claim"].startswith("Training takes 26.7%"))
+    assert finding["verdict"] == "confirmed" and "2.00 times as fast as padded" in finding["findings"][0]["figures"]
+
+
+def test_nothing_run_smoke_and_what_cannot_be_run_are_told_apart():
+    nothing = verdicts()
+    assert nothing["MAP alone beats the baseline."] == "not run"
+    assert nothing["It holds on AL-GR-Tiny with a pretrained Qwen."] == "not testable here"
+    assert verdicts(comparison(preset="smoke", map=(2, 100, 0.1, 0.01)))["MAP alone beats the baseline."] == "not run"
+    assert verdicts(comparison(map=(2, 100, 0.1, 0.01)))["MAP alone beats the baseline."] == "confirmed"
+    assert verdicts(comparison("qwen", rastp=(1, 50, 0.0, 0.001)))["It holds for decoder-only models, too."] == "confirmed"
+
+
+def study(name, **values):
+    rows = [{"label": label, "recall@10": value, "recall@10_interval": [value - 0.01, value + 0.01], "difference": value - 0.4,
+             "difference_interval": [value - 0.41, value - 0.39], "kept_token_fraction": 0.3} for label, value in values.items()]
+    return {"study": name, "dataset": "planted", "preset": "quick", "seeds": 2, "arch": "t5", "rows": rows,
+            "hardware": {"processor": "p", "gpu": None, "threads": 1}}
+
+
+def test_studies_are_judged():
+    ratio = study("layer-ratio", **{"unpruned": 0.4, "layer 2, keep 0.1": 0.3, "layer 2, keep 0.33": 0.399})
+    found = verdicts(ratio, study("granularity", **{"2 × 8": 0.3, "3 × 8": 0.4, "3 × 16": 0.35, "3 × 16, stamp": 0.1}),
+                     study("strategies", unpruned=0.4, rastp=0.39, random=0.3),
+                     study("adaptive", **{"unpruned": 0.4, "constant 1/3": 0.38, "stage, from 0.15": 0.34}))
+    assert found["Too low a retention ratio hurts."] == "confirmed"
+    assert found["Up to two thirds of the tokens can go without a loss of accuracy."] == "confirmed"
+    assert found["Accuracy moves non-monotonically as SIDs get finer (Semantic Dilution Effect)."] == "confirmed"
+    assert found["Centrality × saliency finds the tokens that matter: better than a random third."] == "confirmed"
+    assert next(v for c, v in found.items() if c.startswith("A ratio that changes")) == "not confirmed"
+    rising = study("granularity", **{"2 × 8": 0.3, "3 × 8": 0.35, "3 × 16": 0.4})
+    assert verdicts(rising)["Accuracy moves non-monotonically as SIDs get finer (Semantic Dilution Effect)."] == "not confirmed"
+
+
+def test_the_page_is_written_from_the_files_and_names_the_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    claims.main(["planted", "--preset", "smoke", "--seeds", "1", "--methods", "unpadded rastp", "--arch", "qwen", "--output",
+                 str(tmp_path / "paper"), "--evidence"])
+    page, found = (tmp_path / "paper" / "index.html").read_text(), json.loads((tmp_path / "paper" / "claims.json").read_text())
+    assert {claim["verdict"] for claim in found["claims"]} == {"not run", "not testable here"}  # smoke says nothing
+    files = claims.evidence(tmp_path / "paper")
+    assert [file["arch"] for file in files] == ["qwen"] and "ARCH=qwen" in files[0]["command"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "results.json").write_text(json.dumps(comparison(map=(2, 100, 0.1, 0.01)) | {"dataset": "x/amazon-beauty"}))
+    claims.main(["--output", str(tmp_path / "again"), "--evidence", str(tmp_path / "more")])
+    page = (tmp_path / "again" / "index.html").read_text()
+    assert "make reproduce t5" in page and ".0648" in page and "✓ confirmed" in page and "<script" not in page
+
+
+def test_the_comparison_takes_a_decoder_only_model(tmp_path):
+    results = compare("planted", "smoke", "unpadded rastp-visible stamp", 1, str(tmp_path), arch="qwen")
+    rows = {row["method"]: row for row in results["summary"]}
+    assert rows["stamp"]["kept_token_fraction"] < 0.5 and rows["unpadded"]["predicted_flops"] > rows["stamp"]["predicted_flops"]
+    assert pathlib.Path(tmp_path, "index.html").exists()
+    with pytest.raises(ValueError, match="belongs to T5"):
+        compare("planted", "smoke", "rastp-reference", 1, str(tmp_path / "x"), arch="qwen")
+    assert dataclasses.asdict(claims.CLAIMS[0])["paper"] == "RASTP"
