@@ -1,0 +1,56 @@
+"""Several sources in one SID: scales, orders, and that behaviour is what stands together."""
+
+import numpy as np
+import pytest
+
+from sidlab.sids.fusion import collaborative_embeddings, fuse_codes, fuse_embeddings
+from sidlab.sids.residual_kmeans import ResidualKMeans
+
+RNG = np.random.default_rng(0)
+SOURCES = {"text": RNG.normal(5, 100, (60, 8)), "behaviour": RNG.normal(0, 0.01, (60, 3))}
+
+
+@pytest.mark.parametrize("weights", (None, {"text": 3.0, "behaviour": 1.0}))
+def test_sources_weigh_what_they_are_told_to(weights):
+    fused = fuse_embeddings(SOURCES, weights)
+    assert fused.shape == (60, 11) and fused.dtype == np.float32
+    for part, weight in ((fused[:, :8], (weights or {}).get("text", 1)), (fused[:, 8:], 1)):
+        assert (part.astype(np.float64) ** 2).sum(1).mean() == pytest.approx(weight, rel=1e-4)
+        assert np.abs(part.mean(0)).max() < 1e-5
+    within = np.corrcoef(np.linalg.norm(fused[:1, :8] - fused[1:, :8], axis=1), np.linalg.norm(SOURCES["text"][:1] - SOURCES["text"][1:], axis=1))
+    assert within[0, 1] > 0.999999  # distances inside a source keep their order
+
+
+def test_levels_belong_to_their_source():
+    codes, widths = fuse_codes(SOURCES, {"text": 2, "behaviour": 1}, width=(6, 5, 4))
+    assert codes.shape == (60, 3) and widths == (6, 5, 4)
+    text = ResidualKMeans(levels=2, width=(6, 5), seed=0).fit(SOURCES["text"].astype(np.float32))
+    assert np.array_equal(codes[:, :2], text.encode(SOURCES["text"].astype(np.float32)))
+    moved, _ = fuse_codes(SOURCES | {"behaviour": SOURCES["behaviour"][::-1]}, {"text": 2, "behaviour": 1}, width=(6, 5, 4))
+    assert np.array_equal(moved[:, :2], codes[:, :2]) and not np.array_equal(moved[:, 2], codes[:, 2])
+
+
+def test_items_of_one_circle_of_buyers_get_like_vectors():
+    """Two groups of items that never meet, and one that nobody buys."""
+    rng = np.random.default_rng(1)
+    train = [rng.integers(1, 11, 8) for _ in range(80)] + [rng.integers(11, 21, 8) for _ in range(80)]
+    vectors = collaborative_embeddings(train, 21, dim=4)
+    assert vectors.shape == (21, 4) and vectors.dtype == np.float32
+    likeness = vectors @ vectors.T
+    assert likeness[:10, :10].mean() > likeness[:10, 10:20].mean() + 0.3
+    assert not vectors[20].any() and np.allclose(np.linalg.norm(vectors[:20], axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: fuse_embeddings({}), "with one row an item"),
+    (lambda: fuse_embeddings({"a": np.ones((3, 2)), "b": np.ones((4, 2))}), "with one row an item"),
+    (lambda: fuse_embeddings({"a": np.ones((3, 2))}), "says the same of every item"),
+    (lambda: fuse_embeddings({"a": np.array([[1.0], [np.nan]])}), "must be finite; item 2 is not"),
+    (lambda: fuse_embeddings(SOURCES, {"text": 1.0}), "weights must give each of text, behaviour"),
+    (lambda: fuse_embeddings(SOURCES, {"text": 1.0, "behaviour": 0.0}), "a number above 0"),
+    (lambda: fuse_codes(SOURCES, {"text": 1, "behaviour": 0}), "at least 1 level"),
+    (lambda: collaborative_embeddings([np.array([1])], 3), "no history of two items"),
+])
+def test_bad_sources_say_what_is_right(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
