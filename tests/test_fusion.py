@@ -17,7 +17,7 @@ def test_sources_weigh_what_they_are_told_to(weights):
     for part, weight in ((fused[:, :8], (weights or {}).get("text", 1)), (fused[:, 8:], 1)):
         assert (part.astype(np.float64) ** 2).sum(1).mean() == pytest.approx(weight, rel=1e-4)
         assert np.abs(part.mean(0)).max() < 1e-5
-    within = np.corrcoef(np.linalg.norm(fused[:1, :8] - fused[1:, :8], axis=1), np.linalg.norm(SOURCES["text"][:1] - SOURCES["text"][1:], axis=1))
+    within = np.corrcoef(*(np.linalg.norm(x[:1] - x[1:], axis=1) for x in (fused[:, :8], SOURCES["text"])))
     assert within[0, 1] > 0.999999  # distances inside a source keep their order
 
 

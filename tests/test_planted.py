@@ -203,3 +203,16 @@ def test_a_seed_is_a_world():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         planted_catalogue(**{"n_users": 4} | options)
+
+
+def test_a_large_world_is_the_same_world_with_more_kinds():
+    catalogue = planted_catalogue(50, kinds=30)
+    assert catalogue.n_items == 40 * 30 and catalogue.items.title.is_unique
+    truth = catalogue.truth
+    assert truth.kind_popularity.shape == (6, 30) and np.allclose(truth.kind_popularity.sum(1), 1)
+    histories = [h[:-1] for h in catalogue.histories]
+    assert np.allclose(truth.next_item(histories).sum(1), 1)
+    names = catalogue.items.title[truth.tree[:, 2] < 4].tolist()
+    assert sorted(names) == sorted(planted_catalogue(1).items.title)
+    with pytest.raises(ValueError, match="kinds must be at least 2, got 1"):
+        planted_catalogue(5, kinds=1)

@@ -157,11 +157,12 @@ class _State:
 
 
 def planted_catalogue(n_users: int = 2000, seed: int = 0, *, loyalty: float = 0.9, noise: float = 0.2, dim: int = 48,
-                      shortest: int = 6, longest: int = 18) -> Catalogue:
+                      shortest: int = 6, longest: int = 18, kinds: int = len(KINDS)) -> Catalogue:
     """The planted world as a `Catalogue` with `truth`.
 
     Args: `n_users` histories of uniform length in [`shortest`, `longest`]; `seed` draws the world and the users; `loyalty` and
-    `noise` as in the module docstring; `dim`: size of the embeddings.
+    `noise` as in the module docstring; `dim`: size of the embeddings; `kinds` of every brand: there are 40 brands, so 40 · `kinds`
+    items, a million with 25,000.
     """
     for name, value in (("loyalty", loyalty), ("noise", noise)):
         if not 0 < value < 1:
@@ -170,24 +171,32 @@ def planted_catalogue(n_users: int = 2000, seed: int = 0, *, loyalty: float = 0.
         raise ValueError(f"shortest and longest must satisfy 3 <= shortest <= longest, got {shortest} and {longest}")
     if n_users < 1:
         raise ValueError(f"n_users must be at least 1, got {n_users}")
+    if kinds < 2:
+        raise ValueError(f"kinds must be at least 2, got {kinds}")
     rng = np.random.default_rng(seed)
-    truth = _world(rng, loyalty, noise)
-    if dim < truth.tree.max() + 1:
-        raise ValueError(f"dim must be at least {truth.tree.max() + 1}, the width of the widest level, got {dim}")
+    truth = _world(rng, loyalty, noise, kinds)
+    branches = truth.tree[:, :2].max() + 1
+    if dim < branches:
+        raise ValueError(f"dim must be at least {branches}, the width of the widest level above the last, got {dim}")
     lengths = rng.integers(shortest, longest + 1, n_users)
     histories = _walk(rng, truth, lengths)
     scale = (1.0, 0.6, 0.35)
     widths = truth.tree.max(axis=0) + 1
     embeddings = rng.normal(0, 0.01, (len(truth.tree), dim))
     for level, width in enumerate(widths):
-        vectors = np.linalg.qr(rng.normal(size=(dim, width)))[0].T  # orthonormal: no two branches look alike by chance
+        vectors = rng.normal(size=(dim, width))
+        if width <= dim:
+            vectors = np.linalg.qr(vectors)[0]  # orthonormal: no two branches look alike by chance
+        else:
+            vectors /= np.linalg.norm(vectors, axis=0)
+        vectors = vectors.T
         embeddings += scale[level] * vectors[truth.tree[:, level]]
     return Catalogue(name="planted", items=_items(truth.tree), histories=histories, user_ids=[str(i) for i in range(1, n_users + 1)],
                      truth=truth, embeddings=embeddings.astype(np.float32))
 
 
-def _world(rng, loyalty, noise):
-    d, s, v = len(DEPARTMENTS), len(BRANDS), len(KINDS)
+def _world(rng, loyalty, noise, v):
+    d, s = len(DEPARTMENTS), len(BRANDS)
     real = np.stack(np.meshgrid(range(d), range(s), range(v), indexing="ij"), -1).reshape(-1, 3)
     noisy = np.stack(np.meshgrid(range(2), range(2), range(v), indexing="ij"), -1).reshape(-1, 3) + (d, s, 0)
     tree = np.concatenate([real, noisy])
@@ -197,7 +206,9 @@ def _world(rng, loyalty, noise):
         step[g, (g + 1) % d] += 0.6
         step[g, (g + 2) % d] += 0.3
     brand_prior = rng.dirichlet(np.full(s, 5.0), d)
-    popular = 0.5 ** np.arange(v) / (0.5 ** np.arange(v)).sum()
+    # A few kinds: each half as popular as the one before. Many: Zipf's law, or nobody would ever buy most of them.
+    popular = 0.5 ** np.arange(v) if v <= 8 else 1 / np.arange(1, v + 1)
+    popular /= popular.sum()
     kind_popularity = np.stack([rng.permutation(popular) for _ in range(d)])
     noise_popularity = np.zeros(len(tree))
     noise_popularity[len(real):] = rng.dirichlet(np.full(len(noisy), 2.0))
@@ -211,7 +222,7 @@ def _walk(rng, truth, lengths):
     v = truth.kind_popularity.shape[1]
     favourite = np.stack([rng.choice(s, n, p=truth.brand_prior[g]) for g in range(d)], axis=1)  # [n, D]
     here = rng.integers(0, d, n)
-    clicks = np.empty((n, longest), np.int64)
+    clicks, kinds = np.empty((n, longest), np.int64), truth.kind_popularity.cumsum(axis=1)
     first = np.ones(n, bool)  # the first real click falls into the start department, which is uniform
     for m in range(longest):
         noisy = rng.random(n) < truth.noise
@@ -221,7 +232,9 @@ def _walk(rng, truth, lengths):
         brand = favourite[np.arange(n), here]
         stray = (brand + rng.integers(1, s, n)) % s
         brand = np.where(rng.random(n) < truth.loyalty, brand, stray)
-        kind = (truth.kind_popularity.cumsum(axis=1)[here] < rng.random((n, 1))).sum(axis=1).clip(max=v - 1)
+        draw, kind = rng.random(n), np.empty(n, np.int64)
+        for g in range(d):  # by department, for a table [n, kinds] would be large
+            kind[here == g] = np.searchsorted(kinds[g], draw[here == g]).clip(max=v - 1)
         noise_click = rng.choice(len(truth.tree), n, p=truth.noise_popularity)
         clicks[:, m] = np.where(noisy, noise_click, (here * s + brand) * v + kind) + 1
     return [clicks[i, :length].copy() for i, length in enumerate(lengths)]
@@ -234,7 +247,8 @@ def _items(tree):
         real = dep < d
         department = DEPARTMENTS[dep] if real else NOISE_DEPARTMENTS[dep - d]
         name = BRANDS[brand] if real else NOISE_BRANDS[brand - s]
-        noun = KINDS[kind] if real else NOISE_KINDS[dep - d][kind]
+        number, which = divmod(kind, len(KINDS))
+        noun = (KINDS[which] if real else NOISE_KINDS[dep - d][which]) + f" {number + 1}" * (number > 0)
         title = f"{name} {department.lower()} {noun}" if real else f"{name} {noun}"
         path = ["Sports" if real else "Home", department]
         text = f"Title: {title}; Brand: {name}; Categories: {' > '.join(path)}"
