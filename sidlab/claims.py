@@ -66,12 +66,17 @@ def _faster(pairs, least):
 
 
 def _less_memory(method, base, least):
+    """Judged on a GPU alone: on a processor the resident size of a process is that of its allocator, more than of what is in use."""
     def check(results):
         rows = _rows(results)
-        peaks = [rows.get(name, {}).get("peak_memory_mb") for name in (method, base)]
+        fields = ("peak_memory_mb", "predicted_activation_mb")
+        peaks, predicted = ([rows.get(name, {}).get(field) for name in (method, base)] for field in fields)
         if all(peaks):
-            saved = 1 - peaks[0] / peaks[1]
-            yield _found(results, CONFIRMED if saved >= least else REFUTED, f"{method} takes {saved:+.1%} less memory than {base}")
+            saved, gpu = 1 - peaks[0] / peaks[1], results["hardware"]["gpu"]
+            verdict = UNDECIDED if not gpu else CONFIRMED if saved >= least else REFUTED
+            than = f"{method} takes {abs(saved):.1%} {'less' if saved > 0 else 'more'} memory than {base}"
+            model = f"; activations by the cost model: {1 - predicted[0] / predicted[1]:.1%} less" if all(predicted) else ""
+            yield _found(results, verdict, than + ("" if gpu else " (resident memory on a processor, which says little)") + model)
     return check
 
 

@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from sidlab.papers import METRICS
-from sidlab.viz.page import STYLE, _table, _text
+from sidlab.viz.page import STYLE, _table, _text, _with_code
 
 SIGNS = {"confirmed": "✓", "not confirmed": "✗", "undecided": "?", "mixed": "±", "not run": "…", "not testable here": "–"}
 
@@ -34,6 +34,7 @@ def _page(claims, rows):
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What RASTP and STAMP claim, and what came out here</title>
 <style>{STYLE}
+thead th {{ text-align: left }}
 td:last-child {{ white-space: normal; text-align: left; min-width: 30rem }}
 ul {{ margin: 0; padding-left: 1.1rem }}
 </style>
@@ -58,7 +59,7 @@ either paper gains.</p>
 
 def _findings(claim):
     if not claim["findings"]:
-        return _text(claim["missing"])
+        return _with_code(claim["missing"])
     items = "".join(f"<li>{SIGNS[found['verdict']]} {_text(found['figures'])}<small>{_text(found['where'])}<br>"
                     f"<code>{_text(found['command'])}</code></small></li>" for found in claim["findings"])
     return f"<ul>{items}</ul>"
