@@ -22,18 +22,18 @@ def main():
     parser.add_argument("--updates", type=int, default=400)
     args = parser.parse_args()
     published = {"sids.file": str(pathlib.Path(args.dataset, "semantic_ids.rkmeans_zcr.txt.gz").absolute())}
+    adamw, short = published | {"muon": None}, {"max_updates": args.updates, "epochs": 100, "eval_every": args.updates // 4}
     levers = {
-        "as in `long`, published SIDs": published,
-        "SIDs: residual k-means on TF-IDF": {},
-        "learning rate 3e-3": published | {"learning_rate": 3e-3},
-        "d_model 64": published | {"d_model": 64, "d_kv": 16},
-        "two decoder layers": published | {"num_decoder_layers": 2},
+        "AdamW, published SIDs": adamw | short,
+        "SIDs: residual k-means on TF-IDF": {"muon": None} | short,
+        "learning rate 3e-3": adamw | {"learning_rate": 3e-3} | short,
+        "d_model 64": adamw | {"d_model": 64, "d_kv": 16} | short,
+        "two decoder layers": adamw | {"num_decoder_layers": 2} | short,
+        # What keeps a model from learning by heart only shows in a long run.
+        "six epochs, AdamW": adamw, "six epochs, dropout 0.1": adamw | {"dropout": 0.1},
+        "four epochs, learning rate 3e-3": adamw | {"learning_rate": 3e-3, "epochs": 4},
+        "six epochs, Muon for the matrices, as in `long`": published, "ten epochs, Muon": published | {"epochs": 10},
     }
-    short = {"max_updates": args.updates, "epochs": 100, "eval_every": args.updates // 4}
-    # What keeps a model from learning by heart only shows in a long run.
-    levers = {name: setting | short for name, setting in levers.items()} | {
-        "six epochs, as in `long`": published, "six epochs, dropout 0.1": published | {"dropout": 0.1},
-        "four epochs, learning rate 3e-3": published | {"learning_rate": 3e-3, "epochs": 4}}
     frame = sidlab.sweep(list(levers.values()), "runs/levers", dataset=args.dataset, preset="long", seeds=1)
     rows = [{"lever": name, **row} for name, row in zip(levers, json.loads(frame.drop(columns="file").to_json(orient="records")))]
     command = f"python results/levers.py {args.dataset} --updates {args.updates}"

@@ -13,8 +13,12 @@ SECTION = re.compile(r"(<!-- results: made by results/show.py -->\n).*?(<!-- end
 
 def section() -> str:
     parts = [_comparison(json.loads(path.read_text())) for path in sorted(HERE.glob("amazon-*.json"))]
-    if (HERE / "levers.json").exists():
-        parts.append(_levers(json.loads((HERE / "levers.json").read_text())))
+    for name, write in (("levers", _levers), ("scale", _scale)):
+        if (HERE / f"{name}.json").exists():
+            parts.append(write(json.loads((HERE / f"{name}.json").read_text())))
+    studies = [json.loads(path.read_text()) for path in sorted(HERE.glob("studies/*.json"))]
+    if studies:
+        parts.append(_studies(studies))
     return "\n".join(parts)
 
 
@@ -29,7 +33,8 @@ def _comparison(results):
     updates = max((row["updates"] for row in results["rows"] if row.get("updates")), default=0)
     seeds = max(row["seeds"] for row in results["summary"])
     machine = f"{machine['processor']}, {_count(machine['threads'], 'thread')}, {machine['gpu'] or 'no GPU'}"
-    setting = (f"**{name}, preset `{results['preset']}`**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
+    arch = ", decoder-only" * (results.get("arch") == "qwen")
+    setting = (f"**{name}, preset `{results['preset']}`{arch}**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
                f"at most {updates:,} updates; {machine}, torch {results['versions']['torch']}:")
     head = ["| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|"]
     return "\n".join([setting, f"`{results['command']}`", "", *head, *rows, "", *([results["note"], ""] if "note" in results else [])])
@@ -45,6 +50,97 @@ def _levers(levers):
         for row in levers["rows"]]
     return "\n".join([f"**What limits it**: one change at a time, one seed: `{levers['command']}`", "",
                       "| lever | updates | R@5 | R@10 [95 %] | minutes |", "|---|---|---|---|---|", *rows, ""])
+
+
+def _scale(scale):
+    rows = ["| {} | {:,} | {:.0f} | {:.1f} | {:.0%} | {:.1f} / {:.1f} | {:.1f} / {:.1f} | {:,.0f} |".format(
+        row["catalogue"], row["items"], row["encoder_seconds"] + row["table_and_trie_seconds"], row["trie_mb"], row["share_their_sid"],
+        row["t5_ms_per_user_all"], row["t5_ms_per_user_third"], row["qwen_ms_per_user_all"], row["qwen_ms_per_user_third"], row["peak_mb"])
+        for row in scale["rows"]]
+    head = ["| catalogue | items | SIDs, s | trie, MB | share a SID | T5, ms a user: all tokens / a third | Qwen, the same | peak MB |",
+            "|---|---|---|---|---|---|---|---|"]
+    return "\n".join([f"**Large catalogues**, beam 20, histories of up to 30 items: `{scale['command']}`", "", *head, *rows, ""])
+
+
+def _studies(studies):
+    """A sentence a study, every number from its file; what it says of better and worse follows from the intervals."""
+    first = studies[0]
+    title = (f"**What the papers plot** (`notebooks/studies`, preset `{first['preset']}`, {_count(first['seeds'], 'seed')}, "
+             f"{first['hardware']['processor']}; recall@10 on test users, intervals 95 %):")
+    lines = [title, ""]
+    for study in studies:
+        say = SENTENCES[study["study"]]
+        name = pathlib.PurePath(study["dataset"]).name + ", decoder-only" * (study["arch"] == "qwen")
+        lines.append(f"* *{study['study']}* on {name}: {say({row['label']: row for row in study['rows']}, study)}.")
+    return "\n".join([*lines, ""])
+
+
+def _recall(row):
+    return "{:.3f} [{:.3f}, {:.3f}]".format(row["recall@10"], *row["recall@10_interval"])
+
+
+def _against(row):
+    low, high = row["difference_interval"]
+    how = "clearly more" if low > 0 else "clearly less" if high < 0 else "no clear difference"
+    return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {how}"
+
+
+def _extremes(rows):
+    best, worst = (pick(rows.values(), key=lambda row: row["recall@10"]) for pick in (max, min))
+    return f"best {best['label']} {_recall(best)}, worst {worst['label']} {_recall(worst)}"
+
+
+def _strategies(rows, study):
+    kept = [label for label in rows if label != "unpruned"]
+    return f"nothing pruned {_recall(rows['unpruned'])}; a third kept by " + ", ".join(
+        f"{label} {rows[label]['recall@10']:.3f}" for label in sorted(kept, key=lambda label: -rows[label]["recall@10"]))
+
+
+def _layer_ratio(rows, study):
+    shown = ("layer 1, keep 0.1", "layer 2, keep 0.33", "layer 3, keep 0.33")
+    parts = [f"{label} {_against(rows[label])}" for label in shown if label in rows]
+    return f"against nothing pruned ({_recall(rows['unpruned'])}): " + "; ".join(parts)
+
+
+def _efficiency(rows, study):
+    base = rows["unpruned"]["seconds_per_1k_windows"]
+    return "times as fast as nothing pruned: " + ", ".join(
+        f"{label} {base / row['seconds_per_1k_windows']:.2f}" for label, row in rows.items() if label != "unpruned")
+
+
+def _granularity(rows, study):
+    plain = {label: row for label, row in rows.items() if "stamp" not in label}
+    gain = {label: rows[f"{label}, stamp"]["recall@10"] - row["recall@10"] for label, row in plain.items() if f"{label}, stamp" in rows}
+    return f"levels × codes, {_extremes(plain)}; STAMP changes it by {min(gain.values()):+.3f} to {max(gain.values()):+.3f}"
+
+
+def _map(rows, study):
+    others = {label: row for label, row in rows.items() if label != "no MAP"}
+    clear = sum(row["difference_interval"][0] > 0 for row in others.values())
+    return f"without MAP {_recall(rows['no MAP'])}; {_extremes(others)}; clearly better in {clear} of {len(others)} settings"
+
+
+def _inference(rows, study):
+    return f"nothing pruned {_recall(rows['unpruned'])}; " + "; ".join(
+        f"{label} {row['recall@10']:.3f}" for label, row in rows.items() if label != "unpruned")
+
+
+def _strata(rows, study):
+    groups = {(row["label"], row["by"], row["group"]): row["recall@10"] for row in study["groups"]}
+    parts = [f"{group} {by} {groups['rastp', by, group] / groups['unpruned', by, group]:.0%}"
+             for _, by, group in dict.fromkeys(("", by, group) for _, by, group in groups) if groups["unpruned", by, group]]
+    return "of its unpruned recall RASTP keeps: " + ", ".join(parts)
+
+
+def _adaptive(rows, study):
+    def cell(row):
+        return f"{row['label']} {row['recall@10']:.3f} ({row['kept_token_fraction']:.0%} kept)"
+    others = sorted((row for label, row in rows.items() if label != "unpruned"), key=lambda row: row["kept_token_fraction"])
+    return f"nothing pruned {_recall(rows['unpruned'])}; by the share kept in training: " + ", ".join(map(cell, others))
+
+
+SENTENCES = {"strategies": _strategies, "layer-ratio": _layer_ratio, "efficiency": _efficiency, "granularity": _granularity, "map": _map,
+             "strata": _strata, "inference": _inference, "adaptive": _adaptive}
 
 
 def updated(text: str) -> str:

@@ -28,3 +28,23 @@ def test_results_hold_what_a_reader_needs_to_repeat_them():
 def test_a_readme_without_the_section_is_refused():
     with pytest.raises(ValueError, match="has no line"):
         show.updated("# Title\n")
+
+
+def test_every_study_has_a_sentence_whose_better_and_worse_follow_from_intervals():
+    from sidlab.studies import STUDIES
+
+    assert show.SENTENCES.keys() == STUDIES.keys()
+    for name, study in STUDIES.items():
+        rows = {}
+        for place, label in enumerate(study.settings):
+            recall = 0.5 - 0.01 * place
+            rows[label] = {"label": label, "recall@10": recall, "recall@10_interval": [recall - 0.02, recall + 0.02],
+                           "kept_token_fraction": 0.3, "difference_interval": [-0.01 * place - 0.03, -0.01 * place + 0.03],
+                           "difference": -0.01 * place, "seconds_per_1k_windows": 1.0 + place}
+        groups = [{"label": label, "by": by, "group": "short", "recall@10": 0.4} for label in rows
+                  for by in ("history length", "target popularity")]
+        text = show.SENTENCES[name](rows, {"groups": groups})
+        assert "nan" not in text and len(text) > 40, name
+    worse = {"difference": -0.2, "difference_interval": [-0.3, -0.1]}
+    assert show._against(worse).endswith("clearly less")
+    assert show._against(worse | {"difference_interval": [-0.3, 0.1]}).endswith("no clear difference")
