@@ -43,7 +43,8 @@ def ends(interval):
 pd.DataFrame({
     "setting": rows["label"], "recall@10": rows["recall@10"].round(4), "95 %": [ends(i) for i in rows["recall@10_interval"]],
     "against the first": rows["difference"].round(4), "95 % of that": [ends(i) for i in rows["difference_interval"]],
-    "s per 1,000 windows": rows["seconds_per_1k_windows"].round(3), "peak MB": rows["peak_memory_mb"].round(),
+    "s per 1,000 windows": rows["seconds_per_1k_windows"].round(3), "s to 95 % of the first's recall": rows["seconds_to_recall"].round(1),
+    "real slots": rows["real_token_fraction"].round(3), "peak MB": rows["peak_memory_mb"].round(),
     "kept in training": rows["kept_token_fraction"].round(3), "updates": rows["updates"].astype(int)}).set_index("setting")"""
 FIGURE = """from sidlab.viz.studies import study_figure
 

@@ -132,6 +132,13 @@ def _strata(rows, study):
     return "of its unpruned recall RASTP keeps: " + ", ".join(parts)
 
 
+def _batches(rows, study):
+    def cell(row):
+        reached = f", {row['seconds_to_recall']:.0f} s to 95 % of the first's recall" if row["seconds_to_recall"] else ""
+        return f"{row['label']} {_recall(row)}, {row['real_token_fraction']:.0%} of the slots real{reached}"
+    return "; ".join(map(cell, rows.values()))
+
+
 def _adaptive(rows, study):
     def cell(row):
         return f"{row['label']} {row['recall@10']:.3f} ({row['kept_token_fraction']:.0%} kept)"
@@ -140,7 +147,7 @@ def _adaptive(rows, study):
 
 
 SENTENCES = {"strategies": _strategies, "layer-ratio": _layer_ratio, "efficiency": _efficiency, "granularity": _granularity, "map": _map,
-             "strata": _strata, "inference": _inference, "adaptive": _adaptive}
+             "strata": _strata, "inference": _inference, "adaptive": _adaptive, "batches": _batches}
 
 
 def updated(text: str) -> str:

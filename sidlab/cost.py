@@ -101,6 +101,8 @@ def _batches(config, widths, windows):
             raise ValueError('config.windows="contiguous" draws windows by user: give the Windows, not their lengths')
         batches = [lengths[batch] for batch in UserBatches(windows, config.accumulation, config.seed)]
         return tuple(np.array([f(batch) for batch in batches]) for f in (len, np.min, np.max))
+    if not config.bucketing and config.padding != "fixed":
+        raise ValueError("bucketing=False leaves the padding to chance, so its cost does not follow from lengths")
     ordered = np.sort(np.minimum(lengths, config.max_items))
     cuts = LengthBatches(ordered, len(widths) + config.separators, config.batch_tokens).cuts
     return np.diff(cuts), ordered[cuts[:-1]], ordered[cuts[1:] - 1]

@@ -57,7 +57,7 @@ class TrainConfig:
     Batches: `windows` "prefixes", in batches of `batch_tokens` history slots, `accumulation` of them an update (so that an update mixes
     lengths; several processes share them, so it must be a multiple of their number); or "contiguous", drawn as published, where
     `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`, the
-    published way, in the same batches).
+    published way, in the same batches); `bucketing`: windows of similar length share a batch (False: any, then padded to the longest).
     Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all updates) and `schedule` (a Hugging Face name); with
     `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
     Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),
@@ -85,6 +85,7 @@ class TrainConfig:
     map: MapConfig | None = None
     windows: str = "prefixes"
     padding: str = "batch"
+    bucketing: bool = True
     batch_tokens: int = 4096
     accumulation: int = 4
     learning_rate: float = 1e-3
@@ -226,7 +227,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
                         fixed_slots=config.padding == "fixed", map_config=config.map, truth=truth)
     if config.windows == "prefixes":
         batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed,
-                                config.accumulation)
+                                config.accumulation, mixed=not config.bucketing)
     else:
         batches = UserBatches(windows, config.accumulation, config.seed)
     if len(batches) < processes:

@@ -95,14 +95,16 @@ class LengthBatches(torch.utils.data.Sampler):
 
     Windows are sorted by length with ties in random order, cut into batches, and the batches shuffled. The cuts depend on the
     lengths alone, so the number of batches is the same in every epoch. `tokens_per_item` turns lengths into slots. An epoch has a
-    multiple of `accumulation` batches, whole updates: those at the end of the shuffle that fill none are left out.
+    multiple of `accumulation` batches, whole updates: those at the end of the shuffle that fill none are left out. `mixed`: as many
+    batches of as many windows, but of windows drawn without regard to length, to see what similar lengths change.
     """
 
-    def __init__(self, lengths: np.ndarray, tokens_per_item: int, batch_tokens: int, seed: int = 0, accumulation: int = 1):
+    def __init__(self, lengths: np.ndarray, tokens_per_item: int, batch_tokens: int, seed: int = 0, accumulation: int = 1,
+                 mixed: bool = False):
         longest = int(lengths.max()) * tokens_per_item
         if batch_tokens < longest:
             raise ValueError(f"batch_tokens={batch_tokens} is less than one window's {longest} tokens")
-        self.lengths, self.seed, self.accumulation, self.epoch = lengths, seed, accumulation, 0
+        self.lengths, self.seed, self.accumulation, self.mixed, self.epoch = lengths, seed, accumulation, mixed, 0
         ordered = np.sort(lengths) * tokens_per_item
         cuts, begin = [0], 0
         while begin < len(ordered):
@@ -123,7 +125,8 @@ class LengthBatches(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.lengths))
-        order = order[np.argsort(self.lengths[order], kind="stable")]
+        if not self.mixed:
+            order = order[np.argsort(self.lengths[order], kind="stable")]
         for b in rng.permutation(len(self.cuts) - 1)[: len(self)]:
             yield order[self.cuts[b] : self.cuts[b + 1]].tolist()
 

@@ -40,7 +40,8 @@ def test_every_study_has_a_sentence_whose_better_and_worse_follow_from_intervals
             recall = 0.5 - 0.01 * place
             rows[label] = {"label": label, "recall@10": recall, "recall@10_interval": [recall - 0.02, recall + 0.02],
                            "kept_token_fraction": 0.3, "difference_interval": [-0.01 * place - 0.03, -0.01 * place + 0.03],
-                           "difference": -0.01 * place, "seconds_per_1k_windows": 1.0 + place}
+                           "difference": -0.01 * place, "seconds_per_1k_windows": 1.0 + place, "real_token_fraction": 0.9,
+                           "seconds_to_recall": 9.0}
         groups = [{"label": label, "by": by, "group": "short", "recall@10": 0.4} for label in rows
                   for by in ("history length", "target popularity")]
         text = show.SENTENCES[name](rows, {"groups": groups})

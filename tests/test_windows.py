@@ -320,3 +320,22 @@ def test_collated_truth_is_that_of_the_window_alone():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_mixed_batches_are_as_many_of_as_many_windows_without_regard_to_length():
+    lengths = np.random.default_rng(0).integers(1, 12, 500)
+    sorted_ones, mixed = (LengthBatches(lengths, 4, 200, seed=1, mixed=mixed) for mixed in (False, True))
+    one, other = list(sorted_ones), list(mixed)
+    assert [len(batch) for batch in one] == [len(batch) for batch in other]
+    assert sorted(i for batch in other for i in batch) == list(range(500))
+    spread = [np.mean([np.ptp(lengths[batch]) for batch in batches]) for batches in (one, other)]
+    assert spread[0] < 0.5 and spread[1] > 5
+
+
+@pytest.mark.parametrize("accumulation", (1, 3, 7))
+def test_an_epoch_is_whole_updates(accumulation):
+    lengths = np.random.default_rng(0).integers(1, 12, 500)
+    every, whole = LengthBatches(lengths, 4, 200), LengthBatches(lengths, 4, 200, accumulation=accumulation)
+    assert len(whole) == len(list(whole)) == len(every) - len(every) % accumulation
+    assert all(batch in list(every) for batch in whole)
+    assert len(LengthBatches(lengths, 4, 200, accumulation=10**6)) == len(every)
