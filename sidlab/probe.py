@@ -44,6 +44,8 @@ class Probe:
 
     @torch.no_grad()
     def __init__(self, model, history, truth=None):
+        if not hasattr(model, "encoder"):
+            raise ValueError(f"a probe opens the encoder of a SidT5, and so do the explorers; got a {type(model).__name__}")
         if model.table is None:
             raise ValueError("the model has no SidTable: build it with one, or call model.set_table(table)")
         self.model, config = model.eval(), model.config

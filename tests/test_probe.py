@@ -5,6 +5,7 @@ import torch
 
 import sidlab
 from sidlab.decoding import encode_histories
+from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.probe import Probe
 from sidlab.pruning import POSITIONS, UNITS, PruningConfig
 from sidlab.saliency import SCORERS
@@ -123,3 +124,9 @@ def test_a_long_history_counts_from_its_end(world):
     long = [1 + i % catalogue.n_items for i in range(model.config.max_items + 7)]
     probe = Probe(model, long)
     assert probe.history.tolist() == long[-model.config.max_items :]
+
+
+def test_a_decoder_only_model_is_refused_in_words():
+    with pytest.raises(ValueError, match="opens the encoder of a SidT5.*got a SidQwen"):
+        Probe(SidQwen(SidQwenConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                                    head_dim=4)), [1])

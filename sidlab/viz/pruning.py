@@ -42,7 +42,8 @@ class PruningExplorer(Explorer):
             catalogue, model = (demo := load()).catalogue, demo.model
         self.model, self.catalogue = model, catalogue
         self.histories = catalogue.histories[:50] if histories is None else list(histories)
-        self._scorers = {name: name for name in SCORERS if name != "oracle" or catalogue.truth is not None} | (scorers or {})
+        without = {"rastp-visible"} | ({"oracle"} if catalogue.truth is None else set())  # the first is for causal attention
+        self._scorers = {name: name for name in SCORERS if name not in without} | (scorers or {})
         self._probe, self._full = functools.lru_cache(8)(self._probe), functools.lru_cache(8)(self._full)
         self._cost = functools.lru_cache(512)(self._cost)
         names, last = list(self._scorers), model.config.num_layers
