@@ -429,3 +429,24 @@ def planted_without_truth():
 def test_without_progress_nothing_is_printed(capfd):
     run()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("arch", ("t5", "qwen"))
+def test_muon_has_the_matrices_inside_the_layers_and_adamw_the_rest(arch):
+    model = build_model(config(arch=arch, map=MapConfig()), TABLE)
+    optimiser = training.MuonAdamW(model, 0.02, 0.001, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    adamw, muon = ({names[id(p)] for group in part.param_groups for p in group["params"]} for part in optimiser.parts)
+    assert adamw | muon == set(names.values()) and not adamw & muon
+    inside = {name for name, parameter in model.named_parameters() if parameter.ndim == 2} - {name for name in adamw if "layer" not in name}
+    assert muon == {name for name in inside if "relative_attention_bias" not in name}
+    assert {"shared.weight", "model.embed_tokens.weight"} & adamw and not any("map_head" in name for name in muon)
+    assert sorted({group["lr"] for group in optimiser.param_groups}) == [0.001, 0.02]
+
+
+def test_a_killed_run_with_muon_goes_on_as_if_nothing_had_happened(tmp_path):
+    expected = run(tmp_path / "whole", muon=0.01, **STAMP)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", [Stop(5)], muon=0.01, **STAMP)
+    assert_same(run(tmp_path / "cut", muon=0.01, **STAMP), expected)
+    assert any(not torch.equal(a, b) for a, b in zip(expected.model.parameters(), run(**STAMP).model.parameters()))
