@@ -153,8 +153,8 @@ go.Figure([go.Bar(name=name, x=shares.index, y=shares[name], marker_color=color,
     title_text=f"Two thirds of the tokens are pruned; {pruned_share:.0%} of the gradient reaches them")
 
 # %% [markdown]
-# So pruned tokens do take part in learning, through the layers in front of the pruner. Differentiable IDs under pruning would be shaped more by the tokens that survive: prune early, and the
-# IDs of what is never kept hardly learn.
+# So pruned tokens do take part in learning, through the layers in front of the pruner, but two thirds of the tokens share what the title says, and one third has the rest. Differentiable IDs
+# under pruning would be shaped more by tokens that survive; the earlier one prunes, the more so.
 
 # %% [markdown]
 # ### IDs for search and recommendation together
@@ -232,14 +232,17 @@ businesses
 curves = {}
 for name, pruning in (("all tokens", None), ("a third", third)):
     demo.model.set_pruning(pruning)
-    curves[name] = [recall_at(evaluate(demo.model, demo_histories, demo_targets, beam=beam), 10).mean() for beam in beams]
+    curves[name] = [recall_at(evaluate(demo.model, demo_histories, demo_targets, beam=beam), 1).mean() for beam in beams]
 demo.model.set_pruning(None)
 go.Figure([go.Scatter(x=beams, y=y, name=name, mode="lines+markers", line_color=color, line_dash=dash, marker_symbol=symbol)
            for (name, y), (color, dash, symbol) in zip(curves.items(), ((GREEN, "solid", "circle"), (GREY, "dash", "diamond")))]).update_layout(
     template=template(), height=340, xaxis_title="beams", xaxis_type="log", xaxis_tickvals=beams, xaxis_ticktext=[str(b) for b in beams],
-    yaxis_title="recall@10", legend={"orientation": "h", "y": 1.15})
+    yaxis_title="recall@1 (the best item found)", legend={"orientation": "h", "y": 1.15})
 
 # %% [markdown]
+# One beam commits to a first code and cannot turn back; more beams keep alternatives alive. Where the curves are flat, the search has found what the model thinks best, and only a better
+# model would help.
+#
 # ### Exercise 1 · ★★☆ · 10 minutes
 #
 # Two sources of different size must not weigh by their size. Write `same_size`: centre a source `x` (float [n, d]) and scale it so that the **mean squared length** of its rows is 1.
