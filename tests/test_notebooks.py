@@ -23,7 +23,7 @@ site = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(site)
 
 COURSE = ["00_start_here", "01_semantic_ids", "02_semantic_dilution", "03_which_tokens_matter", "04_live_pruning", "05_denser_supervision",
-          "06_training_runs", "07_padding_is_not_pruning", "08_cost_and_scale", "09_your_own_data", "10_capstone"]
+          "06_training_runs", "07_padding_is_not_pruning", "08_cost_and_scale", "09_your_own_data", "10_capstone", "11_beyond"]
 SOURCES = sorted((NOTEBOOKS / "source").glob("[0-9][0-9]_*.py"))
 COMMITTED = sorted([*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("solutions/*.ipynb")])
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
