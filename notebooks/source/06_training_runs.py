@@ -84,7 +84,7 @@ print(f"{len(batch)} of {len(windows)} windows; {before} history tokens, {behind
 print(f"loss of the next item {out.main_loss.item():.3f}, with MAP's part {out.loss.item():.3f}")
 
 # %% [markdown]
-# `sidlab.train` does this a few hundred times, with AdamW and Hugging Face's `Trainer`. Every `eval_every` updates it recommends to
+# `sidlab.train` does this a few hundred times, with AdamW (Muon for the layers' matrices) and Hugging Face's `Trainer`. Every `eval_every` updates it recommends to
 # `eval_users` users and measures how many of their validation items it finds. The best checkpoint by validation recall@5 is the result.
 #
 # Behind layer 2 only a third of the tokens are left. But layers 1 and 2 see all of them, and so do the embeddings.
