@@ -12,7 +12,7 @@ SECTION = re.compile(r"(<!-- results: made by results/show.py -->\n).*?(<!-- end
 
 
 def section() -> str:
-    parts = [_comparison(json.loads(path.read_text())) for path in sorted(path for pattern in ("amazon-*.json", "planted-*.json") for path in HERE.glob(pattern))]
+    parts = [_comparison(json.loads(path.read_text())) for path in sorted([*HERE.glob("amazon-*.json"), *HERE.glob("planted-*.json")])]
     for name, write in (("levers", _levers), ("scale", _scale)):
         if (HERE / f"{name}.json").exists():
             parts.append(write(json.loads((HERE / f"{name}.json").read_text())))

@@ -218,7 +218,7 @@ def evidence(*folders) -> list[dict]:
     found = {}
     for folder in folders:
         for path in sorted(pathlib.Path(folder).rglob("*.json")):
-            if path.name.endswith(("results.json", "study.json")) or path.parent.name == "results":
+            if path.name.endswith(("results.json", "study.json")) or path.parent.name in ("results", "studies"):
                 content = json.loads(path.read_text())
                 if "summary" in content or "study" in content:
                     found[content.get("command") or json.dumps([content.get(k) for k in ("study", "dataset", "preset", "arch")])] = content
