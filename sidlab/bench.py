@@ -32,7 +32,7 @@ from sidlab.pruning import PruningConfig
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
 from sidlab.sweeps import write_json
-from sidlab.training import TrainConfig, _resident_mb, _use_bf16, build_model
+from sidlab.training import TrainConfig, _resident_mb, _use_bf16, build_model, clock
 from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories
 
 # Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.
@@ -76,11 +76,6 @@ QWEN = dataclasses.replace(OURS, arch="qwen", d_model=256, d_kv=32, num_heads=8,
 OTHERS = {"Qwen shape, 24 layers": ({"nothing pruned": Variant(QWEN), "a third kept": Variant(pruned(QWEN, after_layer=6))}, WIDTHS),
           "100 items × 8 levels": ({"nothing pruned": Variant(dataclasses.replace(OURS, max_items=100)),
                                     "a third kept": Variant(pruned(dataclasses.replace(OURS, max_items=100)))}, (256,) * 8)}
-
-
-def clock() -> float:
-    """Seconds of this thread's processor time where one thread does all the work, for other jobs do not disturb that; else of the wall."""
-    return time.thread_time() if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter()
 
 
 def stock_model(table, config: TrainConfig):

@@ -162,6 +162,17 @@ def test_savings_are_judged_by_the_published_figure():
     assert finding["verdict"] == "confirmed" and "2.00 times as fast as padded" in finding["findings"][0]["figures"]
 
 
+def test_seconds_of_a_busy_machine_say_nothing_and_those_of_the_study_do():
+    busy = comparison(rastp=(1.0, 50, 0, 0.001)) | {"busy": "other jobs ran"}
+    found = claims.judge([busy])[0]
+    assert found["claim"].startswith("Training takes 26.7%") and found["verdict"] == "not run"
+    rows = study("efficiency", **{"unpruned": 0.4, "keep 0.33": 0.4})
+    for row, seconds in zip(rows["rows"], (1.5, 1.0)):
+        row["seconds_per_1k_windows"] = seconds
+    finding = claims.judge([busy, rows])[0]
+    assert finding["verdict"] == "confirmed" and "1.50 times as fast" in finding["findings"][0]["figures"]
+
+
 def test_nothing_run_smoke_and_what_cannot_be_run_are_told_apart():
     nothing = verdicts()
     assert nothing["MAP alone beats the baseline."] == "not run"
