@@ -36,9 +36,9 @@ def _comparison(results):
     arch = ", decoder-only" * (results.get("arch") == "qwen")
     setting = (f"**{name}, preset `{results['preset']}`{arch}**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
                f"at most {updates:,} updates; {machine}, torch {results['versions']['torch']}:")
+    remarks = [line for key in ("busy", "note") if key in results for line in (results[key], "")]
     head = ["| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([setting, f"`{results['command']}`", "", *head, *rows, "", *[line for key in ("busy", "note") if key in results for line in (results[key], "")],
-                      *_same_model(results)])
+    return "\n".join([setting, f"`{results['command']}`", "", *head, *rows, "", *remarks, *_same_model(results)])
 
 
 def _same_model(results):
