@@ -245,7 +245,8 @@ def _run_model(one, catalogue, folder, path):
     ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=truth)
     row = {**metrics_of(ranks), **result.timing, **result.tokens, "peak_memory_mb": result.peak_memory,
            "evaluation_seconds": time.perf_counter() - begin, "kept_informative": None}
-    if catalogue.truth is not None and config.pruning is not None and config.pruning.reduce == "select":
+    prunes = config.pruning is not None and config.pruning.reduce == "select" and config.pruning.at_inference
+    if catalogue.truth is not None and prunes:
         row["kept_informative"] = kept_informative(result.model, catalogue.truth, histories)
     evaluations = [e for e in result.log if "recall@10" in e]
     losses = [e for e in result.log if "loss" in e]

@@ -119,3 +119,9 @@ def test_bad_sweeps_stop_before_anything_is_trained(arguments, message, tmp_path
     with pytest.raises(ValueError, match=message):
         sweeps.sweep(**dict(folder=tmp_path / "out", preset="smoke") | arguments)
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_model_that_prunes_in_training_only_has_kept_nothing_to_judge(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    frame = sweeps.sweep([{"pruning.keep": 0.5, "pruning.at_inference": False}], tmp_path, preset="smoke", seeds=1)
+    assert 0.5 <= frame["kept_token_fraction"][0] < 0.6 and frame["kept_informative"][0] is None
