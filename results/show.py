@@ -63,7 +63,8 @@ def _levers(levers):
         row["lever"], row["updates"], row["recall@5"], row["recall@10"], *row["recall@10_interval"], row["train_seconds"] / 60)
         for row in levers["rows"]]
     return "\n".join([f"**What limits it**: one change at a time, one seed: `{levers['command']}`", "",
-                      "| lever | updates | R@5 | R@10 [95 %] | minutes |", "|---|---|---|---|---|", *rows, ""])
+                      "| lever | updates | R@5 | R@10 [95 %] | minutes |", "|---|---|---|---|---|", *rows, "",
+                      *([levers["note"], ""] if "note" in levers else [])])
 
 
 def _scale(scale):
