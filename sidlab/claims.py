@@ -13,9 +13,11 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
+from sidlab.comparison import DEFAULT_METHODS, compare
 from sidlab.papers import METRICS, RASTP_CLAIMS, STAMP_CLAIMS, published
+from sidlab.sweeps import write_json
 
-METHODS = "padded unpadded rastp-reference rastp recent random map stamp sasrec"
+METHODS = f"{DEFAULT_METHODS} rastp-reference"
 MARGIN = 0.05  # of the unpruned recall
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, UNTESTABLE = "confirmed", "not confirmed", "undecided", "not run", "not testable here"
 
@@ -254,8 +256,6 @@ def main(arguments=None) -> None:
     parser.add_argument("--output", default="runs/paper")
     parser.add_argument("--evidence", nargs="*", default=["results"])
     args = parser.parse_args(arguments)
-    from sidlab.comparison import compare
-    from sidlab.sweeps import write_json
     from sidlab.viz.claims import write_claims
 
     output = pathlib.Path(args.output)

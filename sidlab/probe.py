@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
 from sidlab.decoding import beam_search, items_of_leaves
+from sidlab.models.scoring import SCORED
 from sidlab.models.t5 import PrunedEncoderOutput
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality
@@ -81,7 +82,7 @@ class Probe:
     @property
     def _scored(self):
         config = copy.copy(self._encoder.config)
-        config._attn_implementation = "sidlab_scored"
+        config._attn_implementation = SCORED
         return config
 
     def centrality(self, layer: int) -> Tensor:

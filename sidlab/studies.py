@@ -14,6 +14,7 @@ import pandas as pd
 
 from sidlab.data.catalogue import load_catalogue
 from sidlab.metrics import bootstrap_interval, paired_test, recall_at
+from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 from sidlab.sweeps import COSTS, metrics_of, sweep
 from sidlab.windows import leave_one_out
 
@@ -43,8 +44,8 @@ STUDIES = {
         {"unpruned": NOTHING}
         | {scorer: _pruned(scorer=scorer) for scorer in ("rastp", "rastp-l2", "centrality", "norm", "recent", "random")}
         | {"pool": _pruned(reduce="pool")},
-        "RASTP's history holds an unadvertised comparison (Beauty, recall@5): none .0427; pooling to a third after layer 1, 2, 3: .0374, "
-        ".0400, .0385. Its paper: pruning .0441 against .0426."),
+        "RASTP's history holds an unadvertised comparison (Beauty, recall@5): none {none:.4f}; pooling to a third after layer 1, 2, 3: "
+        "{0:.4f}, {1:.4f}, {2:.4f}.".format(*(RASTP_POOLING[layer] for layer in (1, 2, 3)), none=RASTP_POOLING["none"])),
     "layer-ratio": Study(
         "Where to prune, and how much", "Earlier and harder is cheaper. From where on does it cost recall?",
         {"unpruned": NOTHING} | {f"layer {layer}, keep {keep:.2g}": _pruned(after_layer=layer, keep=keep)
@@ -54,7 +55,8 @@ STUDIES = {
     "efficiency": Study(
         "What pruning saves", "Seconds and memory against the kept share. The runs are short: quality is not the point.",
         {"unpruned": {"max_updates": 60}} | {f"keep {keep:.2g}": {"max_updates": 60} | _pruned(keep=keep) for keep in KEEPS},
-        "RASTP: 1.36 times as fast. STAMP: 1.23 to 1.38 times, with 17 to 55 % less memory. Both against models that pad.",
+        "RASTP: {} times as fast. STAMP: {} to {} times, with {:.1%} to {:.1%} less memory. Both against models that pad.".format(
+            RASTP_CLAIMS["speedup"], *STAMP_CLAIMS["speedup"], *STAMP_CLAIMS["memory_saved"]),
         x="pruning.keep"),
     "granularity": Study(
         "The dilution curve", "Finer SIDs make longer histories. Does accuracy rise with them, and does STAMP change that?",

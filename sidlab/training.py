@@ -254,7 +254,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             trainer.meter.load(checkpoint)
-            _prune_as(model, checkpoint)
+            if config.strategy is not None:
+                _prune_as(model, checkpoint)
             trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         state = trainer.state
         if state.max_steps and (state.global_step >= state.max_steps or _stale(state) >= config.patience):
@@ -313,9 +314,8 @@ def _probe_windows(windows, size=64):
 
 def _prune_as(model, checkpoint):
     """Share and layer as a strategy had them when `checkpoint` was written."""
-    if model.pruning is not None:
-        then = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())["pruning"]
-        model.set_pruning(dataclasses.replace(model.pruning, keep=then["keep"], after_layer=then["after_layer"]))
+    then = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())["pruning"]
+    model.set_pruning(dataclasses.replace(model.pruning, keep=then["keep"], after_layer=then["after_layer"]))
 
 
 def _arguments(config, folder, updates, processes, *, keep, progress):

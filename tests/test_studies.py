@@ -1,6 +1,5 @@
 """The sweeps of the papers, their notebooks, and the verdicts on the papers' claims."""
 
-import dataclasses
 import json
 import pathlib
 
@@ -225,4 +224,3 @@ def test_the_comparison_takes_a_decoder_only_model(tmp_path):
     assert pathlib.Path(tmp_path, "index.html").exists()
     with pytest.raises(ValueError, match="belongs to T5"):
         compare("planted", "smoke", "rastp-reference", 1, str(tmp_path / "x"), arch="qwen")
-    assert dataclasses.asdict(claims.CLAIMS[0])["paper"] == "RASTP"
