@@ -26,13 +26,14 @@ from sidlab.calibration import random_table
 from sidlab.comparison import hardware
 from sidlab.cost import cost
 from sidlab.decoding import recommend
+from sidlab.meter import clock, resident_mb
 from sidlab.models import fast
 from sidlab.models.t5 import DeepFeedForward
 from sidlab.pruning import PruningConfig
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
 from sidlab.sweeps import write_json
-from sidlab.training import TrainConfig, _resident_mb, _use_bf16, build_model, clock
+from sidlab.training import TrainConfig, _use_bf16, build_model
 from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories
 
 # Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.
@@ -202,9 +203,9 @@ def in_child(function, *arguments):
 def peak_mb(function) -> float:
     """By how many MB the resident memory of this process at its highest, while `function` runs, lies above that before (Linux)."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-    base = _resident_mb("VmRSS")
+    base = resident_mb("VmRSS")
     function()
-    return _resident_mb("VmHWM") - base
+    return resident_mb("VmHWM") - base
 
 
 def training_peak(variant: Variant, size: int) -> float:

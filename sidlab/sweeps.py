@@ -30,11 +30,12 @@ from sidlab.adaptive import Strategy
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.map_loss import MapConfig
+from sidlab.meter import Meter
 from sidlab.metrics import bootstrap_interval, ndcg_at, rank_of_target, recall_at
 from sidlab.models.sasrec import SASRec
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.training import Meter, TrainConfig, evaluate, train
+from sidlab.training import TrainConfig, evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
 
 METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}

@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
 
+from sidlab import meter as meter_module
 from sidlab import training
 from sidlab.data.planted import planted_catalogue
 from sidlab.decoding import recommend
 from sidlab.map_loss import MapConfig
+from sidlab.meter import Meter
 from sidlab.metrics import summary
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
-from sidlab.training import PRESETS, Meter, TrainConfig, build_model, evaluate, train
+from sidlab.training import PRESETS, TrainConfig, build_model, evaluate, train
 from sidlab.windows import Collator, LengthBatches, Windows, leave_one_out
 
 WORLD = planted_catalogue(60, seed=1, shortest=5, longest=9)
@@ -220,7 +222,7 @@ def test_validation_users_are_the_same_for_every_seed():
 
 def test_the_meter_counts_training_only(tmp_path, monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(training, "clock", lambda: clock.now)
+    monkeypatch.setattr(meter_module, "clock", lambda: clock.now)
     meter = Meter()
     meter.resume()
     clock.now += 2

@@ -1,0 +1,98 @@
+"""What a training costs: seconds, peak memory and tokens of its steps alone, over all processes."""
+
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+
+def clock() -> float:
+    """Seconds of this thread's processor time where one thread does all the work, for other jobs do not disturb that; else of the wall."""
+    return time.thread_time() if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter()
+
+
+class Meter:
+    """Seconds (see `clock`), peak memory and tokens of the training steps alone.
+
+    Memory on a CPU is the highest resident size of the process above what it was when the meter was made (the libraries
+    alone take hundreds of MB); Linux lets the highest mark be reset, so evaluation does not count.
+    """
+
+    def __init__(self):
+        self._base = 0.0 if torch.cuda.is_available() else resident_mb("VmRSS")
+        self.seconds, self.peak, self.windows = 0.0, 0.0, 0
+        self._since = None
+        self._slots = 0
+        self._real, self._kept = [], []
+
+    def count(self, mask, kept_mask):
+        self.windows += len(mask)
+        self._slots += mask.numel()
+        self._real.append(mask.sum())  # tensors: no wait for the device here
+        self._kept.append(kept_mask.sum())
+
+    def resume(self):
+        if self._since is None:
+            self._since = clock()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            elif os.access("/proc/self/clear_refs", os.W_OK):
+                pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+    def pause(self):
+        if self._since is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds += clock() - self._since
+            self._since = None
+            self.peak = max(self.peak, _peak_mb() - self._base)
+
+    def totals(self):
+        """What all processes counted; seconds and peak are those of the slowest and the largest."""
+        own = {"seconds": self.seconds, "peak": self.peak, "windows": self.windows, "slots": self._slots,
+               "real": int(sum(self._real)), "kept": int(sum(self._kept))}
+        all_counts = gather_object([own])
+        return {name: (max if name in ("seconds", "peak") else sum)(counts[name] for counts in all_counts) for name in own}
+
+    def save(self, checkpoint):
+        """Leave what was counted beside a checkpoint, so that a resumed run reports the whole."""
+        counts = self.totals()
+        if PartialState().is_main_process:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "meter.json").write_text(json.dumps(counts))
+
+    def load(self, checkpoint):
+        counts = json.loads((pathlib.Path(checkpoint) / "meter.json").read_text())
+        self.seconds, self.peak = counts["seconds"], counts["peak"]
+        if PartialState().is_main_process:  # or every process would count them again
+            self.windows, self._slots = counts["windows"], counts["slots"]
+            self._real, self._kept = [counts["real"]], [counts["kept"]]
+
+    def timing(self, updates):
+        counts = self.totals()
+        return {"train_seconds": counts["seconds"], "seconds_per_1k_windows": 1000 * counts["seconds"] / max(counts["windows"], 1),
+                "windows": counts["windows"], "updates": updates}
+
+    def tokens(self):
+        counts = self.totals()
+        real = counts["real"] or 1
+        return {"real_token_fraction": real / max(counts["slots"], 1), "kept_token_fraction": counts["kept"] / real}
+
+
+def _peak_mb():
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident_mb("VmHWM")
+
+
+def resident_mb(field):
+    """Resident memory of this process in MB: "VmRSS" now, "VmHWM" at its highest (everywhere but on Linux, both the highest)."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

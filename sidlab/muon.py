@@ -1,0 +1,33 @@
+"""Muon for the weight matrices inside the layers, AdamW for all else, as one optimiser that the Trainer takes."""
+
+import torch
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (K. Jordan 2024; `torch.optim.Muon`) for the weight matrices inside the layers of `model`, AdamW for all else, embeddings and
+    position biases among it. `muon` and `learning_rate`: their initial learning rates."""
+
+    def __init__(self, model, muon: float, learning_rate: float, weight_decay: float):
+        kinds = {kind: {id(module.weight) for module in model.modules() if isinstance(module, kind)}
+                 for kind in (torch.nn.Linear, torch.nn.Embedding)}
+        inside = kinds[torch.nn.Linear] - kinds[torch.nn.Embedding]  # an output head that is tied to the embeddings is none
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices, others = [p for p in trained if id(p) in inside], [p for p in trained if id(p) not in inside]
+        self.parts = (torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay, fused=True),
+                      torch.optim.Muon(matrices, lr=muon, weight_decay=weight_decay))
+        super().__init__([*others, *matrices], {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]  # theirs: what a schedule sets, they use
+
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict):
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
