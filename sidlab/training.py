@@ -150,7 +150,7 @@ SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, nu
 # Muon: planted, `quick`, one seed, the same 260 updates in the same 38 s: validation recall@10 .52, with AdamW alone .32.
 PRESETS = {
     "smoke": SMALL | dict(d_model=32, d_ff=64, batch_tokens=1024, accumulation=1, max_updates=20, eval_every=10, eval_users=50),
-    "quick": SMALL | dict(muon=0.01, epochs=2.5, max_updates=1600, eval_every=100, eval_users=500, patience=20),
+    "quick": SMALL | dict(muon=0.01, epochs=2.5, max_updates=1600, eval_every=100, eval_users=2000, patience=20),
     # For real data: wider, since there are many more codes to tell apart (results/levers.json).
     "long": SMALL | dict(d_model=128, d_kv=32, d_ff=256, num_decoder_layers=1, separators=False, batch_tokens=4096, accumulation=1,
                          muon=0.005, epochs=6, eval_every=1000, eval_users=2000, patience=20),
