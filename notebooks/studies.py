@@ -19,7 +19,7 @@ preset = "quick"  # "smoke" | "quick" | "long" | "paper"
 seeds = 2  # how many
 arch = "t5"  # or "qwen": decoder-only
 sids = ""  # a published SID file; empty: residual k-means on the item embeddings
-output_dir = ""  # empty: runs/studies/<study>-<dataset>-<preset>
+output_dir = ""  # empty: runs/studies/<dataset>-<preset>, where studies share their runs
 only = 0  # the first settings only; 0: all"""
 RUN = """import pathlib
 
@@ -30,7 +30,7 @@ if unknown := comparison.unknown_parameters(globals(), {{*valid, "pathlib", "stu
     raise ValueError(f"unknown parameter {{', '.join(unknown)}}; use {{', '.join(valid)}}")
 
 study = studies.STUDIES[{name!r}]
-folder = output_dir or f"runs/studies/{name}-{{pathlib.Path(dataset).name}}-{{preset}}" + (f"-{{arch}}" if arch != "t5" else "")
+folder = output_dir or f"runs/studies/{{pathlib.Path(dataset).name}}-{{preset}}" + (f"-{{arch}}" if arch != "t5" else "")
 runs = studies.run({name!r}, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only or None)
 rows = studies.summarise(runs)"""
 TABLE = """import pandas as pd
@@ -58,7 +58,7 @@ SAVE = """import json
 from sidlab.comparison import hardware, versions
 from sidlab.sweeps import write_json
 
-write_json(pathlib.Path(folder) / "study.json", {{
+write_json(pathlib.Path(folder) / "{name}-study.json", {{
     "study": {name!r}, "dataset": str(dataset), "preset": preset, "seeds": int(seeds), "arch": arch, "hardware": hardware(),
     "versions": versions(), "rows": json.loads(rows.to_json(orient="records")){strata}}})"""
 

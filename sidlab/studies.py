@@ -2,7 +2,7 @@
 
 A study is run by a notebook of its own (`notebooks/studies/NAME.ipynb`, made by `notebooks/studies.py`): `run` does what is not done
 yet and `summarise` pools the seeds of a setting. Every point has an interval over users and seeds, its cost, and its difference to the
-first setting.
+first setting. Studies in one folder share the settings that they have in common.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import pandas as pd
 from sidlab.data.catalogue import load_catalogue
 from sidlab.metrics import bootstrap_interval, paired_test, recall_at
 from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
+from sidlab.pruning import PruningConfig
 from sidlab.sweeps import COSTS, metrics_of, sweep
 from sidlab.windows import leave_one_out
 
@@ -34,8 +35,9 @@ class Study:
     x: str | None = None
 
 
-def _pruned(**fields):
-    return {f"pruning.{name}": value for name, value in ({"keep": 1 / 3} | fields).items()}
+def _pruned(keep=1 / 3, **fields):
+    """What is the default is left out, so that the same setting has the same name in every study."""
+    return {"pruning.keep": keep} | {f"pruning.{name}": value for name, value in fields.items() if value != getattr(PruningConfig, name)}
 
 
 STUDIES = {

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 import transformers
 from accelerate import PartialState
+from filelock import FileLock
 from transformers import TrainerCallback
 
 import sidlab
@@ -50,7 +51,8 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
 
     Args: `grid`: {name: values}, all combinations, or a list of dicts {name: value}. A name is a field of `TrainConfig`, of its
     parts ("pruning.keep", "strategy.kind", "map.steps") or of the SIDs ("sids.levels", see `sid_table`). `folder`: where results are kept;
-    what is there already is not run again. `dataset` and `preset` as in `compare`; `seeds`: how many, from 0 on.
+    what is there already is not run again, and two sweeps may work in one folder at the same time. `dataset` and `preset` as in
+    `compare`; `seeds`: how many, from 0 on.
     Returns a row a run: the settings, "seed", metrics, costs and "file", which holds ranks and learning curve too. The same
     table grows in `folder/rows.csv` while the sweep runs. Raises ValueError before anything is trained.
 
@@ -73,8 +75,9 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
     def keep(results):
         frame = pd.DataFrame([row | result["row"] for row, result in zip(rows, results)])
         beside = pathlib.Path(folder) / "rows.tmp"
-        frame.to_csv(beside, index=False)
-        os.replace(beside, beside.with_suffix(".csv"))
+        with FileLock(beside.with_suffix(".lock")):
+            frame.to_csv(beside, index=False)
+            os.replace(beside, beside.with_suffix(".csv"))
         return frame
 
     results = []
@@ -131,11 +134,14 @@ def run_all(specs: dict[str, dict], folder):
             table, _ = sid_table(catalogue, folder, one["sids"])
             data[which] = catalogue, table
         path, key = paths[name], _key(one, catalogue, table)
-        result = _finished(path, key)
-        if result is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(_file(path, ".spec"), one | {"key": key})
-            result = _run_child(folder, name, f"[{number}/{len(specs)}] {name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_file(path, ".lock")):  # another sweep in this folder may be at the same run: then its result is taken
+            result = _finished(path, key)
+            done = result is not None
+            if not done:
+                write_json(_file(path, ".spec"), one | {"key": key})
+                result = _run_child(folder, name, f"[{number}/{len(specs)}] {name}")
+        if not done:
             fresh += 1
             left = (time.monotonic() - begin) / fresh * (len(specs) - number)
             print(f"[{number}/{len(specs)}] {time.monotonic() - begin:.0f} s so far, at most about {left:.0f} s left", flush=True)
@@ -150,8 +156,14 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
     """
     sids = dict(sids or {})
     folder = pathlib.Path(folder) / "sids" / hashlib.sha256(json.dumps([sids, catalogue.fingerprint()]).encode()).hexdigest()[:12]
-    if (folder / "report.json").exists():  # written last
-        return SidTable.load(folder), json.loads((folder / "report.json").read_text())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "report.json").exists():  # written last
+            _make_sids(catalogue, folder, sids)
+    return SidTable.load(folder), json.loads((folder / "report.json").read_text())
+
+
+def _make_sids(catalogue, folder, sids):
     planted = catalogue.truth is not None and not sids
     width = sids.get("width") or (
         tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1) if planted else min(256, max(2, catalogue.n_items // 8)))
@@ -169,7 +181,6 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
         encoder.save(folder)
     table.save(folder)
     write_json(folder / "report.json", dict(report))
-    return table, dict(report)
 
 
 def run(folder, name: str) -> None:

@@ -47,7 +47,7 @@ def ran(tmp_path_factory):
 
 
 def test_a_study_runs_pools_its_seeds_and_writes_what_it_found(ran):
-    study = json.loads((ran / "out" / "study.json").read_text())
+    study = json.loads((ran / "out" / "strata-study.json").read_text())
     assert [row["label"] for row in study["rows"]] == ["unpruned", "recent"] and study["hardware"]["processor"]
     for row in study["rows"]:
         low, high = row["recall@10_interval"]

@@ -1,8 +1,10 @@
 """Sweeps: names of settings, child processes, resuming, what is refused before anything is trained."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
+import time
 
 import numpy as np
 import pandas as pd
@@ -42,7 +44,7 @@ def test_the_sids_are_those_of_the_setting(finished):
     two = SidTable.load(folder / "runs" / "map.steps=1-sids.levels=2-sids.width=16-seed0")
     assert two.base_levels == 2 and two.widths[:2] == (16, 16)
     _, report = sweeps.sid_table(load_catalogue("planted"), folder, {"levels": 2, "width": 16})
-    assert report["per_level"][1]["reconstruction_error"] < 0.5 and len(list((folder / "sids").iterdir())) == 2
+    assert report["per_level"][1]["reconstruction_error"] < 0.5 and len(list(folder.glob("sids/*/"))) == 2
 
 
 def test_a_finished_sweep_trains_nothing_and_a_longer_one_only_what_is_new(finished, monkeypatch):
@@ -88,6 +90,24 @@ def test_values_with_a_dot_and_seeds_keep_files_of_their_own(tmp_path, monkeypat
         assert frame["recall@10"].tolist() == [1, 2, 3, 4] and frame["file"].nunique() == 4
         assert all(pathlib.Path(file).is_file() for file in frame["file"])
     assert len(trained) == 4  # the second time nothing was
+
+
+def test_two_sweeps_at_once_in_one_folder_share_the_work(tmp_path, monkeypatch):
+    trained = []
+
+    def child(folder, name, label):
+        trained.append(name)
+        time.sleep(0.2)
+        path = sweeps._file(sweeps._path(folder, name), ".json")
+        key = json.loads(sweeps._file(sweeps._path(folder, name), ".spec").read_text())["key"]
+        sweeps.write_json(path, {"key": key, "row": {"recall@10": 0.5}, "curve": None, "ranks": []})
+        return json.loads(path.read_text())
+
+    monkeypatch.setattr(sweeps, "_run_child", child)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        frames = list(pool.map(lambda keep: sweeps.sweep({"pruning.keep": [0.5, keep]}, tmp_path, preset="smoke", seeds=1), (0.2, 0.7)))
+    assert [len(frame) for frame in frames] == [2, 2]
+    assert sorted(trained) == ["pruning.keep=0.2-seed0", "pruning.keep=0.5-seed0", "pruning.keep=0.7-seed0"]
 
 
 def test_published_sids_from_a_file(tmp_path):
