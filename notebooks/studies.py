@@ -53,6 +53,9 @@ STRATA = """from sidlab.viz.studies import strata_figure
 
 groups = studies.strata(runs, dataset)
 strata_figure(groups)"""
+CURVES = """from sidlab.viz.studies import curves_figure
+
+curves_figure(rows)"""
 SAVE = """import json
 
 from sidlab.comparison import hardware, versions
@@ -74,6 +77,8 @@ def notebook(name: str) -> str:
              new_code_cell(TABLE), new_code_cell(FIGURE)]
     if name == "strata":
         cells += [new_code_cell(STRATA), new_code_cell('groups.round(4)')]
+    if name == "fast":
+        cells.append(new_code_cell(CURVES))
     groups = ', "groups": json.loads(groups.to_json(orient="records"))' if name == "strata" else ""
     cells.append(new_code_cell(SAVE.format(name=name, strata=groups)))
     for place, cell in enumerate(cells):

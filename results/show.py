@@ -147,11 +147,14 @@ def _strata(rows, study):
     return "of its unpruned recall RASTP keeps: " + ", ".join(parts)
 
 
-def _batches(rows, study):
+def _fast(rows, study):
+    first = next(iter(rows.values()))
+
     def cell(row):
-        reached = f", {row['seconds_to_recall']:.0f} s to 95 % of the first's recall" if row["seconds_to_recall"] else ""
-        return f"{row['label']} {_recall(row)}, {row['real_token_fraction']:.0%} of the slots real{reached}"
-    return "; ".join(map(cell, rows.values()))
+        reached = f"{row['seconds_to_recall']:.0f} s" if row["seconds_to_recall"] else "never"
+        return f"{row['label']} {_against(row)}, {reached}"
+    return (f"as it is {_recall(first)}, 95 % of its validation recall after {first['seconds_to_recall']:.0f} s; against it, and to the "
+            "same recall: " + "; ".join(cell(row) for row in rows.values() if row is not first))
 
 
 def _adaptive(rows, study):
@@ -162,7 +165,7 @@ def _adaptive(rows, study):
 
 
 SENTENCES = {"strategies": _strategies, "layer-ratio": _layer_ratio, "efficiency": _efficiency, "granularity": _granularity, "map": _map,
-             "strata": _strata, "inference": _inference, "adaptive": _adaptive, "batches": _batches}
+             "strata": _strata, "inference": _inference, "adaptive": _adaptive, "fast": _fast}
 
 
 def updated(text: str) -> str:

@@ -10,6 +10,7 @@ windows an update. Windows have the lengths of Amazon Beauty's, so no data are n
 import argparse
 import concurrent.futures
 import dataclasses
+import json
 import multiprocessing
 import os
 import pathlib
@@ -19,7 +20,6 @@ import time
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from sidlab.calibration import random_table
@@ -27,7 +27,7 @@ from sidlab.comparison import hardware
 from sidlab.cost import cost
 from sidlab.decoding import recommend
 from sidlab.meter import clock, resident_mb
-from sidlab.models import fast
+from sidlab.models.scoring import attention_path
 from sidlab.models.t5 import DeepFeedForward
 from sidlab.pruning import PruningConfig
 from sidlab.sids.residual_kmeans import ResidualKMeans
@@ -41,17 +41,15 @@ BEAUTY = (22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989, 2550, 
           796, 722, 661, 607, 563, 519, 481, 451, 8550)
 WIDTHS = (256, 256, 256, 10)  # RASTP's; the width of its de-duplication digit is not published, and its head is under 0.1 % of the cost
 ONE_THIRD = PruningConfig(after_layer=2, keep=1 / 3)
-PUBLISHED = TrainConfig.preset("paper", windows="prefixes", padding="fixed", precision="fp32")
-OURS = dataclasses.replace(PUBLISHED, padding="batch", precision="auto")
+PUBLISHED = TrainConfig.preset("paper", windows="prefixes", padding="fixed", precision="fp32", plain=True)
+OURS = dataclasses.replace(PUBLISHED, padding="batch", precision="auto", plain=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to train. `eager`: Hugging Face's plain attention and PyTorch's dropout in place of `models.fast`; `stock`: the library's
-    own T5 with the same layers, for comparison."""
+    """A way to train. `stock`: with the library's own T5 of the same layers in place of ours."""
 
     config: TrainConfig
-    eager: bool = False
     stock: bool = False
 
 
@@ -62,9 +60,9 @@ def pruned(config, **changes):
 
 # From the published configuration to ours: each differs from the one before in what its name says.
 WATERFALL = {
-    "published, without pruning": Variant(PUBLISHED, eager=True),
-    "published RASTP": Variant(pruned(PUBLISHED, mode="reference"), eager=True),
-    "no padding, nothing pruned": Variant(dataclasses.replace(PUBLISHED, padding="batch"), eager=True),
+    "published, without pruning": Variant(PUBLISHED),
+    "published RASTP": Variant(pruned(PUBLISHED, mode="reference")),
+    "no padding, nothing pruned": Variant(dataclasses.replace(PUBLISHED, padding="batch")),
     "cheap dropout and attention": Variant(dataclasses.replace(OURS, precision="fp32")),
     "mixed precision": Variant(OURS),
     "pruning to a third": Variant(pruned(OURS)),
@@ -98,9 +96,6 @@ class Training:
         self.config, self.device, rng = variant.config, torch.device(device), np.random.default_rng(0)
         table = SidTable(rng.integers(0, widths, (12101, len(widths))), widths, collisions="share")
         self.model = stock_model(table, self.config) if variant.stock else build_model(self.config, table)
-        if variant.eager and not variant.stock:
-            self.model.set_attn_implementation("eager")
-            fast.replace_dropout(self.model, nn.Dropout)
         self.model.train().to(self.device)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, fused=True)
         self.batches = []
@@ -295,16 +290,16 @@ class Report:
     def __init__(self):
         self.rows, self.targets, self.reasons = [], [], {}
 
-    def times(self, workload, variants, times, predicted, memory=()):
+    def times(self, workload, variants, times, predicted, device, memory=()):
         """Rows of training: `times` as `time_beauty` gives them, `predicted`: the `Cost` of each variant."""
         for name, seconds in times.items():
-            median, flops = float(np.median(seconds)), predicted[name].training * 1000
+            config, median, flops = variants[name].config, float(np.median(seconds)), predicted[name].training * 1000
             self.rows.append({"workload": workload, "variant": name, "seconds_per_1k_windows": median,
                               "quartiles": np.quantile(seconds, (0.25, 0.75)).tolist(), "gflops_per_1k_windows": flops / 1e9,
                               "achieved_gflops_per_second": flops / 1e9 / median,
                               # The model of what autograd keeps knows the kit's own attention and dropout, and the published mode's.
-                              "activation_mb_predicted": None if variants[name].eager else predicted[name].activation_bytes / 2**20,
-                              "peak_mb": dict(memory).get(name), "attention": attention_kernel(variants[name])})
+                              "activation_mb_predicted": None if config.plain else predicted[name].activation_bytes / 2**20,
+                              "peak_mb": dict(memory).get(name), "attention": attention_kernel(variants[name], device)})
 
     def target(self, figure, value, spread, at_least=None, at_most=None):
         met = value >= at_least if at_least is not None else value <= at_most
@@ -328,13 +323,12 @@ class Report:
         return out
 
 
-def attention_kernel(variant: Variant) -> str:
+def attention_kernel(variant: Variant, device: str) -> str:
     """Which attention a variant trains with, in words."""
-    if variant.stock or variant.eager:
-        return "eager"
-    if variant.config.arch == "qwen":
-        return "PyTorch's fused, plain where it scores"
-    return "written out, dropout by bytes" if not torch.cuda.is_available() else "PyTorch's fused, plain where it scores"
+    if variant.stock:
+        return "all layers: eager"
+    with torch.autocast(device, torch.bfloat16, enabled=_use_bf16(variant.config)):
+        return attention_path(Training(variant, [], device).model)
 
 
 def run(quick: bool, device: str = "cpu") -> Report:
@@ -344,11 +338,11 @@ def run(quick: bool, device: str = "cpu") -> Report:
     where = "GPU" if on_gpu else "CPU"
 
     say(f"training windows of Beauty's lengths, {rounds} rounds")
-    variants = WATERFALL | {STOCK: Variant(PUBLISHED, eager=True, stock=True)}
+    variants = WATERFALL | {STOCK: Variant(PUBLISHED, stock=True)}
     times = time_beauty(variants, tokens, count, rounds, device)
     lengths = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)
     predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=tokens), WIDTHS, lengths) for name, v in variants.items()}
-    report.times("Beauty lengths", variants, times, predicted)
+    report.times("Beauty lengths", variants, times, predicted, device)
     published, rastp, unpadded, *_, ours = (times[name] for name in WATERFALL)
     speedup = "published RASTP ÷ ours with pruning, seconds per window, Beauty lengths"
     value = ratio(rastp, ours)
@@ -364,7 +358,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
     items = np.full(size, OURS.max_items)
     predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), WIDTHS, items) for name, v in FULL.items()}
     peaks = {name: in_child(training_peak, v, size) for name, v in FULL.items()} if not on_gpu else {}
-    report.times("full histories", FULL, times, predicted, peaks)
+    report.times("full histories", FULL, times, predicted, device, peaks)
     plain, scored, third = FULL
     bound = predicted[plain].training / predicted[third].training
     share = ratio(times[third], times[plain], lambda r: (1 - r) / (1 - 1 / bound))
@@ -380,7 +374,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
         times = time_histories(pair, few, rounds, device, widths)
         predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), widths, np.full(few, v.config.max_items))
                      for name, v in pair.items()}
-        report.times(workload, pair, times, predicted)
+        report.times(workload, pair, times, predicted, device)
         bound = predicted[plain].training / predicted[third].training
         share = ratio(times[third], times[plain], lambda r, bound=bound: (1 - r) / (1 - 1 / bound))
         report.target(f"{workload}, a third kept: time saved ÷ predicted (bound {bound:.2f}×)", *share, at_least=0.9)
@@ -424,6 +418,8 @@ def main(arguments=None):
     parser.add_argument("--check", action="store_true", help="only say whether what is asked for can be measured here")
     parser.add_argument("--json", metavar="FILE", help="write hardware, rows and targets")
     parser.add_argument("--page", metavar="FILE", help="write a page with the waterfall and the table")
+    parser.add_argument("--studies", metavar="FOLDER", default="results/studies",
+                        help="where the page finds results of the study `fast`, fast-*.json (default: results/studies)")
     parser.add_argument("--svg", metavar="FILE", help="write the waterfall as an image")
     options = parser.parse_args(arguments)
     if options.gpu and not torch.cuda.is_available():
@@ -440,7 +436,8 @@ def main(arguments=None):
         from sidlab.viz import waterfall  # the one step to the right: it shows what was just measured
 
         if options.page:
-            waterfall.write_page(results, options.page)
+            studies = [json.loads(path.read_text()) for path in sorted(pathlib.Path(options.studies).glob("fast-*.json"))]
+            waterfall.write_page(results, options.page, studies)
         if options.svg:
             pathlib.Path(options.svg).write_text(waterfall.svg(results), encoding="utf-8")
 

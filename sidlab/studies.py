@@ -21,6 +21,7 @@ from sidlab.windows import leave_one_out
 
 KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
 NOTHING = {}  # pruned; the setting that the others are compared with
+FAST = {"d_model": 128, "d_ff": 256, "dropout": 0.1, "max_updates": 400, "eval_every": 40}  # wide enough for mixed precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,13 @@ STUDIES = {
         {"unpruned": NOTHING} | {f"keep {keep:.2g}, {'always' if always else 'in training only'}": _pruned(keep=keep, at_inference=always)
                                  for keep in (0.15, 1 / 3) for always in (True, False)},
         "RASTP's published code prunes at evaluation, too; neither paper compares."),
-    "batches": Study(
-        "Batches without padding", "Windows of one length share a batch, so nothing is padded. Does that disturb learning?",
-        {"of one length": {"eval_every": 20}, "mixed, padded to the longest": {"eval_every": 20, "bucketing": False},
-         "of one length, padded to the fixed number of slots": {"eval_every": 20, "padding": "fixed"}},
-        "Both papers pad every history to a fixed number of slots."),
+    "fast": Study(
+        "Fast, and nothing lost", "Batches of one length, mixed precision, cheap dropout and attention: does any of it disturb learning?",
+        {label: FAST | setting for label, setting in {
+            "as it is": NOTHING, "fp32": {"precision": "fp32"}, "the libraries' attention and dropout": {"plain": True},
+            "a third kept": _pruned(), "mixed lengths, padded to the longest": {"bucketing": False},
+            "padded to the fixed number of slots": {"padding": "fixed"}}.items()},
+        "Both papers train in fp32 and pad every history to a fixed number of slots; RASTP prunes for speed."),
     "adaptive": Study(
         "Ratios and layers that adapt", "Against constant shares: schedules, a share by row, one guided by the loss, a layer that settled.",
         {"unpruned": NOTHING, "constant 1/3": _pruned(), "constant 0.2": _pruned(keep=0.2), "constant 0.5": _pruned(keep=0.5)}
@@ -114,23 +117,27 @@ def run(name: str, folder, *, dataset: str = "planted", preset: str = "quick", s
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """A row a setting: its label and settings, "seeds", metrics with intervals over users and seeds, medians of costs, and "difference" of
-    recall@10 to the first setting with its interval ("difference_interval") on the same users and seeds. "seconds_to_recall": training
-    seconds until validation recall@10, the mean over seeds, reaches 95 % of the first setting's last (None: never)."""
+    recall@10 to the first setting with its interval ("difference_interval") on the same users and seeds. "curve": validation
+    recall@10 by "updates", its "mean", "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that mean reaches
+    95 % of the first setting's last (None: never)."""
     rows, first, aim = [], None, None
     for label, runs in frame.groupby("label", sort=False):
         found = [json.loads(pathlib.Path(file).read_text()) for file in runs["file"]]
         ranks = np.array([one["ranks"] for one in found])  # [S, U]
         hits = np.array([recall_at(of_seed, 10) for of_seed in ranks])
-        curve = np.mean([one["curve"]["recall@10"] for one in found], axis=0)  # [evaluations]
+        length = min(len(one["curve"]["recall@10"]) for one in found)  # a seed may have stopped early
+        curves = np.array([one["curve"]["recall@10"][:length] for one in found])  # [S, evaluations]
+        curve, steps = curves.mean(axis=0), found[0]["curve"]["eval_step"][:length]
         aim = 0.95 * curve[-1] if aim is None else aim
         reached = np.flatnonzero(curve >= aim)
-        updates = found[0]["curve"]["eval_step"][reached[0]] if len(reached) else None
+        updates = steps[reached[0]] if len(reached) else None
         row = {"label": label, **runs.iloc[0].drop(["label", "seed", "file", *COSTS], errors="ignore").to_dict(), "seeds": len(runs),
                **metrics_of(ranks), **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs}}
         first = hits if first is None else first
         test = paired_test(hits, first) if len(rows) else None
         seconds = (runs["train_seconds"] / runs["updates"]).median()
-        row |= {"seconds_to_recall": updates and float(updates * seconds), "difference": test and float(test.difference),
+        row |= {"curve": {"updates": steps, "mean": curve.tolist(), "lowest": curves.min(0).tolist(), "highest": curves.max(0).tolist()},
+                "seconds_to_recall": updates and float(updates * seconds), "difference": test and float(test.difference),
                 "difference_interval": test and [float(end) for end in test.interval]}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -35,6 +35,7 @@ from sidlab.decoding import recommend
 from sidlab.map_loss import MapConfig
 from sidlab.meter import Meter
 from sidlab.metrics import rank_of_target, summary
+from sidlab.models import fast
 from sidlab.models import qwen as sid_qwen
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.models.sid import check_after_layer
@@ -62,7 +63,8 @@ class TrainConfig:
     `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
     Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),
     stopping after `patience` evaluations without a better recall@5.
-    `precision`: "fp32", "bf16" or "auto" (bf16 where the processor gains from it). `seed` reaches weights, dropout and order.
+    `precision`: "fp32", "bf16" or "auto" (bf16 where the processor gains from it). `plain`: the libraries' own attention and dropout, in
+    place of the cheaper ones of `models.fast` and `models.scoring`, for comparison. `seed` reaches weights, dropout and order.
     """
 
     arch: str = "t5"
@@ -100,6 +102,7 @@ class TrainConfig:
     patience: int = 10
     beam: int = 10
     precision: str = "auto"
+    plain: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -181,6 +184,9 @@ def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
     model = MODELS[config.arch](config, table, {name: fields[name] for name in ("separators", "max_items", "pruning", "map")})
     if config.pruning is not None and callable(config.pruning.scorer):
         model.set_scorer(config.pruning.scorer)
+    if config.plain:
+        model.set_attn_implementation("eager")
+        fast.replace_dropout(model, torch.nn.Dropout)
     return model
 
 

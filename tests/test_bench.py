@@ -60,16 +60,16 @@ def test_sampled_batches_stand_for_the_epoch(batch_tokens):
 def test_every_variant_trains_the_same_model_on_the_same_windows():
     sizes = set()
     lengths = [np.array([3, 4]), np.array([30])]
-    for name, variant in (bench.WATERFALL | {bench.STOCK: bench.Variant(bench.PUBLISHED, eager=True, stock=True)}).items():
+    for name, variant in (bench.WATERFALL | {bench.STOCK: bench.Variant(bench.PUBLISHED, stock=True)}).items():
         training = bench.Training(tiny(variant), lengths)
         config = training.config
         sizes.add((sum(p.numel() for p in training.model.parameters()), config.dropout, training.windows))
         slots = [batch["input_ids"].shape[1] for batch in training.batches]
         assert slots == ([150, 150] if config.padding == "fixed" else [20, 150]), name
         dropouts = {type(m) for m in training.model.modules() if isinstance(m, nn.Dropout)}
-        assert dropouts == ({nn.Dropout} if variant.eager else {fast.Dropout}), name
+        assert dropouts == ({nn.Dropout} if variant.config.plain else {fast.Dropout}), name
         attention = {m.config._attn_implementation for m in training.model.modules() if hasattr(m, "relative_attention_num_buckets")}
-        assert attention <= {"eager" if variant.eager else "sidlab", "sidlab_scored"}, name
+        assert attention <= {"eager" if variant.config.plain else "sidlab", "sidlab_scored"}, name
         before = [p.detach().clone() for p in training.model.parameters()]
         assert training.passes() >= 0 and training.step() >= 0
         assert any(not torch.equal(a, b) for a, b in zip(before, training.model.parameters()))
@@ -77,7 +77,7 @@ def test_every_variant_trains_the_same_model_on_the_same_windows():
 
 
 def test_stock_and_reference_variant_are_the_same_encoder():
-    variants = (bench.Variant(bench.PUBLISHED, eager=True, stock=stock) for stock in (False, True))
+    variants = (bench.Variant(bench.PUBLISHED, stock=stock) for stock in (False, True))
     ours, stock = (bench.Training(tiny(variant), [np.array([5, 30])]) for variant in variants)
     stock.model.load_state_dict({k: v for k, v in ours.model.state_dict().items() if k != "encoder.token_level"})
     batch = ours.batches[0]
@@ -173,17 +173,25 @@ def test_page_and_image_show_every_step(tmp_path, monkeypatch):
     variants = bench.WATERFALL
     times = {name: np.array([10.0 - n, 11.0 - n]) for n, name in enumerate(variants)}
     predicted = {name: cost(v.config, bench.WIDTHS, np.arange(1, 31)) for name, v in variants.items()}
-    report.times("Beauty lengths", variants, times, predicted)
+    report.times("Beauty lengths", variants, times, predicted, "cpu")
     report.target("a figure", 3.0, (2.0, 4.0), at_least=3)
     report.skip("another", "≥ 6", "no CUDA device here")
     monkeypatch.setattr(bench, "run", lambda quick, device: report)
     paths = [tmp_path / name for name in ("bench.json", "bench.html", "bench.svg")]
-    bench.main(["--quick", *(word for name, path in zip(("--json", "--page", "--svg"), paths) for word in (name, str(path)))])
+    rows = [{"label": label, "recall@10": 0.4, "difference": difference, "difference_interval": difference and [-0.02, 0.01],
+             "seconds_to_recall": seconds, "seconds_per_1k_windows": 1.0,
+             "curve": {name: [1, 2] for name in ("updates", "mean", "lowest", "highest")}}
+            for label, difference, seconds in (("as it is", None, 30.0), ("fp32", -0.005, None))]
+    study = {"study": "fast", "dataset": "x/planted", "preset": "quick", "seeds": 3, "rows": rows}
+    (tmp_path / "fast-planted.json").write_text(json.dumps(study))
+    files = [word for name, path in zip(("--json", "--page", "--svg"), paths) for word in (name, str(path))]
+    bench.main(["--quick", "--studies", str(tmp_path), *files])
     results = json.loads(paths[0].read_text())
     assert list(results) == ["hardware", "rows", "targets"]
     page, image = paths[1].read_text(), ElementTree.fromstring(paths[2].read_text())
     texts = [node.text for node in image.iter("{http://www.w3.org/2000/svg}text")]
     for name in variants:
         assert name in page and name in texts
+    assert "planted, preset quick, 3 seeds" in page and "-0.0050 [-0.0200, +0.0100]" in page and ">never<" in page
     assert "9.5 s, 1.11×" in texts and "no CUDA device here" in page
     assert len(waterfall.figure(results).data[0].x) == len(variants)

@@ -330,13 +330,13 @@ def test_which_path_is_taken_and_told(monkeypatch):
 @pytest.fixture
 def check():
     scoring._works.cache_clear()
-    yield lambda path, dtype=torch.float32: scoring._works(path, torch.device(DEVICE), dtype, 2, 16)
+    yield lambda path, dtype=torch.float32, causal=False: scoring._works(path, torch.device(DEVICE), dtype, 2, 16, causal)
     scoring._works.cache_clear()
 
 
 def test_a_path_is_used_only_after_its_check(check, monkeypatch, recwarn):
     state = torch.get_rng_state()
-    assert check("sdpa") and check("sdpa", torch.bfloat16) and not recwarn.list
+    assert check("sdpa") and check("sdpa", torch.bfloat16) and check("sdpa", causal=True) and not recwarn.list
     with torch.inference_mode():
         assert check("sdpa", torch.float16)
     assert torch.equal(torch.get_rng_state(), state)
@@ -348,6 +348,9 @@ def test_a_path_is_used_only_after_its_check(check, monkeypatch, recwarn):
         assert not check("sdpa")
     assert not check("sdpa")
     assert len(recwarn.list) == 0, "one warning, once"
+    monkeypatch.setattr(kernels, "column_sums", lambda *args, **options: right(*args, **options | {"causal": False}))
+    with pytest.warns(UserWarning, match='path "sdpa" does not work'):
+        assert not check("sdpa", causal=True)
 
 
 def test_without_triton_there_is_a_warning_and_no_fused_path(check, monkeypatch):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from sidlab.decoding import beam_search, encode_histories, items_of_leaves, recommend, score_items
 from sidlab.map_loss import MapConfig
 from sidlab.models.qwen import SidQwen, SidQwenConfig
-from sidlab.models.scoring import fused_attention
+from sidlab.models.scoring import attention_path, fused_attention
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, SEP, SidTable
 from sidlab.windows import history_tokens, pad_histories
@@ -424,3 +424,5 @@ def test_fused_scoring_of_a_grouped_causal_layer_is_the_plain_one():
     torch.testing.assert_close(centrality, votes, **CLOSE)
     with pytest.raises(ValueError, match="not written for causal attention"):
         fused_attention("flex", module, query, key, value, causal, **options)
+    assert attention_path(build(PruningConfig(after_layer=1))) == "layer 1, which scores: plain attention; the others: sdpa"
+    assert attention_path(build()) == "all layers: sdpa; none scores"

@@ -15,7 +15,7 @@ from sidlab import claims, studies
 from sidlab.comparison import compare
 from sidlab.data.catalogue import load_catalogue
 from sidlab.sweeps import config_with
-from sidlab.viz.studies import strata_figure, study_figure
+from sidlab.viz.studies import curves_figure, strata_figure, study_figure
 from sidlab.windows import leave_one_out
 
 
@@ -113,6 +113,17 @@ def test_strata_figure_shows_both_sides():
                          for label in ("unpruned", "rastp") for by in ("a", "b") for group in ("x", "y")])
     figure = strata_figure(rows)
     assert [trace.name for trace in figure.data] == ["unpruned", "unpruned", "rastp", "rastp"]
+
+
+def test_curves_show_the_mean_and_the_range_of_the_seeds(ran):
+    rows = studies.summarise(studies.run("strata", ran / "out", preset="smoke", seeds=2, only=2))
+    files = [json.loads(path.read_text()) for path in sorted((ran / "out" / "runs").glob("seed*.json"))]
+    curves = np.array([file["curve"]["recall@10"] for file in files])
+    trace = curves_figure(rows).data[0]
+    assert trace.name == "unpruned" and list(trace.x) == files[0]["curve"]["eval_step"]
+    np.testing.assert_allclose(trace.y, curves.mean(0))
+    np.testing.assert_allclose(np.array(trace.y) + trace.error_y.array, curves.max(0))
+    np.testing.assert_allclose(np.array(trace.y) - trace.error_y.arrayminus, curves.min(0))
 
 
 # --- Claims

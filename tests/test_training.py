@@ -152,6 +152,17 @@ def test_it_learns():
     assert result.metrics == pytest.approx(summary(ranks))
 
 
+@pytest.mark.parametrize("arch", ["t5", "qwen"])
+def test_plain_attention_and_dropout_give_the_same_model_where_nothing_is_dropped(arch):
+    changes = {"arch": arch, "dropout": 0.0, "pruning": PruningConfig(), "map": MapConfig(), "max_updates": 3}
+    ours, plain = run(**changes), run(**changes, plain=True)
+    assert plain.model.stack.config._attn_implementation == "eager" and ours.model.stack.config._attn_implementation == "sidlab"
+    kinds = {type(m).__module__ for m in plain.model.modules() if isinstance(m, torch.nn.Dropout)}
+    assert kinds <= {"torch.nn.modules.dropout"}
+    assert [e["loss"] for e in plain.log if "loss" in e] == pytest.approx([e["loss"] for e in ours.log if "loss" in e], rel=1e-3)
+    assert plain.tokens == ours.tokens
+
+
 def test_bf16_is_close_to_fp32():
     one, other = (run(max_updates=1, dropout=0.0, precision=p, **STAMP) for p in ("fp32", "bf16"))
     assert one.log[0]["loss"] == pytest.approx(other.log[0]["loss"], rel=0.02)

@@ -77,7 +77,7 @@ def choose_path(device: torch.device, dtype: torch.dtype, heads: int, width: int
         return "plain"
     # FlexAttention takes heads from a width of 16.
     fused = ("flex", "sdpa") if dropout == 0 and width >= 16 and not causal else ("sdpa",)
-    return next((path for path in fused if _works(path, device, dtype, heads, width)), "plain")
+    return next((path for path in fused if _works(path, device, dtype, heads, width, causal)), "plain")
 
 
 def fused_attention(path: str, module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, dropout: float,
@@ -130,7 +130,7 @@ def _flex(query, key, value, scaling, bias, mask):
 
 
 @functools.cache
-def _works(path, device, dtype, heads, width):
+def _works(path, device, dtype, heads, width, causal=False):
     """Whether a small example comes out as it does with the attention matrix; a warning if not."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         length, generator = 40, torch.Generator(device).manual_seed(0)
@@ -138,20 +138,25 @@ def _works(path, device, dtype, heads, width):
         inputs = [draw(2, heads, length, width, requires_grad=True) for _ in "qkv"] + [draw(1, heads, length, length, requires_grad=True)]
         query, key, value = (x.to(dtype) for x in inputs[:3])
         tokens = (torch.arange(length, device=device) < torch.tensor([[length], [length - 7]], device=device)).long()  # [B, N]
-        module = types.SimpleNamespace(is_causal=False)
+        module, seen = types.SimpleNamespace(is_causal=False), tokens[:, None, None] != 0
+        bias = inputs.pop()  # T5's
+        if causal:
+            seen, bias = seen & torch.ones(length, length, dtype=torch.bool, device=device).tril(), None
+        else:
+            inputs.append(bias)
 
         def results(output, centrality):
             return [output, centrality, *torch.autograd.grad((output.float() ** 2).sum(), inputs)]
 
-        weights = query.float() @ key.float().mT * width**-0.5 + inputs[3]
-        weights = weights.masked_fill(tokens[:, None, None] == 0, -torch.inf).softmax(-1)  # [B, H, N, N]
+        weights = query.float() @ key.float().mT * width**-0.5 + (0 if bias is None else bias)
+        weights = weights.masked_fill(~seen, -torch.inf).softmax(-1)  # [B, H, N, N]
         expected = results((weights @ value.float()).transpose(1, 2), torch.einsum("bhqk,bq->bk", weights.detach(), tokens.float()))
         try:
             kernels.column_sums(query, key, backend="triton")  # otherwise `fused_attention` may do without Triton
             # Autocast, which is off here, would give SDPA's mask the dtype of the queries; `score_mod` takes any.
-            bias = inputs[3].to(dtype) if path == "sdpa" else inputs[3]
-            found = results(*fused_attention(path, module, query, key, value, tokens[:, None, None] != 0, dropout=0.0, scaling=width**-0.5,
-                                             position_bias=bias, token_mask=tokens))
+            bias = bias.to(dtype) if bias is not None and path == "sdpa" else bias
+            found = results(*fused_attention(path, module, query, key, value, seen, dropout=0.0, scaling=width**-0.5,
+                                             position_bias=bias, token_mask=tokens, causal=causal))
             for one, other in zip(found, expected, strict=True):
                 error = (one.float() - other).norm() / other.norm()
                 if not error < 0.03:
@@ -163,22 +168,22 @@ def _works(path, device, dtype, heads, width):
 
 
 def attention_path(model) -> str:
-    """In words, which attention the encoder of `model`, a `SidT5`, runs on its device, in its mode (`train` or `eval`) and under the
-    current autocast."""
-    encoder, others = model.encoder, model.encoder.config._attn_implementation
+    """In words, which attention the layers of `model` (a `SidT5`'s encoder, all of a `SidQwen`) run on its device, in its mode (`train` or
+    `eval`) and under the current autocast."""
+    stack, device, others = model.stack, model.device, model.stack.config._attn_implementation
+    causal = not hasattr(stack, "block")
+    dropout = (model.config.attention_dropout if causal else model.config.dropout_rate) if model.training else 0.0
     if others == "sidlab":  # as `fast.attention` decides
-        written = model.training and model.config.dropout_rate > 0 and model.device.type == "cpu"
-        others = "written out, dropout by bytes" if written else "sdpa"
-    if encoder.pruning is None or encoder.pruning.reduce != "select":
+        others = "written out, dropout by bytes" if dropout > 0 and device.type == "cpu" else "sdpa"
+    if stack.pruning is None or stack.pruning.reduce != "select":
         return f"all layers: {others}; none scores"
-    path, device = encoder.scoring_path, model.device
-    if encoder.pruning.mode == "reference" or others == "eager":
+    path = stack.scoring_path
+    if stack.pruning.mode == "reference" or others == "eager":
         path = "plain"
     elif path == "auto":
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
-        attention = encoder.block[encoder.pruning.after_layer - 1].layer[0].SelfAttention
-        dropout = attention.dropout if attention.training else 0.0
-        path = choose_path(device, dtype, attention.n_heads, attention.key_value_proj_dim, dropout)
+        heads, width = ("num_attention_heads", "head_dim") if causal else ("num_heads", "d_kv")
+        path = choose_path(device, dtype, getattr(model.config, heads), getattr(model.config, width), dropout, causal)
     names = {"plain": "plain attention", "flex": "FlexAttention + column sums", "sdpa": "SDPA + column sums"}
     by = "" if path == "plain" else f" in {'Triton' if kernels.choose_backend(None, device) == 'triton' else 'PyTorch'}"
-    return f"layer {encoder.pruning.after_layer}, which scores: {names[path]}{by}; the others: {others}"
+    return f"layer {stack.pruning.after_layer}, which scores: {names[path]}{by}; the others: {others}"

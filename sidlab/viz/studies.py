@@ -68,6 +68,22 @@ def strata_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
     return figure.update_layout(template=template, height=440, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
 
 
+def curves_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
+    """Validation recall@10 of every setting by update, the mean over seeds, with the lowest and the highest as whiskers."""
+    figure = go.Figure()
+    for row, (color, symbol, dash) in zip(rows.to_dict("records"), itertools.cycle(LOOKS)):
+        curve = row["curve"]
+        figure.add_scatter(
+            x=curve["updates"], y=curve["mean"], name=row["label"], mode="lines+markers", line_color=color, line_dash=dash,
+            marker_symbol=symbol, marker_size=8, error_y={
+                "type": "data", "symmetric": False, "thickness": 1, "width": 3,
+                "array": [high - mean for high, mean in zip(curve["highest"], curve["mean"])],
+                "arrayminus": [mean - low for low, mean in zip(curve["lowest"], curve["mean"])]})
+    figure.update_xaxes(title_text="updates")
+    figure.update_yaxes(title_text="validation recall@10")
+    return figure.update_layout(template=template, height=440, legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
+
+
 def _line(row, x):
     """What tells the line of a point from others: its label without the part that is on the axis."""
     return row["label"].split(", keep")[0].split(", weight")[0] if x in ("pruning.keep", "map.weight") else row["label"]

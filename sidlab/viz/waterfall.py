@@ -6,11 +6,13 @@
 import html
 import pathlib
 
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from sidlab.viz.page import STYLE, _table
+from sidlab.viz.studies import curves_figure
 from sidlab.viz.theme import BLUE, FONT, GREY, ORANGE, TEMPLATES
 
 TRAINING = "Beauty lengths"
@@ -41,8 +43,9 @@ def figure(results: dict) -> go.Figure:
     return fig
 
 
-def write_page(results: dict, path) -> None:
-    """Writes one self-contained HTML file: the waterfall, the targets, every row."""
+def write_page(results: dict, path, studies=()) -> None:
+    """Writes one self-contained HTML file: the waterfall, the targets, every row. `studies`: results of the study "fast", which say
+    whether what makes it fast leaves learning alone."""
     machine = results["hardware"]
     setting = (f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
                if not machine["gpu"] else f"{machine['gpu']}")
@@ -55,7 +58,7 @@ def write_page(results: dict, path) -> None:
              row["attention"]) for row in measured]
     tables = (_table("What was to be reached.", ("figure", "target", "value", "95 % interval", "verdict"), _cells(targets)),
               _table("Every row that was measured.", HEAD, _cells(rows)))
-    chart = pio.to_html(figure(results), include_plotlyjs=False, full_html=False)
+    chart = _chart(figure(results))
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>What training costs</title>
 <style>{STYLE} td:last-child, th:last-child {{ text-align: left; white-space: normal; min-width: 14rem }}</style>
@@ -65,10 +68,27 @@ def write_page(results: dict, path) -> None:
 step of the waterfall changes one thing. FLOPs come from the cost model, not from the clock.</p>
 <figure class="chart">{chart}</figure>
 <h2>Targets</h2>{tables[0]}
+{"".join(map(_quality, studies))}
 <h2>Training</h2>{tables[1]}</html>"""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def _chart(fig):
+    return pio.to_html(fig, include_plotlyjs=False, full_html=False)
+
+
+def _quality(study):
+    rows = pd.DataFrame(study["rows"])
+    cells = [(row["label"], f"{row['recall@10']:.4f}",
+              "" if row["difference"] is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(row["difference"], *row["difference_interval"]),
+              _number(row["seconds_to_recall"]) or "never", _number(row["seconds_per_1k_windows"])) for row in study["rows"]]
+    head = ("setting", "test recall@10", "against the first [95 %]", "s to 95 % of the first's validation recall", "s per 1,000 windows")
+    name, seeds = pathlib.PurePath(study["dataset"]).name, study["seeds"]
+    table = _table(f"{name}, preset {study['preset']}, {seeds} seed{'s' * (seeds > 1)}.", head, _cells(cells))
+    return f"""<h2>Nothing lost: {html.escape(name)}</h2>{table}
+<figure class="chart">{_chart(curves_figure(rows, TEMPLATES["light"]))}</figure>"""
 
 
 def svg(results: dict) -> str:
