@@ -1,29 +1,79 @@
-"""Write the results section of the README from the JSON files here, so that no number in it is typed: python results/show.py [--check]"""
+"""Write the results section of the README and results/README.md from the JSON files here, so that no number in them is typed:
+python results/show.py [--check]"""
 
 import json
 import pathlib
 import re
 import sys
 
+from sidlab.studies import STUDIES
+
 HERE = pathlib.Path(__file__).parent
-README = HERE.parent / "README.md"
+README, PAGE = HERE.parent / "README.md", HERE / "README.md"
 COSTS = (("seconds_per_1k_windows", "#.3g"), ("peak_memory_mb", ",.0f"), ("kept_token_fraction", ".0%"))
 SECTION = re.compile(r"(<!-- results: made by results/show.py -->\n).*?(<!-- end of results -->)", re.DOTALL)
+FINDINGS = ("strategies", "layer-ratio", "efficiency", "strata", "granularity")  # what the README tells of the studies
+METHODS = ("rastp", "rastp-visible", "recent", "stamp", "map")  # whose difference to the unpruned model it tells
+
+
+def load() -> tuple[list[dict], list[dict]]:
+    """All comparisons and all studies that are here."""
+    comparisons = [json.loads(path.read_text()) for path in sorted([*HERE.glob("amazon-*.json"), *HERE.glob("planted-*.json")])]
+    return comparisons, [json.loads(path.read_text()) for path in sorted(HERE.glob("studies/*.json"))]
 
 
 def section() -> str:
-    parts = [_comparison(json.loads(path.read_text())) for path in sorted([*HERE.glob("amazon-*.json"), *HERE.glob("planted-*.json")])]
+    """What the README holds: how pruning and MAP change recall, and five findings."""
+    comparisons, studies = load()
+    head = ["Test recall@10 of the unpruned model, the changes to it with their 95 % intervals over users, and how many times as fast `rastp`",
+            "trains. Every table, command and machine is in [results/README.md](results/README.md).", ""]
+    out = [*head, *_differences(comparisons), "", *(f"* {_finding(name, studies)}" for name in FINDINGS), ""]
+    return "\n".join(out)
+
+
+def page() -> str:
+    """results/README.md: everything."""
+    comparisons, studies = load()
+    parts = ["# Results", "", "Made by `python results/show.py` from the files in this folder.", "", *map(_comparison, comparisons)]
     for name, write in (("levers", _levers), ("scale", _scale)):
         if (HERE / f"{name}.json").exists():
             parts.append(write(json.loads((HERE / f"{name}.json").read_text())))
-    studies = [json.loads(path.read_text()) for path in sorted(HERE.glob("studies/*.json"))]
-    if studies:
-        parts.append(_studies(studies))
-    return "\n".join(parts)
+    return "\n".join([*parts, *([_studies(studies)] if studies else [])])
+
+
+def _differences(comparisons):
+    names = [name for name in METHODS if any(name in _by_method(results) for results in comparisons)]
+    head = ["run", "unpruned", *names, "neighbours", "SASRec", "× as fast"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for results in comparisons:
+        rows = _by_method(results)
+        cells = [_name(results) + f", `{results['preset']}`", f"{rows['unpadded']['recall@10']:.4f}"]
+        for name in names:
+            test = rows.get(name, {}).get("versus_unpadded")
+            cells.append("{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"]) if test else "–")
+        cells += [f"{rows[name]['recall@10']:.4f}" if name in rows else "–" for name in ("neighbours", "sasrec")]
+        seconds = [rows.get(name, {}).get("seconds_per_1k_windows") for name in ("unpadded", "rastp")]
+        cells.append("–" if results.get("busy") or not all(seconds) else f"{seconds[0] / seconds[1]:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _by_method(results):
+    return {row["method"]: row for row in results["summary"]}
+
+
+def _name(results):
+    return pathlib.PurePath(results["dataset"]).name + ", decoder-only" * (results.get("arch") == "qwen")
+
+
+def _finding(name, studies):
+    said = [f"{_name(study)}: {SENTENCES[name]({row['label']: row for row in study['rows']}, study)}"
+            for study in studies if study["study"] == name]
+    return f"*{STUDIES[name].title}* ([{name}](notebooks/studies/{name}.ipynb)). {'; '.join(said) or 'not run yet'}."
 
 
 def _comparison(results):
-    name, machine = pathlib.PurePath(results["dataset"]).name, results["hardware"]
+    machine = results["hardware"]
     rows = []
     for row in results["summary"]:
         interval = "[{:.4f}, {:.4f}]".format(*row["recall@10_interval"])
@@ -33,8 +83,7 @@ def _comparison(results):
     updates = max((row["updates"] for row in results["rows"] if row.get("updates")), default=0)
     seeds = max(row["seeds"] for row in results["summary"])
     machine = f"{machine['processor']}, {_count(machine['threads'], 'thread')}, {machine['gpu'] or 'no GPU'}"
-    arch = ", decoder-only" * (results.get("arch") == "qwen")
-    setting = (f"**{name}, preset `{results['preset']}`{arch}**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
+    setting = (f"**{_name(results)}, preset `{results['preset']}`**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
                f"at most {updates:,} updates; {machine}, torch {results['versions']['torch']}:")
     remarks = [line for key in ("busy", "note") if key in results for line in (results[key], "")]
     head = ["| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|"]
@@ -80,13 +129,12 @@ def _scale(scale):
 def _studies(studies):
     """A sentence a study, every number from its file; what it says of better and worse follows from the intervals."""
     first = studies[0]
-    title = (f"**What the papers plot** (`notebooks/studies`, preset `{first['preset']}`, {_count(first['seeds'], 'seed')}, "
+    title = (f"**What the papers plot** (`notebooks/studies`, preset `{first['preset']}`, "
              f"{first['hardware']['processor']}; recall@10 on test users, intervals 95 %):")
     lines = [title, ""]
     for study in studies:
-        say = SENTENCES[study["study"]]
-        name = pathlib.PurePath(study["dataset"]).name + ", decoder-only" * (study["arch"] == "qwen")
-        lines.append(f"* *{study['study']}* on {name}: {say({row['label']: row for row in study['rows']}, study)}.")
+        say, seeds = SENTENCES[study["study"]], _count(study["seeds"], "seed")
+        lines.append(f"* *{study['study']}* on {_name(study)}, {seeds}: {say({row['label']: row for row in study['rows']}, study)}.")
     return "\n".join([*lines, ""])
 
 
@@ -176,7 +224,8 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    new = updated(README.read_text(encoding="utf-8"))
+    made = {README: updated(README.read_text(encoding="utf-8")), PAGE: page()}
     if "--check" in sys.argv:
-        sys.exit(new != README.read_text(encoding="utf-8"))
-    README.write_text(new, encoding="utf-8")
+        sys.exit(any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in made.items()))
+    for path, text in made.items():
+        path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The README's results are those of results/*.json."""
+"""What README.md and results/README.md show is what results/*.json hold."""
 
 import importlib.util
 import json
@@ -12,11 +12,13 @@ spec.loader.exec_module(show)
 
 
 def test_readme_shows_the_results_that_are_kept():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert show.updated(text) == text, "run: python results/show.py"
+    text, page = (path.read_text(encoding="utf-8") for path in (show.README, show.PAGE))
+    assert show.updated(text) == text and show.page() == page, "run: python results/show.py"
     for path in (ROOT / "results").glob("amazon-*.json"):
         for row in json.loads(path.read_text())["summary"]:
-            assert f"| {row['method']} | {row['recall@5']:.4f} | {row['recall@10']:.4f}" in text
+            assert f"| {row['method']} | {row['recall@5']:.4f} | {row['recall@10']:.4f}" in page
+            if row["method"] in show.METHODS:
+                assert "{:+.4f} [{:+.4f}, {:+.4f}]".format(row["versus_unpadded"]["difference"], *row["versus_unpadded"]["interval"]) in text
 
 
 def test_results_hold_what_a_reader_needs_to_repeat_them():
