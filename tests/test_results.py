@@ -18,7 +18,8 @@ def test_readme_shows_the_results_that_are_kept():
         for row in json.loads(path.read_text())["summary"]:
             assert f"| {row['method']} | {row['recall@5']:.4f} | {row['recall@10']:.4f}" in page
             if row["method"] in show.METHODS:
-                assert "{:+.4f} [{:+.4f}, {:+.4f}]".format(row["versus_unpadded"]["difference"], *row["versus_unpadded"]["interval"]) in text
+                test = row["versus_unpadded"]
+                assert "{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"]) in text
 
 
 def test_results_hold_what_a_reader_needs_to_repeat_them():
