@@ -139,13 +139,13 @@ def _studies(studies):
 
 
 def _recall(row):
-    return "{:.3f} [{:.3f}, {:.3f}]".format(row["recall@10"], *row["recall@10_interval"])
+    return "{:#.3g} [{:#.3g}, {:#.3g}]".format(row["recall@10"], *row["recall@10_interval"])
 
 
 def _against(row):
     low, high = row["difference_interval"]
     how = "clearly more" if low > 0 else "clearly less" if high < 0 else "no clear difference"
-    return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {how}"
+    return f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}], {how}"
 
 
 def _extremes(rows):
@@ -156,7 +156,7 @@ def _extremes(rows):
 def _strategies(rows, study):
     kept = [label for label in rows if label != "unpruned"]
     return f"nothing pruned {_recall(rows['unpruned'])}; a third kept by " + ", ".join(
-        f"{label} {rows[label]['recall@10']:.3f}" for label in sorted(kept, key=lambda label: -rows[label]["recall@10"]))
+        f"{label} {rows[label]['recall@10']:#.3g}" for label in sorted(kept, key=lambda label: -rows[label]["recall@10"]))
 
 
 def _layer_ratio(rows, study):
@@ -174,7 +174,7 @@ def _efficiency(rows, study):
 def _granularity(rows, study):
     plain = {label: row for label, row in rows.items() if "stamp" not in label}
     gain = {label: rows[f"{label}, stamp"]["recall@10"] - row["recall@10"] for label, row in plain.items() if f"{label}, stamp" in rows}
-    return f"levels × codes, {_extremes(plain)}; STAMP changes it by {min(gain.values()):+.3f} to {max(gain.values()):+.3f}"
+    return f"levels × codes, {_extremes(plain)}; STAMP changes it by {min(gain.values()):+.4f} to {max(gain.values()):+.4f}"
 
 
 def _map(rows, study):
@@ -185,7 +185,7 @@ def _map(rows, study):
 
 def _inference(rows, study):
     return f"nothing pruned {_recall(rows['unpruned'])}; " + "; ".join(
-        f"{label} {row['recall@10']:.3f}" for label, row in rows.items() if label != "unpruned")
+        f"{label} {row['recall@10']:#.3g}" for label, row in rows.items() if label != "unpruned")
 
 
 def _strata(rows, study):
@@ -207,7 +207,7 @@ def _fast(rows, study):
 
 def _adaptive(rows, study):
     def cell(row):
-        return f"{row['label']} {row['recall@10']:.3f} ({row['kept_token_fraction']:.0%} kept)"
+        return f"{row['label']} {row['recall@10']:#.3g} ({row['kept_token_fraction']:.0%} kept)"
     others = sorted((row for label, row in rows.items() if label != "unpruned"), key=lambda row: row["kept_token_fraction"])
     return f"nothing pruned {_recall(rows['unpruned'])}; by the share kept in training: " + ", ".join(map(cell, others))
 
