@@ -36,16 +36,18 @@ rows = studies.summarise(runs)"""
 TABLE = """import pandas as pd
 
 
-def ends(interval):
-    return "" if interval is None else "[{:+.4f}, {:+.4f}]".format(*interval)
+def ends(interval, form):
+    return "" if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
 pd.DataFrame({
-    "setting": rows["label"], "recall@10": rows["recall@10"].round(4), "95 %": [ends(i) for i in rows["recall@10_interval"]],
-    "against the first": rows["difference"].round(4), "95 % of that": [ends(i) for i in rows["difference_interval"]],
-    "s per 1,000 windows": rows["seconds_per_1k_windows"].round(3), "s to 95 % of the first's recall": rows["seconds_to_recall"].round(1),
-    "real slots": rows["real_token_fraction"].round(3), "peak MB": rows["peak_memory_mb"].round(),
-    "kept in training": rows["kept_token_fraction"].round(3), "updates": rows["updates"].astype(int)}).set_index("setting")"""
+    "setting": rows["label"], "recall@10": rows["recall@10"], "95 %": [ends(i, ".4f") for i in rows["recall@10_interval"]],
+    "against the first": rows["difference"], "95 % of that": [ends(i, "+.4f") for i in rows["difference_interval"]],
+    "s per 1,000 windows": rows["seconds_per_1k_windows"], "s to 95 % of the first's recall": rows["seconds_to_recall"],
+    "real slots": rows["real_token_fraction"], "peak MB": rows["peak_memory_mb"], "kept in training": rows["kept_token_fraction"],
+    "updates": rows["updates"]}).set_index("setting").style.format({
+        "recall@10": "{:.4f}", "against the first": "{:+.4f}", "s per 1,000 windows": "{:.3f}", "s to 95 % of the first's recall": "{:.0f}",
+        "real slots": "{:.1%}", "peak MB": "{:.0f}", "kept in training": "{:.1%}", "updates": "{:.0f}"}, na_rep="–")"""
 FIGURE = """from sidlab.viz.studies import study_figure
 
 study_figure(rows, study.x)"""
