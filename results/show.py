@@ -35,6 +35,7 @@ def page() -> str:
     """results/README.md: everything."""
     comparisons, studies = load()
     parts = ["# Results", "", "Made by `python results/show.py` from the files in this folder.", "", *map(_comparison, comparisons)]
+    parts += [_bench(json.loads(path.read_text())) for path in sorted(HERE.glob("bench-*.json"))]
     for name, write in (("levers", _levers), ("scale", _scale)):
         if (HERE / f"{name}.json").exists():
             parts.append(write(json.loads((HERE / f"{name}.json").read_text())))
@@ -105,6 +106,17 @@ def _same_model(results):
 
 def _count(n, noun):
     return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def _bench(bench):
+    machine, rows = bench["hardware"], []
+    for target in bench["targets"]:
+        spread = "" if not target["spread"] else "{:.3g} – {:.3g}".format(*target["spread"])
+        value = "–" if target["value"] is None else f"{target['value']:.3g}"
+        rows.append(f"| {target['figure']} | {target['target']} | {value} | {spread} | {target['verdict']} |")
+    where = machine["gpu"] or f"{machine['processor']}, {_count(machine['threads'], 'thread')}, no GPU"
+    title = f"**What it costs**: ratios of medians of runs that take turns; {where}, torch {bench['versions']['torch']}: `{bench['command']}`"
+    return "\n".join([title, "", "| figure | target | value | 95 % | verdict |", "|---|---|---|---|---|", *rows, ""])
 
 
 def _levers(levers):

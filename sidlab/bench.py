@@ -23,7 +23,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from sidlab.calibration import random_table
-from sidlab.comparison import hardware
+from sidlab.comparison import hardware, versions
 from sidlab.cost import cost
 from sidlab.decoding import recommend
 from sidlab.meter import clock, resident_mb
@@ -370,7 +370,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
     report.target("everything scored and kept ÷ no scores", *ratio(times[scored], times[plain]), at_most=1.08)
     for workload, (pair, widths) in OTHERS.items():
         say(workload)
-        few = max(2, size // 4)
+        few = max(2, size // 4) if quick else size
         times = time_histories(pair, few, rounds, device, widths)
         predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), widths, np.full(few, v.config.max_items))
                      for name, v in pair.items()}
@@ -428,7 +428,8 @@ def main(arguments=None):
     if options.check:
         return
     report = run(options.quick, "cuda" if options.gpu else "cpu")
-    results = {"hardware": hardware(), "rows": report.rows, "targets": report.targets}
+    command = "python -m sidlab.bench" + " --quick" * options.quick + " --gpu" * options.gpu
+    results = {"command": command, "hardware": hardware(), "versions": versions(), "rows": report.rows, "targets": report.targets}
     print("\n".join(report.lines()))
     if options.json:
         write_json(pathlib.Path(options.json), results)

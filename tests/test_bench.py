@@ -187,7 +187,7 @@ def test_page_and_image_show_every_step(tmp_path, monkeypatch):
     files = [word for name, path in zip(("--json", "--page", "--svg"), paths) for word in (name, str(path))]
     bench.main(["--quick", "--studies", str(tmp_path), *files])
     results = json.loads(paths[0].read_text())
-    assert list(results) == ["hardware", "rows", "targets"]
+    assert list(results) == ["command", "hardware", "versions", "rows", "targets"] and results["command"].endswith("bench --quick")
     page, image = paths[1].read_text(), ElementTree.fromstring(paths[2].read_text())
     texts = [node.text for node in image.iter("{http://www.w3.org/2000/svg}text")]
     for name in variants:
