@@ -115,7 +115,7 @@ def _bench(bench):
         value = "–" if target["value"] is None else f"{target['value']:.3g}"
         rows.append(f"| {target['figure']} | {target['target']} | {value} | {spread} | {target['verdict']} |")
     where = machine["gpu"] or f"{machine['processor']}, {_count(machine['threads'], 'thread')}, no GPU"
-    title = f"**What it costs**: ratios of medians of runs that take turns; {where}, torch {bench['versions']['torch']}: `{bench['command']}`"
+    title = f"**What it costs**, in ratios of medians of runs that take turns; {where}: `{bench['command']}`"
     return "\n".join([title, "", "| figure | target | value | 95 % | verdict |", "|---|---|---|---|---|", *rows, ""])
 
 
