@@ -100,7 +100,7 @@ def _same_model(results):
     last = {curve["method"]: curve["loss"][-1] for curve in results["curves"] if curve["seed"] == 0}
     text = (f"`padded` and `unpadded` are the same model on the same batches: their last losses are {last['padded']:.3f} and "
             f"{last['unpadded']:.3f}. That their recall@10 differs by {apart:.4f} is rounding, which grows in training, and the choice of "
-            "a checkpoint by a few hundred validation users. Smaller differences of single runs mean nothing.")
+            "a checkpoint by validation users. Smaller differences of single runs mean nothing.")
     return [text, ""]
 
 
