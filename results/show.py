@@ -25,8 +25,8 @@ def load() -> tuple[list[dict], list[dict]]:
 def section() -> str:
     """What the README holds: how pruning and MAP change recall, and five findings."""
     comparisons, studies = load()
-    head = ["Test recall@10 of the unpruned model, the changes to it with their 95 % intervals over users, and how many times as fast",
-            "`rastp` trains. Every table, command and machine is in [results/README.md](results/README.md).", ""]
+    head = ["Test recall@10 of the unpruned model, the changes to it with their 95 % intervals (over users and seeds), and how many",
+            "times as fast `rastp` trains. Every table, command and machine is in [results/README.md](results/README.md).", ""]
     out = [*head, *_differences(comparisons), "", *(f"* {_finding(name, studies)}" for name in FINDINGS), ""]
     return "\n".join(out)
 

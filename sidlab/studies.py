@@ -83,7 +83,7 @@ STUDIES = {
                                  for keep in (0.15, 1 / 3) for always in (True, False)},
         "RASTP's published code prunes at evaluation, too; neither paper compares."),
     "fast": Study(
-        "Fast, and nothing lost", "Batches of one length, mixed precision, cheap dropout and attention: does any of it disturb learning?",
+        "Does speed disturb learning", "Batches of one length, mixed precision, cheap dropout and attention: does any of it cost recall?",
         {label: FAST | setting for label, setting in {
             "as it is": NOTHING, "fp32": {"precision": "fp32"}, "the libraries' attention and dropout": {"plain": True},
             "a third kept": _pruned(), "mixed lengths, padded to the longest": {"bucketing": False},

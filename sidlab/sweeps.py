@@ -54,7 +54,7 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
     what is there already is not run again, and two sweeps may work in one folder at the same time. `dataset` and `preset` as in
     `compare`; `seeds`: how many, from 0 on.
     Returns a row a run: the settings, "seed", metrics, costs and "file", which holds ranks and learning curve too. The same
-    table grows in `folder/rows.csv` while the sweep runs. Raises ValueError before anything is trained.
+    table grows in `folder/rows.csv` (that of the latest sweep there) while it runs. Raises ValueError before anything is trained.
 
     >>> sweep({"pruning.keep": [1/3, 2/3], "pruning.after_layer": [1, 2, 3]}, "runs/layers")  # doctest: +SKIP
     """
