@@ -43,7 +43,7 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
         seen = pad_histories(part, max(len(h) for h in part), table.n_items) if exclude_seen else None
         width = beam or max(k, 10) + (max(len(set(h.tolist())) for h in part) if exclude_seen else 0)
         leaves, leaf_scores = beam_search(model, encode_histories(model, part, truth), width)
-        found, score = items_of_leaves(table.trie.to(model.device), leaves, leaf_scores, k, seen)
+        found, score = items_of_leaves(table.trie_on(model.device), leaves, leaf_scores, k, seen)
         items[chunk], scores[chunk] = found.cpu(), score.cpu()
     model.train(was_training)
     return items, scores
@@ -70,7 +70,7 @@ def beam_search(model, encoded, beam: int) -> tuple[Tensor, Tensor]:
     """Trie leaves int64 [B, b] and log-probabilities float32 [B, b], best first, b ≤ `beam`; −inf marks an empty place. `encoded`: what
     `encode_histories` returns."""
     table = _table(model)
-    trie = table.trie.to(model.device)
+    trie = table.trie_on(model.device)
     search, batch = model.search(encoded), len(encoded.attention_mask)
     nodes = torch.zeros(batch, 1, dtype=torch.long, device=model.device)  # every search starts at the root
     scores = torch.zeros(batch, 1, device=model.device)

@@ -63,6 +63,12 @@ def column_sums(query: Tensor, key: Tensor, lse: Tensor | None = None, *, scalin
     return sums
 
 
+def by_distance(bias: Tensor) -> Tensor:
+    """[1, H, N, N], a bias that depends on key − query alone, as T5's → [H, 2N − 1], entry N − 1 + key − query: its first row and column
+    hold all there is."""
+    return torch.cat([bias[0, :, 1:, 0].flip(1), bias[0, :, 0]], dim=1)
+
+
 @torch.no_grad()
 def log_sum_exp(query: Tensor, key: Tensor, *, scaling: float = 1.0, bias: Tensor | None = None, mask: Tensor | None = None,
                 segments: Tensor | None = None, causal: bool = False, backend: str | None = None, block: int | None = None) -> Tensor:
@@ -145,7 +151,7 @@ def _launch(query: Tensor, key: Tensor, lse: Tensor | None, votes: Tensor | None
         bias_strides, origin = (0, bias.stride(0), -bias.stride(1), bias.stride(1)), (length - 1) * bias.stride(1)
     else:
         bias_strides, origin = (bias.stride(0) * (bias.shape[0] > 1), *bias.stride()[1:]), 0
-    # As FlexAttention decides, so that both see the same scores
+    # As products elsewhere, so that both see the same scores
     exact = query.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     result = query.new_empty((batch, heads, length) if lse is None else (batch, key.shape[1], length), dtype=torch.float32)
     arguments = (query, key, result if lse is None else lse.contiguous(), bias, mask, segments, *query.stride()[:3], *key.stride()[:3],

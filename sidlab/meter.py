@@ -31,11 +31,12 @@ class Meter:
         self._slots = 0
         self._real, self._kept = [], []
 
-    def count(self, mask, kept_mask):
+    def count(self, mask, kept):
+        """A batch: its mask [B, N], and that of the kept tokens [B, K] or their number, as a tensor."""
         self.windows += len(mask)
         self._slots += mask.numel()
         self._real.append(mask.sum())  # tensors: no wait for the device here
-        self._kept.append(kept_mask.sum())
+        self._kept.append(kept.sum())
 
     def resume(self):
         if self._since is None:

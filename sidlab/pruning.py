@@ -129,10 +129,11 @@ class TokenPruner(nn.Module):
         if slots is None or self.mass is not None:
             from_shape = self.unit == "token" and protect is None and self.mass is None
             slots = max(math.ceil(self.keep * width - 1e-6), min(width, 1)) if from_shape else int(kept.sum(1).max())
-        # Kept tokens first, each group in its original order: a stable sort of the booleans does both.
-        positions = torch.argsort(~kept, dim=1, stable=True)[:, :slots]  # [B, K]
-        used = torch.arange(positions.shape[1], device=mask.device) < kept.sum(1, keepdim=True)  # [B, K]
-        positions = positions.masked_fill(~used, 0)
+        # The n-th kept token of a row goes to slot n; one slot more takes all that is dropped.
+        slot = torch.where(kept, kept.cumsum(1) - 1, slots).clamp_max(slots)  # [B, N]
+        places = torch.arange(width, device=mask.device).expand_as(slot)
+        positions = slot.new_zeros(len(slot), slots + 1).scatter(1, slot, places)[:, :slots]  # [B, K]
+        used = torch.arange(slots, device=mask.device) < kept.sum(1, keepdim=True)  # [B, K]
         gathered = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, K, d]
         return Pruned(gathered, used.long(), positions, importance)
 

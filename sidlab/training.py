@@ -7,6 +7,7 @@ and the meter, which counts training time and memory without evaluation and savi
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from transformers.utils import logging
 from sidlab.adaptive import AdaptPruning, Strategy
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
+from sidlab.graphs import ReplayedPasses
 from sidlab.map_loss import MapConfig
 from sidlab.meter import Meter
 from sidlab.metrics import rank_of_target, summary
@@ -129,7 +131,8 @@ class TrainConfig:
     @classmethod
     def preset(cls, name: str, **overrides) -> "TrainConfig":
         """"smoke" (seconds, only shows that everything runs), "quick" (minutes on two cores), "long" (for real data, half an hour a
-        run on one core) or "paper" (RASTP's configuration as far as it is published; see papers.py), with any field overridden."""
+        run on one core), "gpu" (the paper's model on every prefix, a minute a run) or "paper" (RASTP's configuration as far as it is
+        published; see papers.py), with any field overridden."""
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is unknown; use one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | overrides)
@@ -157,6 +160,7 @@ PRESETS = {
     # For real data: wider, since there are many more codes to tell apart (results/levers.json).
     "long": SMALL | dict(d_model=128, d_kv=32, d_ff=256, num_decoder_layers=1, separators=False, batch_tokens=4096, accumulation=1,
                          muon=0.005, epochs=6, eval_every=1000, eval_users=2000, patience=20),
+    "gpu": dict(batch_tokens=32768, accumulation=1, epochs=10, eval_every=385, eval_users=2000),
     "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),
 }
 
@@ -254,7 +258,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             model=model, args=_arguments(config, folder, updates, processes, keep=bool(output_dir), progress=progress),
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
             data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
-            muon=config.muon, callbacks=callbacks,
+            muon=config.muon, plain=config.plain, callbacks=callbacks,
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
@@ -333,6 +337,7 @@ def _arguments(config, folder, updates, processes, *, keep, progress):
         eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
         save_total_limit=2, save_only_model=not keep, load_best_model_at_end=True, metric_for_best_model="recall@5",
         greater_is_better=True, logging_steps=max(1, config.eval_every // 5), bf16=_use_bf16(config), optim="adamw_torch_fused",
+        logging_nan_inf_filter=False,  # it would wait for the device after every batch
         use_cpu=not torch.cuda.is_available(),  # or bf16 is refused on a CPU, and a Mac takes its GPU, which lacks float64
         disable_tqdm=not progress, report_to=[], remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -372,9 +377,9 @@ def _resume_point(folder, config, catalogue, table):
 class _SidTrainer(Trainer):
     """The Trainer with our batches, our evaluation and a meter."""
 
-    def __init__(self, *, batches, cases, beam, truth, meter, muon, **kwargs):
+    def __init__(self, *, batches, cases, beam, truth, meter, muon, plain, **kwargs):
         super().__init__(**kwargs)
-        self.muon = muon
+        self.muon, self.plain, self.passes = muon, plain, None
         self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
         self.main_losses = []  # since the last log
 
@@ -392,9 +397,11 @@ class _SidTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        self.meter.count(inputs["attention_mask"], outputs.encoder_attention_mask)
-        self.main_losses.append(outputs.main_loss.detach())
+        self.beside = outputs.main_loss.detach(), outputs.encoder_attention_mask.sum()
         return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs):
+        return 0  # the Trainer would count all parameters for every batch, and `cost` says it exactly
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:  # which includes MAP's part; this one compares over methods
@@ -426,9 +433,22 @@ class _SidTrainer(Trainer):
         self.meter.save(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, inputs, num_items_in_batch=None):
         self.meter.resume()
-        return super().training_step(*args, **kwargs)
+        if self.passes is None:
+            self.passes = functools.partial(self._passes, model)
+            if self.args.device.type == "cuda" and self.args.n_gpu == PartialState().num_processes == 1 and not self.plain:
+                self.passes = ReplayedPasses(self.model, self.passes)
+        inputs = self._prepare_inputs(inputs)
+        loss, main_loss, kept = self.passes(inputs | {"num_items_in_batch": num_items_in_batch})
+        self.meter.count(inputs["attention_mask"], kept)
+        self.main_losses.append(main_loss)
+        return loss
+
+    def _passes(self, model, batch):
+        inputs = {name: x for name, x in batch.items() if name != "num_items_in_batch"}
+        loss = super().training_step(model, inputs, batch["num_items_in_batch"])
+        return loss, *self.beside
 
 
 def _stale(state):

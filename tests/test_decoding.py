@@ -14,6 +14,7 @@ from sidlab.decoding import beam_search, encode_histories, recommend, score_item
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
+from sidlab.sids.trie import Trie
 from sidlab.windows import history_tokens, pad_histories
 
 SMALL = {"d_model": 32, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2}
@@ -220,3 +221,12 @@ TABLE = SidTable(CODES, (5, 4, 3))
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_trie_is_moved_once(monkeypatch):
+    moved = []
+    monkeypatch.setattr(Trie, "to", lambda self, device: moved.append(device) or self)
+    model = build(table=SidTable(TABLE.codes, WIDTHS, collisions="share"))
+    for _ in range(2):
+        recommend(model, HISTORIES, k=3, batch_size=2)
+    assert moved == [torch.device("cpu")]

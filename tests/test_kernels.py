@@ -246,13 +246,11 @@ def model_with(path, **changes):
     return model
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("path", ["sdpa", "flex"])
 @pytest.mark.parametrize("layout", [{"extra": 3}, {"side": "left"}])
-def test_a_fused_path_keeps_the_same_tokens_and_gives_the_same_logits(path, layout):
+def test_the_fused_path_keeps_the_same_tokens_and_gives_the_same_logits(layout):
     inputs = batch(**layout)
     inputs["input_ids"][2], inputs["attention_mask"][2] = 0, 0  # a row of nothing but padding
-    plain, fused = model_with("plain"), model_with(path)
+    plain, fused = model_with("plain"), model_with("sdpa")
     with torch.no_grad():
         expected, found = plain.encoder(**inputs), fused.encoder(**inputs)
         torch.testing.assert_close(found.centrality, expected.centrality, **CLOSE)
@@ -272,11 +270,11 @@ def test_the_fused_path_trains_alike():
         torch.testing.assert_close(fused[name], plain[name], **CLOSE)
 
 
-def fused(path="sdpa", dropout=0.0, seed=0):
+def fused(dropout=0.0, seed=0):
     query, key, value = tensors(2, 2, 12, 8, count=3)
     module, mask = build().encoder.block[0].layer[0].SelfAttention, torch.ones(2, 12, dtype=torch.long)
     torch.manual_seed(seed)
-    return scoring.fused_attention(path, module, query.cpu(), key.cpu(), value.cpu(), None, dropout=dropout, scaling=None,
+    return scoring.fused_attention(module, query.cpu(), key.cpu(), value.cpu(), None, dropout=dropout, scaling=None,
                                    position_bias=torch.zeros(1, 2, 12, 12), token_mask=mask)
 
 
@@ -286,11 +284,9 @@ def test_scores_are_those_of_the_clean_weights():
     assert torch.equal(found, expected)
 
 
-def test_a_path_that_cannot_do_what_is_asked_is_refused():
-    with pytest.raises(ValueError, match='path="flex" cannot drop attention weights, and dropout=0.5'):
-        fused("flex", dropout=0.5)
-    with pytest.raises(ValueError, match="path='flash' is unknown; use one of auto, plain, flex, sdpa"):
-        fused("flash")
+def test_an_unknown_path_is_refused():
+    with pytest.raises(ValueError, match="scoring_path='flash' is unknown; use one of 'auto', 'plain', 'sdpa'"):
+        model_with("flash").encoder(**batch())
 
 
 def test_a_compiled_encoder_has_the_kernel_in_its_graph():
@@ -313,69 +309,54 @@ def test_which_path_is_taken_and_told(monkeypatch):
     assert scoring.attention_path(model) == "layer 2, which scores: plain attention; the others: eager"
     assert model.encoder(**batch(), output_attentions=True).attentions[1].shape == (4, 2, 32, 32)
 
-    working = {"flex", "sdpa"}
-    monkeypatch.setattr(scoring, "_works", lambda path, *_: path in working)
-
-    def choice(dropout, width=64):
-        return scoring.choose_path(torch.device("cuda"), torch.bfloat16, 6, width, dropout)
-
-    assert (choice(0), choice(0.1), choice(0, width=8)) == ("flex", "sdpa", "sdpa")
-    working.remove("flex")
-    assert (choice(0), choice(0.1)) == ("sdpa", "sdpa")
-    working.clear()
-    assert (choice(0), choice(0.1)) == ("plain", "plain")
-    assert scoring.choose_path(torch.device("cpu"), torch.float32, 6, 64, 0) == "plain"
+    for works, path in ((True, "sdpa"), (False, "plain")):
+        monkeypatch.setattr(scoring, "_works", lambda *_, works=works: works)
+        assert scoring.choose_path(torch.device("cuda"), torch.bfloat16, 6, 64) == path
+        assert scoring.choose_path(torch.device("cpu"), torch.float32, 6, 64) == "plain"
 
 
 @pytest.fixture
 def check():
     scoring._works.cache_clear()
-    yield lambda path, dtype=torch.float32, causal=False: scoring._works(path, torch.device(DEVICE), dtype, 2, 16, causal)
+    yield lambda dtype=torch.float32, causal=False: scoring._works(torch.device(DEVICE), dtype, 2, 16, causal)
     scoring._works.cache_clear()
 
 
-def test_a_path_is_used_only_after_its_check(check, monkeypatch, recwarn):
+def test_the_fused_path_is_used_only_after_its_check(check, monkeypatch, recwarn):
     state = torch.get_rng_state()
-    assert check("sdpa") and check("sdpa", torch.bfloat16) and check("sdpa", causal=True) and not recwarn.list
+    assert check() and check(torch.bfloat16) and check(causal=True) and not recwarn.list
     with torch.inference_mode():
-        assert check("sdpa", torch.float16)
+        assert check(torch.float16)
     assert torch.equal(torch.get_rng_state(), state)
 
     scoring._works.cache_clear()
     right = kernels.column_sums
     monkeypatch.setattr(kernels, "column_sums", lambda *args, **options: 1.2 * right(*args, **options))
     with pytest.warns(UserWarning, match='path "sdpa" does not work .* its results are off by 20'):
-        assert not check("sdpa")
-    assert not check("sdpa")
+        assert not check()
+    assert not check()
     assert len(recwarn.list) == 0, "one warning, once"
     monkeypatch.setattr(kernels, "column_sums", lambda *args, **options: right(*args, **options | {"causal": False}))
     with pytest.warns(UserWarning, match='path "sdpa" does not work'):
-        assert not check("sdpa", causal=True)
+        assert not check(causal=True)
 
 
 def test_without_triton_there_is_a_warning_and_no_fused_path(check, monkeypatch):
     monkeypatch.setattr(kernels, "triton", None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert not check("sdpa")
-
-
-@pytest.mark.skipif(CUDA, reason="on a GPU FlexAttention has a backward pass")
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_without_a_backward_pass_is_not_used(check):
-    with pytest.warns(UserWarning, match='path "flex" does not work on cpu .*backward'):
-        assert not check("flex")
+        assert not check()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device: fused attention and its kernels have not run compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_on_a_gpu_both_fused_paths_work(dtype, dropout, recwarn):
+def test_on_a_gpu_the_fused_path_works(dtype, dropout, recwarn):
     sizes = {"d_kv": 64, "num_heads": 6, "d_model": 128}
     model, inputs = build(PruningConfig(), **sizes, dropout=dropout).cuda().train(), {k: v.cuda() for k, v in batch().items()}
     plain = model_with("plain", **sizes, dropout=dropout).cuda()
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        assert ("SDPA" if dropout else "FlexAttention") in scoring.attention_path(model)
+        assert "SDPA" in scoring.attention_path(model)
         model(**inputs, labels=LABELS.cuda()).loss.backward()
         found, expected = model.eval().encoder(**inputs), plain.encoder(**inputs)
     assert not [w for w in recwarn.list if "does not work" in str(w.message)]

@@ -417,12 +417,10 @@ def test_fused_scoring_of_a_grouped_causal_layer_is_the_plain_one():
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
     history = slice(0, 7)
     options = dict(dropout=0.0, scaling=0.25, position_bias=None, token_mask=mask, causal=True, history=history)
-    output, centrality = fused_attention("sdpa", module, query, key, value, causal, **options)
+    output, centrality = fused_attention(module, query, key, value, causal, **options)
     weights = (query @ key.repeat_interleave(2, 1).mT * 0.25).masked_fill(~causal, -torch.inf).softmax(-1)
     torch.testing.assert_close(output, (weights @ value.repeat_interleave(2, 1)).transpose(1, 2), **CLOSE)
     votes = torch.einsum("bhqk,bq->bk", weights[:, :, history, history], mask[:, history].float())
     torch.testing.assert_close(centrality, votes, **CLOSE)
-    with pytest.raises(ValueError, match="not written for causal attention"):
-        fused_attention("flex", module, query, key, value, causal, **options)
     assert attention_path(build(PruningConfig(after_layer=1))) == "layer 1, which scores: plain attention; the others: sdpa"
     assert attention_path(build()) == "all layers: sdpa; none scores"

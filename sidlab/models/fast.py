@@ -9,6 +9,7 @@ processor, and dropout neither, so attention is written out, with that dropout. 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -113,6 +114,15 @@ def same_heads(query, key, value):
     return (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
 
 
+def sdpa(module, query, key, value, attention_mask, **kwargs):
+    """The library's fused attention. On a GPU without cuDNN's kernel: it makes a new plan for every shape, which takes longer than many a
+    batch of that shape."""
+    if query.device.type != "cuda":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, **kwargs):
     """Hugging Face's attention function of the models here: written out where a model trains with dropout on a processor, the library's
     fused one everywhere else. Keys [B, H, M, dk] may serve b times as many queries [B · b, H, 1, dk], the beams of a search; then the mask
@@ -120,11 +130,10 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     if len(query) != len(key):
         rows, heads, _, size = query.shape
         beams = query.view(len(key), -1, heads, size).transpose(1, 2)  # [B, H, b, dk]
-        out, _ = sdpa_attention_forward(module, beams, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **kwargs)
+        out, _ = sdpa(module, beams, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **kwargs)
         return out.reshape(rows, 1, heads, size), None
     if not module.training or dropout == 0 or not _by_byte(query, dropout):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                                      position_bias=position_bias, **kwargs)
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs)
     if key.shape[1] != query.shape[1]:
         key, value = same_heads(query, key, value)
     weights = masked_softmax(query, key, attention_mask, scaling, position_bias, causal=module.is_causal)

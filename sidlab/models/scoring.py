@@ -6,13 +6,13 @@ with Hugging Face, so that one layer can have it and the others keep the library
 
 * "plain": the attention matrix itself. On a CPU it exists anyway; `mode="reference"` and whoever asks for
   the weights need it.
-* "flex": FlexAttention, with T5's position bias as `score_mod`; it returns the log-sum-exp that the column sums need.
-* "sdpa": PyTorch's `scaled_dot_product_attention`, as in all other layers. Without log-sum-exp, so one more product; but it can drop
-  attention weights, which FlexAttention cannot: in training with dropout this is the path.
+* "sdpa": PyTorch's `scaled_dot_product_attention`, as in all other layers, and the scores in blocks (with their log-sum-exp, which it
+  does not return, so in two passes). FlexAttention does return it, but cannot drop attention weights, compiles for seconds for every new
+  length, and was no faster.
 
-Every path scores the clean weights, before dropout. Before a fused path is used on a device for the first time, a small example has to
+Every path scores the clean weights, before dropout. Before the fused path is used on a device for the first time, a small example has to
 give the same output, centrality and gradients as the plain one (outside of a CUDA graph, so warm up first); if it does not, or cannot
-run, there is a warning and the next path is tried, the plain one at last.
+run, there is a warning and the plain one is used.
 """
 
 import functools
@@ -22,16 +22,15 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sidlab import kernels
 from sidlab.models import fast
+from sidlab.pruning import one_of
 from sidlab.saliency import attention_centrality
 
-PATHS = ("auto", "plain", "flex", "sdpa")
+PATHS = ("auto", "plain", "sdpa")
 SCORED = "sidlab_scored"  # the name of `scored_attention` in the library
 
 
@@ -43,13 +42,13 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     plain one. Without `record` nothing is scored."""
     causal = module.is_causal and query.shape[2] > 1
     if record is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                                      position_bias=position_bias, **kwargs)
+        return fast.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs)
+    one_of("scoring_path", path, PATHS)
     if path == "auto":
-        path = choose_path(query.device, query.dtype, query.shape[1], query.shape[3], dropout, causal)
+        path = choose_path(query.device, query.dtype, query.shape[1], query.shape[3], causal)
     if path != "plain":
         output, record["centrality"] = fused_attention(
-            path, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias,
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias,
             token_mask=token_mask, causal=causal, history=history)
         return output, None
     if key.shape[1] != query.shape[1]:
@@ -69,77 +68,43 @@ AttentionMaskInterface.register(SCORED, sdpa_mask)
 
 
 @torch.compiler.assume_constant_result
-def choose_path(device: torch.device, dtype: torch.dtype, heads: int, width: int, dropout: float, causal: bool = False) -> str:
-    """"flex", "sdpa" or "plain": how to compute attention on `device` for queries of `dtype`, with `heads` heads of `width` numbers and
-    this rate of dropout on attention weights (0 outside training). `causal`: queries see no later keys; without a position bias SDPA
-    has its fastest kernels there."""
-    if device.type != "cuda":
-        return "plain"
-    # FlexAttention takes heads from a width of 16.
-    fused = ("flex", "sdpa") if dropout == 0 and width >= 16 and not causal else ("sdpa",)
-    return next((path for path in fused if _works(path, device, dtype, heads, width, causal)), "plain")
+def choose_path(device: torch.device, dtype: torch.dtype, heads: int, width: int, causal: bool = False) -> str:
+    """"sdpa" or "plain": how to compute attention and scores on `device` for queries of `dtype`, with `heads` heads of `width` numbers.
+    `causal`: queries see no later keys; without a position bias SDPA has its fastest kernels there."""
+    return "sdpa" if device.type == "cuda" and _works(device, dtype, heads, width, causal) else "plain"
 
 
-def fused_attention(path: str, module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, dropout: float,
+def fused_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, dropout: float,
                     scaling: float | None, position_bias: Tensor | None, token_mask: Tensor, causal: bool = False,
                     history: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """Attention by `path`, "flex" or "sdpa", and the centrality of its clean weights.
+    """Attention by path "sdpa", and the centrality of its clean weights.
 
     Args: `module`, the library's attention module; `query` float [B, H, N, dk], `key` and `value` [B, Hkv, N, dk]; `attention_mask` bool
     [B, 1, N, N] or None, the library's form of `token_mask` [B, N], 1 real, 0 padding, and of `causal`; `scaling`, None for 1;
-    `position_bias` float [1 or B, H, N, N] or None; `history`: the tokens that vote and are voted for. Without `causal` all of them.
+    `position_bias` float [1, H, N, N] that depends on key − query alone, or None; `history`: the tokens that vote and are voted for.
+    Without `causal` all of them.
     Returns the output [B, N, H, dk] and float32 [B, history], 0 at padding, through which no gradient flows.
-    Raises ValueError for a path that is unknown or cannot do what is asked.
     """
     scaling = 1.0 if scaling is None else scaling
-    if path == "flex":
-        if dropout > 0 or causal:
-            what = "is not written for causal attention" if causal else f"cannot drop attention weights, and dropout={dropout}"
-            raise ValueError(f'path="flex" {what}; use "sdpa" or "auto"')
-        output, lse = _flex(query, key, value, scaling, position_bias, token_mask)
-    elif path == "sdpa":
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                                           position_bias=position_bias)
-        lse = None
-    else:
-        raise ValueError(f"path={path!r} is unknown; use one of {', '.join(PATHS)}")
+    output, _ = fast.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias)
     if causal:  # what comes behind the history sees it, and does not vote
         query, key, token_mask = query[:, :, history], key[:, :, history], token_mask[:, history]
-    return output, kernels.column_sums(query, key, lse, scaling=scaling, bias=position_bias, mask=token_mask, causal=causal)
+    bias = None if position_bias is None else kernels.by_distance(position_bias)
+    return output, kernels.column_sums(query, key, scaling=scaling, bias=bias, mask=token_mask, causal=causal)
 
 
 @functools.cache
-def _compiled_flex():
-    return torch.compile(flex_attention)
-
-
-def _flex(query, key, value, scaling, bias, mask):
-    one_bias = bias is not None and bias.shape[0] == 1
-
-    def score_mod(score, b, h, q, k):
-        if bias is not None:
-            score = score + bias[0 if one_bias else b, h, q, k]
-        # Not −inf: a row of nothing but padding then attends evenly, as in the plain path
-        return torch.where(mask[b, k] != 0, score, torch.finfo(score.dtype).min)
-
-    # PyTorch compiles it for a GPU; on a CPU, where it has no backward pass, and inside a compiled model it is called as it is.
-    compiled = query.device.type == "cuda" and not torch.compiler.is_compiling()
-    attend = _compiled_flex() if compiled else flex_attention
-    output, extra = attend(query, key, value, score_mod=score_mod, scale=scaling, return_aux=AuxRequest(lse=True))
-    return output.transpose(1, 2).contiguous(), extra.lse
-
-
-@functools.cache
-def _works(path, device, dtype, heads, width, causal=False):
+def _works(device, dtype, heads, width, causal=False):
     """Whether a small example comes out as it does with the attention matrix; a warning if not."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         length, generator = 40, torch.Generator(device).manual_seed(0)
         draw = functools.partial(torch.randn, device=device, generator=generator)
-        inputs = [draw(2, heads, length, width, requires_grad=True) for _ in "qkv"] + [draw(1, heads, length, length, requires_grad=True)]
+        at = torch.arange(length, device=device)
+        bias = draw(1, heads, 2 * length - 1)[..., length - 1 + at - at[:, None]].requires_grad_()  # T5's
+        inputs = [draw(2, heads, length, width, requires_grad=True) for _ in "qkv"]
         query, key, value = (x.to(dtype) for x in inputs[:3])
         tokens = (torch.arange(length, device=device) < torch.tensor([[length], [length - 7]], device=device)).long()  # [B, N]
         module, seen = types.SimpleNamespace(is_causal=False), tokens[:, None, None] != 0
-        bias = inputs.pop()  # T5's
         if causal:
             seen, bias = seen & torch.ones(length, length, dtype=torch.bool, device=device).tril(), None
         else:
@@ -153,16 +118,16 @@ def _works(path, device, dtype, heads, width, causal=False):
         expected = results((weights @ value.float()).transpose(1, 2), torch.einsum("bhqk,bq->bk", weights.detach(), tokens.float()))
         try:
             kernels.column_sums(query, key, backend="triton")  # otherwise `fused_attention` may do without Triton
-            # Autocast, which is off here, would give SDPA's mask the dtype of the queries; `score_mod` takes any.
-            bias = bias.to(dtype) if bias is not None and path == "sdpa" else bias
-            found = results(*fused_attention(path, module, query, key, value, seen, dropout=0.0, scaling=width**-0.5,
+            # Autocast, which is off here, would give SDPA's mask the dtype of the queries.
+            bias = bias.to(dtype) if bias is not None else bias
+            found = results(*fused_attention(module, query, key, value, seen, dropout=0.0, scaling=width**-0.5,
                                              position_bias=bias, token_mask=tokens, causal=causal))
             for one, other in zip(found, expected, strict=True):
                 error = (one.float() - other).norm() / other.norm()
                 if not error < 0.03:
                     raise ArithmeticError(f"its results are off by {float(error):.1%}")
         except Exception as error:  # noqa: BLE001  (compilers, drivers: the warning says what, and there is another path)
-            warnings.warn(f'attention path "{path}" does not work on {device} in {dtype} and is not used: {error}', stacklevel=2)
+            warnings.warn(f'attention path "sdpa" does not work on {device} in {dtype} and is not used: {error}', stacklevel=2)
             return False
     return True
 
@@ -183,7 +148,7 @@ def attention_path(model) -> str:
     elif path == "auto":
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
         heads, width = ("num_attention_heads", "head_dim") if causal else ("num_heads", "d_kv")
-        path = choose_path(device, dtype, getattr(model.config, heads), getattr(model.config, width), dropout, causal)
-    names = {"plain": "plain attention", "flex": "FlexAttention + column sums", "sdpa": "SDPA + column sums"}
+        path = choose_path(device, dtype, getattr(model.config, heads), getattr(model.config, width), causal)
+    names = {"plain": "plain attention", "sdpa": "SDPA + column sums"}
     by = "" if path == "plain" else f" in {'Triton' if kernels.choose_backend(None, device) == 'triton' else 'PyTorch'}"
     return f"layer {stack.pruning.after_layer}, which scores: {names[path]}{by}; the others: {others}"

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5PreTrainedModel, T5Stack
 from transformers.utils.output_capturing import capture_outputs
 
+from sidlab import kernels
 from sidlab.map_loss import MapConfig, MapHead
 from sidlab.models import fast
 from sidlab.models.sid import (
@@ -150,10 +151,11 @@ class PrunedEncoder(PrunedStack, T5Stack):
             return torch.zeros_like(bias[..., :slots, :slots])
         if self.pruning.positions == "compact":
             return bias[..., :slots, :slots]
-        # T5's bias depends on the distance alone, so one row and one column of it hold all there is to gather.
-        by_distance = torch.cat([bias[0, :, 1:, 0].flip(1), bias[0, :, 0]], dim=1)  # [H, 2N − 1], from −(N − 1) to N − 1
+        by_distance = kernels.by_distance(bias)  # [H, 2N − 1]
         distance = pruned.positions[:, None, :] - pruned.positions[:, :, None] + bias.shape[-1] - 1  # [B, K, K]
-        return by_distance.index_select(1, distance.flatten()).view(-1, *distance.shape).transpose(0, 1)  # [B, H, K, K]
+        # By row, so that in the backward pass not all rows add into the same few numbers.
+        pairs = distance.flatten(1)[:, None].expand(-1, len(by_distance), -1)  # [B, H, K · K]
+        return by_distance.expand(len(pairs), -1, -1).gather(2, pairs).unflatten(2, distance.shape[1:])  # [B, H, K, K]
 
 
 class DeepFeedForward(T5DenseActDense):

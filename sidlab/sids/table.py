@@ -52,7 +52,7 @@ class SidTable:
             raise ValueError(f'collisions must be "extend" or "share", got {collisions!r}')
         base, base_widths = as_codes(codes, width)
         self.collisions, self.base_levels = collisions, base.shape[1]
-        self._base_trie = Trie(base, base_widths)
+        self._base_trie, self._tries = Trie(base, base_widths), {}
         self.codes, self.widths = base, base_widths
         largest = self._base_trie.max_items
         if collisions == "extend" and largest > 1:
@@ -69,6 +69,12 @@ class SidTable:
     def trie(self) -> Trie:
         """The set of valid SIDs."""
         return self._base_trie if self.levels == self.base_levels else Trie(self.codes, self.widths)
+
+    def trie_on(self, device: torch.device) -> Trie:
+        """`trie` on `device`, moved there once: with a million items that takes longer than a search."""
+        if device not in self._tries:
+            self._tries[device] = self.trie.to(device)
+        return self._tries[device]
 
     def items_of(self, codes):
         """The ids of the items with each SID of `codes` int [..., L']: sorted lists, nested like the leading axes."""

@@ -1,0 +1,64 @@
+"""Passes of a small model on a GPU without waiting for Python: recorded once for each shape of batch, then replayed.
+
+A training step of a model this small is some thousand short kernels, and starting them takes longer than running them. A CUDA graph
+starts them all at once. `windows.LengthBatches` cuts the same shapes every epoch (34 for all of Beauty), so a few dozen graphs do.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sidlab.pruning import PruningConfig
+
+GRAPHS = 128  # at most; batches of further shapes run as ever
+
+
+def recordable(pruning: PruningConfig | None) -> bool:
+    """Whether a model that prunes so never waits for the device in a training pass: not where the number of slots is read from the scores
+    or the scores come from the processor. An own scorer may do anything."""
+    return pruning is None or (pruning.unit == "token" and not pruning.protect_separators and pruning.mass is None
+                               and isinstance(pruning.scorer, str) and pruning.scorer != "random")
+
+
+class ReplayedPasses:
+    """Forward and backward passes of `model`: the first of a shape runs as it is, the second is recorded, all further ones are replayed.
+
+    `passes`: a function of a batch {name: Tensor} that runs both passes of `model`, so that gradients add up, and returns a tuple of
+    tensors, without waiting for the device (see `recordable`). What it returns of a batch is the same with and without a graph; random
+    numbers go on from the generator of the device. Gradients are added to the same tensors every time, whoever sets them to None.
+    """
+
+    def __init__(self, model: nn.Module, passes):
+        self.model, self.passes = model, passes
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        self.met, self.recorded, self.pool = set(), {}, None
+
+    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        shape = (self.model.pruning, self.model.training, *((name, tuple(x.shape), x.dtype) for name, x in batch.items()))
+        self._claim_gradients()
+        if shape not in self.recorded:
+            if shape not in self.met or len(self.recorded) == GRAPHS or not recordable(self.model.pruning):
+                self.met.add(shape)  # this pass warms up what must not be done while recording, such as compiling a kernel
+                return self.passes(batch)
+            self.recorded[shape] = self._record(batch)
+        graph, inputs, outputs = self.recorded[shape]
+        for name, x in batch.items():
+            inputs[name].copy_(x, non_blocking=True)
+        graph.replay()
+        return tuple(x.clone() for x in outputs)  # the next replay overwrites them
+
+    def _claim_gradients(self):
+        dropped = [own for p, own in zip(self.parameters, self.gradients) if p.grad is None]
+        if dropped:
+            torch._foreach_zero_(dropped)
+        for parameter, own in zip(self.parameters, self.gradients):
+            if parameter.grad is not None and parameter.grad is not own:
+                own.copy_(parameter.grad)
+            parameter.grad = own
+
+    def _record(self, batch):
+        inputs, graph = {name: x.clone() for name, x in batch.items()}, torch.cuda.CUDAGraph()
+        self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool  # graphs never run at once, so they share memory
+        with torch.cuda.graph(graph, pool=self.pool):
+            outputs = self.passes(inputs)
+        return graph, inputs, outputs

@@ -1,0 +1,164 @@
+"""Passes that are replayed from CUDA graphs give what the passes themselves give, and nothing in them waits for the device.
+
+Without a GPU a stand-in that runs the recorded passes anew takes the graph's place: it has the same inputs, outputs and gradients.
+"""
+
+import dataclasses
+
+import pytest
+import test_qwen
+import test_t5
+import torch
+from conftest import CUDA
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import import_utils
+
+from sidlab.data.planted import planted_catalogue
+from sidlab.graphs import GRAPHS, ReplayedPasses, recordable
+from sidlab.map_loss import MapConfig
+from sidlab.pruning import PruningConfig
+from sidlab.saliency import SCORERS
+from sidlab.sweeps import sid_table
+from sidlab.training import TrainConfig, train
+
+gpu = pytest.mark.skipif(not CUDA, reason="no CUDA device: CUDA graphs have not run")
+PRUNINGS = [None, *(PruningConfig(scorer=name) for name in SCORERS), PruningConfig(unit="item"), PruningConfig(mass=0.5),
+            PruningConfig(protect_separators=True), PruningConfig(reduce="pool"), PruningConfig(positions="compact")]
+LABELS = test_t5.LABELS
+
+
+class NoWaiting(TorchDispatchMode):
+    """Notes every operation that makes a GPU tell the processor a value, or the number of elements of a result."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        # The scores of `random` are drawn on the processor
+        moved = name == "rand"
+        if name.startswith(self.WAITS) or moved:
+            self.found.append(name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("arch", [test_t5, test_qwen], ids=["t5", "qwen"])
+@pytest.mark.parametrize("pruning", PRUNINGS, ids=str)
+def test_what_may_be_recorded_never_waits(arch, pruning, monkeypatch):
+    if arch is test_qwen and pruning is not None and pruning.reduce == "pool":
+        pytest.skip("a decoder-only model does not pool")
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)  # what the library asks before it looks at a mask
+    model = arch.build(pruning, MapConfig(steps=2)).train()
+    inputs = arch.batch() | {"labels": LABELS, "map_labels": LABELS[:, None].expand(-1, 2, -1), "num_items_in_batch": torch.tensor(12)}
+    if pruning is not None and pruning.scorer == "oracle":
+        inputs["truth"] = torch.rand(inputs["input_ids"].shape)
+    with NoWaiting() as waits:
+        model(**inputs).loss.backward()
+    assert bool(waits.found) == (not recordable(pruning)), waits.found
+
+
+class Anew:
+    """The stand-in for a graph."""
+
+    def __init__(self, passes, inputs, outputs):
+        self.passes, self.inputs, self.outputs, self.replays = passes, inputs, outputs, 0
+
+    def replay(self):
+        self.replays += 1
+        for old, new in zip(self.outputs, self.passes(self.inputs)):
+            old.copy_(new)
+
+
+class StandIn(ReplayedPasses):
+    def _record(self, batch):
+        if CUDA:
+            return super()._record(batch)
+        inputs = {name: x.clone() for name, x in batch.items()}
+        gradients = [g.clone() for g in self.gradients]
+        outputs = self.passes(inputs)
+        for own, before in zip(self.gradients, gradients):
+            own.copy_(before)  # recording runs nothing
+        return Anew(self.passes, inputs, outputs), inputs, outputs
+
+
+def passes_of(model):
+    def passes(inputs):
+        out = model(**inputs)
+        out.loss.backward()
+        return out.loss.detach(), out.encoder_attention_mask.sum()
+    return passes
+
+
+def batches(seed, device):
+    """Histories of two lengths and three sizes, in a mixed order: shapes come back."""
+    draw = torch.Generator().manual_seed(seed)
+    for items, rows in ((8, 4), (3, 4), (8, 4), (8, 2), (3, 4), (8, 4), (8, 2), (3, 4), (8, 2)):
+        histories = torch.randint(1, 51, (rows, items), generator=draw).numpy()
+        inputs = test_t5.batch(list(histories)) | {"labels": test_t5.TABLE.item_tokens[torch.randint(1, 51, (rows,), generator=draw)]}
+        yield {name: x.to(device) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("pruning", [None, PruningConfig(keep=0.4), PruningConfig(unit="item")], ids=["unpruned", "a part kept", "items"])
+@pytest.mark.parametrize("none", [True, False])
+def test_replayed_updates_are_those_of_the_passes(pruning, none):
+    device = "cuda" if CUDA else "cpu"
+    plain, model = (test_t5.build(pruning).train().to(device) for _ in range(2))
+    optimisers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model)]
+    run, replayed = passes_of(plain), StandIn(model, passes_of(model))
+    for number, batch in enumerate(batches(0, device)):
+        expected, found = run(batch), replayed(batch)
+        torch.testing.assert_close(found, expected, **test_t5.CLOSE)
+        if number % 2:  # an update of two batches
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=none)
+    for (name, one), other in zip(model.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert len(replayed.recorded) == (3 if recordable(pruning) else 0)
+
+
+def test_what_changes_the_passes_makes_another_graph(monkeypatch):
+    model = test_t5.build(PruningConfig(keep=0.5)).train().to("cuda" if CUDA else "cpu")
+    replayed = StandIn(model, passes_of(model))
+    one, *_ = batches(0, model.device)
+
+    def kept():
+        return [int(replayed(one)[1]) for _ in range(3)]
+
+    assert kept() == [4 * 16] * 3
+    model.set_pruning(PruningConfig(keep=0.25))
+    assert kept() == [4 * 8] * 3 and len(replayed.recorded) == 2
+    earlier = replayed(one)[1]
+    model.set_pruning(None)
+    assert kept() == [4 * 32] * 3 and int(earlier) == 4 * 8, "what was returned stays"
+    monkeypatch.setattr("sidlab.graphs.GRAPHS", 3)
+    model.set_pruning(PruningConfig(keep=0.75))
+    assert kept() == [4 * 24] * 3 and len(replayed.recorded) == 3 < GRAPHS
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["t5", "qwen"])
+def test_on_a_gpu_training_replays_and_learns_the_same(arch, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    catalogue = planted_catalogue(n_users=300)
+    table, _ = sid_table(catalogue, tmp_path)
+    # Few shapes, so that most batches are replayed
+    config = TrainConfig.preset("smoke", arch=arch, precision="fp32", max_updates=60, eval_every=30, accumulation=2, max_items=10,
+                                pruning=PruningConfig(keep=0.5), map=MapConfig())
+    found, recorded, seen = {}, [], ReplayedPasses._record
+    monkeypatch.setattr(ReplayedPasses, "_record", lambda self, batch: recorded.append(batch) or seen(self, batch))
+    for name, most in (("replayed", GRAPHS), ("as they are", 0)):
+        monkeypatch.setattr("sidlab.graphs.GRAPHS", most)
+        found[name] = [entry["main_loss"] for entry in train(config, catalogue, table, progress=False).log if "main_loss" in entry]
+        print(name, found[name])
+    assert recorded
+    assert found["replayed"] == pytest.approx(found["as they are"], rel=0.02)
+    dropping = dataclasses.replace(config, dropout=0.3, max_updates=20, eval_every=10)
+    monkeypatch.setattr("sidlab.graphs.GRAPHS", GRAPHS)
+    losses = [[entry["main_loss"] for entry in train(dropping, catalogue, table, progress=False).log if "main_loss" in entry]
+              for _ in range(2)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02), "dropout repeats with the seed"
