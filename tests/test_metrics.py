@@ -59,12 +59,22 @@ def test_interval_over_users_agrees_with_scipy(values):
     assert (low, high) == metrics.bootstrap_interval(values[None], level=0.9, resamples=20000), "one seed is one axis"
 
 
-def test_interval_over_seeds_and_users_agrees_with_a_loop():
-    rng = np.random.default_rng(0)
-    values = some_values(80) + rng.normal(0, 0.05, size=(4, 1)) + rng.integers(0, 2, size=(4, 80)) / 10  # [S, U]
-    means = [values[rng.integers(0, 4, 4)][:, rng.integers(0, 80, 80)].mean() for _ in range(20000)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    assert metrics.bootstrap_interval(values, resamples=20000) == pytest.approx((low, high), abs=0.04 * (high - low))
+@pytest.mark.parametrize("n_seeds", [2, 3, 10])
+def test_interval_over_seeds_alone_is_students(n_seeds):
+    of_seed = np.random.default_rng(n_seeds).normal(0.3, 0.05, n_seeds)
+    expected = scipy.stats.t.interval(0.95, n_seeds - 1, of_seed.mean(), scipy.stats.sem(of_seed))
+    found = metrics.bootstrap_interval(np.repeat(of_seed[:, None], 40, axis=1), resamples=100_000)
+    assert found == pytest.approx(expected, abs=0.04 * (expected[1] - expected[0]))
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+def test_interval_over_seeds_and_users_holds_the_mean_as_often_as_it_says(n_seeds):
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        users, seeds = rng.normal(0, 0.3, 100), rng.normal(0, 0.04, (n_seeds, 1))
+        low, high = metrics.bootstrap_interval(users + seeds + rng.normal(0, 0.1, (n_seeds, 100)))
+        held += low <= 0 <= high
+    assert held >= 0.93 * 400, held / 400
 
 
 def test_memory_chunks_do_not_change_the_interval(monkeypatch):

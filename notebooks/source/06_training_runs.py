@@ -278,12 +278,12 @@ pd.DataFrame(rows, columns=["", "minus unpruned", "from", "to", "p"]).set_index(
 # | you want to say | you need |
 # |---|---|
 # | this model beats that model on users like these | one run of each, paired on the same users |
-# | this *method* beats that method | several seeds of each, users **and** seeds resampled |
+# | this *method* beats that method | several seeds of each, an interval over users **and** seeds |
 # | this method is better in general | several data sets as well |
 # | this method is cheaper | both costs measured the same way, on a machine with nothing else to do |
 #
-# `bootstrap_interval` and `paired_test` take `[seeds, users]` as well and then resample both. With three seeds, read the interval as a
-# lower bound: three numbers say little about a spread. `make reproduce` in a terminal does it for eight methods and three seeds.
+# `bootstrap_interval` and `paired_test` take `[seeds, users]` as well. Three numbers say little about a spread, so the interval over three
+# seeds is wide (Student's t with two degrees of freedom). `make reproduce` in a terminal does it for eight methods and three seeds.
 #
 # **Try it:** set `seed = 1` in the parameters cell and run the notebook again. Does the order of the three survive? Is the shift of
 # `unpruned` larger than its distance to `rastp`?
