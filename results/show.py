@@ -116,7 +116,8 @@ def _bench(bench):
         rows.append(f"| {target['figure']} | {target['target']} | {value} | {spread} | {target['verdict']} |")
     where = machine["gpu"] or f"{machine['processor']}, {_count(machine['threads'], 'thread')}, no GPU"
     title = f"**What it costs**, in ratios of medians of runs that take turns; {where}: `{bench['command']}`"
-    return "\n".join([title, "", "| figure | target | value | 95 % | verdict |", "|---|---|---|---|---|", *rows, ""])
+    seconds = [f"{row['workload']}: {row['seconds']:.3g} s." for row in bench["rows"] if "seconds" in row]
+    return "\n".join([title, "", "| figure | target | value | 95 % | verdict |", "|---|---|---|---|---|", *rows, "", *seconds, ""])
 
 
 def _levers(levers):

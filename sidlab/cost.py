@@ -200,8 +200,9 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
     total = total + (p.after_layer - 1 if p is not None else config.num_layers) * layer(slots, plain(slots, slots, padded))
     if p is not None:
         behind, moved = config.num_layers - p.after_layer, p.positions == "original" and not reference  # each row its own bias, gathered
-        scored = layer(slots, explicit(slots, slots, v=w)) + 4 * slots * d
-        total = total + (scored if p.reduce == "select" else layer(slots, plain(slots, slots, padded)))
+        written_out = p.reduce == "select" and plain is explicit  # on a GPU scores are computed once more, and nothing of them is kept
+        total = total + layer(slots, explicit(slots, slots, v=w) if written_out else plain(slots, slots, padded))
+        total = total + (p.reduce == "select") * 4 * slots * d
         total = total + (8 * kept**2 if moved and behind else 0) + (padded_behind & ~np.bool_(reference)) * kept**2
         attention = in_kernel if p.positions == "none" and not drop and not reference else plain
         total = total + behind * layer(kept, attention(kept, kept, padded_behind | moved))
@@ -235,7 +236,7 @@ def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused,
     scores = p is not None and p.reduce == "select"
     total = (before - scores) * layer(n, plain(n, padded))
     if scores:
-        total = total + layer(n, explicit(n, padded)) + 4 * n * d
+        total = total + layer(n, explicit(n, padded) if not fused else in_kernel(n, padded)) + 4 * n * d
     total = total + (config.num_layers - before) * layer(m, plain(m, padded_behind))
     total = total + 8 * config.d_kv * (n + (m if p is not None else 0))  # rotations
     heads_read = (2 * (1 + len(ahead)) if bf16 else 0) + (8 + 2 * w * len(ahead) if ahead else 0)

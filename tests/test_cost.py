@@ -15,11 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sidlab import kernels
 from sidlab.comparison import METHODS, method_config
 from sidlab.cost import cost, cost_table, recommend_flops
 from sidlab.decoding import recommend
 from sidlab.map_loss import MapConfig
-from sidlab.models import fast
+from sidlab.models import fast, scoring
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.sids.table import SidTable
@@ -208,6 +209,8 @@ def on_a_gpu(monkeypatch):
     def dropout(x, p, training, inplace=False):
         return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
+    monkeypatch.setattr(scoring, "choose_path", lambda *_: "sdpa")
+    monkeypatch.setattr(kernels, "choose_backend", lambda *_: "torch")  # the interpreted kernel takes minutes
     monkeypatch.setattr(fast, "_by_byte", lambda x, p: False)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(F, "dropout", dropout)

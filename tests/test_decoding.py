@@ -223,10 +223,10 @@ def test_bad_input_is_named(call, message):
         call()
 
 
-def test_the_trie_is_moved_once(monkeypatch):
+def test_the_trie_is_moved_once(model, monkeypatch):
     moved = []
     monkeypatch.setattr(Trie, "to", lambda self, device: moved.append(device) or self)
-    model = build(table=SidTable(TABLE.codes, WIDTHS, collisions="share"))
+    model.table._tries.clear()
     for _ in range(2):
-        recommend(model, HISTORIES, k=3, batch_size=2)
+        recommend(model, [[1], [2], [3]], k=3, batch_size=2)
     assert moved == [torch.device("cpu")]

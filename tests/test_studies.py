@@ -160,7 +160,7 @@ def test_savings_are_judged_by_the_published_figure():
     fast = verdicts(comparison(stamp=(2.0 / 1.24, 82, 0, 0.01)))
     slow = verdicts(comparison(stamp=(2.0 / 1.22, 83, 0, 0.01)))
     assert (fast[speed], slow[speed]) == ("confirmed", "not confirmed")
-    assert fast[memory] == slow[memory] == "undecided"  # on a processor
+    assert fast[memory] == slow[memory] == "not run"  # on a processor memory says nothing
     on_gpu = [comparison(stamp=(1.0, mb, 0, 0.01)) for mb in (82, 83)]
     for results in on_gpu:
         results["hardware"]["gpu"] = "H100"
@@ -181,6 +181,23 @@ def test_seconds_of_a_busy_machine_say_nothing_and_those_of_the_study_do():
         row["seconds_per_1k_windows"] = seconds
     finding = claims.judge([busy, rows])[0]
     assert finding["verdict"] == "confirmed" and "1.50 times as fast" in finding["findings"][0]["figures"]
+
+
+def test_the_benchmark_is_evidence_too():
+    steps = (("published, without pruning", 6.0), ("published RASTP", 4.0), ("CUDA graphs", 1.5), ("pruning to a third", 1.0))
+    rows = [{"workload": "Beauty lengths", "variant": name, "seconds_per_1k_windows": seconds} for name, seconds in steps]
+    full = (("nothing pruned", 3.0, 100.0), ("everything scored and kept", 3.1, 110.0), ("a third kept", 2.9, 80.0))
+    rows += [{"workload": "full histories", "variant": name, "seconds_per_1k_windows": seconds, "peak_mb": mb}
+             for name, seconds, mb in full]
+    bench = {"command": "python -m sidlab.bench", "rows": rows, "targets": [], "hardware": {"processor": "p", "gpu": "H100", "threads": 1}}
+    found = {claim["claim"][:17]: claim for claim in claims.judge([bench])}
+    figures = [finding["figures"] for finding in found["Training takes 26"]["findings"]]
+    assert found["Training takes 26"]["verdict"] == "mixed" and figures == [
+        "rastp-reference trains 1.50 times as fast as padded on Beauty lengths",
+        "rastp trains 1.50 times as fast as unpadded on Beauty lengths",
+        "rastp trains 1.03 times as fast as unpadded on full histories"]
+    memory = found["Training takes 17"]
+    assert memory["verdict"] == "confirmed" and "takes 20.0% less memory" in memory["findings"][0]["figures"]
 
 
 def test_nothing_run_smoke_and_what_cannot_be_run_are_told_apart():

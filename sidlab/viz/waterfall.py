@@ -61,7 +61,8 @@ def write_page(results: dict, path, studies=()) -> None:
     chart = _chart(figure(results))
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>What training costs</title>
-<style>{STYLE} td:last-child, th:last-child {{ text-align: left; white-space: normal; min-width: 14rem }}</style>
+<style>{STYLE} td:last-child, th:last-child {{ text-align: left; white-space: normal; min-width: 11rem }}
+#rows table {{ font-size: .85em }} #rows :is(td, th):nth-child(2) {{ text-align: left }}</style>
 <script>{get_plotlyjs()}</script>
 <h1>What training costs, from the published configuration to ours</h1>
 <p>{html.escape(setting)}. Ratios are of medians of runs that take turns in one process; intervals are 95 % of a bootstrap over rounds. Each
@@ -69,7 +70,7 @@ step of the waterfall changes one thing. FLOPs come from the cost model, not fro
 <figure class="chart">{chart}</figure>
 <h2>Targets</h2>{tables[0]}
 {"".join(map(_quality, studies))}
-<h2>Training</h2>{tables[1]}</html>"""
+<h2>Training</h2><div id="rows">{tables[1]}</div></html>"""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -127,7 +128,7 @@ def _text(x, y, words, size, weight="normal", anchor="start", color="#222222"):
 
 
 def _number(value):
-    return "" if value is None else f"{value:.3g}"
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _cells(rows):
