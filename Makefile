@@ -29,7 +29,7 @@ endif
 help:
 	@echo "make setup      install everything into .venv; on a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cu130"
 	@echo "make lab        open the notebooks in JupyterLab"
-	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, long, paper)"
+	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, long, gpu, paper)"
 	@echo "                METHODS=\"unpadded rastp\" SEEDS=3 (seeds 0, 1, 2) OUTPUT_DIR=runs/<dataset>-<preset>"
 	@echo "                SIDS=a published SID file ARCH=t5 (or qwen, decoder-only)"
 	@echo "make paper      every method on DATASETS=\"folder …\" (default: what stands in ../shared/data), SEEDS=3, PRESET=paper, and the"

@@ -15,7 +15,7 @@ from sidlab.studies import STUDIES
 FOLDER = pathlib.Path(__file__).resolve().parent / "studies"
 PARAMETERS = """# Parameters (papermill replaces them)
 dataset = "planted"  # or a folder such as ../shared/data/amazon-beauty
-preset = "quick"  # "smoke" | "quick" | "long" | "paper"
+preset = "quick"  # "smoke" | "quick" | "long" | "gpu" | "paper"
 seeds = 2  # how many
 arch = "t5"  # or "qwen": decoder-only
 sids = ""  # a published SID file; empty: residual k-means on the item embeddings

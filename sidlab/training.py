@@ -274,6 +274,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             trainer._load_best_model()
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.passes = None  # the memory of its graphs
         trainer.meter.pause()
         if config.strategy is not None:
             _prune_as(model, trainer.state.best_model_checkpoint)
