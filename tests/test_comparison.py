@@ -116,7 +116,7 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
         (dict(methods="map@1/2"), "only a pruning method takes a kept share"),
         (dict(methods="rastp@much"), "written as in rastp@1/2"),
         (dict(methods="rastp@2"), "must lie in"),
-        (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, long, paper"),
+        (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, long, gpu, paper"),
         (dict(dataset="beauty"), "no catalogue 'beauty'"),
         (dict(seeds=0), "one method and one seed"),
         (dict(methods=""), "give at least one method"),

@@ -413,7 +413,7 @@ def test_presets_take_changes():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: TrainConfig.preset("slow"), "preset='slow' is unknown; use one of smoke, quick, long, paper"),
+        (lambda: TrainConfig.preset("slow"), "preset='slow' is unknown; use one of smoke, quick, long, gpu, paper"),
         (lambda: config(arch="gpt"), "arch='gpt' is unknown; use one of 't5'"),
         (lambda: config(padding="left"), "padding='left' is unknown; use one of 'batch', 'fixed'"),
         (lambda: config(precision="fp16"), "precision='fp16' is unknown"),
