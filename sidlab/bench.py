@@ -3,13 +3,15 @@
     python -m sidlab.bench [--quick] [--json FILE] [--page FILE] [--svg FILE]        (also: python -m sidlab.cost bench, make bench)
 
 Every figure is a ratio of medians over rounds in which all variants take turns, in one process; its spread is the 95 % interval of a
-bootstrap over rounds. Peak memory is that of a child process of its own. All variants have the same parameters, dropout rate and
-windows an update. Windows have the lengths of Amazon Beauty's, so no data are needed; SIDs and items are random, which costs the same.
+bootstrap over rounds. Peak memory is that of a child process of its own, or what a GPU has allocated. All variants have the same
+parameters, dropout rate and windows an update. Windows have the lengths of Amazon Beauty's, so no data are needed; SIDs and items are
+random, which costs the same.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -120,10 +122,12 @@ class Training:
             collator = Collator(windows, table, separators=True, max_items=self.config.max_items,
                                 fixed_slots=self.config.padding == "fixed")
             batch = collator(windows.of_user[1:] - 1)  # of each user the last window, which has all of these items
-            self.batches.append({name: tensor.to(self.device) for name, tensor in batch.items()})
+            known = {} if variant.stock else {"padded": not bool(batch["attention_mask"].all())}  # as `train` tells the model
+            self.batches.append({name: tensor.to(self.device) for name, tensor in batch.items()} | known)
         self.windows = sum(map(len, lengths))
-        self.both_passes = ReplayedPasses(self.model, self._both_passes) if variant.replay else self._both_passes
+        self.both_passes = functools.partial(_both_passes, self.model, _use_bf16(self.config), len(lengths))
         if variant.replay:  # the first time they run as they are, the second they are recorded
+            self.both_passes = ReplayedPasses(self.model, self.both_passes)
             self.passes()
             self.passes()
 
@@ -133,12 +137,6 @@ class Training:
         for batch in self.batches:
             self.both_passes(batch)
         return self._now() - begin
-
-    def _both_passes(self, batch):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=_use_bf16(self.config)):
-            loss = self.model(**batch).loss
-        (loss / len(self.batches)).backward()
-        return (loss.detach(),)
 
     def step(self) -> float:
         """Seconds of the optimiser's step."""
@@ -151,6 +149,13 @@ class Training:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return clock()
+
+
+def _both_passes(model, bf16, batches, batch):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        loss = model(**batch).loss
+    (loss / batches).backward()
+    return (loss.detach(),)
 
 
 def beauty_batches(config: TrainConfig, count: int):
@@ -389,7 +394,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
     times = time_histories(full, size, 2 * rounds + 1, device)
     items = np.full(size, OURS.max_items)
     predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), WIDTHS, items) for name, v in full.items()}
-    peaks = {name: training_peak(v, size, device) if gpu else in_child(training_peak, v, size) for name, v in FULL.items()}
+    peaks = {name: training_peak(v, size, device) if gpu else in_child(training_peak, v, size) for name, v in FULL.items()}  # as they are
     report.times("full histories", full, times, predicted, device, peaks)
     plain, scored, third = FULL
     bound = predicted[plain].training / predicted[third].training

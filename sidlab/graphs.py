@@ -4,8 +4,10 @@ A training step of a model this small is some thousand short kernels, and starti
 starts them all at once. `windows.LengthBatches` cuts the same shapes every epoch (34 for all of Beauty), so a few dozen graphs do.
 """
 
+import warnings
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sidlab.pruning import PruningConfig
 
@@ -22,27 +24,35 @@ def recordable(pruning: PruningConfig | None) -> bool:
 class ReplayedPasses:
     """Forward and backward passes of `model`: the first of a shape runs as it is, the second is recorded, all further ones are replayed.
 
-    `passes`: a function of a batch {name: Tensor} that runs both passes of `model`, so that gradients add up, and returns a tuple of
-    tensors, without waiting for the device (see `recordable`). What it returns of a batch is the same with and without a graph; random
-    numbers go on from the generator of the device. Gradients are added to the same tensors every time, whoever sets them to None.
+    `passes`: a function of a batch {name: tensor, or what decides how they run} that runs both passes of `model`, so that gradients add
+    up, and returns a tuple of tensors, without waiting for the device (see `recordable`). What it returns of a batch is the same with and
+    without a graph; random numbers go on from the generator of the device. Gradients are added to the same tensors every time, whoever
+    sets them to None. Where recording fails there is a warning, and from then on nothing is recorded.
     """
 
     def __init__(self, model: nn.Module, passes):
         self.model, self.passes = model, passes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
-        self.met, self.recorded, self.pool = set(), {}, None
+        self.met, self.recorded, self.pool, self.room = set(), {}, None, GRAPHS
 
-    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        shape = (self.model.pruning, self.model.training, *((name, tuple(x.shape), x.dtype) for name, x in batch.items()))
+    def __call__(self, batch: dict) -> tuple:
+        tensors = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor)}
+        others = {name: x for name, x in batch.items() if name not in tensors}
+        shape = (self.model.pruning, *others.items(), *((name, tuple(x.shape), x.dtype) for name, x in tensors.items()))
         self._claim_gradients()
         if shape not in self.recorded:
-            if shape not in self.met or len(self.recorded) == GRAPHS or not recordable(self.model.pruning):
+            if shape not in self.met or len(self.recorded) >= self.room or not recordable(self.model.pruning):
                 self.met.add(shape)  # this pass warms up what must not be done while recording, such as compiling a kernel
                 return self.passes(batch)
-            self.recorded[shape] = self._record(batch)
+            try:
+                self.recorded[shape] = self._record(tensors, others)
+            except RuntimeError as error:  # out of memory, or something in the passes that a graph cannot hold
+                warnings.warn(f"no CUDA graph of the training passes, which run as they are from now on: {error}", stacklevel=2)
+                self.room = 0
+                return self.passes(batch)
         graph, inputs, outputs = self.recorded[shape]
-        for name, x in batch.items():
+        for name, x in tensors.items():
             inputs[name].copy_(x, non_blocking=True)
         graph.replay()
         return tuple(x.clone() for x in outputs)  # the next replay overwrites them
@@ -56,9 +66,9 @@ class ReplayedPasses:
                 own.copy_(parameter.grad)
             parameter.grad = own
 
-    def _record(self, batch):
-        inputs, graph = {name: x.clone() for name, x in batch.items()}, torch.cuda.CUDAGraph()
+    def _record(self, tensors, others):
+        inputs, graph = {name: x.clone() for name, x in tensors.items()}, torch.cuda.CUDAGraph()
         self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool  # graphs never run at once, so they share memory
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = self.passes(inputs)
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # a notebook may use the GPU beside
+            outputs = self.passes(inputs | others)
         return graph, inputs, outputs

@@ -1,6 +1,6 @@
 """Attention centrality without the attention matrix: from queries, keys and the log-sum-exp, in O(N) memory.
 
-Fused attention gives the output and, for each query, the log-sum-exp of its scores, but no weights. The sum of the weights that a
+Fused attention gives the output and, at best, the log-sum-exp of each query's scores, but no weights. The sum of the weights that a
 key receives, RASTP's centrality (arXiv 2511.16943, S_attn; `saliency.attention_centrality`), is
 
     centrality(k) = Σ_heads Σ_queries exp(score(head, query, k) − lse(head, query))

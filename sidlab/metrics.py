@@ -45,11 +45,11 @@ def summary(ranks, ks=(5, 10)) -> dict:
 def bootstrap_interval(values, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """(low, high): percentile bootstrap interval of the mean of `values` [U] or [S, U] (Efron and Tibshirani 1993).
 
-    Users are drawn with replacement. With S > 1 (rows of the same users) another seed is another model: each draw is moved by
-    Student's t with S − 1 degrees of freedom times the standard error over its S means, since drawing a handful of seeds with
-    replacement shows too little of their spread (of three, hardly more than a third of the width). Ranking metrics take few
-    different values, so one multinomial draw of how often each occurs stands for drawing U users: the same distribution, in bounded
-    memory.
+    Users are drawn with replacement. With S > 1 (rows of the same users) another seed is another model: each draw is moved by Student's t
+    with S − 1 degrees of freedom times the standard error over seeds. Drawing a handful of seeds with replacement instead shows too
+    little of their spread (of three, hardly more than a third of the width). What of that spread is noise of single users is taken off
+    it, for the drawing of users shows that already. Ranking metrics take few different values, so one multinomial draw of how often
+    each occurs stands for drawing U users: the same distribution, in bounded memory.
     """
     values = _checked_values(values, "values")
     if not 0 < level < 1 or resamples < 1:
@@ -59,14 +59,22 @@ def bootstrap_interval(values, level: float = 0.95, resamples: int = 1000, seed:
     distinct, counts = np.unique(values, axis=1, return_counts=True)  # [S, D], [D]
     means, chunk = [], max(1, _CELLS // len(counts))
     for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        users = rng.multinomial(n_users, counts / n_users, size=size)  # [size, D]
-        of_seed = users @ distinct.T / n_users  # [size, S]
-        means.append(of_seed.mean(axis=1))
-        if n_seeds > 1:
-            means[-1] += rng.standard_t(n_seeds - 1, size) * of_seed.std(axis=1, ddof=1) / n_seeds**0.5
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+        users = rng.multinomial(n_users, counts / n_users, size=min(chunk, resamples - start))  # [size, D]
+        means.append(users @ distinct.mean(axis=0) / n_users)
+    means = np.concatenate(means)
+    if n_seeds > 1:
+        means += rng.standard_t(n_seeds - 1, resamples) * _error_over_seeds(values)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _error_over_seeds(values):
+    """Standard error of the mean of `values` [S, U] from the spread of seeds, without the part that is noise of user and seed together."""
+    n_seeds, n_users = values.shape
+    of_seed = values.mean(axis=1)
+    noise = values - of_seed[:, None] - values.mean(axis=0) + values.mean()
+    noise = (noise**2).sum() / max(1, (n_seeds - 1) * (n_users - 1))
+    return max(0.0, of_seed.var(ddof=1) - noise / n_users) ** 0.5 / n_seeds**0.5
 
 
 class PairedTest(NamedTuple):

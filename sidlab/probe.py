@@ -115,7 +115,7 @@ class Probe:
             states, _, attention = self._run(hidden[:, :used], bias[..., :used, :used], layer)
         out.last_hidden_state = encoder.final_layer_norm(states[-1])
         leaves, scores = beam_search(self.model, out, beam or max(k, 10))
-        items, scores = items_of_leaves(self.model.table.trie.to(self.model.device), leaves, scores, k)
+        items, scores = items_of_leaves(self.model.table.trie_on(self.model.device), leaves, scores, k)
         kept = torch.ones_like(self.tokens, dtype=torch.bool)
         if pruning is not None:
             kept = torch.zeros_like(kept).index_fill(0, out.positions[0], True)

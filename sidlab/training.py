@@ -219,7 +219,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
 
     With `output_dir` checkpoints are kept there, and a call with the same arguments goes on from the newest readable one; a
     folder that holds a different configuration, data or table is refused. Without it nothing is left on disk. `callbacks`:
-    further Hugging Face callbacks.
+    further Hugging Face callbacks. On one GPU the passes are replayed from CUDA graphs (`sidlab.graphs`).
     """
     if table.n_items != catalogue.n_items:
         raise ValueError(f"the table has {table.n_items} items, the catalogue {catalogue.n_items}")
@@ -254,11 +254,16 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         if config.strategy is not None:
             callbacks.append(AdaptPruning(config.strategy, model, collator(_probe_windows(windows))))
         set_seed(config.seed)
+
+        def collate(indices):
+            batch = collator(indices)
+            return batch | {"padded": not bool(batch["attention_mask"].all())}  # while it can be asked without waiting for a device
+
         trainer = _SidTrainer(
             model=model, args=_arguments(config, folder, updates, processes, keep=bool(output_dir), progress=progress),
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
-            data_collator=collator, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
-            muon=config.muon, plain=config.plain, callbacks=callbacks,
+            data_collator=collate, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
+            muon=config.muon, replay=_replays(config, processes), callbacks=callbacks,
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
@@ -273,8 +278,10 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             state.best_model_checkpoint = os.path.join(folder, f"checkpoint-{state.best_global_step}")
             trainer._load_best_model()
         else:
-            trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.passes = None  # the memory of its graphs
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            finally:
+                trainer.passes = None  # the memory of its graphs
         trainer.meter.pause()
         if config.strategy is not None:
             _prune_as(model, trainer.state.best_model_checkpoint)
@@ -344,6 +351,12 @@ def _arguments(config, folder, updates, processes, *, keep, progress):
     )
 
 
+def _replays(config, processes):
+    """Whether passes come from CUDA graphs: on one GPU, where shapes come back and pruning does not change from update to update."""
+    one_gpu = torch.cuda.device_count() == processes == 1
+    return one_gpu and not config.plain and config.windows == "prefixes" and config.strategy is None
+
+
 def _use_bf16(config):
     if config.precision != "auto":
         return config.precision == "bf16"
@@ -378,9 +391,9 @@ def _resume_point(folder, config, catalogue, table):
 class _SidTrainer(Trainer):
     """The Trainer with our batches, our evaluation and a meter."""
 
-    def __init__(self, *, batches, cases, beam, truth, meter, muon, plain, **kwargs):
+    def __init__(self, *, batches, cases, beam, truth, meter, muon, replay, **kwargs):
         super().__init__(**kwargs)
-        self.muon, self.plain, self.passes = muon, plain, None
+        self.muon, self.replay, self.passes = muon, replay, None
         self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
         self.main_losses = []  # since the last log
 
@@ -438,7 +451,7 @@ class _SidTrainer(Trainer):
         self.meter.resume()
         if self.passes is None:
             self.passes = functools.partial(self._passes, model)
-            if self.args.device.type == "cuda" and self.args.n_gpu == PartialState().num_processes == 1 and not self.plain:
+            if self.replay:
                 self.passes = ReplayedPasses(self.model, self.passes)
         inputs = self._prepare_inputs(inputs)
         loss, main_loss, kept = self.passes(inputs | {"num_items_in_batch": num_items_in_batch})

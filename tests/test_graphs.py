@@ -23,8 +23,12 @@ from sidlab.training import TrainConfig, train
 
 gpu = pytest.mark.skipif(not CUDA, reason="no CUDA device: CUDA graphs have not run")
 PRUNINGS = [None, *(PruningConfig(scorer=name) for name in SCORERS), PruningConfig(unit="item"), PruningConfig(mass=0.5),
-            PruningConfig(protect_separators=True), PruningConfig(reduce="pool"), PruningConfig(positions="compact")]
+            PruningConfig(protect_separators=True), PruningConfig(positions="compact"), PruningConfig(reduce="pool"),
+            PruningConfig(mode="reference")]
+CASES = [(arch, pruning) for arch in (test_t5, test_qwen) for pruning in PRUNINGS
+         if arch is test_t5 or pruning is None or (pruning.reduce, pruning.mode) == ("select", "corrected")]
 LABELS = test_t5.LABELS
+FULL = [test_t5.HISTORIES[0], test_t5.HISTORIES[0][::-1]]  # as many items as fit
 
 
 class NoWaiting(TorchDispatchMode):
@@ -43,8 +47,7 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("arch, pruning", [(arch, pruning) for arch in (test_t5, test_qwen) for pruning in PRUNINGS
-                                           if arch is test_t5 or pruning is None or pruning.reduce == "select"], ids=str)
+@pytest.mark.parametrize("arch, pruning", CASES, ids=str)
 def test_what_may_be_recorded_never_waits(arch, pruning, monkeypatch):
     monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)  # what the library asks before it looks at a mask
     model = arch.build(pruning, MapConfig(steps=2)).train()
@@ -54,6 +57,25 @@ def test_what_may_be_recorded_never_waits(arch, pruning, monkeypatch):
     with NoWaiting() as waits:
         model(**inputs).loss.backward()
     assert bool(waits.found) == (not recordable(pruning)), waits.found
+
+
+@pytest.mark.parametrize("arch", [test_t5, test_qwen], ids=["t5", "qwen"])
+@pytest.mark.parametrize("pruning", [None, PruningConfig(keep=0.4), PruningConfig(unit="item"), PruningConfig(keep=1.0, mass=0.5)],
+                         ids=["unpruned", "tokens", "items", "mass"])
+def test_without_padding_no_mask_is_written_out(arch, pruning, monkeypatch):
+    """Nor while recording, where the library cannot see that none is needed."""
+    model, inputs = arch.build(pruning).train(), arch.batch(FULL) | {"labels": LABELS[:2]}
+    expected = test_t5.gradients(model, inputs)
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *args, attn_mask=None, **options: seen.append(attn_mask) or attend(*args, attn_mask=attn_mask, **options))
+    for padded in (True, False):
+        seen.clear()
+        test_t5.assert_same_gradients(test_t5.gradients(model, inputs | {"padded": padded}), expected)
+        if pruning is None:  # behind a pruner of T5 each row has a position bias of its own
+            assert any(mask is not None and len(mask) == 2 for mask in seen) == padded
 
 
 class Anew:
@@ -69,15 +91,15 @@ class Anew:
 
 
 class StandIn(ReplayedPasses):
-    def _record(self, batch):
+    def _record(self, tensors, others):
         if CUDA:
-            return super()._record(batch)
-        inputs = {name: x.clone() for name, x in batch.items()}
+            return super()._record(tensors, others)
+        inputs = {name: x.clone() for name, x in tensors.items()}
         gradients = [g.clone() for g in self.gradients]
-        outputs = self.passes(inputs)
+        outputs = self.passes(inputs | others)
         for own, before in zip(self.gradients, gradients):
             own.copy_(before)  # recording runs nothing
-        return Anew(self.passes, inputs, outputs), inputs, outputs
+        return Anew(self.passes, inputs | others, outputs), inputs, outputs
 
 
 def passes_of(model):
@@ -116,7 +138,7 @@ def test_replayed_updates_are_those_of_the_passes(pruning, none):
     assert len(replayed.recorded) == (3 if recordable(pruning) else 0)
 
 
-def test_what_changes_the_passes_makes_another_graph(monkeypatch):
+def test_what_changes_the_passes_makes_another_graph():
     model = test_t5.build(PruningConfig(keep=0.5)).train().to("cuda" if CUDA else "cpu")
     replayed = StandIn(model, passes_of(model))
     one, *_ = batches(0, model.device)
@@ -130,9 +152,29 @@ def test_what_changes_the_passes_makes_another_graph(monkeypatch):
     earlier = replayed(one)[1]
     model.set_pruning(None)
     assert kept() == [4 * 32] * 3 and int(earlier) == 4 * 8, "what was returned stays"
-    monkeypatch.setattr("sidlab.graphs.GRAPHS", 3)
+    for _ in range(3):
+        replayed(one | {"padded": False})
+    assert len(replayed.recorded) == 4
+    replayed.room = 4
     model.set_pruning(PruningConfig(keep=0.75))
-    assert kept() == [4 * 24] * 3 and len(replayed.recorded) == 3 < GRAPHS
+    assert kept() == [4 * 24] * 3 and len(replayed.recorded) == 4 < GRAPHS
+
+
+def test_where_recording_fails_the_passes_run_as_they_are():
+    class Broken(ReplayedPasses):
+        def _record(self, tensors, others):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain, model = (test_t5.build().train() for _ in range(2))
+    run, replayed = passes_of(plain), Broken(model, passes_of(model))
+    one, *_ = batches(0, model.device)
+    with pytest.warns(UserWarning, match="no CUDA graph of the training passes.*not permitted") as told:
+        found = [replayed(one) for _ in range(4)]
+    assert len(told) == 1
+    for outputs in found:
+        torch.testing.assert_close(outputs, run(one), **test_t5.CLOSE)
+    for one, other in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, **test_t5.CLOSE)
 
 
 @gpu
@@ -153,6 +195,15 @@ def test_on_a_gpu_training_replays_and_learns_the_same(arch, monkeypatch, tmp_pa
         print(name, found[name])
     assert recorded
     assert found["replayed"] == pytest.approx(found["as they are"], rel=0.02)
+    model = test_t5.build(dropout=0.5).train().cuda()
+    replayed, (one, *_) = ReplayedPasses(model, passes_of(model)), batches(0, "cuda")
+    pairs = []
+    for _ in range(2):
+        for _ in range(2):
+            replayed(one)
+        torch.manual_seed(0)
+        pairs.append([float(replayed(one)[0]) for _ in range(2)])
+    assert pairs[0] == pairs[1] and pairs[0][0] != pairs[0][1], "each replay draws anew, from the generator of the device"
     dropping = dataclasses.replace(config, dropout=0.3, max_updates=20, eval_every=10)
     monkeypatch.setattr("sidlab.graphs.GRAPHS", GRAPHS)
     losses = [[entry["main_loss"] for entry in train(dropping, catalogue, table, progress=False).log if "main_loss" in entry]

@@ -9,7 +9,6 @@ processor, and dropout neither, so attention is written out, with that dropout. 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -119,8 +118,12 @@ def sdpa(module, query, key, value, attention_mask, **kwargs):
     batch of that shape."""
     if query.device.type != "cuda":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, **kwargs):

@@ -113,9 +113,10 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
         self.prune_behind([layer.self_attn for layer in self.layers], pruning)
 
     @capture_outputs
-    def forward(self, input_ids=None, attention_mask=None, tail=None, past_key_values=None, truth=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, tail=None, past_key_values=None, truth=None, padded=True, **kwargs):
         """`input_ids` int64 [B, N], the histories; `attention_mask` [B, N] (default: not PAD); `tail` int64 [B, T], what follows them;
-        `past_key_values`, an empty cache to fill; `truth` float [B, N], for the oracle scorer. Returns `PrunedDecoderOutput`."""
+        `past_key_values`, an empty cache to fill; `truth` float [B, N], for the oracle scorer; `padded`: False where it is known that no
+        slot is empty. Returns `PrunedDecoderOutput`."""
         batch, width = input_ids.shape
         front = input_ids.new_tensor(self.config.prompt or []).long().expand(batch, -1)  # [B, P]
         tail = input_ids[:, :0] if tail is None else tail
@@ -134,7 +135,7 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
         split = pruning.after_layer if pruning is not None else len(self.layers)
         scores = pruning is not None and pruning.reduce == "select"
         record = {"record": {}, "token_mask": mask, "history": history, "path": self.scoring_path} if scores else {}
-        hidden = self._run(self.layers[:split], hidden, mask, places, past_key_values, record, **kwargs)
+        hidden = self._run(self.layers[:split], hidden, mask if padded else None, places, past_key_values, record, **kwargs)
         seen = [mask[:, : history.stop]]
         at = [seen[0].sum(1)]
         if pruning is not None:
@@ -153,15 +154,16 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
             at.append(at[0])
             if pruning.positions == "compact":
                 places, at[1] = (mask.cumsum(1) - 1).clamp_min(0), seen[1].sum(1)
+            mask = mask if self.padded_behind(padded) else None
             hidden = self._run(self.layers[split:], hidden, mask, places, past_key_values, {}, **kwargs)
         out.masks, out.lengths = (seen[0], seen[-1]), (at[0], at[-1])
         out.last_hidden_state = self.norm(hidden)
         return out
 
     def _run(self, layers, hidden, mask, places, cache, record, **kwargs):
-        """`hidden` [B, M, d] through `layers`, causally; `mask`, `places` [B, M]."""
+        """`hidden` [B, M, d] through `layers`, causally; `mask`, `places` [B, M]; no mask where all slots are real."""
         causal = mask
-        if mask.ndim == 2:
+        if mask is None or mask.ndim == 2:
             causal = create_causal_mask(config=self.config, inputs_embeds=hidden, attention_mask=mask, past_key_values=None)
         rotation = self.rotary_emb(hidden, places)
         if self.config._attn_implementation == "eager":
@@ -255,15 +257,15 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
             self.init_map_head(module)
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, labels=None, map_labels=None, truth=None,
-                past_key_values=None, use_cache=None, num_items_in_batch=None, position_ids=None, cache_position=None, logits_to_keep=0,
-                **kwargs) -> SidCausalOutput:
+                padded=True, past_key_values=None, use_cache=None, num_items_in_batch=None, position_ids=None, cache_position=None,
+                logits_to_keep=0, **kwargs) -> SidCausalOutput:
         """One pass.
 
         Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
         `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; `decoder_input_ids` int64 [B, T], BOS
         and what follows (default: `labels` shifted). Without either, as `generate` calls it, `input_ids` are histories that end with
         BOS, all in the same column, or the next token behind `past_key_values`. Returns `SidCausalOutput`; `logits` [B, T, V] are −inf off
-        each position's level, and left out (None) while training. `num_items_in_batch` as in `SidT5`.
+        each position's level, and left out (None) while training. `num_items_in_batch` and `padded` as in `SidT5`.
         """
         if labels is not None and decoder_input_ids is None:
             decoder_input_ids = self.shifted(labels)
@@ -284,7 +286,7 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
             hidden = self.model.extend(decoder_input_ids, depth, past, prefix, past_key_values)
             out = SidCausalOutput(past_key_values=past_key_values)
         else:
-            prefix = self.model(input_ids=input_ids, attention_mask=attention_mask, tail=decoder_input_ids, truth=truth,
+            prefix = self.model(input_ids=input_ids, attention_mask=attention_mask, tail=decoder_input_ids, truth=truth, padded=padded,
                                 past_key_values=past_key_values, **kwargs)
             hidden = prefix.last_hidden_state[:, -width:]  # [B, T, d]
             out = SidCausalOutput(past_key_values=past_key_values, hidden_states=prefix.hidden_states, attentions=prefix.attentions,

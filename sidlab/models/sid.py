@@ -102,6 +102,10 @@ class PrunedStack(LibraryInit):
                 attention.config = copy.copy(self.config)
                 attention.config._attn_implementation = SCORED
 
+    def padded_behind(self, padded: bool) -> bool:
+        """Whether slots may be empty behind the pruner; rows of one length are pruned to one length, unless it goes by their scores."""
+        return padded or (self.pruning is not None and self.pruning.mass is not None)
+
     def select(self, hidden: Tensor, centrality: Tensor, input_ids: Tensor | None, truth: Tensor | None, out: PrunedHistory,
                sink: bool = False) -> Pruned:
         """Scores and chooses tokens of `hidden` [B, N, d] and gathers them; `out.attention_mask` is their mask. Fills the scores of `out`.

@@ -99,9 +99,9 @@ class PrunedEncoder(PrunedStack, T5Stack):
         self.prune_behind([block.layer[0].SelfAttention for block in self.block], pruning)
 
     @capture_outputs
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, truth=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, truth=None, padded=True, **kwargs):
         """`input_ids` int64 [B, N] or `inputs_embeds` [B, N, d]; `attention_mask` [B, N] (default: not PAD); `truth` float [B, N],
-        for the oracle scorer. Returns `PrunedEncoderOutput`."""
+        for the oracle scorer; `padded`: False where it is known that no slot is empty. Returns `PrunedEncoderOutput`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -117,7 +117,7 @@ class PrunedEncoder(PrunedStack, T5Stack):
                              f'(TrainConfig(padding="fixed")), got {inputs_embeds.shape[1]}')
         out = PrunedEncoderOutput(attention_mask=attention_mask)
         hidden = self.dropout(inputs_embeds)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask if padded else None)
         bias = None
         for number, block in enumerate(self.block, start=1):
             scoring = pruning is not None and number == pruning.after_layer
@@ -128,11 +128,11 @@ class PrunedEncoder(PrunedStack, T5Stack):
             hidden, bias, _ = block(hidden, mask, bias, **record, **kwargs)
             if scoring:
                 centrality = record["record"]["centrality"] if selects else None
-                hidden, bias, mask = self.prune(hidden, bias, centrality, input_ids, truth, out)
+                hidden, bias, mask = self.prune(hidden, bias, centrality, input_ids, truth, out, padded)
         out.last_hidden_state = self.dropout(self.final_layer_norm(hidden))
         return out
 
-    def prune(self, hidden, bias, centrality, input_ids, truth, out):
+    def prune(self, hidden, bias, centrality, input_ids, truth, out, padded=True):
         """Scores, chooses and gathers what block `pruning.after_layer` gave: `hidden` [B, N, d], `bias` [B or 1, H, N, N], `centrality`
         [B, N]. Fills the fields of `out`; returns the state, bias and mask of the layers behind."""
         pruning, tokens = self.pruning, out.attention_mask
@@ -141,7 +141,8 @@ class PrunedEncoder(PrunedStack, T5Stack):
         else:
             pruned = self.select(hidden, centrality, input_ids, truth, out)
         out.attention_mask, out.positions = pruned.mask, pruned.positions
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=pruned.hidden, attention_mask=pruned.mask)
+        seen = pruned.mask if self.padded_behind(padded) else None
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=pruned.hidden, attention_mask=seen)
         return pruned.hidden, self._bias_behind(bias, pruned), mask
 
     def _bias_behind(self, bias, pruned):
@@ -233,19 +234,20 @@ class SidT5(SidModel, T5ForConditionalGeneration):
             self.init_map_head(module)
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None,
-                encoder_outputs=None, past_key_values=None, inputs_embeds=None, labels=None, map_labels=None, truth=None,
+                encoder_outputs=None, past_key_values=None, inputs_embeds=None, labels=None, map_labels=None, truth=None, padded=True,
                 use_cache=None, num_items_in_batch=None, **kwargs) -> SidOutput:
         """One pass.
 
         Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
-        `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; the others as in T5.
+        `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; `padded`: False promises that no
+        slot of the histories is empty, so that no mask is needed (a CUDA graph cannot look); the others as in T5.
         Returns `SidOutput`; `logits` [B, L, V] are −inf off each position's level, and left out (None) while training.
         `num_items_in_batch`, given by the Trainer, is the number of label tokens in the whole update: the loss is then this
         batch's part of the update's mean.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
-                                           truth=truth, **kwargs)
+                                           truth=truth, padded=padded, **kwargs)
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = PrunedEncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=attention_mask)
         # Cross-attention sees the pruned history, and so its mask.
@@ -255,7 +257,8 @@ class SidT5(SidModel, T5ForConditionalGeneration):
             decoder_input_ids = self.shifted(labels)
         decoded = self.decoder(
             input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, past_key_values=past_key_values,
-            encoder_hidden_states=encoder_outputs.last_hidden_state, encoder_attention_mask=seen,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=seen if self.encoder.padded_behind(padded) else None,
             use_cache=use_cache, **kwargs,
         )
         hidden = decoded.last_hidden_state  # [B, L, d]

@@ -76,6 +76,9 @@ class SidTable:
             self._tries[device] = self.trie.to(device)
         return self._tries[device]
 
+    def __getstate__(self):
+        return self.__dict__ | {"_tries": {}}  # what lies on a device stays there
+
     def items_of(self, codes):
         """The ids of the items with each SID of `codes` int [..., L']: sorted lists, nested like the leading axes."""
         if np.shape(codes)[-1:] != (self.levels,):

@@ -37,13 +37,15 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, template: str = "sidl
     figure = make_subplots(1, 3, horizontal_spacing=0.07, subplot_titles=[title for _, title in columns])
     points = [row for row in records[1:] if pd.notna(row.get(x))]
     names = {row["label"]: _line(row, x) for row in points}
-    lines, span = list(dict.fromkeys(names.values())), max(row[x] for row in points) - min(row[x] for row in points)
+    lines, places = list(dict.fromkeys(names.values())), [row[x] for row in points]
+    span = max(places, default=0) - min(places, default=0)
     for number, (line, (color, symbol, dash)) in enumerate(zip(lines, itertools.cycle(LOOKS))):
         of_line = sorted((row for row in points if names[row["label"]] == line), key=lambda row: row[x])
         beside = (number - (len(lines) - 1) / 2) * 0.012 * span if len(of_line) > 1 else 0  # so that no whisker hides another
         for place, (column, _) in enumerate(columns, start=1):
             figure.add_scatter(
-                x=[row[x] + beside * (place == 1) for row in of_line], y=[row[column] for row in of_line], name=line, legendgroup=line, showlegend=place == 1,
+                x=[row[x] + beside * (place == 1) for row in of_line], y=[row[column] for row in of_line], name=line, legendgroup=line,
+                showlegend=place == 1,
                 error_y=_error(of_line, column) if place == 1 else None, mode="lines+markers" if len(of_line) > 1 else "markers",
                 line_color=color, line_dash=dash, marker_symbol=symbol, marker_size=9,
                 text=[row["label"] for row in of_line], hovertemplate="%{text}: %{y:.4g}<extra></extra>", row=1, col=place)
