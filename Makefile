@@ -94,7 +94,7 @@ bench: $(READY)
 bench-gpu: $(READY)
 	@$(BIN)/python -m sidlab.bench --gpu --check
 	@mkdir -p runs/bench-gpu
-	$(BIN)/python -m pytest -q tests/test_kernels.py
+	$(BIN)/python -m pytest -q tests/test_kernels.py tests/test_graphs.py
 	$(BIN)/python -m sidlab.bench --gpu --json runs/bench-gpu/bench.json --page runs/bench-gpu/index.html --svg runs/bench-gpu/waterfall.svg
 
 clean:
