@@ -182,7 +182,8 @@ def test_page_and_image_show_every_step(tmp_path, monkeypatch):
              "seconds_to_recall": seconds, "seconds_per_1k_windows": 1.0,
              "curve": {name: [1, 2] for name in ("updates", "mean", "lowest", "highest")}}
             for label, difference, seconds in (("as it is", None, 30.0), ("fp32", -0.005, None))]
-    study = {"study": "fast", "dataset": "x/planted", "preset": "quick", "seeds": 3, "rows": rows}
+    study = {"study": "fast", "dataset": "x/planted", "preset": "quick", "seeds": 3, "rows": rows,
+             "hardware": {"gpu": None, "processor": "the processor"}}
     (tmp_path / "fast-planted.json").write_text(json.dumps(study))
     files = [word for name, path in zip(("--json", "--page", "--svg"), paths) for word in (name, str(path))]
     bench.main(["--quick", "--studies", str(tmp_path), *files])

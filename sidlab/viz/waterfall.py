@@ -87,7 +87,8 @@ def _quality(study):
               _number(row["seconds_to_recall"]) or "never", _number(row["seconds_per_1k_windows"])) for row in study["rows"]]
     head = ("setting", "test recall@10", "against the first [95 %]", "s to 95 % of the first's validation recall", "s per 1,000 windows")
     name, seeds = pathlib.PurePath(study["dataset"]).name, study["seeds"]
-    table = _table(f"{name}, preset {study['preset']}, {seeds} seed{'s' * (seeds > 1)}.", head, _cells(cells))
+    machine = study["hardware"]["gpu"] or study["hardware"]["processor"]
+    table = _table(f"{name}, preset {study['preset']}, {seeds} seed{'s' * (seeds > 1)}; {machine}.", head, _cells(cells))
     return f"""<h2>Does it disturb learning? {html.escape(name)}</h2>{table}
 <figure class="chart">{_chart(curves_figure(rows, TEMPLATES["light"]))}</figure>"""
 
