@@ -37,7 +37,7 @@ from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
 from sidlab.sweeps import write_json
 from sidlab.training import TrainConfig, _use_bf16, build_model
-from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories
+from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories, tell_padding
 
 # Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.
 BEAUTY = (22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989, 2550, 2189, 1927, 1720, 1507, 1366, 1248, 1136, 1019, 935, 869,
@@ -83,6 +83,7 @@ def on_gpu(variants: dict[str, Variant]) -> dict[str, Variant]:
 
 
 def replayed(variants: dict[str, Variant]) -> dict[str, Variant]:
+    """The same, all from CUDA graphs."""
     return {name: dataclasses.replace(variant, replay=True) for name, variant in variants.items()}
 
 
@@ -122,8 +123,8 @@ class Training:
             collator = Collator(windows, table, separators=True, max_items=self.config.max_items,
                                 fixed_slots=self.config.padding == "fixed")
             batch = collator(windows.of_user[1:] - 1)  # of each user the last window, which has all of these items
-            known = {} if variant.stock else {"padded": not bool(batch["attention_mask"].all())}  # as `train` tells the model
-            self.batches.append({name: tensor.to(self.device) for name, tensor in batch.items()} | known)
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            self.batches.append(batch if variant.stock else tell_padding(batch))
         self.windows = sum(map(len, lengths))
         self.both_passes = functools.partial(_both_passes, self.model, _use_bf16(self.config), len(lengths))
         if variant.replay:  # the first time they run as they are, the second they are recorded
@@ -394,7 +395,8 @@ def run(quick: bool, device: str = "cpu") -> Report:
     times = time_histories(full, size, 2 * rounds + 1, device)
     items = np.full(size, OURS.max_items)
     predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), WIDTHS, items) for name, v in full.items()}
-    peaks = {name: training_peak(v, size, device) if gpu else in_child(training_peak, v, size) for name, v in FULL.items()}  # as they are
+    # Of passes that are not replayed, for a replay allocates nothing
+    peaks = {name: training_peak(v, size, device) if gpu else in_child(training_peak, v, size) for name, v in FULL.items()}
     report.times("full histories", full, times, predicted, device, peaks)
     plain, scored, third = FULL
     bound = predicted[plain].training / predicted[third].training
@@ -406,6 +408,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
     report.target("everything scored and kept ÷ no scores", *ratio(times[scored], times[plain]), at_most=1.08)
     for workload, (pair, widths) in OTHERS.items():
         say(workload)
+        # On a GPU half as many: the activations of 24 layers are 12 GB then, by the cost model
         few = max(2, size // 4) if quick else size // 2 if gpu else size
         pair = replayed(pair) if gpu else pair
         times = time_histories(pair, few, rounds, device, widths)

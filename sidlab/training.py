@@ -45,7 +45,7 @@ from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.muon import MuonAdamW
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.windows import Collator, LengthBatches, UserBatches, Windows, leave_one_out
+from sidlab.windows import Collator, LengthBatches, UserBatches, Windows, leave_one_out, tell_padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,16 +254,11 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         if config.strategy is not None:
             callbacks.append(AdaptPruning(config.strategy, model, collator(_probe_windows(windows))))
         set_seed(config.seed)
-
-        def collate(indices):
-            batch = collator(indices)
-            return batch | {"padded": not bool(batch["attention_mask"].all())}  # while it can be asked without waiting for a device
-
         trainer = _SidTrainer(
             model=model, args=_arguments(config, folder, updates, processes, keep=bool(output_dir), progress=progress),
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
-            data_collator=collate, batches=batches, cases=_eval_cases(split, config), beam=config.beam, truth=truth, meter=meter,
-            muon=config.muon, replay=_replays(config, processes), callbacks=callbacks,
+            data_collator=lambda indices: tell_padding(collator(indices)), batches=batches, cases=_eval_cases(split, config),
+            beam=config.beam, truth=truth, meter=meter, muon=config.muon, replay=_replays(config, processes), callbacks=callbacks,
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)

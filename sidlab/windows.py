@@ -213,6 +213,11 @@ def truth_tokens(values: np.ndarray, levels: int, separators: bool, shape) -> Te
     return full
 
 
+def tell_padding(batch: dict) -> dict:
+    """`batch` with "padded", whether any slot is empty: asked here, on the processor, because a GPU would have to be waited for."""
+    return batch | {"padded": not bool(batch["attention_mask"].all())}
+
+
 class Collator:
     """Window indices → a batch of tensors for the model.
 
