@@ -7,6 +7,7 @@ child process that does one run.
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -217,6 +218,8 @@ def launch(arguments) -> None:
         table, _ = sid_table(catalogue, folder, one["sids"])
     config = fitted(config_with(one["preset"], one["seed"], one["settings"]), catalogue)
     result = train(config, catalogue, table, output_dir=folder / "run", progress=state.is_main_process)
+    gc.collect()  # the trainer's cycles hold the group of processes
+    state.destroy_process_group()  # an interpreter that ends while the group's threads still drop tensors aborts, now and then
     if not state.is_main_process:
         return
     histories, targets = leave_one_out(catalogue.histories).cases("test")

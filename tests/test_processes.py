@@ -20,19 +20,22 @@ def write(path, folder, **changes):
     return path
 
 
-def run(config, processes):
+def run(config, processes, program=("-m", "sidlab.training")):
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *several, "-m", "sidlab.training", "--config", str(config)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, *several, *program, "--config", str(config)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Result of a run on one process and on two."""
+    """Result of a run on one process and on two; neither leaves a group of processes behind, at whose threads its end may abort."""
     folder, results = tmp_path_factory.mktemp("processes"), {}
+    program = folder / "program.py"
+    program.write_text("import sys\nimport torch\nfrom sidlab.sweeps import launch\nlaunch(sys.argv[1:])\n"
+                       "assert not torch.distributed.is_initialized()\n")
     for processes in (1, 2):
-        code, output = run(write(folder / f"{processes}.json", folder / str(processes)), processes)
+        code, output = run(write(folder / f"{processes}.json", folder / str(processes)), processes, [str(program)])
         assert code == 0, output
         results[processes] = json.loads((folder / str(processes) / "result.json").read_text())
     return folder, results
