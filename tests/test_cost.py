@@ -185,7 +185,7 @@ class _Saved:
     alive = weakref.WeakSet()
 
     def __init__(self, tensor):
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # with its history it would hold on to the graph that holds on to it
         self.alive.add(self)
 
 
