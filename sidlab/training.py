@@ -18,7 +18,7 @@ import tempfile
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -56,7 +56,7 @@ class TrainConfig:
     or all of a decoder-only model), `dropout` (decoder-only: of attention weights), `embedding_init`, `separators`, `max_items` of history,
     `pruning`, `strategy` (how it changes while training, see `adaptive`), `map`; for "t5" also `num_decoder_layers`, `ffn_hidden_layers`,
     `position_init` (as in `SidT5Config`); for "qwen" also `num_kv_heads` (default: `num_heads`) and `checkpoint`, a pretrained Qwen3
-    (`SidQwen.from_checkpoint`) whose sizes count instead of these.
+    (`SidQwen.from_checkpoint`, trained in float32) whose sizes count instead of these, with `prompt`, text in front of every history.
     Batches: `windows` "prefixes", in batches of `batch_tokens` history slots, `accumulation` of them an update (so that an update mixes
     lengths; several processes share them, so it must be a multiple of their number); or "contiguous", drawn as published, where
     `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`, the
@@ -82,6 +82,7 @@ class TrainConfig:
     position_init: float | None = None
     num_kv_heads: int | None = None
     checkpoint: str | None = None
+    prompt: str | None = None
     separators: bool = True
     max_items: int = 30
     pruning: PruningConfig | None = None
@@ -125,6 +126,8 @@ class TrainConfig:
                 raise ValueError(f"eval_every={self.eval_every} must be a multiple of strategy.every={self.strategy.every}")
         if self.checkpoint is not None and self.arch != "qwen":
             raise ValueError(f'checkpoint={self.checkpoint!r} needs arch="qwen", got arch={self.arch!r}')
+        if self.prompt is not None and self.checkpoint is None:
+            raise ValueError(f"prompt={self.prompt!r} needs a checkpoint, whose tokenizer reads it")
         if self.pruning is not None and self.checkpoint is None:  # what does not fit a model is refused before anything is loaded
             (sid_qwen.check if self.arch == "qwen" else check_after_layer)(self.pruning, self.num_layers)
 
@@ -203,7 +206,8 @@ def _t5(config, table, shared):
 
 def _qwen(config, table, shared):
     if config.checkpoint is not None:
-        return SidQwen.from_checkpoint(config.checkpoint, table, attention_dropout=config.dropout, **shared)
+        model = SidQwen.from_checkpoint(config.checkpoint, table, config.prompt, attention_dropout=config.dropout, **shared)
+        return model.float()  # in bfloat16 most updates would be rounded away
     return SidQwen(SidQwenConfig(
         widths=table.widths, hidden_size=config.d_model, head_dim=config.d_kv, num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads or config.num_heads, intermediate_size=config.d_ff, num_hidden_layers=config.num_layers,
@@ -248,7 +252,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     with contextlib.ExitStack() as stack:
         if not progress:
             stack.enter_context(quiet())
-        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        folder = output_dir or stack.enter_context(_temporary_folder())
         checkpoint = _resume_point(pathlib.Path(folder), config, catalogue, table) if output_dir else None
         callbacks = [_Patience(config.patience), *(callbacks or [])]
         if config.strategy is not None:
@@ -287,6 +291,16 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         timing=trainer.meter.timing(trainer.state.global_step), peak_memory=trainer.meter.totals()["peak"], tokens=trainer.meter.tokens(),
         log=[{k.removeprefix("eval_"): v for k, v in e.items()} for e in trainer.state.log_history if "train_runtime" not in e],
     )
+
+
+@contextlib.contextmanager
+def _temporary_folder():
+    """One for all processes of a run, gone when the last of them is done with it."""
+    state = PartialState()
+    with contextlib.ExitStack() as stack:
+        mine = stack.enter_context(tempfile.TemporaryDirectory()) if state.is_main_process else None
+        yield broadcast_object_list([mine])[0]
+        state.wait_for_everyone()
 
 
 @contextlib.contextmanager

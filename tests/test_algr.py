@@ -169,11 +169,35 @@ def test_rows_with_unknown_sids_are_dirty_and_a_limit_cuts(tmp_path):
     table(tmp_path / "items.csv", ITEMS, ("a", 1, 2, 3), ("b", 1, 2, 3), ("c", 4, 5, 6))
     good, bad = ("s", sid(1, 2, 3) + sid(4, 5, 6), sid(1, 2, 3)), ("s", sid(1, 2, 4), sid(1, 2, 3))
     path = table(tmp_path / "rows.csv", ROWS, good, bad, good, good)
-    with pytest.warns(UserWarning, match="a SID that no item has: 1"):
+    with pytest.warns(UserWarning, match=r"a SID that no item has: 1 \(first: rows.csv line 3: 's,"):
         catalogue, sids = algr.algr_catalogue(path, tmp_path / "items.csv")
     assert [h.tolist() for h in catalogue.histories] == [[1, 3, 1]] * 3  # the first item of each SID
     assert catalogue.items.title.tolist() == ["a", "b", "c"] and sids.items_of([[1, 2, 3]]) == [[1, 2]]
     assert len(algr.algr_catalogue(path, tmp_path / "items.csv", limit=1)[0].histories) == 1
+
+
+def test_all_dirt_of_both_tables_is_told_once_and_kept(tmp_path):
+    table(tmp_path / "items.csv", ITEMS, ("a", 1, 2, 3), ("b", 1, "", 3))
+    good, unknown, broken = (("s", sid(1, 2, 3), end) for end in (sid(1, 2, 3), sid(1, 2, 4), "none"))
+    path = table(tmp_path / "rows.csv", ROWS, broken, good, good, unknown, good, broken)
+    with pytest.warns(UserWarning) as warned:
+        catalogue, _ = algr.algr_catalogue(path, tmp_path / "items.csv", limit=3)  # which the last row lies behind
+    assert len(warned) == 1
+    first = {kind: (found["count"], found["first"].split(":")[0]) for kind, found in catalogue.dirty.items()}
+    assert first == {"a code is missing": (1, "items.csv line 3"), "answer: no SID": (1, "rows.csv line 2"),
+                     "a SID that no item has": (1, "rows.csv line 5")}
+
+
+def test_raw_rows_make_histories_of_the_items_themselves(written, tmp_path):
+    catalogue, _ = algr.algr_catalogue(written / "raw.csv.gz", written / "items.csv.gz", width=64)
+    ids = catalogue.items.title.tolist()
+    raw = list(algr.read_raw_rows(written / "raw.csv.gz"))
+    assert [[ids[item - 1] for item in history] for history in catalogue.histories] == [[*history, target] for history, [target] in raw]
+    table(tmp_path / "items.csv", ITEMS, ("a", 1, 2, 3), ("b", 1, 2, 3))
+    path = table(tmp_path / "raw.csv", algr.RAW_COLUMNS, ("b;a", "b;a"), ("b;x", "a"))
+    with pytest.warns(UserWarning, match=r"an id that no item has: 1 \(first: raw.csv line 3"):
+        catalogue, _ = algr.algr_catalogue(path, tmp_path / "items.csv")
+    assert [history.tolist() for history in catalogue.histories] == [[2, 1, 2]]
 
 
 def test_bad_sizes_and_an_absent_network_say_so(tmp_path, monkeypatch):

@@ -70,6 +70,31 @@ def test_a_checkpoint_of_one_goes_on_in_two_and_the_other_way_round(finished, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+ALONE = """
+import json, sys
+import sidlab
+from sidlab.sweeps import config_with
+catalogue = sidlab.load_catalogue("planted", n_users=200)
+table = sidlab.SidTable(catalogue.truth.tree, tuple(catalogue.truth.tree.max(axis=0) + 1), collisions="extend")
+settings = {"accumulation": 2, "max_updates": 8, "eval_every": 4, "pruning.keep": 0.5, "strategy.start": 0.2, "strategy.every": 4}
+result = sidlab.train(config_with("smoke", 0, settings), catalogue, table, progress=False)
+from accelerate import PartialState
+weights = float(sum(p.double().abs().sum() for p in result.model.parameters()))
+with open(sys.argv[2] + str(PartialState().process_index), "w") as file:
+    json.dump([weights, result.model.pruning.keep], file)
+PartialState().destroy_process_group()
+"""
+
+
+def test_without_a_folder_all_processes_return_the_same_model(tmp_path):
+    program = tmp_path / "alone.py"
+    program.write_text(ALONE)
+    code, output = run(tmp_path / "rank", 2, [str(program)])
+    assert code == 0, output
+    (weights, keep), other = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1))
+    assert [weights, keep] == other and 0.2 <= keep <= 0.5
+
+
 def test_what_it_writes_loads(finished):
     folder, results = finished
     model = SidT5.from_pretrained(folder / "2")

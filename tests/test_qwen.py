@@ -14,12 +14,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from sidlab.data.catalogue import load_catalogue
 from sidlab.decoding import beam_search, encode_histories, items_of_leaves, recommend, score_items
 from sidlab.map_loss import MapConfig
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.models.scoring import attention_path, fused_attention
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, SEP, SidTable
+from sidlab.training import TrainConfig, build_model, train
 from sidlab.windows import history_tokens, pad_histories
 
 WIDTHS = (6, 5, 4)
@@ -349,6 +351,22 @@ def test_a_checkpoint_is_extended_and_keeps_its_text(checkpoint, pruning, tmp_pa
     model.save_pretrained(tmp_path / "own")
     again = SidQwen.from_pretrained(tmp_path / "own")
     assert torch.equal(again(**batch(), labels=LABELS).logits, out.logits)
+
+
+def test_a_checkpoint_in_bfloat16_trains_in_float32_behind_its_prompt(checkpoint, tmp_path):
+    Qwen3ForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.bfloat16).save_pretrained(checkpoint)
+    catalogue = load_catalogue("planted", n_users=200)
+    table = SidTable(catalogue.truth.tree, tuple(catalogue.truth.tree.max(axis=0) + 1), collisions="extend")
+    config = TrainConfig.preset("smoke", arch="qwen", checkpoint=str(checkpoint), prompt="the next item", max_updates=4, eval_every=2,
+                                learning_rate=1e-5, precision="fp32")
+    assert SidQwen.from_checkpoint(str(checkpoint), table).dtype == torch.bfloat16  # as it is, where nobody trains it
+    start, model = build_model(config, table), train(config, catalogue, table, progress=False).model
+    assert model.config.prompt == [3 + sum(table.widths) + word for word in (2, 3, 4)]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    before, after = (m.model.layers[0].mlp.up_proj.weight for m in (start, model))
+    assert (before != after).float().mean() > 0.95  # steps of 1e-5 are lost in bfloat16
+    with pytest.raises(ValueError, match="prompt='hello' needs a checkpoint"):
+        TrainConfig(arch="qwen", prompt="hello")
 
 
 def library_model_of(model):

@@ -20,12 +20,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
+import torch
 
 from sidlab.data.catalogue import COLUMNS, Catalogue
 from sidlab.data.folder import Dirt
 from sidlab.sids.table import SidTable
 
 WIDTH, LEVELS = 8192, 3
+RAW_COLUMNS = ("user_history", "target_item")
 ITEM_COLUMNS = ("base62_string", *(f"codebook_lv{level}" for level in range(1, LEVELS + 1)))
 SYSTEM = ("你是一个推荐系统，根据用户的历史行为，预测用户在电商场景的下一步行为。"
           "我会给你一串连续行为的语义编码，按照用户点击的时间顺序排列，每个行为用三个词表示。")
@@ -40,34 +42,52 @@ def read_rows(path, *, width: int = WIDTH, on_dirty: str = "warn") -> Iterator[t
     ValueError, too, for a file without the columns or one that is damaged.
     """
     dirt = Dirt(on_dirty)
-    for number, line, row in _table(path, ("user", "answer"), dirt):
-        found = [_codes(row[name], width) for name in ("user", "answer")]
-        wrong = next((f"{name}: {value}" for name, value in zip(("user", "answer"), found) if isinstance(value, str)), None)
-        if wrong is None and len(found[1]) != 1:
-            wrong = "answer: not one SID"
-        if wrong is not None:
-            dirt.add(wrong, pathlib.Path(path), number, line)
-            continue
-        yield found[0], found[1][0]
+    for _, _, history, answer in _rows(path, width, dirt):
+        yield history, answer
     dirt.warn(path)
+
+
+def _rows(path, width, dirt):
+    """(line number, line, history, answer) of the rows that `read_rows` gives."""
+    for number, line, row in _table(path, ("user", "answer"), dirt):
+        history, answer = found = [_codes(row[name], width) for name in ("user", "answer")]
+        wrong = next((f"{name}: {value}" for name, value in zip(("user", "answer"), found) if isinstance(value, str)), None)
+        if wrong is None and len(answer) != 1:
+            wrong = "answer: not one SID"
+        if wrong is None:
+            yield number, line, history, answer[0]
+        else:
+            dirt.add(wrong, pathlib.Path(path), number, line)
 
 
 def read_raw_rows(path, *, on_dirty: str = "warn") -> Iterator[tuple[list[str], list[str]]]:
     """History and targets (item ids, str) of each raw row; the order in a history is the file's. Arguments and errors as in `read_rows`."""
     dirt = Dirt(on_dirty)
-    for number, line, row in _table(path, ("user_history", "target_item"), dirt):
-        history, targets = ([item for item in row[name].strip().split(";") if item] for name in ("user_history", "target_item"))
+    for _, _, history, targets in _raw_rows(path, dirt):
+        yield history, targets
+    dirt.warn(path)
+
+
+def _raw_rows(path, dirt):
+    for number, line, row in _table(path, RAW_COLUMNS, dirt):
+        history, targets = ([item for item in row[name].strip().split(";") if item] for name in RAW_COLUMNS)
         if history and targets:
-            yield history, targets
+            yield number, line, history, targets
         else:
             dirt.add("no history or no target", pathlib.Path(path), number, line)
-    dirt.warn(path)
 
 
 def read_items(path, *, width: int = WIDTH, on_dirty: str = "warn") -> tuple[list[str], np.ndarray]:
     """The ids (str) of an item table and their codes int64 [n, 3]. Items without all codes, with one outside 0..width−1, or named twice
     are dirty. Arguments and errors as in `read_rows`."""
-    dirt, rows = Dirt(on_dirty), {}
+    dirt = Dirt(on_dirty)
+    found = _items(path, width, dirt)
+    dirt.warn(path)
+    return found
+
+
+def _items(path, width, dirt):
+    rows = {}
     for number, line, row in _table(path, ITEM_COLUMNS, dirt):
         try:
             codes = [int(float(row[name])) for name in ITEM_COLUMNS[1:]]  # pandas writes integers beside gaps as 7.0
@@ -81,28 +101,34 @@ def read_items(path, *, width: int = WIDTH, on_dirty: str = "warn") -> tuple[lis
             rows[item] = codes
         else:
             dirt.add(kind, pathlib.Path(path), number, line)
-    dirt.warn(path)
     if not rows:
         raise ValueError(f"{path} holds no item" + (f". Dirty lines: {dirt}" if dirt.kinds else ""))
     return list(rows), np.array(list(rows.values()), np.int64)
 
 
 def algr_catalogue(rows, items, *, limit: int | None = None, width: int = WIDTH, on_dirty: str = "warn") -> tuple[Catalogue, SidTable]:
-    """A catalogue and its shared SIDs from a table of rows and an item table, ready for `train`.
+    """A catalogue and its shared SIDs from a table of rows, of text or raw, and an item table, ready for `train`.
 
-    Items are numbered in the order of the item table, their title is their id. A row is a user whose last item is the answer; as a row
-    gives SIDs, a history holds the first item of each. `limit`: so many rows. Rows with a SID that no item has are dirty.
+    Items are numbered in the order of the item table, their title is their id. A row is a user whose last item is the answer, of a raw
+    row the first target; as text gives SIDs, such a history holds the first item of each. `limit`: so many rows. Rows with a SID that no
+    item has, or an id that is not in the item table, are dirty.
     Under leave-one-out the answers are the test targets, and training uses the prefixes of the histories; the published runs
     train on the answers of other rows instead.
     """
-    ids, codes = read_items(items, width=width, on_dirty=on_dirty)
-    table, dirt, histories = SidTable(codes, width, collisions="share"), Dirt(on_dirty), []
-    for number, (history, answer) in enumerate(read_rows(rows, width=width, on_dirty=on_dirty), start=1):
-        leaves, found = table.trie.find(np.concatenate([history, answer[None]]))
-        if bool(found.all()):
-            histories.append(table.trie.item[table.trie.first_item[leaves]].numpy())
+    dirt, histories = Dirt(on_dirty), []
+    ids, codes = _items(items, width, dirt)
+    table, number_of = SidTable(codes, width, collisions="share"), {item: number for number, item in enumerate(ids, start=1)}
+    raw = set(RAW_COLUMNS) <= set(_header(rows)[1])
+    for number, line, history, answer in _raw_rows(rows, dirt) if raw else _rows(rows, width, dirt):
+        if raw:
+            numbers = np.array([number_of.get(item, 0) for item in (*history, answer[0])], np.int64)
         else:
-            dirt.add("a SID that no item has", pathlib.Path(rows), number, b"")
+            leaves, found = table.trie.find(np.concatenate([history, answer[None]]))
+            numbers = torch.where(found, table.trie.item[table.trie.first_item[leaves]], 0).numpy()
+        if numbers.all():
+            histories.append(numbers)
+        else:
+            dirt.add("an id that no item has" if raw else "a SID that no item has", pathlib.Path(rows), number, line)
         if len(histories) == limit:
             break
     dirt.warn(rows)
@@ -147,7 +173,7 @@ def write_algr(folder, n_rows: int, n_items: int, *, width: int = WIDTH, longest
     successor = rng.permutation(n_items)
     with _writing(folder / "rows.csv.gz") as rows, _writing(folder / "raw.csv.gz") as raw:
         rows.writerow(("system", "user", "answer"))
-        raw.writerow(("user_history", "target_item"))
+        raw.writerow(RAW_COLUMNS)
         for begin in range(0, n_rows, 10_000):
             lengths = np.clip(rng.normal(0.81 * longest, 0.2 * longest, min(10_000, n_rows - begin)).round(), 1, longest).astype(int)
             for length in lengths:
@@ -187,17 +213,28 @@ def _codes(text, width):
     return codes
 
 
+def _open(path):
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="", errors="replace")
+
+
+def _header(path):
+    """Delimiter, a comma or a tab, and the columns' names."""
+    with _open(pathlib.Path(path)) as file:
+        header = file.readline()
+    delimiter = "\t" if "\t" in header else ","
+    return delimiter, next(csv.reader([header], delimiter=delimiter), [])
+
+
 def _table(path, columns, dirt):
     """(line number, line, {column: text}) of each data line of a table with commas or tabs; lines with other than the header's number of
     fields are dirty."""
     path = pathlib.Path(path)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="", errors="replace") as file:
-            header = file.readline()
-            delimiter = "\t" if "\t" in header else ","
-            names = next(csv.reader([header], delimiter=delimiter), [])
-            if missing := [name for name in columns if name not in names]:
-                raise ValueError(f"{path} has no column {', '.join(missing)}; its header is {header[:200]!r}")
+        delimiter, names = _header(path)
+        if missing := [name for name in columns if name not in names]:
+            raise ValueError(f"{path} has no column {', '.join(missing)}; its header is {delimiter.join(names)[:200]!r}")
+        with _open(path) as file:
+            next(file)
             for number, fields in enumerate(csv.reader(file, delimiter=delimiter), start=2):
                 if len(fields) == len(names):
                     yield number, delimiter.join(fields)[:80].encode(), dict(zip(names, fields))
