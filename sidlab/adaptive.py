@@ -5,8 +5,10 @@ A `Strategy` says how, a callback (`AdaptPruning`, which `train` adds) does it b
 * "linear", "cosine": the kept share goes from `start` to the configured `keep` over the first `until` of the updates;
 * "stage": the same in four equal steps. A summary of RASTP claims a ratio that changes with the stage of learning, more aggressive early;
   its code has none. `start` below `keep` is that reading, above it the opposite one;
-* "loss-gap": guided by a learning signal (named as future work by STAMP, arXiv 2604.05329): every `every` updates, the smallest share
-  in `SHARES` at which the loss on a probe batch is at most `bound` nats a token above the unpruned one;
+* "loss-gap": guided by a learning signal (named as future work by STAMP, arXiv 2604.05329). It begins unpruned, and every `every` updates
+  looks at the loss on a probe batch: one step down in `SHARES` (never below the configured `keep`) if the loss there is at most `bound` nats
+  a token above the unpruned one, one step up if at the present share it is more. Taking the smallest share within the bound at once would
+  take it for good: hardly trained, a model has no gap yet, and one trained pruned is worse at all tokens, which it never sees;
 * "settled-layer": after the first `every` updates the pruner moves behind the first layer whose ranking of the tokens has settled:
   where Spearman's correlation with the ranking of the layer behind is at least `threshold`, the mean over the histories of a probe batch.
   Then it stays. (If none has, it moves behind the last layer but one.)
@@ -77,7 +79,9 @@ class AdaptPruning(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         kind, step = self.strategy.kind, state.global_step
         if kind == "loss-gap":
-            if step % self.strategy.every == 0:
+            if step == 0:
+                self._set(keep=1.0)
+            elif step % self.strategy.every == 0:
                 self._set(keep=self.within_bound())
         elif kind == "settled-layer":
             if step == self.strategy.every:
@@ -89,11 +93,17 @@ class AdaptPruning(TrainerCallback):
         self.model.set_pruning(dataclasses.replace(self.model.pruning, **changes))
 
     def within_bound(self) -> float:
-        """The smallest of `SHARES` whose loss on the probe is at most `bound` above that of all tokens."""
+        """The share to go on with: a step below or above the present one, or the same."""
         before = self.model.pruning
+        shares = [self.keep, *(share for share in SHARES if share > self.keep)]
+        place = shares.index(min(shares, key=lambda share: abs(share - before.keep)))
         unpruned = self._probe(dataclasses.replace(before, keep=1.0)).main_loss
-        gaps = (self._probe(dataclasses.replace(before, keep=share)).main_loss - unpruned for share in SHARES)
-        return next((share for share, gap in zip(SHARES, gaps) if gap <= self.strategy.bound), 1.0)
+
+        def holds(share):
+            return bool(self._probe(dataclasses.replace(before, keep=share)).main_loss - unpruned <= self.strategy.bound)
+        if place > 0 and holds(shares[place - 1]):
+            return shares[place - 1]
+        return shares[place] if holds(shares[place]) else shares[min(place + 1, len(shares) - 1)]
 
     def settled(self) -> int:
         """The first layer whose ranking of the tokens correlates with that of the layer behind as asked."""

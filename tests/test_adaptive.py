@@ -117,23 +117,35 @@ def adapting(arch="t5", **fields):
 
 
 @pytest.mark.parametrize("arch", ("t5", "qwen"))
-def test_the_smallest_share_within_the_bound_is_taken(arch):
+def test_the_share_goes_a_step_towards_the_bound(arch):
     model, adapt = adapting(arch, kind="loss-gap")
-    batch = probe()
+    batch, shares = probe(), [0.5, 0.7, 1.0]  # none below the configured one
     gaps = []
     model.eval()
-    for share in SHARES:
+    for share in shares:
         model.set_pruning(PruningConfig(keep=share, after_layer=1))
         gaps.append(model(**batch).main_loss.item())
     model.set_pruning(None)
     gaps = np.array(gaps) - model(**batch).main_loss.item()
     assert gaps[-1] == pytest.approx(0, abs=1e-5) and np.ptp(gaps) > 1e-3
-    model.set_pruning(PruningConfig(keep=0.5, after_layer=1))
     model.train()
     for bound in (0.0, *np.sort(gaps[gaps > 0]) + 1e-4, 100.0):
-        adapt.strategy = Strategy("loss-gap", bound=float(bound))
-        assert adapt.within_bound() == SHARES[int(np.argmax(gaps <= bound + 1e-6))]
-        assert model.training and model.pruning == PruningConfig(keep=0.5, after_layer=1)
+        adapt.strategy, within = Strategy("loss-gap", bound=float(bound)), gaps <= bound + 1e-6
+        for place, share in enumerate(shares):
+            present = PruningConfig(keep=share, after_layer=1)
+            model.set_pruning(present)
+            after = place - 1 if place and within[place - 1] else place if within[place] else place + 1
+            assert adapt.within_bound() == shares[after]
+            assert model.training and model.pruning == present
+
+
+def test_a_share_guided_by_the_loss_begins_at_all_tokens_and_moves():
+    keeps, strategy = Keeps(), Strategy("loss-gap", bound=100.0, every=3)
+    run(callbacks=[keeps], pruning=PruningConfig(keep=0.6, after_layer=1), strategy=strategy)
+    assert keeps.kept == [1.0] * 3 + [0.7] * 3 + [0.6] * 2
+    keeps.kept, strategy = [], Strategy("loss-gap", bound=0.0, every=3)
+    run(callbacks=[keeps], pruning=PruningConfig(keep=0.2, after_layer=1), strategy=strategy)
+    assert keeps.kept[:3] == [1.0] * 3 and min(keeps.kept) >= 0.7
 
 
 @pytest.mark.parametrize("arch", ("t5", "qwen"))
