@@ -21,7 +21,7 @@ arch = "t5"  # or "qwen": decoder-only
 sids = ""  # a published SID file; empty: residual k-means on the item embeddings
 output_dir = ""  # empty: runs/studies/<dataset>-<preset>, where studies share their runs
 only = 0  # the first settings only; 0: all"""
-RUN = """import pathlib
+CHECK = """import pathlib
 
 from sidlab import comparison, studies
 
@@ -30,8 +30,8 @@ if unknown := comparison.unknown_parameters(globals(), {{*valid, "pathlib", "stu
     raise ValueError(f"unknown parameter {{', '.join(unknown)}}; use {{', '.join(valid)}}")
 
 study = studies.STUDIES[{name!r}]
-folder = output_dir or f"runs/studies/{{pathlib.Path(dataset).name}}-{{preset}}" + (f"-{{arch}}" if arch != "t5" else "")
-runs = studies.run({name!r}, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only or None)
+folder = output_dir or f"runs/studies/{{pathlib.Path(dataset).name}}-{{preset}}" + (f"-{{arch}}" if arch != "t5" else "")"""
+RUN = """runs = studies.run({name!r}, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only or None)
 rows = studies.summarise(runs)"""
 TABLE = """import pandas as pd
 
@@ -40,14 +40,25 @@ def ends(interval, form):
     return "" if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
+if rows["busy"].any():
+    print("Other jobs ran on the machine at the same time: the seconds say little.")
 pd.DataFrame({
-    "setting": rows["label"], "recall@10": rows["recall@10"], "95 %": [ends(i, ".4f") for i in rows["recall@10_interval"]],
+    "setting": rows["label"], "recall@5": rows["recall@5"], "published (Beauty)": rows["label"].map(study.values),
+    "recall@10": rows["recall@10"], "95 %": [ends(i, ".4f") for i in rows["recall@10_interval"]],
     "against the first": rows["difference"], "95 % of that": [ends(i, "+.4f") for i in rows["difference_interval"]],
     "s per 1,000 windows": rows["seconds_per_1k_windows"], "s to 95 % of the first's recall": rows["seconds_to_recall"],
     "real slots": rows["real_token_fraction"], "peak MB": rows["peak_memory_mb"], "kept in training": rows["kept_token_fraction"],
-    "updates": rows["updates"]}).set_index("setting").style.format({
-        "recall@10": "{:.4f}", "against the first": "{:+.4f}", "s per 1,000 windows": "{:.3f}", "s to 95 % of the first's recall": "{:.0f}",
-        "real slots": "{:.1%}", "peak MB": "{:.0f}", "kept in training": "{:.1%}", "updates": "{:.0f}"}, na_rep="–")"""
+    "updates": rows["updates"], "codes a level": [" · ".join(map(str, one["widths"])) for one in rows["sids"]],
+    "share their codes": [one["collision_rate"] for one in rows["sids"]]}).set_index("setting").style.format({
+        "recall@5": "{:.4f}", "published (Beauty)": "{:.4f}", "recall@10": "{:.4f}", "against the first": "{:+.4f}",
+        "s per 1,000 windows": "{:.3f}", "s to 95 % of the first's recall": "{:.0f}", "real slots": "{:.1%}", "peak MB": "{:.0f}",
+        "kept in training": "{:.1%}", "updates": "{:.0f}", "share their codes": "{:.0%}"}, na_rep="–")"""
+VERSUS = """versus = studies.versus({name!r}, runs)
+versus.assign(difference=versus["difference"].map("{{:+.4f}}".format), difference_interval=[
+    ends(interval, "+.4f") for interval in versus["difference_interval"]]).set_index(["label", "against"])"""
+SCHEDULES = """from sidlab.viz.studies import schedule_figure
+
+schedule_figure(study.settings)"""
 FIGURE = """from sidlab.viz.studies import study_figure
 
 study_figure(rows, study.x)"""
@@ -58,14 +69,10 @@ strata_figure(groups)"""
 CURVES = """from sidlab.viz.studies import curves_figure
 
 curves_figure(rows)"""
-SAVE = """import json
-
-from sidlab.comparison import hardware, versions
-from sidlab.sweeps import write_json
-
-write_json(pathlib.Path(folder) / "{name}-study.json", {{
-    "study": {name!r}, "dataset": str(dataset), "preset": preset, "seeds": int(seeds), "arch": arch, "hardware": hardware(),
-    "versions": versions(), "rows": json.loads(rows.to_json(orient="records")){strata}}})"""
+SAVE = """studies.save({name!r}, runs, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only)"""
+ASIDE = {"strategies": "What a scorer is worth: against a random third, on the same users and seeds.",
+         "granularity": "Finer SIDs against coarser ones, on the same users and seeds.",
+         "adaptive": "What adapts, against the constant share that costs the same: between the two constant ones beside it."}
 
 
 def notebook(name: str) -> str:
@@ -75,14 +82,19 @@ def notebook(name: str) -> str:
             f"is not done again.\n\n*What the papers say.* {study.published}\n\n*How to read it.* Intervals are over test users and seeds; "
             "with one seed they know nothing of other seeds. \"Against the first\" compares with the first setting on the same users and "
             "seeds: if its interval holds 0, do not call either better. Costs are medians, measured in training.")
-    cells = [new_markdown_cell(text), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(RUN.format(name=name)),
-             new_code_cell(TABLE), new_code_cell(FIGURE)]
+    cells = [new_markdown_cell(text), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+             new_code_cell(CHECK.format(name=name))]
+    if name == "adaptive":
+        cells += [new_markdown_cell("The schedules, before anything is trained. What follows the loss or the ranking isn't known yet."),
+                  new_code_cell(SCHEDULES)]
+    cells += [new_code_cell(RUN.format(name=name)), new_code_cell(TABLE), new_code_cell(FIGURE)]
+    if name in ASIDE:
+        cells += [new_markdown_cell(ASIDE[name]), new_code_cell(VERSUS.format(name=name))]
     if name == "strata":
         cells += [new_code_cell(STRATA), new_code_cell('groups.round(4)')]
     if name == "fast":
         cells.append(new_code_cell(CURVES))
-    groups = ', "groups": json.loads(groups.to_json(orient="records"))' if name == "strata" else ""
-    cells.append(new_code_cell(SAVE.format(name=name, strata=groups)))
+    cells.append(new_code_cell(SAVE.format(name=name)))
     for place, cell in enumerate(cells):
         cell.id = f"{name}-{place:02}"
     out = new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -27,7 +27,8 @@ from transformers import TrainerCallback
 
 from sidlab.pruning import PruningConfig, check_keep, one_of
 
-KINDS = ("linear", "cosine", "stage", "loss-gap", "settled-layer")
+SCHEDULES = ("linear", "cosine", "stage")
+KINDS = (*SCHEDULES, "loss-gap", "settled-layer")
 SHARES = (0.1, 0.2, 1 / 3, 0.5, 0.7, 1.0)
 
 

@@ -156,7 +156,7 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
                    + f" SIDS={sids}" * bool(sids) + f" ARCH={arch}" * (arch != "t5"),
         "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
         "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]],
-    }
+    } | ({"busy": "Other jobs ran on the machine at the same time: the seconds say little."} if any(r["busy"] for r in runs) else {})
 
 
 def _baselines(catalogue):

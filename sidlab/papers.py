@@ -42,6 +42,8 @@ _ROWS = {
     ),
 }
 
+PUBLISHED = tuple(_ROWS)
+
 # Training cost relative to each paper's own model without pruning, which pads (RASTP: always to 150 slots).
 RASTP_CLAIMS = {"source": "RASTP, arXiv 2511.16943", "speedup": 1.36, "time_saved": .267}
 STAMP_CLAIMS = {"source": "STAMP, arXiv 2604.05329", "speedup": (1.23, 1.38), "memory_saved": (.172, .547)}

@@ -6,34 +6,45 @@ first setting. Studies in one folder share the settings that they have in common
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 
 import numpy as np
 import pandas as pd
 
+from sidlab.comparison import hardware, versions
 from sidlab.data.catalogue import load_catalogue
 from sidlab.metrics import bootstrap_interval, paired_test, recall_at
 from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 from sidlab.pruning import PruningConfig
-from sidlab.sweeps import COSTS, metrics_of, sweep
+from sidlab.sweeps import COSTS, metrics_of, sweep, write_json
 from sidlab.windows import leave_one_out
 
 KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
+LARGE = 5000  # items; 16 codes a level would hardly tell more of them apart
 NOTHING = {}  # pruned; the setting that the others are compared with
+POOL = {2: "pool", 1: "pool after layer 1", 3: "pool after layer 3"}
 FAST = {"d_model": 128, "d_ff": 256, "dropout": 0.1, "max_updates": 400, "eval_every": 40}  # wide enough for mixed precision
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """`settings`: {label: settings by name, as in `sweeps.sweep`}, the first the one to compare with. `x`: a setting or a cost, the axis of
-    the figure; None: the labels. `published`: what the papers say of it, in words, with its source."""
+    """`settings`: {label: settings by name, as in `sweeps.sweep`}, the first the one to compare with; `large`: those for catalogues of over
+    `LARGE` items, where others are needed. `x`: a setting or a cost, the axis of the figure; None: the labels. `published`: what the papers
+    say of it, in words, with its source; `values`: {label: recall@5 on Amazon Beauty}, where they give it."""
 
     title: str
     question: str
     settings: dict[str, dict]
     published: str
     x: str | None = None
+    large: dict[str, dict] | None = None
+    values: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def settings_for(self, n_items: int) -> dict[str, dict]:
+        """The settings for a catalogue of `n_items`."""
+        return self.large if self.large is not None and n_items > LARGE else self.settings
 
 
 def _pruned(keep=1 / 3, **fields):
@@ -41,14 +52,20 @@ def _pruned(keep=1 / 3, **fields):
     return {"pruning.keep": keep} | {f"pruning.{name}": value for name, value in fields.items() if value != getattr(PruningConfig, name)}
 
 
+def _sids(levels, widths):
+    return {f"{n} × {width}{', stamp' * stamp}": {"sids.levels": n, "sids.width": width, "sids.collisions": "extend"}
+            | ({"pruning.keep": 1 / 3, "map.steps": 2} if stamp else {})
+            for n in levels for width in widths for stamp in (False, True)}
+
+
 STUDIES = {
     "strategies": Study(
         "Which tokens to keep", "A third of the tokens stays. Does it matter which, and is averaging neighbours as good?",
         {"unpruned": NOTHING}
         | {scorer: _pruned(scorer=scorer) for scorer in ("rastp", "rastp-l2", "centrality", "norm", "recent", "random")}
-        | {"pool": _pruned(reduce="pool")},
-        "RASTP's history holds an unadvertised comparison (Beauty, recall@5): none {none:.4f}; pooling to a third after layer 1, 2, 3: "
-        "{0:.4f}, {1:.4f}, {2:.4f}.".format(*(RASTP_POOLING[layer] for layer in (1, 2, 3)), none=RASTP_POOLING["none"])),
+        | {POOL[layer]: _pruned(after_layer=layer, reduce="pool") for layer in POOL},
+        "RASTP's history holds an unadvertised comparison, on Beauty: nothing pruned, and pooling to a third after layer 1, 2, 3.",
+        values={"unpruned": RASTP_POOLING["none"]} | {POOL[layer]: RASTP_POOLING[layer] for layer in POOL}),
     "layer-ratio": Study(
         "Where to prune, and how much", "Earlier and harder is cheaper. From where on does it cost recall?",
         {"unpruned": NOTHING} | {f"layer {layer}, keep {keep:.2g}": _pruned(after_layer=layer, keep=keep)
@@ -63,11 +80,9 @@ STUDIES = {
         x="pruning.keep"),
     "granularity": Study(
         "The dilution curve", "Finer SIDs make longer histories. Does accuracy rise with them, and does STAMP change that?",
-        {f"{levels} × {width}{', stamp' * stamp}": {"sids.levels": levels, "sids.width": width, "sids.collisions": "extend"}
-         | ({"pruning.keep": 1 / 3, "map.steps": 2} if stamp else {})
-         for levels in (2, 3, 4) for width in (8, 16) for stamp in (False, True)},
+        _sids((2, 3, 4), (8, 16)),
         "STAMP: accuracy moves non-monotonically with granularity (the Semantic Dilution Effect); its settings and values are not "
-        "published."),
+        "published.", large=_sids((2, 3, 4), (64, 256))),
     "map": Study(
         "Looking further ahead", "How many steps, with which weight?",
         {"no MAP": NOTHING} | {f"{steps} step{'s' * (steps > 1)}, weight {weight:g}": {"map.steps": steps, "map.weight": weight}
@@ -94,7 +109,7 @@ STUDIES = {
         {"unpruned": NOTHING, "constant 1/3": _pruned(), "constant 0.2": _pruned(keep=0.2), "constant 0.5": _pruned(keep=0.5)}
         | {f"{kind}, from {start:g}": _pruned() | {"strategy.kind": kind, "strategy.start": start}
            for kind, start in (("linear", 0.15), ("cosine", 0.15), ("stage", 0.15), ("stage", 0.6))}
-        | {"mass 0.5": _pruned(keep=1.0, mass=0.5), "loss gap 0.02": _pruned() | {"strategy.kind": "loss-gap"},
+        | {"mass 0.5": _pruned(keep=1.0, mass=0.5), "loss gap 0.02": _pruned(keep=0.2) | {"strategy.kind": "loss-gap"},
            "settled layer": _pruned() | {"strategy.kind": "settled-layer"}},
         "A summary of RASTP claims ratios that change with the stage of learning; its code has none. STAMP names ratios guided by learning "
         "signals and adaptive layers as future work.", x="kept_token_fraction"),
@@ -110,7 +125,7 @@ def run(name: str, folder, *, dataset: str = "planted", preset: str = "quick", s
     if name not in STUDIES:
         raise ValueError(f"study {name!r} is unknown; use one of {', '.join(STUDIES)}")
     shared = ({"arch": arch} if arch != "t5" else {}) | ({"sids.file": str(pathlib.Path(sids).absolute())} if sids else {})
-    settings = dict(list(STUDIES[name].settings.items())[:only])
+    settings = dict(list(STUDIES[name].settings_for(load_catalogue(dataset).n_items).items())[:only])
     frame = sweep([shared | setting for setting in settings.values()], folder, dataset=dataset, preset=preset, seeds=seeds)
     return frame.assign(label=list(settings) * int(seeds))
 
@@ -119,12 +134,13 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """A row a setting: its label and settings, "seeds", metrics with intervals over users and seeds, medians of costs, and "difference" of
     recall@10 to the first setting with its interval ("difference_interval") on the same users and seeds. "curve": validation
     recall@10 by "updates", its "mean", "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that mean reaches
-    95 % of the first setting's last (None: never)."""
+    95 % of the first setting's last (None: never). "sids": their number of codes by level and the share of items whose codes others have,
+    too. "busy": whether other jobs ran beside, and took from its speed."""
     rows, first, aim = [], None, None
     for label, runs in frame.groupby("label", sort=False):
-        found = [json.loads(pathlib.Path(file).read_text()) for file in runs["file"]]
+        found = _results(runs)
         ranks = np.array([one["ranks"] for one in found])  # [S, U]
-        hits = np.array([recall_at(of_seed, 10) for of_seed in ranks])
+        hits = _hits(found)
         length = min(len(one["curve"]["recall@10"]) for one in found)  # a seed may have stopped early
         curves = np.array([one["curve"]["recall@10"][:length] for one in found])  # [S, evaluations]
         curve, steps = curves.mean(axis=0), found[0]["curve"]["eval_step"][:length]
@@ -138,9 +154,60 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         seconds = (runs["train_seconds"] / runs["updates"]).median()
         row |= {"curve": {"updates": steps, "mean": curve.tolist(), "lowest": curves.min(0).tolist(), "highest": curves.max(0).tolist()},
                 "seconds_to_recall": updates and float(updates * seconds), "difference": test and float(test.difference),
-                "difference_interval": test and [float(end) for end in test.interval]}
+                "difference_interval": test and [float(end) for end in test.interval], "sids": found[0]["sids"],
+                "busy": any(one["busy"] for one in found)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """What a study asks besides its first setting, on the same users and seeds: rows "label", "against", "difference" of recall@10 and
+    "difference_interval". In "strategies" every scorer against a random third; in "granularity" all SIDs against coarser ones; in "adaptive"
+    what adapts against the constant share at equal cost: between the two constant ones beside the share that it kept while training, as far
+    from each as in cost. Empty for other studies."""
+    groups = dict(list(frame.groupby("label", sort=False)))
+    hits = {label: _hits(_results(runs)) for label, runs in groups.items()}
+    share = {label: float(runs["kept_token_fraction"].mean()) for label, runs in groups.items()}
+    pairs = []  # label, against in words, values of that
+    if name == "strategies" and "random" in hits:
+        pairs = [(label, "random", hits["random"]) for label in hits if label not in ("unpruned", "random")]
+    elif name == "granularity":
+        size = {label: tuple(map(int, label.split(" × "))) for label in hits if "stamp" not in label}
+        pairs = [(fine, coarse, hits[coarse]) for coarse in size for fine in size
+                 if coarse != fine and all(a <= b for a, b in zip(size[coarse], size[fine]))]
+    elif name == "adaptive":
+        constant = sorted((label for label in hits if label.startswith(("constant", "unpruned"))), key=share.get)
+        for label in (one for one in hits if one not in constant):
+            for low, high in itertools.pairwise(constant):
+                if share[low] <= share[label] <= share[high]:
+                    part = (share[label] - share[low]) / (share[high] - share[low])
+                    pairs.append((label, f"constant {share[label]:.0%}", (1 - part) * hits[low] + part * hits[high]))
+                    break
+    rows = []
+    for label, against, other in pairs:
+        test = paired_test(hits[label], other)
+        rows.append({"label": label, "against": against, "difference": float(test.difference),
+                     "difference_interval": [float(end) for end in test.interval]})
+    return pd.DataFrame(rows, columns=["label", "against", "difference", "difference_interval"])
+
+
+def _results(runs):
+    return [json.loads(pathlib.Path(file).read_text()) for file in runs["file"]]
+
+
+def _hits(results):
+    """Whether each user's item is among ten: [S, U]."""
+    return np.array([recall_at(np.array(one["ranks"]), 10) for one in results])
+
+
+def save(name: str, frame: pd.DataFrame, folder, *, dataset: str, preset: str, seeds: int, arch: str, sids: str, only: int | None) -> None:
+    """Write NAME-study.json into `folder`: where and how the runs of `frame` were made (arguments as in `run`), and all that is said of
+    them here. Copied into results/studies/ it is part of the results' pages."""
+    parts = {"rows": summarise(frame), "versus": versus(name, frame)} | ({"groups": strata(frame, dataset)} if name == "strata" else {})
+    write_json(pathlib.Path(folder) / f"{name}-study.json", {
+        "study": name, "dataset": str(dataset), "preset": preset, "seeds": int(seeds), "arch": arch, "sids": sids, "only": only or 0,
+        "hardware": hardware(), "versions": versions(),
+        **{part: json.loads(rows.to_json(orient="records")) for part, rows in parts.items()}})
 
 
 def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
@@ -160,12 +227,12 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
     of_target = np.array(["head", "middle", "tail"])[third[targets]]
     rows = []
     for label, runs in frame.groupby("label", sort=False):
-        ranks = np.array([json.loads(pathlib.Path(file).read_text())["ranks"] for file in runs["file"]])
+        hits = _hits(_results(runs))
         for by, groups in (("history length", of_length), ("target popularity", of_target)):
             for group in dict.fromkeys(("short", "middle", "long") if by == "history length" else ("head", "middle", "tail")):
                 inside = groups == group
                 if inside.any():
-                    values = np.array([recall_at(of_seed[inside], 10) for of_seed in ranks])
+                    values = hits[:, inside]
                     rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()), "recall@10": float(values.mean()),
                                  "recall@10_interval": [float(end) for end in bootstrap_interval(values)]})
     return pd.DataFrame(rows)

@@ -6,7 +6,9 @@ child process that does one run.
 """
 
 import argparse
+import ast
 import dataclasses
+import functools
 import gc
 import hashlib
 import itertools
@@ -44,6 +46,7 @@ METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (
 COSTS = ("train_seconds", "seconds_per_1k_windows", "real_token_fraction", "kept_token_fraction", "peak_memory_mb",
          "evaluation_seconds", "windows", "updates")
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
+BESIDE = ("bench", "calibration", "claims", "comparison", "cost", "demo", "exercises", "papers", "probe", "studies", "teach", "viz")
 SIDS = ("encoder", "levels", "width", "collisions", "file")
 
 
@@ -192,6 +195,7 @@ def run(folder, name: str) -> None:
     one = json.loads(_file(path, ".spec").read_text())
     catalogue = load_catalogue(one["dataset"])
     result = (_run_sasrec if "sasrec" in one["config"] else _run_model)(one, catalogue, folder, path)
+    result["busy"] = hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5  # in the last minute
     write_json(_file(path, ".json"), {"key": one["key"], **result})
     row = result["row"]
     say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users, trained {row['train_seconds']:.0f} s")
@@ -215,7 +219,7 @@ def launch(arguments) -> None:
     one, state = known | given, PartialState(cpu=not torch.cuda.is_available())
     folder, catalogue = pathlib.Path(one["output_dir"]), load_catalogue(one["dataset"])
     with state.main_process_first():  # the others read what it made
-        table, _ = sid_table(catalogue, folder, one["sids"])
+        table, report = sid_table(catalogue, folder, one["sids"])
     config = fitted(config_with(one["preset"], one["seed"], one["settings"]), catalogue)
     result = train(config, catalogue, table, output_dir=folder / "run", progress=state.is_main_process)
     gc.collect()  # the trainer's cycles hold the group of processes
@@ -251,7 +255,7 @@ def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
 
 
 def _run_model(one, catalogue, folder, path):
-    table, _ = sid_table(catalogue, folder, one["sids"])
+    table, report = sid_table(catalogue, folder, one["sids"])
     config = fitted(TrainConfig.from_dict(one["config"]), catalogue)
     result = train(config, catalogue, table, output_dir=path, progress=False, callbacks=[_Progress()])
     truth = catalogue.truth if config.pruning is not None and config.pruning.scorer == "oracle" else None
@@ -269,7 +273,8 @@ def _run_model(one, catalogue, folder, path):
              "eval_step": [e["step"] for e in evaluations], "recall@10": [e["recall@10"] for e in evaluations]}
     shutil.rmtree(path)  # the checkpoints
     result.model.save_pretrained(path)
-    return {"row": row, "curve": curve, "ranks": ranks.tolist()}
+    sids = {"widths": list(table.widths), "collision_rate": report["collision_rate"]}
+    return {"row": row, "curve": curve, "ranks": ranks.tolist(), "sids": sids}
 
 
 @torch.no_grad()
@@ -295,7 +300,7 @@ def metrics_of(ranks) -> dict:
     for name, (function, k) in METRICS.items():
         values = np.array([function(of_seed, k) for of_seed in np.atleast_2d(ranks)])
         out[name] = float(values.mean())
-        out[f"{name}_interval"] = [float(x) for x in bootstrap_interval(values)]
+        out[f"{name}_interval"] = np.clip(bootstrap_interval(values), 0, 1).tolist()  # of two seeds it may reach beyond
     return out
 
 
@@ -324,9 +329,20 @@ def _file(path, suffix):
 
 
 def _key(one, catalogue, table):
-    """What a finished run depends on: changes when the data, the SIDs, the configuration or the library's version do."""
-    what = [one["config"], catalogue.fingerprint(), table.fingerprint(), sidlab.__version__]
+    """What a finished run depends on: changes when the data, the SIDs, the configuration or the code does."""
+    what = [one["config"], catalogue.fingerprint(), table.fingerprint(), _code()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _code():
+    """A digest of the parts of this package that a run goes through, comments and layout aside: rounding differs between versions, and a
+    table of old and new runs would compare that too."""
+    home, digest = pathlib.Path(sidlab.__file__).parent, hashlib.sha256()
+    for path in sorted(home.rglob("*.py")):
+        if path.relative_to(home).parts[0].removesuffix(".py") not in BESIDE:
+            digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+    return digest.hexdigest()
 
 
 def _finished(path, key):
@@ -335,7 +351,7 @@ def _finished(path, key):
         return None
     result = json.loads(file.read_text())
     if result["key"] != key:
-        print(f"{file} was made with other data, SIDs or settings and is done again")
+        print(f"{file} was made with other data, SIDs, settings or code and is done again")
         return None
     print(f"{path.name}: already in {file}")
     return result

@@ -20,12 +20,13 @@ def write_claims(claims: list[dict], rows: list[dict], path) -> None:
 def _page(claims, rows):
     count = {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in SIGNS}
     summary = ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n)
-    body = [[f"<b>{_text(claim['paper'])}</b> {_text(claim['claim'])}", f"{SIGNS[claim['verdict']]} {_text(claim['verdict'])}",
-             _findings(claim)] for claim in claims]
+    body = [[f"<b>{_text(claim['paper'])}</b> {_text(claim['claim'])}", f"{SIGNS[claim['verdict']]} {_text(claim['verdict'])}" + "".join(
+        f"<small>{SIGNS[verdict]} {_text(data)}</small>" for data, verdict in claim["verdicts"].items()), _findings(claim)]
+            for claim in claims]
     tables = "\n".join(
-        _table(f"{name}: published beside ours", ["method", *METRICS, "95 % of recall@10"],
-               [[f"<b>{_text(row['method'])}</b><small>{_text(row['source'])}</small>", *(f"{row[m]:.4f}" for m in METRICS),
-                 "[{:.4f}, {:.4f}]".format(*row["interval"]) if row["interval"] else "–"] for row in rows if row["dataset"] == name])
+        _table(f"{name}: published beside ours", ["method", *METRICS],
+               [[f"<b>{_text(row['method'])}</b><small>{_text(row['source'])}</small>", *(_metric(row, m) for m in METRICS)]
+                for row in rows if row["dataset"] == name])
         for name in dict.fromkeys(row["dataset"] for row in rows))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -42,10 +43,10 @@ ul {{ margin: 0; padding-left: 1.1rem }}
 <body>
 <main>
 <h1>What RASTP and STAMP claim, and what came out here</h1>
-<p>{summary}. Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where ours is at least the published one;
-quality is kept where the interval of the difference to the unpruned model lies above −5 % of its recall@10, lost where it lies below 0,
-and undecided between. “Mixed”: the runs disagree. Intervals are 95 %, over test users and seeds. How to run what is missing:
-<code>make paper</code>.</p>
+<p>{summary}. Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where the whole spread of ours is at least the
+published one; quality is kept where the interval of the difference to the unpruned model lies above −5 % of its recall@10, lost where it
+lies below 0, and undecided between. “Mixed”: runs that decide disagree; each data set has its own verdict below. Intervals are 95 %, over
+test users, and over seeds where there are several. How to run what is missing: <code>make paper</code>.</p>
 {_table("Claims", ["claim", "verdict", "evidence"], body)}
 <h2>Numbers</h2>
 <p>Published numbers have no intervals and rest on other preparations of the data; honest reproductions of one method differ by more than
@@ -55,6 +56,11 @@ either paper gains.</p>
 </body>
 </html>
 """
+
+
+def _metric(row, name):
+    interval = row.get(f"{name}_interval")
+    return f"{row[name]:.4f}" + ("<small>[{:.4f}, {:.4f}]</small>".format(*interval) if interval else "")
 
 
 def _findings(claim):

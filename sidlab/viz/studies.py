@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sidlab.adaptive import SCHEDULES, Strategy, keep_at
 from sidlab.viz.figures import COST, MEMORY, _error
 from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION
 
@@ -55,6 +56,26 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, template: str = "sidl
     low, high = first["recall@10_interval"]
     figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=1, col=1)
     return figure.update_layout(template=template, height=460, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
+
+
+def schedule_figure(settings: dict[str, dict], template: str = "sidlab") -> go.Figure:
+    """The kept share over the course of training, of those settings ({label: settings by name}) that say it before anything is trained:
+    constant shares and schedules."""
+    figure, progress = go.Figure(), [step / 100 for step in range(101)]
+    looks = itertools.cycle(LOOKS)
+    for label, setting in settings.items():
+        fields = {key.removeprefix("strategy."): value for key, value in setting.items() if key.startswith("strategy.")}
+        keep, schedule = setting.get("pruning.keep", 1.0), fields.get("kind") in SCHEDULES
+        if "pruning.mass" in setting or (fields and not schedule):
+            continue
+        shares = [keep_at(Strategy(**fields), keep, done) if schedule else keep for done in progress]
+        color, _, dash = next(looks) if schedule else (GREY, None, "dot")
+        figure.add_scatter(x=progress, y=shares, name=label, mode="lines", line_color=color, line_dash=dash, showlegend=schedule)
+        if not schedule:
+            figure.add_annotation(x=1, y=keep, text=label, showarrow=False, xanchor="left")
+    figure.update_xaxes(title_text="updates done", tickformat=".0%")
+    figure.update_yaxes(title_text="share of tokens kept", tickformat=".0%", range=[0, 1.05])
+    return figure.update_layout(template=template, height=400, margin_r=130)
 
 
 def strata_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
