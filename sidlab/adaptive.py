@@ -6,9 +6,9 @@ A `Strategy` says how, a callback (`AdaptPruning`, which `train` adds) does it b
 * "stage": the same in four equal steps. A summary of RASTP claims a ratio that changes with the stage of learning, more aggressive early;
   its code has none. `start` below `keep` is that reading, above it the opposite one;
 * "loss-gap": guided by a learning signal (named as future work by STAMP, arXiv 2604.05329). It begins unpruned, and every `every` updates
-  looks at the loss on a probe batch: one step down in `SHARES` (never below the configured `keep`) if the loss there is at most `bound` nats
-  a token above the unpruned one, one step up if at the present share it is more. Taking the smallest share within the bound at once would
-  take it for good: hardly trained, a model has no gap yet, and one trained pruned is worse at all tokens, which it never sees;
+  looks at the loss on a probe batch: one step down in `SHARES` (never below the configured `keep`) if the loss there is at most `bound`
+  nats a token above the unpruned one, one step up if at the present share it is more. Taking the smallest share within the bound at once
+  would take it for good: hardly trained, a model has no gap yet, and one trained pruned is worse at all tokens, which it never sees;
 * "settled-layer": after the first `every` updates the pruner moves behind the first layer whose ranking of the tokens has settled:
   where Spearman's correlation with the ranking of the layer behind is at least `threshold`, the mean over the histories of a probe batch.
   Then it stays. (If none has, it moves behind the last layer but one.)

@@ -72,7 +72,8 @@ def _found(results, verdict, figures):
     where = (f"{data}, {results.get('arch', 't5')}, preset {results['preset']}, "
              f"{results.get('seeds') or max((row['seeds'] for row in results.get('summary', [])), default=1)} seed(s), "
              f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)")
-    parameters = " ".join(f"-p {name} {results[name]}" for name in ("dataset", "preset", "seeds", "arch", "sids", "only") if results.get(name))
+    names = ("dataset", "preset", "seeds", "arch", "sids", "only")
+    parameters = " ".join(f"-p {name} {results[name]}" for name in names if results.get(name))
     command = results.get("command") or f"papermill notebooks/studies/{results['study']}.ipynb {parameters}"
     return Finding(verdict, figures, data, where, command)
 
@@ -198,8 +199,8 @@ def _dilution(results, rows):
     worse, better = ([pair for pair in pairs if _sides(pair["difference_interval"]) == verdict] for verdict in (REFUTED, CONFIRMED))
     examples = "; ".join(f"{pair['label']} − {pair['against']} codes {_difference(pair)}" for pair in (*worse[:1], *better[:1]))
     verdict = CONFIRMED if worse and better else REFUTED if pairs and len(pairs) in (len(worse), len(better)) else UNDECIDED
-    yield _found(results, verdict, f"of {len(pairs)} pairs of settings the finer one is clearly worse in {len(worse)} and clearly better in "
-                 f"{len(better)}: {examples}")
+    yield _found(results, verdict, f"of {len(pairs)} pairs of settings the finer one is clearly worse in {len(worse)} and clearly better "
+                 f"in {len(better)}: {examples}")
 
 
 def _pairs(results, label, against):
@@ -210,7 +211,8 @@ def _pairs(results, label, against):
 def _choice_matters(results, rows):
     for pair in _pairs(results, "rastp", "random"):
         if pair["label"] == "rastp":
-            yield _found(results, _sides(pair["difference_interval"]), f"keeping a third by rastp − at random, recall@10: {_difference(pair)}")
+            yield _found(results, _sides(pair["difference_interval"]),
+                         f"keeping a third by rastp − at random, recall@10: {_difference(pair)}")
 
 
 @_study("adaptive")
@@ -259,8 +261,8 @@ CLAIMS = (
 
 
 def judge(files: list[dict]) -> list[dict]:
-    """Every claim with its findings in the loaded results and studies: {"paper", "claim", "verdict", "verdicts", "findings", "missing"}. The
-    verdict is that of all findings which decide, where they agree, and "mixed" where not; "verdicts" has the same for each data set."""
+    """Every claim with its findings in the loaded results and studies: {"paper", "claim", "verdict", "verdicts", "findings", "missing"}.
+    The verdict is that of all findings which decide, where they agree, and "mixed" where not; "verdicts" has it for each data set."""
     out = []
     for claim in CLAIMS:
         findings = [finding for results in files if results.get("preset") != "smoke" for finding in claim.check(results)]

@@ -162,9 +162,9 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """What a study asks besides its first setting, on the same users and seeds: rows "label", "against", "difference" of recall@10 and
-    "difference_interval". In "strategies" every scorer against a random third; in "granularity" all SIDs against coarser ones; in "adaptive"
-    what adapts against the constant share at equal cost: between the two constant ones beside the share that it kept while training, as far
-    from each as in cost. Empty for other studies."""
+    "difference_interval". In "strategies" every scorer against a random third; in "granularity" all SIDs against coarser ones; in
+    "adaptive" what adapts against a constant share at equal cost: between the two constant ones beside the share that it kept in
+    training, in proportion. Empty for other studies."""
     groups = dict(list(frame.groupby("label", sort=False)))
     hits = {label: _hits(_results(runs)) for label, runs in groups.items()}
     share = {label: float(runs["kept_token_fraction"].mean()) for label, runs in groups.items()}

@@ -219,7 +219,7 @@ def launch(arguments) -> None:
     one, state = known | given, PartialState(cpu=not torch.cuda.is_available())
     folder, catalogue = pathlib.Path(one["output_dir"]), load_catalogue(one["dataset"])
     with state.main_process_first():  # the others read what it made
-        table, report = sid_table(catalogue, folder, one["sids"])
+        table, _ = sid_table(catalogue, folder, one["sids"])
     config = fitted(config_with(one["preset"], one["seed"], one["settings"]), catalogue)
     result = train(config, catalogue, table, output_dir=folder / "run", progress=state.is_main_process)
     gc.collect()  # the trainer's cycles hold the group of processes

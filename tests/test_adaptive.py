@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_training import STAMP, TABLE, WORLD, Stop, assert_same, config, run
 from transformers import TrainerCallback
 
-from sidlab.adaptive import SHARES, AdaptPruning, Strategy, keep_at, spearman
+from sidlab.adaptive import AdaptPruning, Strategy, keep_at, spearman
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig, TokenPruner, kept_count
 from sidlab.training import TrainConfig, build_model
