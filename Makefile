@@ -17,6 +17,9 @@ LAST_INDEX := $(shell cat .venv/torch-index 2>/dev/null)
 TORCH_INDEX = $(or $(LAST_INDEX),https://download.pytorch.org/whl/cpu)
 OTHER_INDEX = $(filter-out $(TORCH_INDEX),$(LAST_INDEX))
 
+# What was given on the command line, or else the second: `make paper` has other defaults.
+given = $(if $(filter command,$(origin $1)),$($1),$2)
+
 READY = .venv/ready
 BIN = .venv/bin
 VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH QUICK OUTPUT_DIR
@@ -32,8 +35,8 @@ help:
 	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, long, gpu, paper)"
 	@echo "                METHODS=\"unpadded rastp\" SEEDS=3 (seeds 0, 1, 2) OUTPUT_DIR=runs/<dataset>-<preset>"
 	@echo "                SIDS=a published SID file ARCH=t5 (or qwen, decoder-only)"
-	@echo "make paper      every method on DATASETS=\"folder …\" (default: what stands in ../shared/data), SEEDS=3, PRESET=paper, and the"
-	@echo "                claims page: what both papers claim, and what came out here; DATASETS= writes the page from what is there"
+	@echo "make paper      both papers' methods on DATASETS=\"folder …\" (default: what stands in ../shared/data), SEEDS=3, PRESET=paper, ARCH=\"t5 qwen\","
+	@echo "                METHODS=, SIDS= and OUTPUT_DIR= as above, and the claims page: what both papers claim, and what came out here; DATASETS= writes the page from what is there"
 	@echo "make test       run all tests; the browser test needs Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)"
 	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python notebooks/build.py)"
 	@echo "make site       run all notebooks and render them to build/site/, which opens from disk"
@@ -69,7 +72,8 @@ reproduce: $(READY)
 	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)" -r arch "$(ARCH)"
 
 paper: $(READY)
-	$(BIN)/python -m sidlab.claims $(DATASETS) --preset $(if $(filter command,$(origin PRESET)),$(PRESET),paper) --seeds $(SEEDS)
+	$(BIN)/python -m sidlab.claims $(DATASETS) --preset $(call given,PRESET,paper) --seeds $(SEEDS) --arch $(ARCH) --output $(call given,OUTPUT_DIR,runs/paper) \
+	    $(if $(call given,METHODS),--methods "$(METHODS)") $(if $(SIDS),--sids "$(SIDS)")
 
 test: $(READY)
 	$(BIN)/python -m pytest -q

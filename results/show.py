@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 
+from sidlab.claims import evidence, judge
 from sidlab.studies import STUDIES
 
 HERE = pathlib.Path(__file__).parent
@@ -25,8 +26,10 @@ def load() -> tuple[list[dict], list[dict]]:
 def section() -> str:
     """What the README holds: how pruning and MAP change recall, and five findings."""
     comparisons, studies = load()
-    head = ["Test recall@10 of the unpruned model, the changes to it with their 95 % intervals (over users and seeds), and how many",
-            "times as fast `rastp` trains. Every table, command and machine is in [results/README.md](results/README.md).", ""]
+    head = ["Test recall@10 of the unpruned model, the changes to it with their 95 % intervals (over users, and over seeds where there are",
+            "several: one seed says nothing of the next), and how many times as fast `rastp` trains. What an item-to-item table reaches is",
+            "beside it. Every table, command and machine, and a verdict on each claim of both papers, is in",
+            "[results/README.md](results/README.md).", ""]
     out = [*head, *_differences(comparisons), "", *(f"* {_finding(name, studies)}" for name in FINDINGS), ""]
     return "\n".join(out)
 
@@ -39,16 +42,28 @@ def page() -> str:
     for name, write in (("levers", _levers), ("scale", _scale)):
         if (HERE / f"{name}.json").exists():
             parts.append(write(json.loads((HERE / f"{name}.json").read_text())))
-    return "\n".join([*parts, *([_studies(studies)] if studies else [])])
+    return "\n".join([*parts, *([_studies(studies)] if studies else []), _claims(judge(evidence(HERE)))])
+
+
+def _claims(claims):
+    """The verdicts, each with the evidence it rests on."""
+    lines = ["**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs what is missing "
+             "and writes a page with the commands):", "", "| claim | verdict | by data set | evidence |", "|---|---|---|---|"]
+    for claim in claims:
+        found = "<br>".join(f"{finding['verdict']}: {finding['figures']} ({finding['where']})" for finding in claim["findings"])
+        of_data = "<br>".join(f"{data}: {verdict}" for data, verdict in claim["verdicts"].items())
+        lines.append(f"| {claim['paper']}: {claim['claim']} | {claim['verdict']} | {of_data} | {found or claim['missing']} |")
+    return "\n".join([*lines, ""])
 
 
 def _differences(comparisons):
     names = [name for name in METHODS if any(name in _by_method(results) for results in comparisons)]
-    head = ["run", "unpruned", *names, "neighbours", "SASRec", "× as fast"]
+    head = ["run", "seeds", "unpruned", *names, "neighbours", "SASRec", "× as fast"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for results in comparisons:
         rows = _by_method(results)
-        cells = [_name(results) + f", `{results['preset']}`", f"{rows['unpadded']['recall@10']:.4f}"]
+        cells = [_name(results) + f", `{results['preset']}`" + ", published SIDs" * ("SIDS=" in results["command"]),
+                 str(rows["unpadded"]["seeds"]), f"{rows['unpadded']['recall@10']:.4f}"]
         for name in names:
             test = rows.get(name, {}).get("versus_unpadded")
             cells.append("{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"]) if test else "–")
@@ -68,7 +83,7 @@ def _name(results):
 
 
 def _finding(name, studies):
-    said = [f"{_name(study)}: {SENTENCES[name]({row['label']: row for row in study['rows']}, study)}"
+    said = [f"{_name(study)}, {_count(study['seeds'], 'seed')}: {SENTENCES[name]({row['label']: row for row in study['rows']}, study)}"
             for study in studies if study["study"] == name]
     return f"*{STUDIES[name].title}* ([{name}](notebooks/studies/{name}.ipynb)). {'; '.join(said) or 'not run yet'}."
 
@@ -168,7 +183,7 @@ def _extremes(rows):
 
 def _strategies(rows, study):
     kept = [label for label in rows if label != "unpruned"]
-    return f"nothing pruned {_recall(rows['unpruned'])}; a third kept by " + ", ".join(
+    return _sides(study, "a random third") + f"nothing pruned {_recall(rows['unpruned'])}; a third kept by " + ", ".join(
         f"{label} {rows[label]['recall@10']:#.3g}" for label in sorted(kept, key=lambda label: -rows[label]["recall@10"]))
 
 
@@ -187,7 +202,25 @@ def _efficiency(rows, study):
 def _granularity(rows, study):
     plain = {label: row for label, row in rows.items() if "stamp" not in label}
     gain = {label: rows[f"{label}, stamp"]["recall@10"] - row["recall@10"] for label, row in plain.items() if f"{label}, stamp" in rows}
-    return f"levels × codes, {_extremes(plain)}; STAMP changes it by {min(gain.values()):+.4f} to {max(gain.values()):+.4f}"
+    clear = [pair["difference_interval"][0] > 0 for pair in study.get("versus", ()) if not _unclear(pair)]
+    pairs = (f"finer SIDs are clearly better in {sum(clear)} and clearly worse in {len(clear) - sum(clear)} of {len(study['versus'])} pairs; "
+             if study.get("versus") else "")
+    return f"{pairs}levels × codes, {_extremes(plain)}; STAMP changes it by {min(gain.values()):+.4f} to {max(gain.values()):+.4f}"
+
+
+def _unclear(pair):
+    low, high = pair["difference_interval"]
+    return low <= 0 <= high
+
+
+def _sides(study, other):
+    """Which of a study's pairs are clearly apart, in words; nothing, where it was written before there were pairs."""
+    groups = {}
+    for pair in study.get("versus", ()):
+        side = "no clear difference" if _unclear(pair) else "clearly better" if pair["difference"] > 0 else "clearly worse"
+        groups.setdefault(side, []).append(pair["label"])
+    sides = [f"{side}: {', '.join(groups[side])}" for side in ("clearly better", "no clear difference", "clearly worse") if side in groups]
+    return f"against {other}: {'; '.join(sides)}; " if sides else ""
 
 
 def _map(rows, study):
@@ -202,9 +235,10 @@ def _inference(rows, study):
 
 
 def _strata(rows, study):
-    groups = {(row["label"], row["by"], row["group"]): row["recall@10"] for row in study["groups"]}
-    parts = [f"{group} {by} {groups['rastp', by, group] / groups['unpruned', by, group]:.0%}"
-             for _, by, group in dict.fromkeys(("", by, group) for _, by, group in groups) if groups["unpruned", by, group]]
+    groups = {(row["label"], row["by"], row["group"]): row for row in study["groups"]}
+    parts = [f"{group} {by} {groups['rastp', by, group]['recall@10'] / groups['unpruned', by, group]['recall@10']:.0%} "
+             f"(of {_recall(groups['unpruned', by, group])})"
+             for _, by, group in dict.fromkeys(("", by, group) for _, by, group in groups) if groups["unpruned", by, group]["recall@10"]]
     return "of its unpruned recall RASTP keeps: " + ", ".join(parts)
 
 
@@ -222,7 +256,8 @@ def _adaptive(rows, study):
     def cell(row):
         return f"{row['label']} {row['recall@10']:#.3g} ({row['kept_token_fraction']:.0%} kept)"
     others = sorted((row for label, row in rows.items() if label != "unpruned"), key=lambda row: row["kept_token_fraction"])
-    return f"nothing pruned {_recall(rows['unpruned'])}; by the share kept in training: " + ", ".join(map(cell, others))
+    return _sides(study, "a constant share that costs the same") + (
+        f"nothing pruned {_recall(rows['unpruned'])}; by the share kept in training: " + ", ".join(map(cell, others)))
 
 
 SENTENCES = {"strategies": _strategies, "layer-ratio": _layer_ratio, "efficiency": _efficiency, "granularity": _granularity, "map": _map,

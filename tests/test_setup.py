@@ -235,3 +235,11 @@ def test_every_public_name_resolves():
     listed = in_a_new_python("import sidlab; print(*sidlab.__all__)")
     assert len(listed) > 0 and len(listed) == len(set(listed)) and resolved == listed
     assert set(listed) <= set(in_a_new_python("import sidlab; print(*dir(sidlab))"))
+
+
+def test_make_paper_hands_on_what_it_is_given():
+    alone, told = (done.stdout.replace("\\\n", "") for done in (make("paper", "DATASETS=planted"), make(
+        "paper", "DATASETS=planted", "ARCH=t5 qwen", "METHODS=unpadded rastp", "SIDS=table.txt", "PRESET=smoke", "SEEDS=1", "OUTPUT_DIR=out")))
+    assert "sidlab.claims planted --preset paper --seeds 3 --arch t5 --output runs/paper" in alone and "--methods" not in alone
+    assert "planted --preset smoke --seeds 1 --arch t5 qwen --output out" in told
+    assert '--methods "unpadded rastp"' in told and '--sids "table.txt"' in told
