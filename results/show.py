@@ -47,8 +47,9 @@ def page() -> str:
 
 def _claims(claims):
     """The verdicts, each with the evidence it rests on."""
-    lines = ["**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs what is missing "
-             "and writes a page with the commands):", "", "| claim | verdict | by data set | evidence |", "|---|---|---|---|"]
+    title = ("**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs what is "
+             "missing and writes a page with the commands):")
+    lines = [title, "", "| claim | verdict | by data set | evidence |", "|---|---|---|---|"]
     for claim in claims:
         found = "<br>".join(f"{finding['verdict']}: {finding['figures']} ({finding['where']})" for finding in claim["findings"])
         of_data = "<br>".join(f"{data}: {verdict}" for data, verdict in claim["verdicts"].items())
@@ -203,8 +204,8 @@ def _granularity(rows, study):
     plain = {label: row for label, row in rows.items() if "stamp" not in label}
     gain = {label: rows[f"{label}, stamp"]["recall@10"] - row["recall@10"] for label, row in plain.items() if f"{label}, stamp" in rows}
     clear = [pair["difference_interval"][0] > 0 for pair in study.get("versus", ()) if not _unclear(pair)]
-    pairs = (f"finer SIDs are clearly better in {sum(clear)} and clearly worse in {len(clear) - sum(clear)} of {len(study['versus'])} pairs; "
-             if study.get("versus") else "")
+    pairs = (f"finer SIDs are clearly better in {sum(clear)} and clearly worse in {len(clear) - sum(clear)} of {len(study['versus'])} "
+             "pairs; " if study.get("versus") else "")
     return f"{pairs}levels × codes, {_extremes(plain)}; STAMP changes it by {min(gain.values()):+.4f} to {max(gain.values()):+.4f}"
 
 

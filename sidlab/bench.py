@@ -28,6 +28,7 @@ from sidlab.calibration import random_table
 from sidlab.comparison import hardware, versions
 from sidlab.cost import cost
 from sidlab.decoding import recommend
+from sidlab.files import write_json
 from sidlab.graphs import ReplayedPasses
 from sidlab.meter import clock, resident_mb
 from sidlab.models.scoring import attention_path
@@ -35,7 +36,6 @@ from sidlab.models.t5 import DeepFeedForward
 from sidlab.pruning import PruningConfig
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
-from sidlab.sweeps import write_json
 from sidlab.training import TrainConfig, _use_bf16, build_model
 from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories, tell_padding
 

@@ -17,12 +17,12 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from sidlab.comparison import DEFAULT_METHODS, compare
+from sidlab.files import write_json
 from sidlab.papers import METRICS, PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, published
-from sidlab.sweeps import write_json
 
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
 MARGIN = 0.05  # of the unpruned recall
-MATURE = 0.75  # of the recall@10 published of an unpruned TIGER (the median); what reaches less is not trained enough to say what pruning costs
+MATURE = 0.75  # of the recall@10 published of an unpruned TIGER (the median): what reaches less can't say what pruning costs
 SINGLE = 0.1  # by which share the seconds of single runs of one configuration were seen to differ
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, UNTESTABLE = "confirmed", "not confirmed", "undecided", "not run", "not testable here"
 
@@ -332,7 +332,6 @@ def main(arguments=None) -> None:
             folder = output / f"{pathlib.PurePath(dataset).name}-{args.preset}-{arch}"
             compare(dataset, args.preset, methods, args.seeds, str(folder), args.sids, arch=arch)
     files = evidence(*args.evidence, output)
-    output.mkdir(parents=True, exist_ok=True)
     claims, rows = judge(files), beside_published(files)
     write_json(output / "claims.json", {"claims": claims, "published": rows})
     write_claims(claims, rows, output / "index.html")

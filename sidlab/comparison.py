@@ -69,7 +69,8 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
         raise ValueError(f"sids={sids!r} is no file; give a published table with a line `item_id c1 c2 …` per item, or leave it out")
     source = {"file": os.path.abspath(sids)} if sids else {}
     specs = {f"{name}-seed{seed}": spec(dataset, method_config(name, preset, seed, arch), source) for name, seed in runs}
-    catalogue, folder = load_catalogue(dataset), pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}{_suffix(arch)}")
+    folder = pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}" + f"-{arch}" * (arch != "t5"))
+    catalogue = load_catalogue(dataset)
     results = [{"method": name, "seed": seed, **result} for (name, seed), result in zip(runs, run_all(specs, folder))]
     results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids, arch)
     write_json(folder / "results.json", results)
@@ -95,10 +96,6 @@ def predicted_and_measured(results: dict) -> pd.DataFrame:
                          index=pd.Index([row["method"] for row in rows], name="method"))
     frame.insert(0, "MFLOPs per window", [row["predicted_flops"] / 1e6 for row in rows])
     return frame
-
-
-def _suffix(arch):
-    return "" if arch == "t5" else f"-{arch}"
 
 
 def method_config(name: str, preset: str, seed: int, arch: str = "t5") -> TrainConfig | dict:

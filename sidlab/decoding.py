@@ -25,7 +25,7 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
     Returns items int64 [B, k] and scores float32 [B, k], best first. Items that share a SID follow one another by id with equal
     scores. Where fewer than k items were found, the rest is item 0 with score −inf.
     """
-    table = _table(model)
+    table = table_of(model)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if beam is not None and beam < 1:
@@ -51,7 +51,11 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
 
 def encode_histories(model, histories, truth=None):
     """Run the model over histories (arrays of item ids): what `model.encode` returns."""
-    config, table = model.config, _table(model)
+    return model.encode(**_inputs(model, histories, truth))
+
+
+def _inputs(model, histories, truth):
+    config, table = model.config, table_of(model)
     # The published code prunes a share of the padded length, so the padding has to be the published one.
     fixed = config.pruning is not None and config.pruning["mode"] == "reference"
     padded = pad_histories(histories, config.max_items, table.n_items, slots=config.max_items if fixed else None)
@@ -62,14 +66,14 @@ def encode_histories(model, histories, truth=None):
         nats = truth.information(recent)
         extra["truth"] = truth_tokens(nats, table.levels, config.separators, tokens.shape).to(model.device)
     tokens = tokens.to(model.device)
-    return model.encode(tokens, (tokens != PAD).long(), **extra)
+    return {"input_ids": tokens, "attention_mask": (tokens != PAD).long(), **extra}
 
 
 @torch.no_grad()
 def beam_search(model, encoded, beam: int) -> tuple[Tensor, Tensor]:
     """Trie leaves int64 [B, b] and log-probabilities float32 [B, b], best first, b ≤ `beam`; −inf marks an empty place. `encoded`: what
     `encode_histories` returns."""
-    table = _table(model)
+    table = table_of(model)
     trie = table.trie_on(model.device)
     search, batch = model.search(encoded), len(encoded.attention_mask)
     nodes = torch.zeros(batch, 1, dtype=torch.long, device=model.device)  # every search starts at the root
@@ -87,26 +91,21 @@ def beam_search(model, encoded, beam: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score_items(model, histories, *, chunk: int = 512, truth=None) -> Tensor:
+def score_items(model, histories, *, chunk: int = 64, truth=None) -> Tensor:
     """log p(SID of the item | history) of every item by teacher forcing: float32 [B, n_items], column 0 is item 1.
 
-    Slow and plain, L decoder steps for each item: the oracle of `recommend`.
+    Slow and plain, a pass of the whole model for each history and item: the oracle of `recommend`.
     """
-    table = _table(model)
-    model.eval()
-    encoded = encode_histories(model, [np.asarray(h, np.int64) for h in histories], truth)
-    out = []
-    for labels in table.item_tokens[1:].to(model.device).split(chunk):  # [c, L]
-        hidden = model.teacher_forced(encoded, model.shifted(labels))  # [B, c, L, d]
-        score = torch.zeros(hidden.shape[:2], device=model.device)  # [B, c]
-        for level, first in enumerate(table.offsets):
-            log_p = model.level_logits(hidden[:, :, level], level).float().log_softmax(-1)  # [B, c, W]
-            score += log_p.gather(-1, (labels[:, level] - first).expand(len(hidden), -1).unsqueeze(-1)).squeeze(-1)
-        out.append(score)
+    inputs, out = _inputs(model.eval(), [np.asarray(h, np.int64) for h in histories], truth), []
+    for labels in model.table.item_tokens[1:].to(model.device).split(chunk):  # [c, L]
+        targets = labels.repeat(len(histories), 1)  # [B·c, L]
+        logits = model(**{name: x.repeat_interleave(len(labels), 0) for name, x in inputs.items()}, labels=targets).logits  # [B·c, L, V]
+        score = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum((1, 2))
+        out.append(score.view(len(histories), -1))  # [B, c]
     return torch.cat(out, dim=1).cpu()
 
 
-def _table(model):
+def table_of(model):
     if model.table is None:
         raise ValueError("the model has no SidTable: build it with one, or call model.set_table(table)")
     return model.table

@@ -29,36 +29,35 @@ except ImportError:  # Windows, macOS and the CPU builds of torch come without i
 
 @torch.no_grad()
 def column_sums(query: Tensor, key: Tensor, lse: Tensor | None = None, *, scaling: float = 1.0, bias: Tensor | None = None,
-                mask: Tensor | None = None, votes: Tensor | None = None, segments: Tensor | None = None, causal: bool = False,
-                backend: str | None = None, block: int | None = None) -> Tensor:
-    """Softmax weight that every key receives, summed over heads and voting queries.
+                mask: Tensor | None = None, segments: Tensor | None = None, causal: bool = False, backend: str | None = None,
+                block: int | None = None) -> Tensor:
+    """Softmax weight that every key receives, summed over heads and real queries.
 
     Args: `query` float [B, H, N, dk] and `key` [B, Hkv, N, dk] of one dtype (float32, bfloat16, float16), head h of the queries meeting
     head h // (H / Hkv) of the keys; `lse` float32 [B, H, N], natural logarithm of each query's softmax denominator under the same bias
     and masks (None: computed, at the price of one more product); `scaling`, factor of query · key (1 in T5, dk^−½ elsewhere); `bias`
     float, added to the scores: [1 or B, H, N, N], or [H, 2N − 1] by distance, entry N − 1 + key − query, which is all that T5's
-    position bias is; `mask` [B, N], 1 real, 0 padding; `votes` [B, N], 1 where a query counts (None: those of `mask`); `segments` int
-    [B, N], which sequence of a packed row a token belongs to; `causal`: queries see keys up to their own position; `backend`: "triton"
-    or "torch" (None: Triton where it runs, on a GPU or interpreted); `block`: queries a chunk or tile, a power of 2 from 16 for Triton.
+    position bias is; `mask` [B, N], 1 real, 0 padding; `segments` int [B, N], which sequence of a packed
+    row a token belongs to; `causal`: queries see keys up to their own position; `backend`: "triton" or "torch"
+    (None: Triton where it runs, on a GPU or interpreted); `block`: queries a chunk or tile, a power of 2 from 16 for Triton.
     Returns float32 [B, N], 0 at padding. Raises ValueError on shapes, dtypes or names that do not fit, RuntimeError where `backend`
     cannot run.
     """
-    _check(query, key, bias, {"mask": mask, "votes": votes, "segments": segments})
+    _check(query, key, bias, {"mask": mask, "segments": segments})
     if lse is not None and (lse.shape != query.shape[:3] or lse.dtype != torch.float32):
         raise ValueError(f"lse must be float32 {list(query.shape[:3])} ([B, H, N]), got {lse.dtype} {list(lse.shape)}")
-    votes = mask if votes is None else votes
     shared = dict(bias=bias, mask=mask, segments=segments, scaling=float(scaling), causal=causal, block=block)
     if lse is None:
         lse = log_sum_exp(query, key, backend=backend, **shared)
     if choose_backend(backend, query.device) == "triton":
-        return _launch(query, key, lse, votes, **shared)
+        return _launch(query, key, lse, **shared)
     sums = query.new_zeros(query.shape[0], query.shape[2], dtype=torch.float32)
     lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (key.shape[1], -1))  # a query without keys gives nobody anything
     with torch.autocast(query.device.type, enabled=False):
         for rows, scores in _chunks(query, key, **shared):
             weights = torch.exp(scores - lse[..., rows, None])  # [B, Hkv, H/Hkv, chunk, N]
-            if votes is not None:
-                weights = weights.masked_fill(votes[:, None, None, rows, None] == 0, 0)
+            if mask is not None:
+                weights = weights.masked_fill(mask[:, None, None, rows, None] == 0, 0)
             sums += weights.sum((1, 2, 3))
     return sums
 
@@ -77,7 +76,7 @@ def log_sum_exp(query: Tensor, key: Tensor, *, scaling: float = 1.0, bias: Tenso
     _check(query, key, bias, {"mask": mask, "segments": segments})
     shared = dict(bias=bias, mask=mask, segments=segments, scaling=float(scaling), causal=causal, block=block)
     if choose_backend(backend, query.device) == "triton":
-        return _launch(query, key, None, None, **shared)
+        return _launch(query, key, None, **shared)
     with torch.autocast(query.device.type, enabled=False):
         return torch.cat([scores.logsumexp(-1).flatten(1, 2) for _, scores in _chunks(query, key, **shared)], dim=2)
 
@@ -135,8 +134,8 @@ def _chunks(query, key, *, bias, mask, segments, scaling, causal, block):
 
 
 @torch.library.custom_op("sidlab::column_sums", mutates_args=())  # one opaque node for torch.compile and CUDA graphs
-def _launch(query: Tensor, key: Tensor, lse: Tensor | None, votes: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-            segments: Tensor | None, *, scaling: float, causal: bool, block: int | None) -> Tensor:
+def _launch(query: Tensor, key: Tensor, lse: Tensor | None, bias: Tensor | None, mask: Tensor | None, segments: Tensor | None, *,
+             scaling: float, causal: bool, block: int | None) -> Tensor:
     """The kernel of `column_sums` or, where `lse` is None, of `log_sum_exp`."""
     batch, heads, length, width = query.shape
     padded = max(16, triton.next_power_of_2(width))
@@ -163,7 +162,7 @@ def _launch(query: Tensor, key: Tensor, lse: Tensor | None, votes: Tensor | None
         if lse is None:
             _log_sum_exp_kernel[(blocks, heads, batch)](*arguments, **options)
             return result
-        _column_sums_kernel[(blocks, key.shape[1], batch)](*arguments, votes, *_strides(votes), result, **options)
+        _column_sums_kernel[(blocks, key.shape[1], batch)](*arguments, result, **options)
         return result.sum(1)
 
 
@@ -200,8 +199,8 @@ if triton is not None:
 
     @triton.jit
     def _column_sums_kernel(query, key, lse, bias, mask, segments, query_b, query_h, query_n, key_b, key_h, key_n, bias_b, bias_h,
-                            bias_q, bias_k, origin, mask_b, mask_n, segment_b, segment_n, length, scaling, votes, vote_b, vote_n,
-                            received, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                            bias_q, bias_k, origin, mask_b, mask_n, segment_b, segment_n, length, scaling, received,
+                            GROUP: tl.constexpr, CAUSAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                             BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr):
         start, key_head, batch = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         k_at, column = start + tl.arange(0, BLOCK), tl.arange(0, BLOCK_WIDTH)[None, :]
@@ -209,8 +208,6 @@ if triton is not None:
                        mask=(k_at[:, None] < length) & (column < WIDTH), other=0.0)
         if mask is not None:
             mask += batch * mask_b
-        if votes is not None:
-            votes += batch * vote_b
         if segments is not None:
             segments += batch * segment_b
             k_segment = tl.load(segments + tl.minimum(k_at, length - 1) * segment_n)
@@ -232,8 +229,8 @@ if triton is not None:
                     counts = q_at < length
                     row = tl.load(lse_head + q_at, mask=counts, other=0.0)
                     row = tl.where(row > float("-inf"), row, 0.0)  # a query without keys gives nobody anything
-                    if votes is not None:
-                        counts = counts & (tl.load(votes + q_at * vote_n, mask=counts, other=0) != 0)
+                    if mask is not None:
+                        counts = counts & (tl.load(mask + q_at * mask_n, mask=counts, other=0) != 0)
                     queries = tl.load(query_head + q_at[:, None] * query_n + column,
                                       mask=(q_at[:, None] < length) & (column < WIDTH), other=0.0)
                     scores = _scores(queries, keys, bias_head, bias_q, bias_k, mask, mask_n, segments, segment_n, q_at, k_at, length,

@@ -52,7 +52,8 @@ class Meter:
                 torch.cuda.synchronize()
             self.seconds += clock() - self._since
             self._since = None
-            self.peak = max(self.peak, _peak_mb() - self._base)
+            peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident_mb("VmHWM")
+            self.peak = max(self.peak, peak - self._base)
 
     def totals(self):
         """What all processes counted; seconds and peak are those of the slowest and the largest."""
@@ -84,10 +85,6 @@ class Meter:
         counts = self.totals()
         real = counts["real"] or 1
         return {"real_token_fraction": real / max(counts["slots"], 1), "kept_token_fraction": counts["kept"] / real}
-
-
-def _peak_mb():
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident_mb("VmHWM")
 
 
 def resident_mb(field):

@@ -8,17 +8,16 @@ model with the same `PruningConfig`.
 import copy
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
-from sidlab.decoding import beam_search, items_of_leaves
+from sidlab.decoding import beam_search, items_of_leaves, table_of
 from sidlab.models.scoring import SCORED
 from sidlab.models.t5 import PrunedEncoderOutput
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality
-from sidlab.windows import history_tokens, truth_tokens
+from sidlab.windows import history_tokens, pad_histories, truth_tokens
 
 
 class Pruned(NamedTuple):
@@ -47,12 +46,8 @@ class Probe:
     def __init__(self, model, history, truth=None):
         if not hasattr(model, "encoder"):
             raise ValueError(f"a probe opens the encoder of a SidT5, and so do the explorers; got a {type(model).__name__}")
-        if model.table is None:
-            raise ValueError("the model has no SidTable: build it with one, or call model.set_table(table)")
         self.model, config = model.eval(), model.config
-        self.history = np.asarray(history, np.int64)[-config.max_items :]
-        if self.history.ndim != 1 or len(self.history) == 0 or not 1 <= self.history.min() <= self.history.max() <= model.table.n_items:
-            raise ValueError(f"a history must hold item ids in 1..{model.table.n_items} and at least one, got {self.history.tolist()[:10]}")
+        self.history = pad_histories([history], config.max_items, table_of(model).n_items)[0]
         self._encoder = copy.deepcopy(model.encoder)  # its own, so that the model's pruning stays as it is
         self.input_ids = history_tokens(self.history[None], model.table, config.separators).to(model.device)  # [1, N]
         self.mask = torch.ones_like(self.input_ids)

@@ -175,9 +175,6 @@ class TokenPruner(nn.Module):
         kept_items = _top(total, kept_count(exists.sum(1), self.keep)) & exists
         return kept_items.gather(1, item_index) & real
 
-    def extra_repr(self):
-        return f"keep={self.keep:.4g}, unit={self.unit!r}" + (f", mass={self.mass:.4g}" if self.mass is not None else "")
-
 
 def reference_choice(hidden: Tensor, mask: Tensor, importance: Tensor, keep: float) -> Pruned:
     """What the published code keeps: floor(keep · N) of all N slots, padding among them, whatever the row's length.

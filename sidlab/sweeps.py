@@ -30,16 +30,14 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 import sidlab
-from sidlab.adaptive import Strategy
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
-from sidlab.map_loss import MapConfig
+from sidlab.files import write, write_json
 from sidlab.meter import Meter
 from sidlab.metrics import bootstrap_interval, ndcg_at, rank_of_target, recall_at
 from sidlab.models.sasrec import SASRec
-from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig, evaluate, train
+from sidlab.training import PARTS, TrainConfig, evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
 
 METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}
@@ -78,10 +76,7 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
 
     def keep(results):
         frame = pd.DataFrame([row | result["row"] for row, result in zip(rows, results)])
-        beside = pathlib.Path(folder) / "rows.tmp"
-        with FileLock(beside.with_suffix(".lock")):
-            frame.to_csv(beside, index=False)
-            os.replace(beside, beside.with_suffix(".csv"))
+        write(pathlib.Path(folder) / "rows.csv", frame.to_csv(index=False))
         return frame
 
     results = []
@@ -93,15 +88,14 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
 
 def config_with(preset: str, seed: int, settings: dict) -> TrainConfig:
     """A preset with settings by name; "pruning.keep" sets a field of a part, which is then switched on."""
-    parts, fields = {"pruning": PruningConfig, "strategy": Strategy, "map": MapConfig}, {}
-    valid = {f.name for f in dataclasses.fields(TrainConfig)} | {f"{p}.{f.name}" for p, c in parts.items() for f in dataclasses.fields(c)}
+    valid, fields = {f.name for f in dataclasses.fields(TrainConfig)}, {}
+    valid |= {f"{name}.{f.name}" for name, part in PARTS.items() for f in dataclasses.fields(part)}
     if unknown := settings.keys() - valid:
         raise ValueError(f"settings {sorted(unknown)} are unknown; use {', '.join(sorted(valid))}, or sids.{', sids.'.join(SIDS)}")
     for key, value in settings.items():
         head, _, tail = key.partition(".")
         fields[head] = fields.get(head, {}) | {tail: value} if tail else value
-    fields |= {head: part(**fields[head]) for head, part in parts.items() if isinstance(fields.get(head), dict)}
-    return TrainConfig.preset(preset, seed=seed, **fields)
+    return TrainConfig.preset(preset, seed=seed, **{k: PARTS[k](**v) if isinstance(v, dict) else v for k, v in fields.items()})
 
 
 def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None) -> dict:
@@ -123,32 +117,22 @@ def run_all(specs: dict[str, dict], folder):
     paths = {name: _path(folder, name) for name in specs}
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"two runs would share a file: {sorted(p.name for p in paths.values())}")
-    data = {}
-    for name, one in specs.items():  # everything that may be refused is, before anything is trained
-        which = json.dumps([one["dataset"], one["sids"]])
-        if which not in data:
-            catalogue = load_catalogue(one["dataset"])
-            if "oracle" in json.dumps(one["config"]) and catalogue.truth is None:
-                raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
-            data[which] = catalogue, None
+    catalogues = {dataset: load_catalogue(dataset) for dataset in {one["dataset"] for one in specs.values()}}
+    for one in specs.values():  # everything that may be refused is, before anything is trained
+        if "oracle" in json.dumps(one["config"]) and catalogues[one["dataset"]].truth is None:
+            raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
     for number, (name, one) in enumerate(specs.items(), start=1):
-        which = json.dumps([one["dataset"], one["sids"]])
-        catalogue, table = data[which]
-        if table is None:
-            table, _ = sid_table(catalogue, folder, one["sids"])
-            data[which] = catalogue, table
-        path, key = paths[name], _key(one, catalogue, table)
+        catalogue = catalogues[one["dataset"]]
+        path, key = paths[name], _key(one, catalogue, sid_table(catalogue, folder, one["sids"])[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_file(path, ".lock")):  # another sweep in this folder may be at the same run: then its result is taken
             result = _finished(path, key)
-            done = result is not None
-            if not done:
+            if result is None:
                 write_json(_file(path, ".spec"), one | {"key": key})
                 result = _run_child(folder, name, f"[{number}/{len(specs)}] {name}")
-        if not done:
-            fresh += 1
-            left = (time.monotonic() - begin) / fresh * (len(specs) - number)
-            print(f"[{number}/{len(specs)}] {time.monotonic() - begin:.0f} s so far, at most about {left:.0f} s left", flush=True)
+                fresh, spent = fresh + 1, time.monotonic() - begin
+                print(f"[{number}/{len(specs)}] {spent:.0f} s so far, at most about {spent / fresh * (len(specs) - number):.0f} s left",
+                      flush=True)
         yield result
 
 
@@ -302,13 +286,6 @@ def metrics_of(ranks) -> dict:
         out[name] = float(values.mean())
         out[f"{name}_interval"] = np.clip(bootstrap_interval(values), 0, 1).tolist()  # of two seeds it may reach beyond
     return out
-
-
-def write_json(path, content) -> None:
-    """Written beside and renamed, so that a file is whole or not there."""
-    beside = pathlib.Path(path).with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1))
-    os.replace(beside, path)
 
 
 def say(text: str) -> None:

@@ -15,13 +15,13 @@ import html
 import json
 import math
 import os
-import pathlib
 import traceback
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
 import numpy as np
 
+from sidlab.files import write_json
 from sidlab.viz.labels import Labels
 
 TOLERANCE = 1e-5  # of the right number, or of 1 where that is less
@@ -60,10 +60,7 @@ def record(metrics: dict) -> None:
         except (TypeError, ValueError) as error:
             raise ValueError(f"metrics[{name!r}]={value!r} must be a finite Python number (or lists and dicts of them)") from error
     if os.environ.get("SIDLAB_RECORD"):
-        path = pathlib.Path(os.environ["SIDLAB_RECORD"])
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps({"metrics": metrics, "checks": checks()}, indent=1), encoding="utf-8")
-        os.replace(beside, path)
+        write_json(os.environ["SIDLAB_RECORD"], {"metrics": metrics, "checks": checks()})
 
 
 # ---- predictions and quizzes
@@ -93,28 +90,24 @@ def _radio(description: str, options: Sequence, tooltip: str) -> widgets.RadioBu
     return radio.add_class("sidlab-choices")
 
 
-def predict(question: str, truth, *, choices: Sequence | None = None, range: tuple | None = None, default=None, unit: str = "",
-            explain: str = "") -> "Prediction":
+class Prediction(widgets.VBox):
     """Ask the learner for a guess; only then show the truth, and how well calibrated the guesses of this session are.
 
     Args: `truth`: the right choice or number, or a callable that returns it and is called when the learner commits; `choices`: two or
     more to choose one from, beside how sure one is; or `range` = (low, high) of a slider for the range that holds the truth with 80 %
     certainty; `default`: what an unattended run commits, a choice or (low, high) (None: the first choice, the middle half of the range);
     `unit` stands behind the numbers; `explain` is shown with the truth.
-    Returns a widget: make it the last expression of a cell. Raises ValueError for a default or truth that is not among the choices, a
+    A widget: make it the last expression of a cell. `answer` (RadioButtons, its value an index, or FloatRangeSlider), `confidence`
+    (IntSlider in percent; None with a range), `commit` (Button) and `result` (HTML) are its parts; `committed` says whether the truth is
+    out. Raises ValueError for a default or truth that is not among the choices, a
     default outside the range, a truth that is not a finite number. What the callable raises is shown to the reader, and raised.
     """
-    return Prediction(question, truth, choices, range, default, unit, explain)
 
-
-class Prediction(widgets.VBox):
-    """What `predict` returns. `answer` (RadioButtons, its value an index, or FloatRangeSlider), `confidence` (IntSlider in percent; None
-    with a range), `commit` (Button) and `result` (HTML) are its parts; `committed` says whether the truth is out."""
-
-    def __init__(self, question, truth, choices, bounds, default, unit, explain):
+    def __init__(self, question: str, truth, *, choices: Sequence | None = None, range: tuple | None = None, default=None, unit: str = "",
+                 explain: str = ""):
         super().__init__()
-        if (choices is None) == (bounds is None):
-            raise ValueError(f"give either choices or range, got choices={choices!r} and range={bounds!r}")
+        if (choices is None) == (range is None):
+            raise ValueError(f"give either choices or range, got choices={choices!r} and range={range!r}")
         self._truth, self._choices, self._unit, self._explain = truth, choices and list(choices), unit, explain
         self.committed, self.confidence = False, None
         if choices is not None:
@@ -125,7 +118,7 @@ class Prediction(widgets.VBox):
                 value=chance, min=chance, max=100, tooltip=f"{chance} % is guessing", description="How sure are you, in percent?",
                 style={"description_width": "initial"}, layout={"width": "40rem", "max_width": "97%"})
         else:
-            low, high = self._check_range(bounds, default)
+            low, high = self._check_range(range, default)
             width, of = high - low, f" ({unit})" if unit else ""
             self.answer = widgets.FloatRangeSlider(
                 value=(low + width / 4, high - width / 4), min=low, max=high, step=width / 200, tooltip=question,
@@ -205,6 +198,9 @@ class Prediction(widgets.VBox):
         self.result.value = f'<div role="status">{"<br>".join(filter(None, parts))}</div>'
 
 
+predict = Prediction
+
+
 def _number(x) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
@@ -234,16 +230,12 @@ class Question:
             raise ValueError(f"right={self.right!r} must be an index of the {len(self.answers)} answers, 0 to {len(self.answers) - 1}")
 
 
-def quiz(*questions: Question) -> "Quiz":
-    """A widget with `questions` and a button that says which answers are right, and why. It may be pressed again after a change."""
-    return Quiz(questions)
-
-
 class Quiz(widgets.VBox):
-    """What `quiz` returns. `answers` (RadioButtons, value None or an index) and `feedback` (HTML), one a question; `check` (Button);
+    """A widget with `questions` and a button that says which answers are right, and why; it may be pressed again. `answers`
+    (RadioButtons, value None or an index) and `feedback` (HTML), one a question; `check` (Button);
     `total` (HTML)."""
 
-    def __init__(self, questions: Sequence[Question]):
+    def __init__(self, *questions: Question):
         super().__init__()
         if not questions:
             raise ValueError("a quiz needs at least one Question")
@@ -264,6 +256,8 @@ class Quiz(widgets.VBox):
             feedback.value = f"<b>{verdict}</b> {why}"
         self.total.value = f'<div role="status"><b>{right} of {len(self.questions)}</b> right.</div>'
 
+
+quiz = Quiz
 
 # ---- checks
 

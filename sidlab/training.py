@@ -33,6 +33,7 @@ from transformers.utils import logging
 from sidlab.adaptive import AdaptPruning, Strategy
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
+from sidlab.files import write_json
 from sidlab.graphs import ReplayedPasses
 from sidlab.map_loss import MapConfig
 from sidlab.meter import Meter
@@ -43,7 +44,7 @@ from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.models.sid import check_after_layer
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.muon import MuonAdamW
-from sidlab.pruning import PruningConfig
+from sidlab.pruning import PruningConfig, one_of
 from sidlab.sids.table import SidTable
 from sidlab.windows import Collator, LengthBatches, UserBatches, Windows, leave_one_out, tell_padding
 
@@ -111,8 +112,7 @@ class TrainConfig:
     def __post_init__(self):
         for name, valid in (("arch", tuple(MODELS)), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
                             ("precision", ("auto", "fp32", "bf16"))):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(map(repr, valid))}")
+            one_of(name, getattr(self, name), valid)
         for name in ("d_model", "max_items", "batch_tokens", "accumulation", "max_updates", "eval_every", "eval_users", "patience", "beam"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -147,9 +147,10 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, fields: dict) -> "TrainConfig":
         """The inverse of `to_dict`."""
-        nested = {"pruning": PruningConfig, "strategy": Strategy, "map": MapConfig}
-        return cls(**{k: nested[k](**v) if k in nested and v is not None else v for k, v in fields.items()})
+        return cls(**{k: PARTS[k](**v) if k in PARTS and v is not None else v for k, v in fields.items()})
 
+
+PARTS = {"pruning": PruningConfig, "strategy": Strategy, "map": MapConfig}
 
 # Heads that look back from the start: under Adam a bias moves by no more than the learning rate a step, and from T5's initial
 # 0.1 it would take thousands of steps to single out a neighbour. Planted, recall@10 on validation users: with random biases and one
@@ -262,7 +263,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             model=model, args=_arguments(config, folder, updates, processes, keep=bool(output_dir), progress=progress),
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
             data_collator=lambda indices: tell_padding(collator(indices)), batches=batches, cases=_eval_cases(split, config),
-            beam=config.beam, truth=truth, meter=meter, muon=config.muon, replay=_replays(config, processes), callbacks=callbacks,
+            beam=config.beam, truth=truth, meter=meter, replay=_replays(config, processes), callbacks=callbacks,
+            optimizers=(MuonAdamW(model, config.muon, config.learning_rate, config.weight_decay) if config.muon else None, None),
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
@@ -383,10 +385,7 @@ def _resume_point(folder, config, catalogue, table):
         if json.loads(stamp.read_text()) != json.loads(json.dumps(what)):
             raise ValueError(f"output_dir={str(folder)!r} holds a run of another configuration, catalogue or table; choose another folder")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = stamp.with_suffix(f".tmp{os.getpid()}")  # every process of a run writes the same
-        beside.write_text(json.dumps(what))
-        os.replace(beside, stamp)
+        write_json(stamp, what)  # every process of a run writes the same
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
         try:
             json.loads((path / "trainer_state.json").read_text())
@@ -400,9 +399,9 @@ def _resume_point(folder, config, catalogue, table):
 class _SidTrainer(Trainer):
     """The Trainer with our batches, our evaluation and a meter."""
 
-    def __init__(self, *, batches, cases, beam, truth, meter, muon, replay, **kwargs):
+    def __init__(self, *, batches, cases, beam, truth, meter, replay, **kwargs):
         super().__init__(**kwargs)
-        self.muon, self.replay, self.passes = muon, replay, None
+        self.replay, self.passes = replay, None
         self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
         self.main_losses = []  # since the last log
 
@@ -410,13 +409,6 @@ class _SidTrainer(Trainer):
         loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator,
                                              pin_memory=self.args.dataloader_pin_memory)
         return self.accelerator.prepare(loader)
-
-    def create_optimizer(self, *args, **kwargs):
-        if self.muon is None:
-            return super().create_optimizer(*args, **kwargs)
-        if self.optimizer is None:
-            self.optimizer = MuonAdamW(self.model, self.muon, self.args.learning_rate, self.args.weight_decay)
-        return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)

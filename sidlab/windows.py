@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sidlab.map_loss import MapConfig, map_labels
+from sidlab.pruning import one_of
 from sidlab.sids.table import PAD, SEP, SidTable
 
 
@@ -33,8 +34,7 @@ class Split:
 
     def cases(self, part: str) -> tuple[list[np.ndarray], np.ndarray]:
         """Histories and targets (int64 [U]) of "validation" or "test"."""
-        if part not in ("validation", "test"):
-            raise ValueError(f'part={part!r} is unknown; use "validation" or "test"')
+        one_of("part", part, ("validation", "test"))
         cut = -2 if part == "validation" else -1
         return [h[:cut] for h in self.histories], np.array([h[cut] for h in self.histories], np.int64)
 
@@ -59,8 +59,7 @@ class Windows(torch.utils.data.Dataset):
     def __init__(self, train: list[np.ndarray], max_items: int, kind: str = "prefixes"):
         if max_items < 1:
             raise ValueError(f"max_items must be at least 1, got {max_items}")
-        if kind not in ("prefixes", "contiguous"):
-            raise ValueError(f'kind={kind!r} is unknown; use "prefixes" or "contiguous"')
+        one_of("kind", kind, ("prefixes", "contiguous"))
         sizes = np.array([len(h) for h in train], np.int64)
         self.items = np.concatenate([np.asarray(h, np.int64) for h in train]) if len(train) else np.empty(0, np.int64)
         begin = np.cumsum(sizes) - sizes

@@ -28,7 +28,7 @@ compiled = pytest.mark.gpu if CUDA else (lambda test: test)
 NEAR = {"rtol": 1e-4, "atol": 1e-4}  # of float64 on the same rounded inputs, so for every dtype
 
 
-def oracle(query, key, *, scaling=1.0, bias=None, mask=None, votes=None, segments=None, causal=False):
+def oracle(query, key, *, scaling=1.0, bias=None, mask=None, segments=None, causal=False):
     """(column sums, log-sum-exp), float64, of the whole softmax matrix."""
     batch_size, heads, length, _ = query.shape
     scores = query.double() @ key.double().repeat_interleave(heads // key.shape[1], 1).mT * scaling
@@ -44,9 +44,8 @@ def oracle(query, key, *, scaling=1.0, bias=None, mask=None, votes=None, segment
         seen = seen & (at[:, None] >= at)
     scores = scores.masked_fill(~seen, -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0)  # NaN: a query without keys
-    votes = mask if votes is None else votes
-    if votes is not None:
-        weights = weights * (votes != 0)[:, None, :, None]
+    if mask is not None:
+        weights = weights * (mask != 0)[:, None, :, None]
     return weights.sum((1, 2)), scores.logsumexp(-1)
 
 
@@ -70,7 +69,6 @@ def cases(draw, longest):
         "scaling": draw(st.sampled_from((1, 0.3))),
         "bias": None if bias is None else 3 * normal(*bias),
         "mask": flags(torch.long) if draw(st.booleans()) else None,
-        "votes": flags(torch.bool) if draw(st.booleans()) else None,
         "segments": torch.randint(0, 2, (rows, length), generator=draws).cumsum(1) if draw(st.booleans()) else None,
         "causal": draw(st.booleans()),
     }
@@ -86,7 +84,6 @@ def assert_right(case, backend, block):
         found = kernels.column_sums(query, key, given_lse, backend=backend, block=block, **options)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), sums, **NEAR)
-    del options["votes"]
     torch.testing.assert_close(kernels.log_sum_exp(query, key, backend=backend, block=block, **options).double(), lse, **NEAR)
 
 
@@ -107,9 +104,9 @@ def test_the_kernel_equals_the_whole_matrix(case):
 @pytest.mark.parametrize("bias", [(1, 6, 35, 35), (2, 6, 35, 35), (6, 69)])
 def test_the_kernel_with_everything_at_once(bias):
     query, key, ones = tensors(2, 6, 35, 20)[0], tensors(2, 2, 35, 20)[1], torch.ones(2, 35, dtype=torch.long, device=DEVICE)
-    mask, votes = ones.clone(), ones.clone()
-    mask[0, :3], mask[1, 20:], votes[0, 9:17] = 0, 0, 0
-    options = {"bias": tensors(*bias, count=1)[0], "mask": mask, "votes": votes * mask, "causal": True, "scaling": 0.2,
+    mask = ones.clone()
+    mask[0, :3], mask[1, 20:] = 0, 0
+    options = {"bias": tensors(*bias, count=1)[0], "mask": mask, "causal": True, "scaling": 0.2,
                "segments": (torch.arange(35, device=DEVICE) > 18).long().expand(2, -1)}
     assert_right((query, key.mT.contiguous().mT, options), "triton", 16)
 
@@ -188,7 +185,6 @@ def test_chunks_need_memory_for_a_chunk_only():
     ({"key": torch.zeros(2, 2, 10, 8, dtype=torch.float64)}, "float64"),
     ({"bias": torch.zeros(2, 10, 10)}, r"bias must be .*\[2, 19\], got \[2, 10, 10\]"),
     ({"mask": torch.ones(2, 9)}, r"mask must be \[B, N\] = \[2, 10\], got \[2, 9\]"),
-    ({"votes": torch.ones(10)}, "votes must be"),
     ({"segments": torch.ones(1, 10)}, "segments must be"),
     ({"lse": torch.zeros(2, 10)}, r"lse must be float32 \[2, 2, 10\]"),
     ({"backend": "cuda"}, "backend='cuda' is unknown"),
@@ -216,10 +212,10 @@ from sidlab import kernels
 
 made = []
 for number, width, block, everything, chip in (("bf16", 64, 64, True, 80), ("fp32", 256, 16, False, 90)):
-    types = dict.fromkeys(("query", "key"), "*" + number) | dict.fromkeys(("mask", "votes", "segments"), "*i64")
+    types = dict.fromkeys(("query", "key"), "*" + number) | dict.fromkeys(("mask", "segments"), "*i64")
     types |= dict.fromkeys(("lse", "bias", "received"), "*fp32") | {"scaling": "fp32"}
     fixed = dict(GROUP=2, CAUSAL=everything, WIDTH=width - 3, BLOCK=block, BLOCK_WIDTH=width, PRECISION="ieee")
-    fixed |= {} if everything else dict.fromkeys(("bias", "mask", "votes", "segments"))
+    fixed |= {} if everything else dict.fromkeys(("bias", "mask", "segments"))
     for kernel in (kernels._column_sums_kernel, kernels._log_sum_exp_kernel):
         names = kernel.arg_names
         signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}

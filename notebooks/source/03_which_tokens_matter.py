@@ -25,9 +25,13 @@ keep = 1 / 3   # the share of tokens that a scorer may keep
 # %% tags=["setup"]
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 
-from sidlab import PruningConfig, teach
+from sidlab import PruningConfig, TrainConfig, teach
+from sidlab.training import build_model
+from sidlab.viz.theme import BLUE, VERMILLION, template
+from sidlab.windows import history_tokens
 
 torch.set_num_threads(1)  # the model is too small to gain from more
 torch.set_grad_enabled(False)  # we look into a model, we do not train one
@@ -393,7 +397,7 @@ pd.concat([correlations[["oracle", "effect"]].rename(columns={"oracle": "the tru
 #
 # Still, no scorer comes close to 1. [Notebook 4](04_live_pruning.ipynb) prunes by each of them and counts what that costs in recall.
 #
-# ## Two pitfalls
+# ## Three pitfalls
 #
 # **The wrong axis** you have seen: each row sums to 1, so summing over the keys says nothing, and the product silently becomes the
 # saliency alone.
@@ -425,6 +429,28 @@ print(f"Rank correlation with and without it: {agree:.2f}; of the {third} highes
 # %% [markdown]
 # Most votes come from positions that hold nothing, and their number depends on how long the *other* histories are. Without padded voters,
 # `clean` is what the probe found for the history alone. [Notebook 7](07_padding_is_not_pruning.ipynb) is about padding.
+#
+# **The front seat.** In a decoder-only model, such as STAMP's Qwen, a token is seen by itself and the tokens *behind* it alone. The first token of a history of n has n voters, the last
+# one has itself. A sum of votes then says mostly how early a token stands. The scorer `rastp-visible` divides it by the number of queries that can see the token. To see what comes from the
+# mask and nothing else, take a decoder-only model whose weights are random:
+
+# %%
+m = int(np.median([len(history) for history in catalogue.histories]))  # items, so that all histories are of one length
+tokens = history_tokens(np.stack([history[-m:] for history in catalogue.histories if len(history) >= m][:users]), demo.table, model.config.separators)
+causal = build_model(TrainConfig.preset("smoke", arch="qwen", max_items=model.config.max_items, pruning=PruningConfig(keep=1.0)), demo.table).eval()
+by_place = {}
+for scorer in ("rastp", "rastp-visible"):
+    causal.set_pruning(PruningConfig(keep=1.0, scorer=scorer))
+    score = causal.encode(tokens, torch.ones_like(tokens)).importance
+    by_place[scorer] = (score / score.sum(1, keepdim=True)).mean(0).numpy() * tokens.shape[1]
+go.Figure([go.Scatter(x=np.arange(1, tokens.shape[1] + 1), y=y, name=name, mode="lines", line_color=color, line_dash=dash)
+           for (name, y), color, dash in zip(by_place.items(), (VERMILLION, BLUE), ("solid", "dash"))]).update_layout(
+    template=template(), height=340, xaxis_title="place in the history, 1 = oldest", yaxis_title="importance ÷ its mean", yaxis_range=[0, None],
+    legend={"orientation": "h", "y": 1.15})
+
+# %% [markdown]
+# The plain sum would prune the newest items, which predict best, before the model has learned anything. The normalised one falls far less, but it isn't flat: a query that stands early has few
+# tokens to share its vote among, so each of them gets more. A trained model can work against either; [the results](../results/README.md) have both scorers on real histories. (What the kit never prunes there: the first token, on which attention rests when it has nothing to look at, and the tokens being predicted.)
 
 # %% [markdown]
 # ### Exercise 1 · ★★☆ · 7 minutes
@@ -535,7 +561,9 @@ teach.quiz(
 
 # %% tags=["record"]
 record = {"attention_difference": float((attention - probe.attention[layer - 1]).abs().max()), "informative": float(informative.mean()),
-          "rastp_minus_centrality_behind": test.difference, "from_padding": from_padding}
+          "rastp_minus_centrality_behind": test.difference, "from_padding": from_padding,
+          "front": float(by_place["rastp"][:4].mean() / by_place["rastp"][-4:].mean()),
+          "front_visible": float(by_place["rastp-visible"][:4].mean() / by_place["rastp-visible"][-4:].mean())}
 columns = {"precision": comparison["precision"], "recall": comparison["recall"], "truth": correlations["oracle"],
            "drop": correlations["drop"], "effect": correlations["effect"], "behind": behind}
 record |= {f"{name}_{s}": float(column[s]) for name, column in columns.items() for s in scorers}

@@ -74,6 +74,9 @@ for name, x in sources.items():
 joined = fuse_embeddings(both)
 codes["joined before the encoder"] = sidlab.ResidualKMeans(levels=3, width=width, seed=0).fit(joined).encode(joined)
 codes["text, text, behaviour"], _ = fuse_codes(both, {"text": 2, "behaviour": 1}, width)
+if "given" in sources:
+    x = fuse_embeddings({name: sources[name] for name in ("text", "given")})
+    codes["text and given, joined"] = sidlab.ResidualKMeans(levels=3, width=width, seed=0).fit(x).encode(x)
 codes["behaviour, behaviour, text"], _ = fuse_codes(dict(reversed(both.items())), {"behaviour": 2, "text": 1}, width)
 tables = {name: sidlab.SidTable(c, width=width) for name, c in codes.items()}
 
@@ -99,7 +102,7 @@ config = TrainConfig.preset("quick" if not folder else "long", max_updates=max_u
 histories, targets = leave_one_out(catalogue.histories).cases("test")
 chosen = np.random.default_rng(0).permutation(len(targets))[:2000]
 ranks = {name: evaluate(sidlab.train(config, catalogue, tables[name], progress=False).model, [histories[i] for i in chosen], targets[chosen])
-         for name in ("text alone", "behaviour alone", "joined before the encoder", "text, text, behaviour")}
+         for name in ("text alone", "behaviour alone", "joined before the encoder", "text, text, behaviour", "text and given, joined") if name in tables}
 
 # %%
 teach.predict("Which IDs recommend best after this training?", max(ranks, key=lambda name: recall_at(ranks[name], 10).mean()), choices=list(ranks),
@@ -241,7 +244,8 @@ go.Figure([go.Scatter(x=beams, y=y, name=name, mode="lines+markers", line_color=
 
 # %% [markdown]
 # One beam commits to a first code and cannot turn back; more beams keep alternatives alive. Where the curves are flat, the search has found what the model thinks best, and only a better
-# model would help.
+# model would help. What pruning would do to reasoning: steps are generated behind the history, so each of them reads the kept keys alone, and the more steps, the more pruning saves; a token
+# that only a later step would have needed is gone, though, for importance is scored once, before the first step. That is why the tokens being predicted are never pruned here.
 #
 # ### Exercise 1 · ★★☆ · 10 minutes
 #

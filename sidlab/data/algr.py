@@ -11,6 +11,7 @@ files of exactly this format, of any size. The published files (AL-GR-Tiny: 61 G
 lie in a folder.
 """
 
+import contextlib
 import csv
 import gzip
 import pathlib
@@ -244,22 +245,13 @@ def _table(path, columns, dirt):
         raise ValueError(f"{path} is damaged or cut off: {error}") from error
 
 
-class _writing:
+@contextlib.contextmanager
+def _writing(path):
     """A csv writer into a gzipped file, which has its name once it is whole."""
-
-    def __init__(self, path):
-        self.path, self.beside = path, path.with_name(path.name + ".tmp")
-
-    def __enter__(self):
-        self.file = gzip.open(self.beside, "wt", encoding="utf-8", newline="", compresslevel=3)
-        return csv.writer(self.file)
-
-    def __exit__(self, kind, *_):
-        self.file.close()
-        if kind is None:
-            self.beside.replace(self.path)
-        else:
-            self.beside.unlink()
+    beside = path.with_name(path.name + ".tmp")
+    with gzip.open(beside, "wt", encoding="utf-8", newline="", compresslevel=3) as file:
+        yield csv.writer(file)
+    beside.replace(path)
 
 
 def _base62(number):

@@ -16,8 +16,8 @@ Ids are positions, so a gap that is left in the item ids is an error.
 """
 
 import gzip
+import io
 import json
-import os
 import pathlib
 import warnings
 import zlib
@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
+from sidlab.files import write
 
 
 class Dirt:
@@ -73,21 +74,18 @@ def save_catalogue(catalogue: Catalogue, folder) -> None:
         if user.split() != [user]:
             raise ValueError(f"user_ids must not be empty or hold white space in this format, got {user!r}")
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     records = catalogue.items.to_dict("records")
     items = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     sequences = "".join(f"{user} {' '.join(map(str, history.tolist()))}\n"
                         for user, history in zip(catalogue.user_ids, catalogue.histories, strict=True))
     for name, text in {"items.jsonl.gz": items, "sequences.txt.gz": sequences}.items():
-        beside = folder / f"{name}.tmp"
-        beside.write_bytes(gzip.compress(text.encode(), mtime=0))  # mtime=0: equal content, equal bytes
-        os.replace(beside, folder / name)
+        write(folder / name, gzip.compress(text.encode(), mtime=0))  # mtime=0: equal content, equal bytes
     if catalogue.given_embeddings is None:
         (folder / "embeddings.npy").unlink(missing_ok=True)
     else:
-        beside = folder / "embeddings.tmp.npy"
-        np.save(beside, catalogue.given_embeddings)
-        os.replace(beside, folder / "embeddings.npy")
+        array = io.BytesIO()
+        np.save(array, catalogue.given_embeddings)
+        write(folder / "embeddings.npy", array.getvalue())
 
 
 def _find(folder, name):

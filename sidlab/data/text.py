@@ -11,10 +11,12 @@ import warnings
 import numpy as np
 import sklearn
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
+
+from sidlab.files import write
 
 MAX_TOKENS, BATCH = 512, 64  # of a text, for an encoder by name; texts encoded at a time
 
@@ -143,10 +145,7 @@ def _cache_path(texts, settings):
 
 
 def _save(path, embeddings):
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": embeddings}, beside)
-        os.replace(beside, path)
+        write(path, save({"embeddings": embeddings}))
     except (OSError, SafetensorError) as error:  # a read-only home must not stop the work
         warnings.warn(f"text embeddings are not cached: {error}", stacklevel=3)

@@ -28,16 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
 from transformers.utils.output_capturing import capture_outputs
 
-from sidlab.map_loss import MapConfig, MapHead
-from sidlab.models.sid import (
-    PrunedHistory,
-    PrunedStack,
-    SidLosses,
-    SidModel,
-    check_after_layer,
-    pruning_of,
-    token_levels,
-)
+from sidlab.models.sid import PrunedHistory, PrunedStack, SidLosses, SidModel, check_after_layer
 from sidlab.pruning import PruningConfig, pool_tokens
 from sidlab.sids.table import BOS, PAD, SidTable
 
@@ -69,11 +60,6 @@ class SidQwenConfig(Qwen3Config):
         wrong = [token for token in self.prompt or [] if not 3 + sum(self.widths) <= token < self.vocab_size]
         if wrong:
             raise ValueError(f"prompt must hold ids of text tokens, {3 + sum(self.widths)}..{self.vocab_size - 1}, got {wrong[0]}")
-        if self.pruning is not None:
-            pruning = PruningConfig(**self.pruning | {"scorer": "rastp"})
-            check(pruning, self.num_hidden_layers)
-        if self.map is not None:
-            MapConfig(**self.map)
 
 
 def check(pruning: PruningConfig | None, layers: int) -> None:
@@ -101,16 +87,8 @@ class SidCausalOutput(SidLosses, CausalLMOutputWithPast):
 class PrunedDecoder(PrunedStack, Qwen3Model):
     """Qwen3's layers with a `TokenPruner` behind layer `pruning.after_layer`."""
 
-    def __init__(self, config: SidQwenConfig):
-        super().__init__(config)
-        self.register_buffer("token_level", token_levels(config.widths, config.text_vocab), persistent=True)
-        if config.pruning is not None:
-            self.set_pruning(pruning_of(config))
-
-    def set_pruning(self, pruning: PruningConfig | None):
-        """Prune as `pruning` says from now on, or (None) not at all."""
-        check(pruning, len(self.layers))
-        self.prune_behind([layer.self_attn for layer in self.layers], pruning)
+    check = staticmethod(check)
+    attentions = property(lambda self: [layer.self_attn for layer in self.layers])
 
     @capture_outputs
     def forward(self, input_ids=None, attention_mask=None, tail=None, past_key_values=None, truth=None, padded=True, **kwargs):
@@ -207,12 +185,7 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         self.model = PrunedDecoder(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.add_map_head(config.hidden_size)
-        if table is not None:
-            self.set_table(table)
-        self.post_init()
-        self.generation_config.update(max_new_tokens=len(config.widths), max_length=None, eos_token_id=None, pad_token_id=PAD,
-                                      bos_token_id=BOS)
+        self.finish(config.hidden_size, table, bos_token_id=BOS)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str, table: SidTable, prompt: str | None = None, **config) -> "SidQwen":
@@ -253,8 +226,6 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         super()._init_weights(module)
         if isinstance(module, SidQwen):
             init.normal_(module.model.embed_tokens.weight, std=self.config.embedding_init)
-        elif isinstance(module, MapHead):
-            self.init_map_head(module)
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, labels=None, map_labels=None, truth=None,
                 padded=True, past_key_values=None, use_cache=None, num_items_in_batch=None, position_ids=None, cache_position=None,
@@ -306,15 +277,6 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
     def search(self, encoded: PrunedDecoderOutput) -> "BeamTree":
         """The state of a beam search behind `encoded`."""
         return BeamTree(self.model, encoded)
-
-    def teacher_forced(self, encoded: PrunedDecoderOutput, tokens: Tensor) -> Tensor:
-        """States for `tokens` int64 [c, L], each row behind each history of `encoded`: [B, c, L, d]."""
-        batch, (count, length) = len(encoded.attention_mask), tokens.shape
-        place = torch.arange(count * length, device=tokens.device)
-        row, depth = place // length, place % length
-        past = (row[:, None] == row) & (depth[:, None] >= depth)  # [c·L, c·L]
-        hidden = self.model.extend(tokens.reshape(1, -1).expand(batch, -1), depth, past.expand(batch, -1, -1), encoded, _copy(encoded))
-        return hidden.unflatten(1, (count, length))
 
 
 class BeamTree:

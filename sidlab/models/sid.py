@@ -1,8 +1,7 @@
 """What all recommenders here share, whatever transformer they stand on: the SID table, the heads by level, the two losses.
 
 Token `t` of a target is predicted from the codes of level `t` alone. A `SidModel` has `table` (a `SidTable`), `config.widths`,
-`lm_head` with a row for each token id, and `map_head` (None without MAP). `decoding` asks it for `encode`, `search` and
-`teacher_forced`.
+`lm_head` with a row for each token id, and `map_head` (None without MAP). `decoding` asks it for `encode` and `search`.
 """
 
 import copy
@@ -19,7 +18,7 @@ from sidlab.map_loss import MapConfig, MapHead, map_loss
 from sidlab.models.scoring import SCORED
 from sidlab.pruning import Pruned, PruningConfig, TokenPruner, reference_choice
 from sidlab.saliency import Signals, scramble, semantic_saliency, token_importance
-from sidlab.sids.table import BOS, SidTable
+from sidlab.sids.table import BOS, PAD, SidTable
 
 
 class LibraryInit:
@@ -63,11 +62,10 @@ class SidLosses:
     encoder_attention_mask: Tensor | None = None
 
 
-def check_after_layer(pruning: dict | PruningConfig | None, layers: int, of: str = "encoder ") -> None:
+def check_after_layer(pruning: PruningConfig | None, layers: int, of: str = "encoder ") -> None:
     """ValueError where `pruning` prunes behind a layer that a model with so many layers does not have."""
-    after = pruning.after_layer if isinstance(pruning, PruningConfig) else (pruning or {}).get("after_layer", 1)
-    if after > layers:
-        raise ValueError(f"after_layer={after} lies beyond the last {of}layer; use 1..{layers}")
+    if pruning is not None and pruning.after_layer > layers:
+        raise ValueError(f"after_layer={pruning.after_layer} lies beyond the last {of}layer; use 1..{layers}")
 
 
 def pruning_of(config) -> PruningConfig | None:
@@ -87,13 +85,20 @@ def _missing_scorer(name):
 
 
 class PrunedStack(LibraryInit):
-    """The mixin of the two stacks of layers that prune. It expects `config.widths` and the buffer `token_level` [V]."""
+    """The mixin of the two stacks of layers that prune; `attentions`: the attention modules, one a layer."""
 
-    pruning: PruningConfig | None = None
+    check = staticmethod(check_after_layer)
     scoring_path = "auto"  # how the layer that scores computes attention: one of `scoring.PATHS`
 
-    def prune_behind(self, attentions, pruning: PruningConfig | None):
-        """Prune as `pruning` says; of `attentions`, one a layer, that of the layer in front of the pruner alone scores."""
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("token_level", token_levels(config.widths, getattr(config, "text_vocab", 0)), persistent=True)
+        self.set_pruning(pruning_of(config))
+
+    def set_pruning(self, pruning: PruningConfig | None):
+        """Prune as `pruning` says from now on, or (None) not at all; the attention in front of the pruner alone scores."""
+        attentions = self.attentions
+        self.check(pruning, len(attentions))
         self.pruning = pruning
         self.pruner = TokenPruner(pruning.keep, pruning.unit, pruning.mass) if pruning is not None else None
         for number, attention in enumerate(attentions, start=1):
@@ -138,17 +143,23 @@ class SidModel(LibraryInit):
 
     table: SidTable | None = None
 
-    def add_map_head(self, d_model: int):
-        """`map_head` as `config.map` asks for it."""
+    def finish(self, d_model: int, table: SidTable | None, **generation):
+        """The end of a model's `__init__`: `map_head` as `config.map` asks for it, the table, the weights, how to generate."""
         self.map_config = MapConfig(**self.config.map) if self.config.map is not None else None
         self.map_head = MapHead(d_model, self.map_config.steps) if self.map_config is not None else None
+        if table is not None:
+            self.set_table(table)
+        self.post_init()
+        self.generation_config.update(max_new_tokens=len(self.config.widths), max_length=None, eos_token_id=None, pad_token_id=PAD,
+                                      **generation)
 
-    def init_map_head(self, head: MapHead):
-        """Draws the head's weights in a fork, so that adding it leaves every other random number as it was."""
-        with torch.random.fork_rng(devices=[]):
-            init.ones_(head.norm)
-            init.normal_(head.step, std=0.02)
-            init.normal_(head.projection, std=len(head.norm) ** -0.5)
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MapHead):  # in a fork, so that adding the head leaves every other random number as it was
+            with torch.random.fork_rng(devices=[]):
+                init.ones_(module.norm)
+                init.normal_(module.step, std=0.02)
+                init.normal_(module.projection, std=len(module.norm) ** -0.5)
 
     def set_table(self, table: SidTable):
         """Attach the `SidTable` this model speaks; its widths must be the model's."""

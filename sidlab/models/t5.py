@@ -28,18 +28,9 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense, T5PreTrainedMode
 from transformers.utils.output_capturing import capture_outputs
 
 from sidlab import kernels
-from sidlab.map_loss import MapConfig, MapHead
 from sidlab.models import fast
-from sidlab.models.sid import (
-    PrunedHistory,
-    PrunedStack,
-    SidLosses,
-    SidModel,
-    check_after_layer,
-    pruning_of,
-    token_levels,
-)
-from sidlab.pruning import PruningConfig, pool_tokens
+from sidlab.models.sid import PrunedHistory, PrunedStack, SidLosses, SidModel
+from sidlab.pruning import pool_tokens
 from sidlab.sids.table import BOS, PAD, SidTable
 
 
@@ -67,11 +58,6 @@ class SidT5Config(T5Config):
         self.pad_token_id, self.bos_token_id, self.eos_token_id = PAD, BOS, None
         self.decoder_start_token_id = BOS
         self.scale_decoder_outputs = False  # T5's answer to embeddings of size 1; ours start small
-        if self.pruning is not None:
-            PruningConfig(**self.pruning | {"scorer": "rastp"})
-            check_after_layer(self.pruning, self.num_layers)
-        if self.map is not None:
-            MapConfig(**self.map)
 
 
 @dataclasses.dataclass
@@ -87,16 +73,7 @@ class SidOutput(SidLosses, Seq2SeqLMOutput):
 class PrunedEncoder(PrunedStack, T5Stack):
     """T5's encoder with a `TokenPruner` behind block `pruning.after_layer`; without `pruning` it is T5's encoder."""
 
-    def __init__(self, config: SidT5Config):
-        super().__init__(config)
-        self.register_buffer("token_level", token_levels(config.widths), persistent=True)
-        if config.pruning is not None:
-            self.set_pruning(pruning_of(config))
-
-    def set_pruning(self, pruning: PruningConfig | None):
-        """Prune as `pruning` says from now on, or (None) not at all."""
-        check_after_layer(pruning, len(self.block))
-        self.prune_behind([block.layer[0].SelfAttention for block in self.block], pruning)
+    attentions = property(lambda self: [block.layer[0].SelfAttention for block in self.block])
 
     @capture_outputs
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, truth=None, padded=True, **kwargs):
@@ -212,12 +189,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
                 block.layer[-1].DenseReluDense = ours
         if not reference:
             fast.replace_dropout(self)
-        self.add_map_head(config.d_model)
-        if table is not None:
-            self.set_table(table)
-        self.post_init()
-        self.generation_config.update(max_new_tokens=len(config.widths), max_length=None, eos_token_id=None, pad_token_id=PAD,
-                                      decoder_start_token_id=BOS)
+        self.finish(config.d_model, table, decoder_start_token_id=BOS)
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -230,8 +202,6 @@ class SidT5(SidModel, T5ForConditionalGeneration):
                     for head in range(min(self.config.num_heads // 2, 7)):  # T5 has a bias of its own for each distance below 8
                         start[head + 1, head] += self.config.position_init
                     init.copy_(bias.weight, start)
-        elif isinstance(module, MapHead):
-            self.init_map_head(module)
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None,
                 encoder_outputs=None, past_key_values=None, inputs_embeds=None, labels=None, map_labels=None, truth=None, padded=True,
@@ -281,14 +251,6 @@ class SidT5(SidModel, T5ForConditionalGeneration):
     def search(self, encoded: PrunedEncoderOutput) -> "BeamState":
         """The state of a beam search behind `encoded`."""
         return BeamState(self, encoded)
-
-    def teacher_forced(self, encoded: PrunedEncoderOutput, tokens: Tensor) -> Tensor:
-        """Decoder states for `tokens` int64 [c, L], each row behind each history of `encoded`: [B, c, L, d]."""
-        batch = len(encoded.last_hidden_state)
-        out = self.decoder(input_ids=tokens.repeat(batch, 1),
-                           encoder_hidden_states=encoded.last_hidden_state.repeat_interleave(len(tokens), 0),
-                           encoder_attention_mask=encoded.attention_mask.repeat_interleave(len(tokens), 0))
-        return out.last_hidden_state.unflatten(0, (batch, -1))
 
 
 class BeamState:

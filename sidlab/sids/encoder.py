@@ -1,12 +1,12 @@
 """SidEncoder: what residual k-means, RQ-VAE and OPQ share, so that one can stand in for another anywhere."""
 
 import json
-import os
 import pathlib
 
 import numpy as np
 import safetensors.numpy
 
+from sidlab.files import write, write_json
 from sidlab.sids.trie import as_codes, as_widths
 
 CHUNK = 65536  # embeddings encoded at a time
@@ -89,13 +89,9 @@ class SidEncoder:
 
 def save_arrays(folder, stem: str, arrays: dict, meta: dict) -> None:
     """Writes numpy `arrays` as `stem`.safetensors and `meta` as `stem`.json into `folder`, each atomically."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-    for suffix, content in ((".safetensors", tensors), (".json", json.dumps(meta, indent=1).encode())):
-        beside = folder / f".{stem}{suffix}.{os.getpid()}"
-        beside.write_bytes(content)
-        os.replace(beside, folder / (stem + suffix))
+    write(pathlib.Path(folder, f"{stem}.safetensors"), tensors)
+    write_json(pathlib.Path(folder, f"{stem}.json"), meta)
 
 
 def load_arrays(folder, stem: str) -> tuple[dict, dict]:

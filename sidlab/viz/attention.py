@@ -8,10 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 from torch.nn.functional import max_pool2d
 
-from sidlab.probe import Probe
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality, semantic_saliency
-from sidlab.viz.explorer import Explorer
+from sidlab.viz.explorer import HistoryExplorer, folded, moved
 from sidlab.viz.pruning import _level_names, table
 from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION
 
@@ -19,7 +18,7 @@ SHOWN, SEARCHED = 10, 200  # places of the list; how many items are scored, so t
 REMOVALS = ("nothing", "this token", "its whole item")
 
 
-class AttentionExplorer(Explorer):
+class AttentionExplorer(HistoryExplorer):
     """Attention, centrality, saliency and importance of one user's tokens, and the recommendations without a chosen one.
     `AttentionExplorer()` shows the bundled demo.
 
@@ -32,16 +31,8 @@ class AttentionExplorer(Explorer):
     exported = "token"
 
     def __init__(self, model=None, catalogue=None, *, histories=None, theme=None, user=1, layer=2, head=0, token=1, remove="this token"):
-        if (model is None) != (catalogue is None):
-            raise ValueError("give model and catalogue, or neither for the bundled demo")
-        if model is None:
-            from sidlab.demo import load
-
-            catalogue, model = (demo := load()).catalogue, demo.model
-        self.model, self.catalogue = model, catalogue
-        self.histories = catalogue.histories[:50] if histories is None else list(histories)
-        self._probe, self._without = functools.lru_cache(8)(self._probe), functools.lru_cache(256)(self._without)
-        config = model.config
+        self.take(model, catalogue, histories)
+        self._without, config = functools.lru_cache(256)(self._without), self.model.config
         users = widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user")
         self._tokens = widgets.SelectionSlider(options=self._options(user), value=token, description="token", layout={"width": "560px"})
         users.observe(self._other_tokens, "value")  # before all other observers, so that these find the tokens of this user
@@ -55,9 +46,6 @@ class AttentionExplorer(Explorer):
         }, slow=("user",), theme=theme)
         for trace in self.figure.data[:5]:
             trace.on_click(self._clicked)
-
-    def _probe(self, user):
-        return Probe(self.model, self.histories[user - 1][:-1], self.catalogue.truth)
 
     def _without(self, user, layer, tokens):
         """{item: log-probability}, best first, when `tokens` are taken out behind `layer`; no tokens: as it is."""
@@ -89,9 +77,6 @@ class AttentionExplorer(Explorer):
         else:
             self.set(token=round(points.xs[0]))
 
-    def titles(self, items) -> list[str]:
-        return [self.catalogue.items.title[i - 1] or f"item {i}" for i in items]
-
     def removed(self) -> tuple[int, ...]:
         """Places of the tokens that are taken out behind the layer."""
         item_index, token = self._probe(self.value("user")).item_index, self.value("token")
@@ -118,30 +103,28 @@ class AttentionExplorer(Explorer):
                           for name, values in scores.items())
         of_heads = "" if head else f" RASTP sums the heads: {heads} times this centrality, the same order."
         places = [str(list(found).index(target) + 1) if target in found else f"below {len(found)}" for found in (before, after)]
-        moved = f"place {places[0]} → {places[1]}"
+        change = f"place {places[0]} → {places[1]}"
         if target in before and target in after:
-            change = after[target] - before[target]
-            moved = f"log-probability {before[target]:.3f} → {after[target]:.3f} (<b>{change:+.3f}</b>), {moved}"
+            gain = after[target] - before[target]
+            change = f"log-probability {before[target]:.3f} → {after[target]:.3f} (<b>{gain:+.3f}</b>), {change}"
         rows = [(name, *(f"{values[i]:.3g}" for values in scores.values()), truth[i]) for i, name in enumerate(names)]
         looked = [(f"layer {number}", *(names[i] for i in received.argmax(1)))
                   for number, received in enumerate(probe.attention.sum(2), start=1)]
         seen = f" Layers up to {layer} have seen it all, {behind} not seen what is removed." if removed else ""
         return (f"<p><b>{html.escape(names[token])}: {self.value('remove')} removed.</b>{seen}</p>"
                 f"<p>In layer {layer}, {f'head {head}' if head else 'mean of all heads'}: {facts}{informative}.{of_heads}</p>"
-                f"<p>The next item was <b>★ {html.escape(self.titles([target])[0])}</b>: {moved}.</p>"
+                f"<p>The next item was <b>★ {html.escape(self.titles([target])[0])}</b>: {change}.</p>"
                 + table(("place", "recommended", "probability", "before", "moved"), self._moves(before, after, target))
-                + f"<details><summary>All tokens as a table</summary>{table(('token', *scores, 'truth'), rows)}</details>"
-                "<details><summary>The token that each head looks at most</summary>"
-                + table(("", *(f"head {h + 1}" for h in range(heads))), looked) + "</details>")
+                + folded("All tokens as a table", table(("token", *scores, "truth"), rows))
+                + folded("The token that each head looks at most", table(("", *(f"head {h + 1}" for h in range(heads))), looked)))
 
     def _moves(self, before, after, target):
         """Rows of the list: place, title, probability, what it was before, how many places it rose or fell."""
         was, rows = {item: place for place, item in enumerate(before, start=1)}, []
         for place, (item, score) in enumerate(list(after.items())[:SHOWN], start=1):
-            title, up = self.titles([item])[0], was[item] - place if item in was else None
-            moved = "new" if up is None else "=" if up == 0 else f"▲ {up}" if up > 0 else f"▼ {-up}"
+            title = self.titles([item])[0]
             chances = (f"{np.exp(value):.1%}" for value in (score, before.get(item, -np.inf)))
-            rows.append((place, f"★ {title}" if item == target else title, *chances, moved))
+            rows.append((place, f"★ {title}" if item == target else title, *chances, moved(was.get(item), place)))
         return rows
 
 

@@ -7,7 +7,7 @@ import pathlib
 import pandas as pd
 import plotly.graph_objects as go
 
-from sidlab.sweeps import write_json
+from sidlab.files import write_json
 from sidlab.viz.theme import BLUE, GREY, mark, template
 
 
@@ -33,7 +33,6 @@ class Board:
         if "recall@10" not in numbers:
             raise ValueError(f"numbers must hold 'recall@10', got {sorted(numbers)}")
         rows = [row for row in self.rows if (row["name"], row["contest"]) != (name, contest)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, [*rows, {"name": name, "contest": contest, **numbers}])
 
     def frame(self, contest: str | None = None) -> pd.DataFrame:

@@ -1,20 +1,20 @@
 """The claims page: what both papers claim, the verdict of the runs at hand, and the figures it rests on. One HTML file, no script."""
 
-import os
-import pathlib
-
+from sidlab.files import write
 from sidlab.papers import METRICS
-from sidlab.viz.page import STYLE, _table, _text, _with_code
+from sidlab.viz.page import _table, _text, _with_code, document
 
 SIGNS = {"confirmed": "✓", "not confirmed": "✗", "undecided": "?", "mixed": "±", "not run": "…", "not testable here": "–"}
+STYLE = """
+thead th { text-align: left }
+td:last-child { white-space: normal; text-align: left; min-width: 30rem }
+ul { margin: 0; padding-left: 1.1rem }
+"""
 
 
 def write_claims(claims: list[dict], rows: list[dict], path) -> None:
     """Writes the page of `claims` (what `claims.judge` gives) and `rows` (what `claims.beside_published` gives) to `path`, atomically."""
-    path = pathlib.Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(_page(claims, rows), encoding="utf-8")
-    os.replace(beside, path)
+    write(path, _page(claims, rows))
 
 
 def _page(claims, rows):
@@ -28,22 +28,8 @@ def _page(claims, rows):
                [[f"<b>{_text(row['method'])}</b><small>{_text(row['source'])}</small>", *(_metric(row, m) for m in METRICS)]
                 for row in rows if row["dataset"] == name])
         for name in dict.fromkeys(row["dataset"] for row in rows))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What RASTP and STAMP claim, and what came out here</title>
-<style>{STYLE}
-thead th {{ text-align: left }}
-td:last-child {{ white-space: normal; text-align: left; min-width: 30rem }}
-ul {{ margin: 0; padding-left: 1.1rem }}
-</style>
-</head>
-<body>
-<main>
-<h1>What RASTP and STAMP claim, and what came out here</h1>
-<p>{summary}. Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where the whole spread of ours is at least the
+    return document("What RASTP and STAMP claim, and what came out here", f"""<p>{summary}.
+Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where the whole spread of ours is at least the
 published one; quality is kept where the interval of the difference to the unpruned model lies above −5 % of its recall@10, lost where it
 lies below 0, and undecided between. “Mixed”: runs that decide disagree; each data set has its own verdict below. Intervals are 95 %, over
 test users, and over seeds where there are several. How to run what is missing: <code>make paper</code>.</p>
@@ -51,11 +37,7 @@ test users, and over seeds where there are several. How to run what is missing: 
 <h2>Numbers</h2>
 <p>Published numbers have no intervals and rest on other preparations of the data; honest reproductions of one method differ by more than
 either paper gains.</p>
-{tables}
-</main>
-</body>
-</html>
-"""
+{tables}""", STYLE, plotly=False)
 
 
 def _metric(row, name):

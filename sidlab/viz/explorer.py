@@ -17,6 +17,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from sidlab.files import write
+from sidlab.probe import Probe
 from sidlab.viz import theme as themes
 from sidlab.viz.labels import Labels
 
@@ -128,6 +130,42 @@ class Explorer(widgets.VBox):
         return {"text/html": frame, "text/plain": f"{type(self).__name__}: {name}"}
 
 
+def demo_or(model, catalogue):
+    """`model` and `catalogue`, or those of the bundled demo where neither is given."""
+    if (model is None) != (catalogue is None):
+        raise ValueError("give model and catalogue, or neither for the bundled demo")
+    if model is None:
+        from sidlab.demo import load
+
+        return (demo := load()).model, demo.catalogue
+    return model, catalogue
+
+
+class HistoryExplorer(Explorer):
+    """Base class of explorers of one history, whose last item is the one to be found; a subclass calls `take` first."""
+
+    def take(self, model, catalogue, histories):
+        self.model, self.catalogue = demo_or(model, catalogue)
+        self.histories = self.catalogue.histories[:50] if histories is None else list(histories)
+        self._probe = functools.lru_cache(8)(self._probe)
+
+    def _probe(self, user):
+        return Probe(self.model, self.histories[user - 1][:-1], self.catalogue.truth)
+
+    def titles(self, items) -> list[str]:
+        return [self.catalogue.items.title[i - 1] or f"item {i}" for i in items]
+
+
+def moved(before: int | None, place: int) -> str:
+    """How many places up or down an item went to `place`, from the place `before` (None: it was in no list)."""
+    up = before and before - place
+    return "new" if before is None else "=" if up == 0 else f"▲ {up}" if up > 0 else f"▼ {-up}"
+
+
+def folded(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
+
+
 class _Figure(go.FigureWidget):
     """Sends an update in two messages, not four: the edit ids travel within the update as well."""
 
@@ -225,7 +263,7 @@ show();
 def write_frames(path, title: str, label: str, frames, first: int = 0) -> pathlib.Path:
     """Write `frames`, (value as text, figure, text as HTML) each, as one HTML page with a slider. It needs no network; the figures are
     light or dark as the reader's system is."""
-    path, out = pathlib.Path(path), []
+    out = []
     for value, figure, text in frames:
         content = json.loads(pio.to_json(figure, validate=False))
         content["layout"].pop("template", None)
@@ -233,11 +271,7 @@ def write_frames(path, title: str, label: str, frames, first: int = 0) -> pathli
     looks = [pio.templates[name].to_plotly_json() for name in themes.TEMPLATES.values()]
     page = PAGE % {"title": html.escape(title), "label": html.escape(label), "plotly": get_plotlyjs(), "last": len(out) - 1, "first": first,
                    "frames": _script(out), "looks": _script(looks)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
-    return path
+    return write(path, page)
 
 
 def _script(value):

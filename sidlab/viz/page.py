@@ -4,13 +4,13 @@ plotly.js is inside, once, so the page needs no network; its tables need no scri
 """
 
 import html
-import os
 import pathlib
 
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from sidlab.comparison import BASELINES, METHODS, predicted_and_measured
+from sidlab.files import write
 from sidlab.papers import METRICS, RASTP_CLAIMS, STAMP_CLAIMS, published
 from sidlab.viz import figures
 from sidlab.viz.figures import COST, MEMORY
@@ -74,42 +74,36 @@ summary { cursor: pointer; padding: .3rem 0; width: max-content }
 
 def write_page(results: dict, path) -> None:
     """Writes the HTML page of `results` (what results.json holds) to `path`, atomically."""
-    path = pathlib.Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(_page(results), encoding="utf-8")
-    os.replace(beside, path)
+    write(path, _page(results))
 
 
-def _page(results):
-    name = pathlib.PurePath(results["dataset"]).name
-    title = _text(f"Pruning semantic-ID histories: {name}, preset {results['preset']}")
-    guide = "".join(f"<dt>{_text(term)}</dt><dd>{_with_code(meaning)}</dd>\n" for term, meaning in GUIDE.items())
+def document(title: str, body: str, style: str = "", plotly: bool = True) -> str:
+    """One HTML page that needs nothing else; `body` and `style` are HTML and CSS, `plotly`: with its script."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{STYLE}</style>
-<script>{get_plotlyjs()}</script>
+<title>{_text(title)}</title>
+<style>{STYLE}{style}</style>
+{f"<script>{get_plotlyjs()}</script>" * plotly}
 </head>
 <body>
 <main>
-<h1>{title}</h1>
-{_run(results)}
-<h2>Results</h2>
-{_summary_table(results)}
-{_claims_table(results)}
-{_predicted_table(results)}
-{_published_table(results)}
-<h2>How to read this</h2>
-<dl>
-{guide}</dl>
-{_charts(results)}
+<h1>{_text(title)}</h1>
+{body}
 </main>
 </body>
 </html>
 """
+
+
+def _page(results):
+    name = pathlib.PurePath(results["dataset"]).name
+    guide = "".join(f"<dt>{_text(term)}</dt><dd>{_with_code(meaning)}</dd>\n" for term, meaning in GUIDE.items())
+    tables = [table(results) for table in (_summary_table, _claims_table, _predicted_table, _published_table)]
+    return document(f"Pruning semantic-ID histories: {name}, preset {results['preset']}", "\n".join([
+        _run(results), "<h2>Results</h2>", *tables, "<h2>How to read this</h2>", f"<dl>\n{guide}</dl>", _charts(results)]))
 
 
 def _run(results):

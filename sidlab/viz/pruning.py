@@ -10,16 +10,15 @@ import plotly.graph_objects as go
 
 from sidlab.cost import cost
 from sidlab.metrics import rank_of_target
-from sidlab.probe import Probe
 from sidlab.pruning import POSITIONS, UNITS, PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.training import TrainConfig
-from sidlab.viz.explorer import Explorer
+from sidlab.viz.explorer import HistoryExplorer, folded, moved
 from sidlab.viz.figures import pruning_strip
 from sidlab.viz.theme import SCALE
 
 
-class PruningExplorer(Explorer):
+class PruningExplorer(HistoryExplorer):
     """Prune one user's history live. `PruningExplorer()` shows the bundled demo.
 
     Args: `model`, `catalogue`: a `SidT5` with its table and the catalogue it was trained on (default: `sidlab.demo.load()`);
@@ -34,19 +33,11 @@ class PruningExplorer(Explorer):
 
     def __init__(self, model=None, catalogue=None, *, histories=None, scorers=None, theme=None, user=1, keep=1 / 3, layer=2,
                  scorer="rastp", unit="token", positions="original", protect=False):
-        if (model is None) != (catalogue is None):
-            raise ValueError("give model and catalogue, or neither for the bundled demo")
-        if model is None:
-            from sidlab.demo import load
-
-            catalogue, model = (demo := load()).catalogue, demo.model
-        self.model, self.catalogue = model, catalogue
-        self.histories = catalogue.histories[:50] if histories is None else list(histories)
-        without = {"rastp-visible"} | ({"oracle"} if catalogue.truth is None else set())  # the first is for causal attention
+        self.take(model, catalogue, histories)
+        without = {"rastp-visible"} | ({"oracle"} if self.catalogue.truth is None else set())  # the first is for causal attention
         self._scorers = {name: name for name in SCORERS if name not in without} | (scorers or {})
-        self._probe, self._full = functools.lru_cache(8)(self._probe), functools.lru_cache(8)(self._full)
-        self._cost = functools.lru_cache(512)(self._cost)
-        names, last = list(self._scorers), model.config.num_layers
+        self._full, self._cost = functools.lru_cache(8)(self._full), functools.lru_cache(512)(self._cost)
+        names, last = list(self._scorers), self.model.config.num_layers
         super().__init__({
             "keep": widgets.FloatSlider(value=keep, min=0.05, max=1, step=0.01, description="kept share", readout_format=".0%",
                                         layout=widgets.Layout(width="400px")),
@@ -62,9 +53,6 @@ class PruningExplorer(Explorer):
         """The configuration that the controls say."""
         return PruningConfig(after_layer=self.value("layer"), keep=self.value("keep"), scorer=self._scorers[self.value("scorer")],
                              unit=self.value("unit"), positions=self.value("positions"), protect_separators=self.value("protect"))
-
-    def _probe(self, user):
-        return Probe(self.model, self.histories[user - 1][:-1], self.catalogue.truth)
 
     def _full(self, user, layer):
         """Recommendations without pruning, and how many milliseconds the layers behind `layer` and the decoder take for them."""
@@ -92,9 +80,6 @@ class PruningExplorer(Explorer):
         figure = pruning_figure(probe, self.pruned, self.titles(probe.history), pruning.after_layer, self.template)
         return figure, self._text(probe, self.pruned, pruning, full, int(self.histories[user - 1][-1]))
 
-    def titles(self, items) -> list[str]:
-        return [self.catalogue.items.title[i - 1] or f"item {i}" for i in items]
-
     def _text(self, probe, pruned, pruning, full, target):
         (full, milliseconds), ours, theirs = full, self._cost(len(probe.history), pruning), self._cost(len(probe.history), None)
         kept, n = int(pruned.kept.sum()), len(probe.tokens)
@@ -108,9 +93,7 @@ class PruningExplorer(Explorer):
         rows = []
         for place, (item, title) in enumerate(zip(pruned.items.tolist(), self.titles(pruned.items.tolist())), start=1):
             before = int(np.flatnonzero(full == item)[0]) + 1 if item in full else None
-            up = before and before - place
-            moved = "new" if before is None else "=" if up == 0 else f"▲ {up}" if up > 0 else f"▼ {-up}"
-            rows.append((place, f"★ {title}" if item == target else title, moved))
+            rows.append((place, f"★ {title}" if item == target else title, moved(before, place)))
         left = [t for i, t in zip(full.tolist(), self.titles(full.tolist())) if i not in pruned.items.tolist()]
         found = ["not in the list" if p == 0 else f"place {p}" for p in places]
         truth = ""
@@ -127,7 +110,7 @@ class PruningExplorer(Explorer):
                 f"<p>The next item was <b>★ {html.escape(self.titles([target])[0])}</b>: {found[1]} (unpruned: {found[0]}).</p>"
                 '<div style="display: flex; flex-wrap: wrap; gap: 0 3em; align-items: flex-start"><div style="max-width: 25em">'
                 f"{table(('place', 'recommended', 'moved'), rows)}{dropped}</div>"
-                f"<div>{meter}<details><summary>Kept tokens as a table</summary>{table(('item', 'kept'), by_item)}</details></div></div>")
+                f"<div>{meter}{folded('Kept tokens as a table', table(('item', 'kept'), by_item))}</div></div>")
 
 
 def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab") -> go.Figure:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
-from sidlab.viz.explorer import Explorer
+from sidlab.viz.explorer import Explorer, demo_or, folded
 from sidlab.viz.pruning import table
 from sidlab.viz.theme import BLUE, SCALE, VERMILLION
 from sidlab.windows import history_tokens, pad_histories
@@ -244,13 +244,7 @@ class QuirkExplorer(Explorer):
     exported = "quirk"
 
     def __init__(self, model=None, catalogue=None, *, quirk=1, mode="reference", theme=None):
-        if (model is None) != (catalogue is None):
-            raise ValueError("give model and catalogue, or neither for the bundled demo")
-        if model is None:
-            from sidlab.demo import load
-
-            catalogue, model = (demo := load()).catalogue, demo.model
-        self.subject, self.evidence = Subject(model, catalogue), functools.lru_cache(len(QUIRKS))(self.evidence)
+        self.subject, self.evidence = Subject(*demo_or(model, catalogue)), functools.lru_cache(len(QUIRKS))(self.evidence)
         options = [(name, number) for number, (name, *_) in enumerate(QUIRKS, start=1)]
         super().__init__({
             "quirk": widgets.Dropdown(options=options, value=quirk, description="quirk"),
@@ -278,8 +272,7 @@ class QuirkExplorer(Explorer):
             head = ("", "least", "mean", "most")
             rows = [(name, *(f"{f(row):.3f}" for f in (np.min, np.mean, np.max))) for name, row in named if np.isfinite(row).all()]
         return (f"<p><b>The published code {published}.</b> So {consequence}. The corrected code {corrected}.</p>{bars}"
-                f"<p>The picture ({mode}): {html.escape(_key(shown.legend))}.</p>"
-                f"<details><summary>The picture as a table</summary>{table(head, rows)}</details>")
+                f"<p>The picture ({mode}): {html.escape(_key(shown.legend))}.</p>" + folded("The picture as a table", table(head, rows)))
 
 
 def _number(value):

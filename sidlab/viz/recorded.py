@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
 from sidlab.sweeps import config_with, fitted
-from sidlab.viz.explorer import Explorer
+from sidlab.viz.explorer import Explorer, folded
 from sidlab.viz.figures import COST, MEMORY, _error, span
 from sidlab.viz.pruning import table
 from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SCALE, VERMILLION, mark
@@ -84,7 +84,7 @@ class DilutionExplorer(Recorded):
         text = (f"<p><b>{_size(run)} codes: recall@10 {run[RECALL]:.3f} {span(run, RECALL)} at {run[field]:.3g} {self.COSTS[field]}.</b> "
                 f"Its interval is apart from that of {apart} of the other {len(self.runs) - 1} settings.</p>"
                 + table(("", "chosen", "best recall recorded"), zip(self._head, self._cells(run), self._cells(best)))
-                + _folded(f"All {len(self.runs)} runs as a table", table(self._head, map(self._cells, self.runs))) + self._source())
+                + folded(f"All {len(self.runs)} runs as a table", table(self._head, map(self._cells, self.runs))) + self._source())
         return dilution_figure(self.runs, run, field, self.COSTS[field], self.template), text
 
     def _cells(self, row):
@@ -163,8 +163,8 @@ class MapExplorer(Recorded):
         every = [(_map_name(row), f"{row[RECALL]:.4f}", span(row, RECALL), f"{row[COST]:.2f}") for row in [base, *self.runs]]
         text = (f"<p><b>{_map_name(run)}: recall@10 {run[RECALL]:.3f}, without MAP {base[RECALL]:.3f}.</b> Their 95 % intervals "
                 f"{'are apart' if _apart(run, base) else 'overlap'}.</p>" + table(("", "no MAP", "chosen", "difference"), rows)
-                + _folded("Both curves as a table", table(("", "update", "no MAP", "chosen"), curves))
-                + _folded(f"All {len(every)} runs as a table", table(("run", "recall@10", "95 % interval", "seconds per 1,000"), every))
+                + folded("Both curves as a table", table(("", "update", "no MAP", "chosen"), curves))
+                + folded(f"All {len(every)} runs as a table", table(("run", "recall@10", "95 % interval", "seconds per 1,000"), every))
                 + self._source())
         return map_figure(self.runs, base, run, self.template), text
 
@@ -235,7 +235,7 @@ class FrontierExplorer(Recorded):
         text = (f"<p><b>{keep:.0%} of the tokens kept</b> behind the pruner, against the unpruned run with recall@10 {base[RECALL]:.4f} "
                 f"{span(base, RECALL)}. Cost: {self.COSTS[field]}.</p><ul>{''.join(says)}</ul>"
                 + table(self._head, map(self._cells, [base, *chosen]))
-                + _folded(f"All {len(self.runs) + 1} runs as a table", table(self._head, map(self._cells, [base, *self.runs])))
+                + folded(f"All {len(self.runs) + 1} runs as a table", table(self._head, map(self._cells, [base, *self.runs])))
                 + self._source())
         return frontier_figure(self.runs, base, keep, field, self.COSTS[field], self.template), text
 
@@ -306,10 +306,6 @@ def _text(value, form="g"):
 
 def _nearest(options, value):
     return min(options, key=lambda option: option != value if isinstance(value, str) else abs(option - value))
-
-
-def _folded(title, content):
-    return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def _apart(a, b):

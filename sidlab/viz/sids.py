@@ -11,7 +11,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
-from sidlab.viz.explorer import Explorer
+from sidlab.viz.explorer import Explorer, folded
 from sidlab.viz.pruning import table
 from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 
@@ -125,11 +125,11 @@ class SidExplorer(Explorer):
                 f"The tree leaves out prefixes of fewer than {least} items." if least > 1 else "", "</p>"]
         return (" ".join(said) + "<table><thead><tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr></thead><tbody>"
                 + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in meters) + "</tbody></table>"
-                + _details(f"Codes of level {level}, with the word that sets their items apart",
-                           ("code", "items", "word (share of the code's items that have it)"), codes)
-                + _details(f"SIDs of several items in the tree: {len(together)}" + (", the first 50" if len(together) > 50 else ""),
-                           ("SID", "items", "titles"), together[:50])
-                + _details("Items of the map, in the order of the tree", ("SID", "item", "length of what is left"), items))
+                + folded(f"Codes of level {level}, with the word that sets their items apart",
+                         table(("code", "items", "word (share of the code's items that have it)"), codes))
+                + folded(f"SIDs of several items in the tree: {len(together)}" + (", the first 50" if len(together) > 50 else ""),
+                         table(("SID", "items", "titles"), together[:50]))
+                + folded("Items of the map, in the order of the tree", table(("SID", "item", "length of what is left"), items)))
 
 
 def main_plane(x) -> np.ndarray:
@@ -224,7 +224,3 @@ def _least(n):
 
 def _meter(share, shown):
     return f'<span style="white-space: nowrap"><meter min="0" max="1" value="{share:.4f}" aria-hidden="true"></meter> {shown}</span>'
-
-
-def _details(summary, head, rows):
-    return f"<details><summary>{summary}</summary>{table(head, rows)}</details>"

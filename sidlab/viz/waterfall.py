@@ -9,14 +9,16 @@ import pathlib
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
-from plotly.offline import get_plotlyjs
 
-from sidlab.viz.page import STYLE, _table
+from sidlab.files import write
+from sidlab.viz.page import _table, document
 from sidlab.viz.studies import curves_figure
 from sidlab.viz.theme import BLUE, FONT, GREY, ORANGE, TEMPLATES
 
 TRAINING = "Beauty lengths"
 HEAD = ("windows", "variant", "s per 1,000", "GFLOP per 1,000", "GFLOP/s", "activations MB, predicted", "peak MB, measured", "attention")
+STYLE = """td:last-child, th:last-child { text-align: left; white-space: normal; min-width: 11rem }
+#rows table { font-size: .85em } #rows :is(td, th):nth-child(2) { text-align: left }"""
 WIDTH, LEFT, BAR, GAP = 900, 300, 26, 16  # of the image
 
 
@@ -58,22 +60,14 @@ def write_page(results: dict, path, studies=()) -> None:
              row["attention"]) for row in measured]
     tables = (_table("What was to be reached.", ("figure", "target", "value", "95 % interval", "verdict"), _cells(targets)),
               _table("Every row that was measured.", HEAD, _cells(rows)))
-    chart = _chart(figure(results))
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>What training costs</title>
-<style>{STYLE} td:last-child, th:last-child {{ text-align: left; white-space: normal; min-width: 11rem }}
-#rows table {{ font-size: .85em }} #rows :is(td, th):nth-child(2) {{ text-align: left }}</style>
-<script>{get_plotlyjs()}</script>
-<h1>What training costs, from the published configuration to ours</h1>
-<p>{html.escape(setting)}. Ratios are of medians of runs that take turns in one process; intervals are 95 % of a bootstrap over rounds. Each
+    body = f"""<p>{html.escape(setting)}.
+Ratios are of medians of runs that take turns in one process; intervals are 95 % of a bootstrap over rounds. Each
 step of the waterfall changes one thing. FLOPs come from the cost model, not from the clock.</p>
-<figure class="chart">{chart}</figure>
+<figure class="chart">{_chart(figure(results))}</figure>
 <h2>Targets</h2>{tables[0]}
 {"".join(map(_quality, studies))}
-<h2>Training</h2><div id="rows">{tables[1]}</div></html>"""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+<h2>Training</h2><div id="rows">{tables[1]}</div>"""
+    write(path, document("What training costs, from the published configuration to ours", body, STYLE))
 
 
 def _chart(fig):
