@@ -3,12 +3,13 @@
     python results/scale.py [--data ../shared/data] [--million]
 
 Ciao (105,114 items) and Epinions (296,277) where they stand in the data folder, and with --million the planted world with a million items.
-Each catalogue in a process of its own, so that its memory is its own. Writes results/scale.json. Training is short: quality is not the
-point.
+Each catalogue in a process of its own; what recommending needs beyond model and trie is measured with and without pruning. Writes
+results/scale.json. Training is short: quality is not the point.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import resource
 import subprocess
@@ -18,6 +19,7 @@ import time
 import numpy as np
 
 import sidlab
+from sidlab.bench import GIVE_BACK, peak_mb
 from sidlab.comparison import hardware, versions
 from sidlab.sids.fusion import collaborative_embeddings
 from sidlab.sweeps import write_json
@@ -59,6 +61,9 @@ def one(source: str) -> dict:
         assert items.max() <= catalogue.n_items and (items[:, 0] > 0).all()
         for name, values in times.items():
             row[f"{arch}_ms_per_user_{name}"] = float(np.median(values[1:]))
+        for name, pruning in (("all", None), ("third", sidlab.PruningConfig())):
+            result.model.set_pruning(pruning)
+            row[f"{arch}_recommend_mb_{name}"] = peak_mb(lambda model=result.model: sidlab.recommend(model, histories, k=10, beam=20))
     row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return row
 
@@ -73,15 +78,15 @@ def main():
         print(json.dumps(one(args.one)))
         return
     sources = [str(pathlib.Path(args.data, name)) for name in ("ciao", "epinions") if pathlib.Path(args.data, name).is_dir()]
-    rows = []
+    command, rows = f"python results/scale.py --data {args.data}" + " --million" * args.million, []
     for source in sources + ["planted"] * args.million:
-        done = subprocess.run([sys.executable, __file__, "--one", source], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, __file__, "--one", source], capture_output=True, text=True, check=False,
+                              env=os.environ | GIVE_BACK)
         if done.returncode:
             sys.exit(done.stderr)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
-    command = f"python results/scale.py --data {args.data}" + " --million" * args.million
-    write_json(HERE / "scale.json", {"command": command, "hardware": hardware(), "versions": versions(), "rows": rows})
+        write_json(HERE / "scale.json", {"command": command, "hardware": hardware(), "versions": versions(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -146,12 +146,14 @@ def _levers(levers):
 
 
 def _scale(scale):
-    rows = ["| {} | {:,} | {:.0f} | {:.1f} | {:.0%} | {:.1f} / {:.1f} | {:.1f} / {:.1f} | {:,.0f} |".format(
-        row["catalogue"], row["items"], row["encoder_seconds"] + row["table_and_trie_seconds"], row["trie_mb"], row["share_their_sid"],
-        row["t5_ms_per_user_all"], row["t5_ms_per_user_third"], row["qwen_ms_per_user_all"], row["qwen_ms_per_user_third"], row["peak_mb"])
-        for row in scale["rows"]]
-    head = ["| catalogue | items | SIDs, s | trie, MB | share a SID | T5, ms a user: all tokens / a third | Qwen, the same | peak MB |",
-            "|---|---|---|---|---|---|---|---|"]
+    rows = ["| {} | {:,} | {:.0f} | {:.1f} | {:.0%} | {:.1f} / {:.1f} | {:.1f} / {:.1f} | {:,.0f} / {:,.0f} | {:,.0f} / {:,.0f} | {:,.0f} |"
+            .format(row["catalogue"], row["items"], row["encoder_seconds"] + row["table_and_trie_seconds"], row["trie_mb"],
+                    row["share_their_sid"], *(row[f"{arch}_{what}_{share}"] for what in ("ms_per_user", "recommend_mb")
+                                              for arch in ("t5", "qwen") for share in ("all", "third")), row["peak_mb"])
+            for row in scale["rows"]]
+    columns = ("catalogue", "items", "SIDs, s", "trie, MB", "share a SID", "T5, ms a user: all tokens / a third", "Qwen, the same",
+               "T5, MB to recommend: all / a third", "Qwen, the same", "peak MB of all")
+    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([f"**Large catalogues**, beam 20, histories of up to 30 items: `{scale['command']}`", "", *head, *rows, ""])
 
 

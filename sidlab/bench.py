@@ -218,9 +218,13 @@ def ratio(over, under, transform=lambda r: r) -> tuple[float, tuple[float, float
 # --- In child processes
 
 
+# Read when a process starts: its allocator then gives freed memory back at once, so that its peak is what was in use.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
 def in_child(function, *arguments):
-    """The result of `function` in a fresh process whose allocator gives freed memory back at once, so that its peak is what was in use."""
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # read at its start
+    """The result of `function` in a fresh process that gives freed memory back."""
+    os.environ |= GIVE_BACK
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

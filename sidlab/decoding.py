@@ -113,7 +113,8 @@ def table_of(model):
 
 def items_of_leaves(trie, leaves, scores, k, seen=None):
     """The first k items of ranked leaves, sharers expanded, `seen` [B, M] left out: items and scores [B, k]."""
-    items, valid = trie.leaf_items(leaves)  # [B, b, M]
+    # More of one leaf can't be among the first k; thousands of items that nobody described may share one.
+    items, valid = trie.leaf_items(leaves, k if seen is None else k + seen.shape[1])  # [B, b, M]
     valid = valid & (scores > -torch.inf).unsqueeze(-1)
     scores = scores.unsqueeze(-1).expand_as(items).flatten(1)
     items, valid = items.flatten(1), valid.flatten(1)

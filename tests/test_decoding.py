@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidlab.data.planted import planted_catalogue
-from sidlab.decoding import beam_search, encode_histories, recommend, score_items
+from sidlab.decoding import beam_search, encode_histories, items_of_leaves, recommend, score_items
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
@@ -144,6 +144,26 @@ def test_the_model_is_left_as_it_was(model):
     model.eval()
     recommend(model, HISTORIES, k=2)
     assert not model.training
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 6), st.randoms(use_true_random=False))
+def test_of_many_that_share_a_sid_the_first_unseen_ones_are_taken(k, seen_count, random):
+    codes = np.array([[random.randrange(2), random.randrange(2)] for _ in range(30)])
+    trie = SidTable(codes, (2, 2), collisions="share").trie
+    leaves = torch.tensor([random.sample(range(trie.n_nodes[-1]), trie.n_nodes[-1]) for _ in range(2)])
+    scores = torch.sort(torch.rand(leaves.shape), dim=1, descending=True).values
+    scores[1, -1] = -torch.inf
+    seen = np.array([[random.randrange(31) for _ in range(seen_count)] for _ in range(2)], np.int64) if seen_count else None
+    items, found = items_of_leaves(trie, leaves, scores, k, seen)
+    for row in range(2):
+        expected = []
+        for leaf, score in zip(leaves[row], scores[row]):
+            of_leaf, valid = trie.leaf_items(leaf)
+            expected += [(item, score) for item in of_leaf[valid].tolist()
+                         if score > -torch.inf and (seen is None or item not in seen[row])]
+        expected = (expected + [(0, torch.tensor(-torch.inf))] * k)[:k]
+        assert items[row].tolist() == [item for item, _ in expected] and found[row].tolist() == [float(score) for _, score in expected]
 
 
 @pytest.mark.parametrize("pruning", [None, PruningConfig(after_layer=1, unit="item")])

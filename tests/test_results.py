@@ -45,9 +45,12 @@ def test_every_study_has_a_sentence_whose_better_and_worse_follow_from_intervals
                            "kept_token_fraction": 0.3, "difference_interval": [-0.01 * place - 0.03, -0.01 * place + 0.03],
                            "difference": -0.01 * place, "seconds_per_1k_windows": 1.0 + place, "real_token_fraction": 0.9,
                            "seconds_to_recall": 9.0}
-        groups = [{"label": label, "by": by, "group": "short", "recall@10": 0.4} for label in rows
+        groups = [{"label": label, "by": by, "group": "short", "recall@10": 0.4, "recall@10_interval": [0.3, 0.5]} for label in rows
                   for by in ("history length", "target popularity")]
-        text = show.SENTENCES[name](rows, {"groups": groups})
+        labels = list(rows)
+        pairs = [{"label": labels[1], "against": "random", "difference": d, "difference_interval": [d - 0.1, d + 0.1]} for d in (0, 1)]
+        text = show.SENTENCES[name](rows, {"groups": groups, "versus": pairs})
+        assert ("better" in text) == (name not in ("efficiency", "strata", "inference", "layer-ratio", "fast")), name
         assert "nan" not in text and len(text) > 40, name
     worse = {"difference": -0.2, "difference_interval": [-0.3, -0.1]}
     assert show._against(worse).endswith("clearly less")

@@ -121,13 +121,13 @@ class Trie:
         mask.scatter_(-1, codes.masked_fill(~valid, width), True)  # the column beyond the codes takes the padding
         return mask[..., :width]
 
-    def leaf_items(self, leaves):
-        """The items of `leaves` int64 [...], ascending.
+    def leaf_items(self, leaves, most: int | None = None):
+        """The items of `leaves` int64 [...], ascending, of each the first `most` (None: all).
 
-        Returns ids from 1, int64 [..., M], and `valid` bool [..., M], where M is `max_items`; ids are 0 where `valid`
+        Returns ids from 1, int64 [..., M], and `valid` bool [..., M], where M is `max_items` or `most`; ids are 0 where `valid`
         is false.
         """
-        place, valid = self._spans(self.first_item, leaves, self.max_items)
+        place, valid = self._spans(self.first_item, leaves, min(self.max_items, most or self.max_items))
         return self.item[place] * valid, valid
 
     def find(self, codes):
