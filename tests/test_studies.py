@@ -62,6 +62,19 @@ def test_a_study_runs_pools_its_seeds_and_writes_what_it_found(ran):
     assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) == 2
 
 
+def test_schedules_are_shown_before_the_runs_and_pairs_behind_them(ran):
+    parameters = dict(preset="smoke", seeds=1, only=2, output_dir=str(ran / "out"))
+    papermill.execute_notebook(ROOT / "notebooks/studies/adaptive.ipynb", ran / "adaptive.ipynb", parameters, kernel_name="python3",
+                               cwd=str(ROOT), progress_bar=False)
+    cells = nbformat.read(ran / "adaptive.ipynb", 4).cells
+    drawn, run, pairs = (next(i for i, cell in enumerate(cells) if cell.cell_type == "code" and text in cell.source)
+                         for text in ("schedule_figure(", "studies.run(", "studies.versus("))
+    assert drawn < run < pairs and all(cells[place].outputs for place in (drawn, run, pairs))
+    study = json.loads((ran / "out" / "adaptive-study.json").read_text())
+    assert [row["label"] for row in study["rows"]] == ["unpruned", "constant 1/3"] and study["versus"] == [] and study["only"] == 2
+    assert study["rows"][0]["sids"]["widths"] and study["rows"][0]["busy"] in (True, False)
+
+
 def test_groups_cover_all_users_and_average_to_the_whole(ran):
     frame = studies.run("strata", ran / "out", preset="smoke", seeds=2, only=2)
     groups = studies.strata(frame, "planted")

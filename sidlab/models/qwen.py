@@ -4,7 +4,8 @@ A subclass of Hugging Face's Qwen3. A row is [prompt] history BOS target; the lo
 history comes in the same batches. The pruner stands behind layer `after_layer` and touches history tokens alone: never the first token
 of the row (the attention sink), the prompt, BOS or the target. Attention is causal, so labels cannot reach the history's states, nor
 what is kept of it; and only history queries vote. Kept tokens keep the rotation of their places in the full history, and what follows
-goes on at the place behind it (`positions="compact"`: at their places among the kept).
+goes on at the place behind it (`positions="compact"`: at their places among the kept). Pooling (`reduce="pool"`) averages the history
+alone, too; without a prompt the first token is in the first of its bins.
 
 Causal attention favours early tokens: a later query cannot vote for them alone, but they are seen by all. `scorer="rastp"` is the plain
 sum of the paper; "rastp-visible" divides it by the number of queries that can see the token.
