@@ -31,6 +31,8 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
     if beam is not None and beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
     histories = [np.asarray(h, np.int64) for h in histories]
+    if any(history.ndim != 1 for history in histories):
+        raise ValueError("histories must be a sequence of histories, arrays of item ids; of a single one, give [history]")
     items = torch.zeros(len(histories), k, dtype=torch.long)
     scores = torch.full((len(histories), k), -torch.inf)
     was_training = model.training

@@ -7,6 +7,7 @@ behind this one is cheaper, which masking alone would not give.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,10 +73,10 @@ class PruningConfig:
             for name in ("unit", "protect_separators", "mass", *(["positions", "reduce"] if self.mode == "reference" else [])):
                 if getattr(self, name) != getattr(PruningConfig, name):
                     raise ValueError(f"{which} knows no {name}={getattr(self, name)!r}; leave it out")
-        if isinstance(self.scorer, str):
+        if not callable(self.scorer):
             one_of("scorer", self.scorer, tuple(SCORERS))
-        if self.after_layer < 1:
-            raise ValueError(f"after_layer is counted from 1, got {self.after_layer}")
+        if not isinstance(self.after_layer, numbers.Integral) or self.after_layer < 1:
+            raise ValueError(f"after_layer is an integer and counted from 1, got {self.after_layer!r}")
 
     def to_dict(self) -> dict:
         """JSON-ready; a callable scorer becomes "own:<name>"."""
@@ -218,8 +219,8 @@ def _top(score: Tensor, count: Tensor) -> Tensor:
 
 
 def check_keep(keep):
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is the kept fraction and must lie in (0, 1], got {keep}")
+    if not isinstance(keep, numbers.Real) or not 0 < keep <= 1:
+        raise ValueError(f"keep is the kept fraction and must lie in (0, 1], got {keep!r}")
 
 
 def one_of(name, value, valid):

@@ -101,14 +101,18 @@ def config_with(preset: str, seed: int, settings: dict) -> TrainConfig:
 def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None) -> dict:
     """What a run is made from, ready for JSON: `dataset` as `load_catalogue` takes it, `sids` as `sid_table` does; `config` may also
     be {"sasrec": arguments of `SASRec`}."""
-    if unknown := set(sids or {}) - set(SIDS):
-        raise ValueError(f"sids.{min(unknown)} is unknown; use sids.{', sids.'.join(SIDS)}")
+    _check_sids(sids or {})
     if isinstance(config, TrainConfig):
         if config.pruning is not None and callable(config.pruning.scorer):
             raise ValueError("a run in a process of its own takes a scorer by name; train() takes any callable")
         config = config.to_dict()
     folder = dataset != "planted" and os.path.isdir(dataset)
     return {"dataset": os.path.abspath(dataset) if folder else dataset, "sids": sids or {}, "config": config}
+
+
+def _check_sids(sids):
+    if not isinstance(sids, dict) or set(sids) - set(SIDS):
+        raise ValueError(f"sids={sids!r} must hold some of {', '.join(SIDS)}, as {{name: value}}")
 
 
 def run_all(specs: dict[str, dict], folder):
@@ -121,6 +125,7 @@ def run_all(specs: dict[str, dict], folder):
     for one in specs.values():  # everything that may be refused is, before anything is trained
         if "oracle" in json.dumps(one["config"]) and catalogues[one["dataset"]].truth is None:
             raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
+        sid_table(catalogues[one["dataset"]], folder, one["sids"])
     for number, (name, one) in enumerate(specs.items(), start=1):
         catalogue = catalogues[one["dataset"]]
         path, key = paths[name], _key(one, catalogue, sid_table(catalogue, folder, one["sids"])[0])
@@ -152,14 +157,16 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
 
 
 def _make_sids(catalogue, folder, sids):
-    planted = catalogue.truth is not None and not sids
-    width = sids.get("width") or (
-        tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1) if planted else min(256, max(2, catalogue.n_items // 8)))
     collisions = sids.get("collisions", "extend")
     if "file" in sids:
-        table = SidTable.from_file(sids["file"], width, collisions)
+        table = SidTable.from_file(sids["file"], sids.get("width", 256), collisions)
+        if table.n_items != catalogue.n_items:
+            raise ValueError(f"{sids['file']} has {table.n_items} items, the catalogue {catalogue.name!r} {catalogue.n_items}")
         report = table.report()
     else:
+        planted = catalogue.truth is not None and not sids
+        width = sids.get("width") or (
+            tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1) if planted else min(256, max(2, catalogue.n_items // 8)))
         name = sids.get("encoder", "residual-kmeans")
         if name not in ENCODERS:
             raise ValueError(f"sids.encoder={name!r} is unknown; use one of {', '.join(ENCODERS)}")
@@ -188,8 +195,9 @@ def run(folder, name: str) -> None:
 def launch(arguments) -> None:
     """`accelerate launch -m sidlab.training --config run.json`: one run on any number of processes and machines.
 
-    The file: {"dataset", "output_dir", "preset", "seed", "settings": {name: value, as in `sweep`}, "sids"}; only `output_dir` must be
-    there. Writes the model, its table and result.json (configuration, test metrics, costs) into it; a run that was stopped goes on.
+    The file: {"dataset", "output_dir", "preset", "seed", "settings": {name: value, as in `sweep`}, "sids": {name: value, as in
+    `sid_table`}; only `output_dir` must be there. Writes the model, its table and result.json (configuration, test metrics, costs) into it;
+    a run that was stopped goes on.
     """
     parser = argparse.ArgumentParser("sidlab.training", description=launch.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the JSON file")
@@ -201,17 +209,21 @@ def launch(arguments) -> None:
     if not given.get("output_dir"):
         raise ValueError(f"{path}: output_dir is missing: where checkpoints, model and result go")
     one, state = known | given, PartialState(cpu=not torch.cuda.is_available())
+    _check_sids(one["sids"])
+    sids = one["sids"] | {name.removeprefix("sids."): value for name, value in one["settings"].items() if name.startswith("sids.")}
+    _check_sids(sids)
+    config = config_with(one["preset"], one["seed"], {k: v for k, v in one["settings"].items() if not k.startswith("sids.")})
     folder, catalogue = pathlib.Path(one["output_dir"]), load_catalogue(one["dataset"])
     with state.main_process_first():  # the others read what it made
-        table, _ = sid_table(catalogue, folder, one["sids"])
-    config = fitted(config_with(one["preset"], one["seed"], one["settings"]), catalogue)
+        table, _ = sid_table(catalogue, folder, sids)
+    config = fitted(config, catalogue)
     result = train(config, catalogue, table, output_dir=folder / "run", progress=state.is_main_process)
     gc.collect()  # the trainer's cycles hold the group of processes
     state.destroy_process_group()  # an interpreter that ends while the group's threads still drop tensors aborts, now and then
     if not state.is_main_process:
         return
     histories, targets = leave_one_out(catalogue.histories).cases("test")
-    ranks = evaluate(result.model, histories, targets, beam=config.beam)
+    ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=_truth_for(config, catalogue))
     result.model.save_pretrained(folder)
     write_json(folder / "result.json", {
         "config": config.to_dict(), "processes": state.num_processes, "test": metrics_of(ranks), "validation": result.metrics,
@@ -238,14 +250,17 @@ def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
     return dataclasses.replace(config, max_items=min(config.max_items, max(len(h) for h in catalogue.histories) - 1))
 
 
+def _truth_for(config, catalogue):
+    return catalogue.truth if config.pruning is not None and config.pruning.scorer == "oracle" else None
+
+
 def _run_model(one, catalogue, folder, path):
     table, report = sid_table(catalogue, folder, one["sids"])
     config = fitted(TrainConfig.from_dict(one["config"]), catalogue)
     result = train(config, catalogue, table, output_dir=path, progress=False, callbacks=[_Progress()])
-    truth = catalogue.truth if config.pruning is not None and config.pruning.scorer == "oracle" else None
     histories, targets = leave_one_out(catalogue.histories).cases("test")
     begin = time.perf_counter()
-    ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=truth)
+    ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=_truth_for(config, catalogue))
     row = {**metrics_of(ranks), **result.timing, **result.tokens, "peak_memory_mb": result.peak_memory,
            "evaluation_seconds": time.perf_counter() - begin, "kept_informative": None}
     prunes = config.pruning is not None and config.pruning.reduce == "select" and config.pruning.at_inference

@@ -10,10 +10,12 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 import os
 import pathlib
 import sys
 import tempfile
+import typing
 
 import numpy as np
 import torch
@@ -113,6 +115,18 @@ class TrainConfig:
         for name, valid in (("arch", tuple(MODELS)), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
                             ("precision", ("auto", "fp32", "bf16"))):
             one_of(name, getattr(self, name), valid)
+        for name, part in PARTS.items():
+            if not isinstance(getattr(self, name), part | None):
+                raise TypeError(f"{name} must be a {part.__name__} or None, got {getattr(self, name)!r}")
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
+            wanted = numbers.Integral if int in kinds else numbers.Real if float in kinds else object
+            if not isinstance(value, wanted) and (value is not None or type(None) not in kinds):
+                raise TypeError(f"{field.name} must be a{'n integer' if int in kinds else ' number'}, got {value!r}")
+        if self.epochs <= 0 or not 0 <= self.warmup <= 1:
+            raise ValueError(f"epochs must be above 0 and warmup, a share of the updates, in [0, 1]; got {self.epochs} and {self.warmup}")
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         for name in ("d_model", "max_items", "batch_tokens", "accumulation", "max_updates", "eval_every", "eval_users", "patience", "beam"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -226,6 +240,9 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     folder that holds a different configuration, data or table is refused. Without it nothing is left on disk. `callbacks`:
     further Hugging Face callbacks. On one GPU the passes are replayed from CUDA graphs (`sidlab.graphs`).
     """
+    if not isinstance(catalogue, Catalogue) or not isinstance(table, SidTable):
+        raise TypeError("train takes a Catalogue (load_catalogue gives one) and a SidTable (made of an encoder's codes), got a "
+                        f"{type(catalogue).__name__} and a {type(table).__name__}")
     if table.n_items != catalogue.n_items:
         raise ValueError(f"the table has {table.n_items} items, the catalogue {catalogue.n_items}")
     oracle = config.pruning is not None and config.pruning.scorer == "oracle"

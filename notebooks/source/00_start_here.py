@@ -17,7 +17,7 @@
 # **Machine** Any laptop, or Binder: one core, under 1 GB of memory, no GPU, no network. The model is small and comes trained.
 
 # %% tags=["parameters"]
-user = 16         # whose history you look at first
+user = 16         # whose history you look at first, 1 to 50
 keep = 1 / 3      # the share of tokens that stays
 test_users = 500  # over how many users numbers are averaged
 
@@ -92,7 +92,8 @@ alike
 # These share their first two codes with the oldest item of the history. Here level 1 has found the department, level 2 the brand and level 3
 # the kind of thing, although nobody told it these words.
 #
-# The model reads the codes of all items one after the other, and a **separator** behind each item. Long SIDs make long histories:
+# The model reads the codes of all items one after the other, and a **separator** behind each item. In its vocabulary every level has tokens of its own, so a token is not the code itself: 2 is
+# the separator, and level by level the codes are counted on from 3. Long SIDs make long histories:
 
 # %%
 from sidlab.windows import history_tokens

@@ -56,7 +56,7 @@ def error(decoded):
 
 # %%
 print(x.shape, x.dtype)
-items[["title", "brand", "categories"]].iloc[[0, 1, 4, 24, -1]]
+items[["title", "brand", "categories"]].iloc[sorted({0, 1, 4, 24, len(items) - 1} & set(range(len(items))))]
 
 # %% [markdown]
 # Close vectors should be similar items. Which items are closest to the first one? (Distance 0 is the item itself.)
@@ -199,7 +199,7 @@ print(f"{report['unique_sids']:,} of {wide**2:,} possible SIDs are used, the lar
 # so on. `SidTable(..., collisions="extend")` does that.
 
 # %%
-group = crowded.codes[:, :2] == crowded.codes[crowded.codes[:, 2].argmax(), :2]  # the largest group
+group = crowded.codes[:, :2] == crowded.codes[crowded.codes[:, -1].argmax(), :2]  # the largest group
 pd.DataFrame({"title": items.title, "SID": crowded.codes.tolist()})[group.all(axis=1)]
 
 # %% [markdown]

@@ -296,7 +296,7 @@ pd.DataFrame({name: {"parameters": c.parameters, "MFLOPs per window": c.training
 # %% [markdown]
 # ## What they buy: a recorded sweep
 #
-# Cost is arithmetic. Accuracy has to be measured. These runs were trained with the `quick` preset on the planted
+# Cost is arithmetic. Accuracy has to be measured. These runs were trained with the `quick` preset (a small model, minutes on two cores) and AdamW alone (`muon=None`) on the planted
 # shop: every number of levels with every width, one seed each. Before you look:
 
 # %%
@@ -365,7 +365,9 @@ steps.style.format({"change of recall@10": "{:+.3f}"}).hide(axis="index")
 # ## Repeat it
 #
 # This is all it takes. `sidlab.sweep` trains each setting in a process of its own, keeps the results in a folder and
-# never does a run twice. `seeds=3` gives you what the recording lacks; on two cores a run takes about a minute. Set
+# never does a run twice. `preset="quick"`, all levels and widths, `"muon": [None]` and `seeds=3` give you what the recording
+# lacks; on two cores a run takes about a minute. (With Muon, as `quick` has it by itself, all models learn more in the same
+# updates: [the study](studies/granularity.ipynb) has those, with three seeds.) Set
 # `repeat = True` to start with two small ones.
 
 # %%

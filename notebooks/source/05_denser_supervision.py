@@ -272,7 +272,7 @@ pd.DataFrame({"training FLOPs, × no MAP": relative}).style.format(precision=3)
 # %% [markdown]
 # ## What it brought: recorded runs
 #
-# Trained with the `quick` preset on the planted shop: no MAP, MAP by item (1, 2 and 4 steps, three weights each), and
+# Trained with the `quick` preset and AdamW alone (`muon=None`) on the planted shop: no MAP, MAP by item (1, 2 and 4 steps, three weights each), and
 # MAP by token (1 and 2 steps, one weight). All saw the same windows in the same order, from the same initial weights, one seed.
 
 # %%

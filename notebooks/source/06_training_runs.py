@@ -316,7 +316,7 @@ costs.round(3)
 # ## 8. The frontier
 #
 # A kept share of a third is one point. The next explorer shows runs that were **recorded** on the same shop for several kept shares and
-# scorers, one seed each, with the preset `quick` and 4 epochs. The slider stops at recorded shares only: what lies between was not measured.
+# scorers, one seed each, with the preset `quick`, AdamW alone (`muon=None`; the runs above have Muon for the matrices) and 4 epochs. The slider stops at recorded shares only: what lies between was not measured.
 
 # %%
 import json

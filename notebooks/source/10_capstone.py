@@ -43,6 +43,7 @@ def fair(scorer):
     if not isinstance(full, torch.Tensor) or full.shape != (2, 8):
         return [0, 1, 1]
     padded = {name: torch.nn.functional.pad(value, (0, 0, 0, 4) if name == "hidden" else (0, 4)) for name, value in fields.items()}
+    padded["hidden"][:, 8:] = 3 * torch.randn(2, 4, 4, generator=generator)  # a padded slot has a state, too: it is only not real
     again = scorer(sidlab.saliency.Signals(**padded))[:, :8]
     return [1, int(not full.isnan().any()), int(torch.equal(full.argsort(stable=True), again.argsort(stable=True)))]
 
@@ -261,7 +262,7 @@ def race(name, scorer):
     return found
 
 
-trained = f"{world.name}, {len(targets)} users, {max_updates} updates, keep {keep:.3f}"
+trained = f"{world.name}, {len(targets)} users, {max_updates} updates, keep {keep:.3f}, seed {seed}"
 runners = {"rastp": "rastp", challenger: entries[challenger], **({"oracle": "oracle"} if planted else {})}
 raced = {name: race(name, scorer) for name, scorer in runners.items()}
 

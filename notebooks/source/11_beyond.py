@@ -63,7 +63,7 @@ sources = {"text": catalogue.embeddings, "behaviour": collaborative_embeddings(t
 given = pathlib.Path(folder or ".", "sasrec_item_emb_64d.float16.npy")
 if folder and given.exists():
     sources["given"] = np.load(given)[1:].astype(np.float32)  # row 0 is padding; its makers do not say which interactions it has seen
-width = (8, 8, 4) if not folder else (256, 256, 256)
+width = (8, 8, 4) if not folder else (min(256, max(4, catalogue.n_items // 12)),) * 3
 print({name: x.shape for name, x in sources.items()}, "items × numbers; codes per level", width)
 
 # %%

@@ -132,6 +132,8 @@ def algr_catalogue(rows, items, *, limit: int | None = None, width: int = WIDTH,
             dirt.add("an id that no item has" if raw else "a SID that no item has", pathlib.Path(rows), number, line)
         if len(histories) == limit:
             break
+    if not histories:
+        raise ValueError(f"{rows} holds no row whose items are all in {items}, with {width} codes a level. Dirty lines: {dirt}")
     dirt.warn(rows)
     frame = pd.DataFrame({"item_id": np.arange(1, len(ids) + 1), "title": ids, "brand": None, "categories": [[]] * len(ids), "text": None})
     name = pathlib.Path(rows).name.split(".")[0]

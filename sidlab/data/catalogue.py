@@ -157,6 +157,8 @@ def _checked_items(items):
 
 
 def _checked_embeddings(embeddings, n_items):
+    if callable(embeddings):
+        raise TypeError("embeddings are an array [n, d]: call the function that makes them with the texts")
     embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
     if embeddings.ndim != 2 or len(embeddings) != n_items:
         hint = " (one row too many: drop the padding row with embeddings[1:])" if len(embeddings) == n_items + 1 else ""

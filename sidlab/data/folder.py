@@ -60,10 +60,15 @@ def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     """
     folder, dirt = pathlib.Path(folder), Dirt(on_dirty)
     items = _read_items(_find(folder, "items.jsonl"), dirt)
-    user_ids, histories = _read_sequences(_find(folder, "sequences.txt"), len(items), dirt)
+    user_ids, histories = _read_sequences(path := _find(folder, "sequences.txt"), len(items), dirt)
+    if not histories and dirt.kinds:
+        raise ValueError(f"{path} holds no history; a line is `user item item …`, with spaces. Dirty lines: {dirt}")
     dirt.warn(folder)
     if embeddings is None and (folder / "embeddings.npy").exists():
-        embeddings = np.load(folder / "embeddings.npy", allow_pickle=False)
+        try:
+            embeddings = np.load(folder / "embeddings.npy", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'embeddings.npy'} must be numbers [items, d], as np.save writes them: {error}") from error
     return Catalogue(folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings)
 
 

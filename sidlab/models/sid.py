@@ -6,8 +6,10 @@ Token `t` of a target is predicted from the codes of level `t` alone. A `SidMode
 
 import copy
 import dataclasses
+import json
 import math
 import os
+import pathlib
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +100,8 @@ class PrunedStack(LibraryInit):
     def set_pruning(self, pruning: PruningConfig | None):
         """Prune as `pruning` says from now on, or (None) not at all; the attention in front of the pruner alone scores."""
         attentions = self.attentions
+        if not isinstance(pruning, PruningConfig | None):
+            raise TypeError(f"pruning must be a PruningConfig or None, got {pruning!r}")
         self.check(pruning, len(attentions))
         self.pruning = pruning
         self.pruner = TokenPruner(pruning.keep, pruning.unit, pruning.mass) if pruning is not None else None
@@ -242,6 +246,9 @@ class SidModel(LibraryInit):
 
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
+        file, own = pathlib.Path(folder) / "config.json", cls.config_class.model_type
+        if file.exists() and (kind := json.loads(file.read_text()).get("model_type")) != own:
+            raise ValueError(f"{folder} holds a {kind!r} model; {cls.__name__} loads {own!r}")
         loaded = super().from_pretrained(folder, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if os.path.isfile(os.path.join(folder, "sids.json")):

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import pathlib
+import zlib
 
 import faiss
 import numpy as np
@@ -170,19 +171,23 @@ class SidTable:
         """
         path = pathlib.Path(path)
         rows, levels = {}, None
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                where, got = f"{path}, line {number}", f"got {line.rstrip()!r}"
-                try:
-                    item, *sid = map(int, line.split())
-                except ValueError:
-                    raise ValueError(f"{where}: expected `item_id c1 c2 …` (integers), {got}") from None
-                if item < 1 or item in rows or not sid:
-                    raise ValueError(f"{where}: expected a new item id from 1 and its codes, {got}")
-                levels = levels or len(sid)
-                if len(sid) != levels:
-                    raise ValueError(f"{where}: item {item} has {len(sid)} codes, the lines before have {levels}")
-                rows[item] = sid
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+                lines = list(file)
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} can't be read: {error}. It must be text, or gzip if named .gz") from error
+        for number, line in enumerate(lines, start=1):
+            where, got = f"{path}, line {number}", f"got {line.rstrip()!r}"
+            try:
+                item, *sid = map(int, line.split())
+            except ValueError:
+                raise ValueError(f"{where}: expected `item_id c1 c2 …` (integers), {got}") from None
+            if item < 1 or item in rows or not sid:
+                raise ValueError(f"{where}: expected a new item id from 1 and its codes, {got}")
+            levels = levels or len(sid)
+            if len(sid) != levels:
+                raise ValueError(f"{where}: item {item} has {len(sid)} codes, the lines before have {levels}")
+            rows[item] = sid
         if not rows:
             raise ValueError(f"{path}: no items, the file is empty")
         missing = max(rows) - len(rows)

@@ -10,7 +10,7 @@ from torch.nn.functional import max_pool2d
 
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality, semantic_saliency
-from sidlab.viz.explorer import HistoryExplorer, folded, moved
+from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
 from sidlab.viz.pruning import _level_names, table
 from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION
 
@@ -32,6 +32,7 @@ class AttentionExplorer(HistoryExplorer):
 
     def __init__(self, model=None, catalogue=None, *, histories=None, theme=None, user=1, layer=2, head=0, token=1, remove="this token"):
         self.take(model, catalogue, histories)
+        within("user", user, 1, len(self.histories))
         self._without, config = functools.lru_cache(256)(self._without), self.model.config
         users = widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user")
         self._tokens = widgets.SelectionSlider(options=self._options(user), value=token, description="token", layout={"width": "560px"})

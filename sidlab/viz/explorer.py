@@ -18,6 +18,7 @@ import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from sidlab.files import write
+from sidlab.models.t5 import SidT5
 from sidlab.probe import Probe
 from sidlab.viz import theme as themes
 from sidlab.viz.labels import Labels
@@ -142,11 +143,18 @@ def demo_or(model, catalogue):
 
 
 class HistoryExplorer(Explorer):
-    """Base class of explorers of one history, whose last item is the one to be found; a subclass calls `take` first."""
+    """Base class of explorers of one history, whose last item is the one to be found; a subclass calls `take` first. Histories of a single
+    item are left out."""
 
     def take(self, model, catalogue, histories):
         self.model, self.catalogue = demo_or(model, catalogue)
-        self.histories = self.catalogue.histories[:50] if histories is None else list(histories)
+        if not isinstance(self.model, SidT5) or self.model.table is None or self.model.table.n_items != self.catalogue.n_items:
+            raise ValueError(f"this explorer looks into a SidT5 with a table of the catalogue's {self.catalogue.n_items} items, got a "
+                             f"{type(self.model).__name__} with {getattr(self.model.table, 'n_items', None)}")
+        given = self.catalogue.histories if histories is None else histories
+        self.histories = [history for history in given if len(history) > 1][: 50 if histories is None else None]
+        if not self.histories:
+            raise ValueError("no history has two items: one to be read and one to be found")
         self._probe = functools.lru_cache(8)(self._probe)
 
     def _probe(self, user):
@@ -160,6 +168,11 @@ def moved(before: int | None, place: int) -> str:
     """How many places up or down an item went to `place`, from the place `before` (None: it was in no list)."""
     up = before and before - place
     return "new" if before is None else "=" if up == 0 else f"▲ {up}" if up > 0 else f"▼ {-up}"
+
+
+def within(name, value, low, high):
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low}..{high}, got {value}")
 
 
 def folded(summary: str, content: str) -> str:

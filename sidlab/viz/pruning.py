@@ -10,10 +10,10 @@ import plotly.graph_objects as go
 
 from sidlab.cost import cost
 from sidlab.metrics import rank_of_target
-from sidlab.pruning import POSITIONS, UNITS, PruningConfig
+from sidlab.pruning import POSITIONS, UNITS, PruningConfig, one_of
 from sidlab.saliency import SCORERS
 from sidlab.training import TrainConfig
-from sidlab.viz.explorer import HistoryExplorer, folded, moved
+from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
 from sidlab.viz.figures import pruning_strip
 from sidlab.viz.theme import SCALE
 
@@ -38,6 +38,10 @@ class PruningExplorer(HistoryExplorer):
         self._scorers = {name: name for name in SCORERS if name not in without} | (scorers or {})
         self._full, self._cost = functools.lru_cache(8)(self._full), functools.lru_cache(512)(self._cost)
         names, last = list(self._scorers), self.model.config.num_layers
+        for name, value, valid in (("scorer", scorer, names), ("unit", unit, UNITS), ("positions", positions, POSITIONS)):
+            one_of(name, value, valid)
+        for name, value, low, high in (("user", user, 1, len(self.histories)), ("keep", keep, 0.05, 1), ("layer", layer, 1, last)):
+            within(name, value, low, high)
         super().__init__({
             "keep": widgets.FloatSlider(value=keep, min=0.05, max=1, step=0.01, description="kept share", readout_format=".0%",
                                         layout=widgets.Layout(width="400px")),
