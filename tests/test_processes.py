@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from sidlab.models.qwen import SidQwen
 from sidlab.models.t5 import SidT5
 from sidlab.sweeps import launch
 
@@ -99,6 +100,24 @@ def test_what_it_writes_loads(finished):
     folder, results = finished
     model = SidT5.from_pretrained(folder / "2")
     assert model.table is not None and model.pruning.keep == results[2]["config"]["pruning"]["keep"] == 0.5
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"sids": {"levls": 2}}, "sids={'levls': 2} must hold some of encoder, levels"), ({"sids": "file.txt"}, "sids='file.txt' must hold"),
+    ({"settings": {"pruning": 0.5}}, "pruning must be a PruningConfig or None, got 0.5"),
+    ({"settings": {"sids.levls": 2}}, "must hold some of encoder")])
+def test_a_file_with_a_mistake_says_so_before_anything_is_made(tmp_path, changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        launch(["--config", str(write(tmp_path / "x.json", tmp_path / "out", **changes))])
+    assert not (tmp_path / "out").exists()
+
+
+def test_sids_in_the_settings_and_the_oracle(tmp_path):
+    settings = {"sids.levels": 2, "sids.width": 16, "pruning.scorer": "oracle", "max_updates": 2, "eval_every": 2}
+    launch(["--config", str(write(tmp_path / "x.json", tmp_path / "out", settings=settings))])
+    assert SidT5.from_pretrained(tmp_path / "out").table.widths[:2] == (16, 16)
+    with pytest.raises(ValueError, match="holds a 'sid_t5' model; SidQwen loads 'sid_qwen'"):
+        SidQwen.from_pretrained(tmp_path / "out")
 
 
 def test_what_cannot_be_shared_or_is_unknown_says_so(tmp_path):

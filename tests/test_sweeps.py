@@ -120,11 +120,33 @@ def test_published_sids_from_a_file(tmp_path):
         assert table.codes[17].tolist() == [1, 1] and report["unique_sids"] == catalogue.n_items
 
 
+def test_a_sid_file_of_another_catalogue_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
+    catalogue = load_catalogue("planted")
+    path = tmp_path / "sids.txt"
+    path.write_text("".join(f"{item} {item % 200} 199\n" for item in range(1, catalogue.n_items)))  # codes are 0..255, whatever the items
+    with pytest.raises(ValueError, match=rf"sids.txt has {catalogue.n_items - 1} items, the catalogue 'planted' {catalogue.n_items}"):
+        sweeps.sweep([{"sids.file": str(path)}], tmp_path / "out", preset="smoke", seeds=1)
+    path.with_suffix(".gz").write_text("1 2 3")
+    with pytest.raises(ValueError, match=r"sids.gz can't be read: .*must be text, or gzip if named .gz"):
+        SidTable.from_file(path.with_suffix(".gz"))
+
+
+def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatch):
+    settings = [{"max_updates": 2, "eval_every": 2}]
+    sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
+    monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
+    sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
+    monkeypatch.setattr(sweeps, "_code", lambda: "another")
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (dict(grid={"pruning.kept": [0.5]}), r"\['pruning.kept'\] are unknown; use .*pruning.keep"),
-        (dict(grid={"sids.depth": [2]}), "sids.depth is unknown; use sids.encoder"),
+        (dict(grid={"sids.depth": [2]}), "sids={'depth': 2} must hold some of encoder, levels, width, collisions, file"),
         (dict(grid={"pruning.keep": [0.5, 2]}), "must lie in"),
         (dict(grid={"seed": []}), "at least one setting"),
         (dict(grid=[{"dropout": 0.1}, {"dropout": 0.1}]), "dropout=0.1-seed0 twice"),

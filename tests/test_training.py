@@ -418,6 +418,19 @@ def test_presets_take_changes():
         (lambda: config(padding="left"), "padding='left' is unknown; use one of 'batch', 'fixed'"),
         (lambda: config(precision="fp16"), "precision='fp16' is unknown"),
         (lambda: config(accumulation=0), "accumulation must be at least 1, got 0"),
+        (lambda: config(d_model="64"), "d_model must be an integer, got '64'"),
+        (lambda: config(learning_rate="1e-3"), "learning_rate must be a number, got '1e-3'"),
+        (lambda: config(batch_tokens=None), "batch_tokens must be an integer, got None"),
+        (lambda: config(pruning={"keep": 0.5}), "pruning must be a PruningConfig or None, got {'keep': 0.5}"),
+        (lambda: config(epochs=-1), "epochs must be above 0"),
+        (lambda: config(warmup=100), r"warmup, a share of the updates, in \[0, 1\]; got .* and 100"),
+        (lambda: config(num_heads=4, num_kv_heads=3), "num_kv_heads=3 must divide num_heads=4"),
+        (lambda: PruningConfig(keep="1/3"), r"must lie in \(0, 1\], got '1/3'"),
+        (lambda: PruningConfig(after_layer=1.5), "after_layer is an integer and counted from 1, got 1.5"),
+        (lambda: PruningConfig(scorer=None), "scorer=None is unknown; use one of 'rastp'"),
+        (lambda: train(config(), "planted", TABLE), "train takes a Catalogue .* got a str and a SidTable"),
+        (lambda: build_model(config(), TABLE).set_pruning({"keep": 0.5}), "pruning must be a PruningConfig or None"),
+        (lambda: recommend(build_model(config(), TABLE), [1, 2, 3]), r"of a single one, give \[history\]"),
         (lambda: config(pruning=PruningConfig(after_layer=4)), "after_layer=4 lies beyond the last encoder layer"),
         (lambda: run(batch_tokens=20), "batch_tokens=20 is less than one window's 24 tokens"),
         (
@@ -431,7 +444,7 @@ def test_presets_take_changes():
     ],
 )
 def test_bad_input_is_named(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
 
 

@@ -127,6 +127,27 @@ def test_own_scorers_join_the_menu_and_their_errors_are_shown_and_raised(world):
     assert explorer.alert.value == ""
 
 
+@pytest.mark.parametrize("arguments, message", [
+    ({"scorer": "rasp"}, "scorer='rasp' is unknown; use one of 'rastp'"), ({"unit": "items"}, "unit='items' is unknown"),
+    ({"user": 60}, r"user must lie in 1..30, got 60"), ({"keep": 33}, "keep must lie in 0.05..1, got 33"),
+    ({"layer": 9}, "layer must lie in 1..4"),
+])
+def test_what_the_controls_do_not_have_is_refused(world, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PruningExplorer(*world, **arguments)
+
+
+def test_models_and_histories_that_do_not_fit_are_refused_or_left_out(world):
+    model, catalogue = world
+    with pytest.raises(ValueError, match="with a table of the catalogue's"):
+        PruningExplorer(model, sidlab.load_catalogue("planted", kinds=24, n_users=5))
+    qwen = build_model(sidlab.TrainConfig.preset("smoke", arch="qwen"), model.table)
+    with pytest.raises(ValueError, match="got a SidQwen with"):
+        PruningExplorer(qwen, catalogue)
+    explorer = PruningExplorer(model, catalogue, histories=[[3], catalogue.histories[0], [5]])
+    assert len(explorer.histories) == 1 and explorer.controls["user"].max == 1
+
+
 def test_real_data_has_no_stars_and_no_oracle(world):
     model, catalogue = world
     real = sidlab.Catalogue("real", catalogue.items, catalogue.histories, catalogue.user_ids, embeddings=catalogue.embeddings)
