@@ -3,8 +3,9 @@
 python notebooks/site.py [--settings tiny|quick] [--output build/site]
 
 Runs the notebooks (run.py), with explorers that export themselves instead of going live, and writes every notebook as a page: the student's
-with outputs, the others (solutions, reproduce.ipynb) as they are. The index is notebooks/README.md; docs/*.md are pages, too. Other files
-that pages link to are copied to linked/. Pages are light or dark as the reader's system is. Plotly stands beside them once, for all.
+with outputs, the others (solutions, studies, reproduce.ipynb) as they are. The index is notebooks/README.md; docs/*.md are pages, too.
+Other files that pages link to are copied to linked/. Pages are light or dark as the reader's system is. Plotly stands beside them once,
+for all.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def render(notebooks, executed, output) -> pathlib.Path:
     notebooks, executed, output = (pathlib.Path(folder).resolve() for folder in (notebooks, executed, output))
     shutil.rmtree(output, ignore_errors=True)
     root, index = notebooks.parent, notebooks / "README.md"
-    ours = [*notebooks.glob("*.ipynb"), *notebooks.glob("solutions/*.ipynb")]
+    ours = [*notebooks.glob("*.ipynb"), *notebooks.glob("solutions/*.ipynb"), *notebooks.glob("studies/*.ipynb")]
     pages = {path: path.relative_to(notebooks).with_suffix(".html") for path in ours}
     pages |= {path: path.relative_to(root).with_suffix(".html") for path in root.glob("docs/*.md")}
     pages[index] = pathlib.PurePath("index.html")

@@ -52,6 +52,8 @@ explorer
 # %% [markdown]
 # **What to look for**
 #
+# * The table *meter* says what this share costs: the arithmetic of training on this history, in millions of floating-point operations (MFLOPs), and the memory that training keeps for
+#   it (activations). [Notebook 8](08_cost_and_scale.ipynb) counts both.
 # * At 100 % nothing is pruned. Note which items are recommended. How far down can you go until the ★ item leaves the list?
 # * Click on the slider and use the arrow keys for small steps. Which tokens survive to the very end?
 # * Change *user*. For some the ★ item stays to the end, for some it leaves early, and for many it is never there: nobody is that

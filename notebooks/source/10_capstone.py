@@ -236,7 +236,8 @@ print(f"{challenger} − rastp = {test.difference:+.3f}, 95 % interval {low:+.3f
 # scorer. At the default `max_updates` they are far from done, and the question they answer is "who learns faster"; for the final word set ten times as many and go for lunch.
 #
 # Set `dataset` to a folder of your own (the Amazon data load this way, see the [README](../README.md)), and the same race runs there: without oracle and Bayes optimum, which only a
-# planted world has, but with the table of neighbouring items that any model has to beat.
+# planted world has, but with the table of neighbouring items that any model has to beat. `last_code` and many other scorers say `levels == 2`: the last code of three-level SIDs. If your table has another number of levels, because collisions added one, say
+# `levels == table.levels - 1`, and ask yourself whether a de-duplication digit is the right place to look.
 
 # %%
 planted = dataset == "planted"
@@ -274,10 +275,6 @@ teach.predict(
     explain=", ".join(f"{name} {h.mean():.3f}" for name, h in raced.items()) + f". {challenger} − rastp: {race_test.difference:+.3f}, 95 % interval "
             f"{race_test.interval[0]:+.3f} to {race_test.interval[1]:+.3f}, one seed.",
 )
-
-# %% [markdown]
-# `last_code` and many other scorers say `levels == 2`: the last code of three-level SIDs. If your table has another number of levels, because collisions added one, say
-# `levels == table.levels - 1`, and ask yourself whether a de-duplication digit is the right place to look.
 
 # %%
 from sidlab.baselines import NeighbourTable
