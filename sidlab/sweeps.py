@@ -133,7 +133,7 @@ def run_all(specs: dict[str, dict], folder):
         with FileLock(_file(path, ".lock")):  # another sweep in this folder may be at the same run: then its result is taken
             result = _finished(path, key)
             if result is None:
-                write_json(_file(path, ".spec"), one | {"key": key})
+                write_json(_file(path, ".spec"), one | {"key": key, "code": _code()})
                 result = _run_child(folder, name, f"[{number}/{len(specs)}] {name}")
                 fresh, spent = fresh + 1, time.monotonic() - begin
                 print(f"[{number}/{len(specs)}] {spent:.0f} s so far, at most about {spent / fresh * (len(specs) - number):.0f} s left",
@@ -184,6 +184,8 @@ def run(folder, name: str) -> None:
     transformers.logging.disable_progress_bar()
     path = _path(folder, name)
     one = json.loads(_file(path, ".spec").read_text())
+    if one["code"] != _code():
+        raise RuntimeError("the package has changed since this sweep began: start it again")
     catalogue = load_catalogue(one["dataset"])
     result = (_run_sasrec if "sasrec" in one["config"] else _run_model)(one, catalogue, folder, path)
     result["busy"] = hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5  # in the last minute

@@ -134,6 +134,9 @@ def test_a_sid_file_of_another_catalogue_is_refused_before_anything_is_trained(t
 
 def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatch):
     settings = [{"max_updates": 2, "eval_every": 2}]
+    with monkeypatch.context() as changed, pytest.raises(RuntimeError, match="the package has changed since this sweep began"):
+        changed.setattr(sweeps, "_code", lambda: "another")  # the child finds the present one
+        sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
     sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
     monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
     sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
