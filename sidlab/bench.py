@@ -330,7 +330,7 @@ class Report:
     """Collects `rows` (what was measured) and `targets` (figures with what they should be)."""
 
     def __init__(self):
-        self.rows, self.targets, self.reasons = [], [], {}
+        self.rows, self.targets = [], []
 
     def times(self, workload, variants, times, predicted, device, memory=()):
         """Rows of training: `times` as `time_beauty` gives them, `predicted`: the `Cost` of each variant."""

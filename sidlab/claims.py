@@ -75,7 +75,8 @@ def _found(results, verdict, figures):
              f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)")
     names = ("dataset", "preset", "seeds", "arch", "sids", "only")
     parameters = " ".join(f"-p {name} {results[name]}" for name in names if results.get(name))
-    command = results.get("command") or f"papermill notebooks/studies/{results['study']}.ipynb {parameters}"
+    study = results.get("study")
+    command = results.get("command") or f"papermill notebooks/studies/{study}.ipynb runs/{study}.ipynb --cwd . -k python3 {parameters}"
     return Finding(verdict, figures, data, where, command)
 
 
