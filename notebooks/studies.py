@@ -59,6 +59,8 @@ pd.DataFrame({
 VERSUS = """versus = studies.versus({name!r}, runs)
 versus.assign(difference=versus["difference"].map("{{:+.4f}}".format), difference_interval=[
     ends(interval, "+.4f") for interval in versus["difference_interval"]]).set_index(["label", "against"])"""
+ENDED = """[f"{row['label']}: " + ", ".join(f"{end['keep']:.0%} behind layer {end['after_layer']}" for end in row["ended"])
+ for row in rows.to_dict("records") if row.get("strategy.kind") in ("loss-gap", "settled-layer")]"""
 SCHEDULES = """from sidlab.viz.studies import schedule_figure
 
 schedule_figure(study.settings)"""
@@ -96,6 +98,9 @@ def notebook(name: str) -> str:
     cells += [new_code_cell(RUN.format(name=name)), new_code_cell(TABLE), new_code_cell(FIGURE)]
     if name in ASIDE:
         cells += [new_markdown_cell(ASIDE[name]), new_code_cell(VERSUS.format(name=name))]
+    if name == "adaptive":
+        cells += [new_markdown_cell("What the two that look at a probe had chosen when the best checkpoint was written, seed by seed."),
+                  new_code_cell(ENDED)]
     if name == "strata":
         cells += [new_code_cell(STRATA), new_code_cell('groups.round(4)')]
     if name == "fast":

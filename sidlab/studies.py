@@ -135,7 +135,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     recall@10 to the first setting with its interval ("difference_interval") on the same users and seeds. "curve": validation
     recall@10 by "updates", its "mean", "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that mean reaches
     95 % of the first setting's last (None: never). "sids": their number of codes by level and the share of items whose codes others have,
-    too. "busy": whether other jobs ran beside, and took from its speed."""
+    too. "ended": kept share and layer of each seed's best checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and
+    took from its speed."""
     rows, first, aim = [], None, None
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
@@ -155,7 +156,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         row |= {"curve": {"updates": steps, "mean": curve.tolist(), "lowest": curves.min(0).tolist(), "highest": curves.max(0).tolist()},
                 "seconds_to_recall": updates and float(updates * seconds), "difference": test and float(test.difference),
                 "difference_interval": test and [float(end) for end in test.interval], "sids": found[0]["sids"],
-                "busy": any(one["busy"] for one in found)}
+                "ended": [one.get("ended") for one in found], "busy": any(one["busy"] for one in found)}
         rows.append(row)
     return pd.DataFrame(rows)
 

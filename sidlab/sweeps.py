@@ -275,7 +275,8 @@ def _run_model(one, catalogue, folder, path):
     shutil.rmtree(path)  # the checkpoints
     result.model.save_pretrained(path)
     sids = {"widths": list(table.widths), "collision_rate": report["collision_rate"]}
-    return {"row": row, "curve": curve, "ranks": ranks.tolist(), "sids": sids}
+    ended = result.model.pruning and {"keep": result.model.pruning.keep, "after_layer": result.model.pruning.after_layer}
+    return {"row": row, "curve": curve, "ranks": ranks.tolist(), "sids": sids, "ended": ended}
 
 
 @torch.no_grad()
