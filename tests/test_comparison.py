@@ -88,7 +88,8 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys
 
 def test_a_failing_run_says_so_with_its_output(tmp_path):
     (tmp_path / "runs").mkdir()
-    sweeps.write_json(tmp_path / "runs" / "unpadded-seed0.spec", {"dataset": "nowhere", "sids": {}, "config": {}, "key": ""})
+    sweeps.write_json(tmp_path / "runs" / "unpadded-seed0.spec", {"dataset": "nowhere", "sids": {}, "config": {}, "key": "",
+                                                                  "code": sweeps._code()})
     with pytest.raises(RuntimeError, match="(?s)unpadded-seed0 failed.*no catalogue 'nowhere'"):
         sweeps._run_child(tmp_path, "unpadded-seed0", "")
 

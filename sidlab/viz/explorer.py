@@ -127,9 +127,9 @@ class Explorer(widgets.VBox):
         os.replace(page, page.with_name(name))
         height = int(self.figure.layout.height or 450) + 420
         source, title = f"{pathlib.Path(site).name}/{name}", html.escape(self.heading)
-        what = html.escape(self.controls[self.exported].description)
+        moves = f"only “{html.escape(self.controls[self.exported].description)}” moves" if self.exported else "nothing moves"
         frame = (f'<iframe src="{source}" title="{title}" width="100%" height="{height}"></iframe>'
-                 f"<p><small>Here only “{what}” moves; the other controls need JupyterLab.</small></p>")
+                 f"<p><small>Here {moves}; the rest needs JupyterLab.</small></p>")
         return {"text/html": frame, "text/plain": f"{type(self).__name__}: {name}"}
 
 
