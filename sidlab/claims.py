@@ -23,7 +23,7 @@ from sidlab.papers import METRICS, PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, publis
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
 MARGIN = 0.05  # of the unpruned recall
 MATURE = 0.75  # of the recall@10 published of an unpruned TIGER (the median): what reaches less can't say what pruning costs
-SINGLE = 0.1  # by which share the seconds of single runs of one configuration were seen to differ
+SINGLE = 0.1  # taken for the spread of a single run's seconds, which has none of its own
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, UNTESTABLE = "confirmed", "not confirmed", "undecided", "not run", "not testable here"
 
 
@@ -81,11 +81,10 @@ def _found(results, verdict, figures):
 
 
 def _quality(results, verdict, figures):
-    """As `_found`, but that a model which is not trained enough decides nothing."""
-    base = next((row["recall@10"] for row in (*results.get("summary", ()), *(results["rows"] if "study" in results else ()))
-                 if row.get("method") == "unpadded" or row.get("label") in ("unpruned", "no MAP")), None)
+    """As `_found`, but where the unpruned model (a study's first setting) is not trained enough it decides nothing."""
+    base = (results["rows"][0] if "study" in results else _rows(results)["unpadded"])["recall@10"]
     theirs = published(results["dataset"]).query("method == 'TIGER'")["recall@10"].median()
-    if base is not None and base < MATURE * theirs:  # NaN, where nothing is published, is never more
+    if base < MATURE * theirs:  # NaN, where nothing is published, is never more
         return _found(results, UNDECIDED, f"{figures} (not trained enough: {base:.4f} unpruned, published {theirs:.4f})")
     return _found(results, verdict, figures)
 
@@ -203,27 +202,23 @@ def _dilution(results, rows):
     worse, better = ([pair for pair in pairs if _sides(pair["difference_interval"]) == verdict] for verdict in (REFUTED, CONFIRMED))
     examples = "; ".join(f"{pair['label']} − {pair['against']} codes {_difference(pair)}" for pair in (*worse[:1], *better[:1]))
     verdict = CONFIRMED if worse and better else REFUTED if len(pairs) in (len(worse), len(better)) else UNDECIDED
-    yield _found(results, verdict, f"of {len(pairs)} pairs of settings the finer one is clearly worse in {len(worse)} and clearly better "
-                 f"in {len(better)}: {examples}")
-
-
-def _pairs(results, label, against):
-    return [pair for pair in results.get("versus", ()) if pair["label"].startswith(label) and pair["against"].startswith(against)]
+    yield _quality(results, verdict, f"of {len(pairs)} pairs of settings the finer one is clearly worse in {len(worse)} and clearly better "
+                   f"in {len(better)}: {examples}")
 
 
 @_study("strategies")
 def _choice_matters(results, rows):
-    for pair in _pairs(results, "rastp", "random"):
+    for pair in results.get("versus", ()):
         if pair["label"] == "rastp":
-            yield _found(results, _sides(pair["difference_interval"]),
-                         f"keeping a third by rastp − at random, recall@10: {_difference(pair)}")
+            yield _quality(results, _sides(pair["difference_interval"]),
+                           f"keeping a third by rastp − at random, recall@10: {_difference(pair)}")
 
 
 @_study("adaptive")
 def _stages_help(results, rows):
-    for pair in _pairs(results, "stage", "constant"):
+    for pair in results.get("versus", ()):
         row = rows[pair["label"]]
-        if row["strategy.start"] < row["pruning.keep"]:  # more aggressive early: the other way round is not what is claimed
+        if row.get("strategy.kind") == "stage" and row["strategy.start"] < row["pruning.keep"]:  # aggressive early, as claimed
             yield _quality(results, _sides(pair["difference_interval"]),
                            f"{pair['label']} − {pair['against']} kept, recall@10: {_difference(pair)}")
 

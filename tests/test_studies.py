@@ -247,7 +247,7 @@ def test_studies_are_judged():
     ratio = study("layer-ratio", **{"unpruned": 0.4, "layer 2, keep 0.1": 0.3, "layer 2, keep 0.33": 0.399})
     adaptive = study("adaptive", **{"unpruned": 0.4, "constant 1/3": 0.38, "stage, from 0.15": 0.34, "stage, from 0.6": 0.42})
     for row, start in zip(adaptive["rows"], (None, None, 0.15, 0.6)):
-        row |= {"strategy.start": start, "pruning.keep": 1 / 3}
+        row |= {"strategy.kind": start and "stage", "strategy.start": start, "pruning.keep": 1 / 3}
     adaptive |= pairs(**{"stage, from 0.15": ("constant 30%", -0.04), "stage, from 0.6": ("constant 40%", 0.04)})
     strategies = study("strategies", unpruned=0.4) | pairs(rastp=("random", 0.05), recent=("random", -0.05))
     found = verdicts(ratio, strategies, adaptive)
