@@ -87,7 +87,7 @@ def notebook(name: str) -> str:
             "is not done again. On two cores a run of `planted` with `quick` takes about a minute, of Amazon Beauty five. From a "
             "terminal:\n\n"
             f"```\npapermill notebooks/studies/{name}.ipynb runs/{name}.ipynb --cwd . -k python3 -p dataset planted -p seeds 3\n```\n\n"
-            "*What the papers say.* {study.published}\n\n*How to read it.* Intervals are over test users and seeds; "
+            f"*What the papers say.* {study.published}\n\n*How to read it.* Intervals are over test users and seeds; "
             "with one seed they know nothing of other seeds. \"Against the first\" compares with the first setting on the same users and "
             "seeds: if its interval holds 0, do not call either better. Costs are medians, measured in training.")
     cells = [new_markdown_cell(text), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),

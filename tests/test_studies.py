@@ -34,6 +34,8 @@ def test_committed_notebooks_are_those_of_the_generator():
     assert {path.stem for path in folder.glob("*.ipynb")} == studies.STUDIES.keys()
     for name in studies.STUDIES:
         assert (folder / f"{name}.ipynb").read_text(encoding="utf-8") == notebooks.notebook(name), "run: python notebooks/studies.py"
+        head = nbformat.read(folder / f"{name}.ipynb", 4).cells[0].source
+        assert studies.STUDIES[name].published in head and "{" not in head
 
 
 @pytest.fixture(scope="module")
