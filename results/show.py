@@ -1,19 +1,23 @@
-"""Write the results section of the README and results/README.md from the JSON files here, so that no number in them is typed:
-python results/show.py [--check]"""
+"""Write the results section of the README, results/README.md and the studies' pictures from the JSON files here, so that no number in
+them is typed: python results/show.py [--check]. A picture that changed is drawn anew by kaleido, which needs Chrome or Chromium."""
 
+import hashlib
 import json
 import pathlib
 import re
 import sys
 
+import pandas as pd
+import plotly.graph_objects as go
+
 from sidlab.claims import evidence, judge
 from sidlab.studies import STUDIES
+from sidlab.viz.studies import strata_figure, study_figure
 
 HERE = pathlib.Path(__file__).parent
 README, PAGE = HERE.parent / "README.md", HERE / "README.md"
 COSTS = (("seconds_per_1k_windows", "#.3g"), ("peak_memory_mb", ",.0f"), ("kept_token_fraction", ".0%"))
 SECTION = re.compile(r"(<!-- results: made by results/show.py -->\n).*?(<!-- end of results -->)", re.DOTALL)
-FINDINGS = ("strategies", "layer-ratio", "efficiency", "strata", "granularity")  # what the README tells of the studies
 METHODS = ("rastp", "rastp-visible", "recent", "stamp", "map")  # whose difference to the unpruned model it tells
 
 
@@ -30,8 +34,7 @@ def section() -> str:
             "several: one seed says nothing of the next), and how many times as fast `rastp` trains. What an item-to-item table reaches is",
             "beside it. Every table, command and machine, and a verdict on each claim of both papers, is in",
             "[results/README.md](results/README.md).", ""]
-    out = [*head, *_differences(comparisons), "", *(f"* {_finding(name, studies)}" for name in FINDINGS), ""]
-    return "\n".join(out)
+    return "\n".join([*head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
 
 
 def page() -> str:
@@ -84,9 +87,14 @@ def _name(results):
 
 
 def _finding(name, studies):
-    said = [f"{_name(study)}, {_count(study['seeds'], 'seed')}: {SENTENCES[name]({row['label']: row for row in study['rows']}, study)}"
-            for study in studies if study["study"] == name]
-    return f"*{STUDIES[name].title}* ([{name}](notebooks/studies/{name}.ipynb)). {'; '.join(said) or 'not run yet'}."
+    """What a study found on each data set, in a sentence, and its picture on real data."""
+    of_it = {_name(study): study for study in studies if study["study"] == name}
+    said = [f"on {data} ({_count(study['seeds'], 'seed')}) {FINDINGS[name]({row['label']: row for row in study['rows']}, study)}"
+            for data, study in of_it.items()]
+    pictures = {data: f"results/studies/{_picture_name(study)}" for data, study in of_it.items()}
+    links = ", ".join([f"[notebook](notebooks/studies/{name}.ipynb)", *(f"[{data}]({path})" for data, path in pictures.items())])
+    shown = [f"![{STUDIES[name].title}, {data}]({path})" for data, path in pictures.items()][:1]
+    return "\n".join([f"**{STUDIES[name].title}**: {'; '.join(said) or 'not run yet'} ({links}).", "", *shown, ""])
 
 
 def _comparison(results):
@@ -157,15 +165,33 @@ def _scale(scale):
     return "\n".join([f"**Large catalogues**, beam 20, histories of up to 30 items: `{scale['command']}`", "", *head, *rows, ""])
 
 
+def picture(study: dict) -> go.Figure:
+    """The figure of a study's file."""
+    figure = (strata_figure(pd.DataFrame(study["groups"])) if "groups" in study
+              else study_figure(pd.DataFrame(study["rows"]), STUDIES[study["study"]].x))
+    title = f"{STUDIES[study['study']].title}: {_name(study)}, preset {study['preset']}, {_count(study['seeds'], 'seed')}"
+    return figure.update_layout(title={"text": title, "font_size": 16}, width=900, margin_t=80)
+
+
+def digest(figure: go.Figure) -> str:
+    """What stands as a comment in the SVG of a figure: equal figures, whatever the template, have the same."""
+    return f"<!-- {hashlib.sha256(go.Figure(figure).update_layout(template=None).to_json().encode()).hexdigest()} -->"
+
+
+def _picture_name(study):
+    return f"{study['study']}-{_name(study)}.svg"
+
+
 def _studies(studies):
-    """A sentence a study, every number from its file; what it says of better and worse follows from the intervals."""
+    """A sentence and a picture a study, every number from its file; what it says of better and worse follows from the intervals."""
     first = studies[0]
     title = (f"**What the papers plot** (`notebooks/studies`, preset `{first['preset']}`, "
              f"{first['hardware']['processor']}; recall@10 on test users, intervals 95 %):")
     lines = [title, ""]
     for study in studies:
         say, seeds = SENTENCES[study["study"]], _count(study["seeds"], "seed")
-        lines.append(f"* *{study['study']}* on {_name(study)}, {seeds}: {say({row['label']: row for row in study['rows']}, study)}.")
+        lines += [f"* *{study['study']}* on {_name(study)}, {seeds}: {say({row['label']: row for row in study['rows']}, study)}.", "",
+                  f"  ![{STUDIES[study['study']].title}, {_name(study)}](studies/{_picture_name(study)})", ""]
     return "\n".join([*lines, ""])
 
 
@@ -238,11 +264,16 @@ def _inference(rows, study):
 
 
 def _strata(rows, study):
-    groups = {(row["label"], row["by"], row["group"]): row for row in study["groups"]}
-    parts = [f"{group} {by} {groups['rastp', by, group]['recall@10'] / groups['unpruned', by, group]['recall@10']:.0%} "
-             f"(of {_recall(groups['unpruned', by, group])})"
-             for _, by, group in dict.fromkeys(("", by, group) for _, by, group in groups) if groups["unpruned", by, group]["recall@10"]]
-    return "of its unpruned recall RASTP keeps: " + ", ".join(parts)
+    of = {(row["by"], row["group"]): row for row in study["groups"] if row["label"] == "unpruned"}
+    return "of its unpruned recall RASTP keeps: " + ", ".join(
+        f"{group} {by} {share:.0%} (of {_recall(of[by, group])})" for (by, group), share in _kept_recall(study).items())
+
+
+def _kept_recall(study):
+    """{(by, group): recall with RASTP ÷ without pruning}, of the groups in which anybody is served without."""
+    recall = {(row["label"], row["by"], row["group"]): row["recall@10"] for row in study["groups"]}
+    return {(by, group): recall["rastp", by, group] / value for (label, by, group), value in recall.items()
+            if label == "unpruned" and value}
 
 
 def _fast(rows, study):
@@ -267,6 +298,40 @@ SENTENCES = {"strategies": _strategies, "layer-ratio": _layer_ratio, "efficiency
              "strata": _strata, "inference": _inference, "adaptive": _adaptive, "fast": _fast}
 
 
+def _found_strategies(rows, study):
+    better = [pair["label"] for pair in study["versus"] if not _unclear(pair) and pair["difference"] > 0]
+    return f"{len(better)} of {len(study['versus'])} ways to choose a third beat a random third" + f" ({', '.join(better)})" * bool(better)
+
+
+def _found_layer_ratio(rows, study):
+    said = " and ".join(f"{_against(rows[label])} ({label})" for label in ("layer 2, keep 0.33", "layer 1, keep 0.1") if label in rows)
+    return f"pruning changes a recall@10 of {rows['unpruned']['recall@10']:#.3g} by {said}"
+
+
+def _found_efficiency(rows, study):
+    base = rows["unpruned"]["seconds_per_1k_windows"]
+    return "training is " + " and ".join(f"{base / rows[label]['seconds_per_1k_windows']:.2f} times as fast ({label})"
+                                         for label in ("keep 0.33", "keep 0.1") if label in rows)
+
+
+def _found_strata(rows, study):
+    share = _kept_recall(study)
+    return "RASTP leaves " + ", ".join(f"{share['target popularity', group]:.0%} of the recall of {group} items"
+                                       for group in ("head", "middle", "tail"))
+
+
+def _found_granularity(rows, study):
+    clear = [pair["difference"] > 0 for pair in study["versus"] if not _unclear(pair)]
+    best = max((row for label, row in rows.items() if "stamp" not in label), key=lambda row: row["recall@10"])
+    return (f"finer SIDs are clearly better in {sum(clear)} and clearly worse in {len(clear) - sum(clear)} of "
+            f"{len(study['versus'])} pairs, and {best['label']} codes are best with {_recall(best)}")
+
+
+# What the README tells of the studies.
+FINDINGS = {"strategies": _found_strategies, "layer-ratio": _found_layer_ratio, "efficiency": _found_efficiency, "strata": _found_strata,
+            "granularity": _found_granularity}
+
+
 def updated(text: str) -> str:
     """`text` of the README with its results section made anew."""
     if not SECTION.search(text):
@@ -276,7 +341,11 @@ def updated(text: str) -> str:
 
 if __name__ == "__main__":
     made = {README: updated(README.read_text(encoding="utf-8")), PAGE: page()}
+    pictures = {HERE / "studies" / _picture_name(study): picture(study) for study in load()[1]}
+    stale = {path: figure for path, figure in pictures.items() if not path.exists() or digest(figure) not in path.read_text()}
     if "--check" in sys.argv:
-        sys.exit(any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in made.items()))
+        sys.exit(bool(stale) or any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in made.items()))
+    for path, figure in stale.items():
+        made[path] = figure.to_image("svg").decode() + digest(figure) + "\n"
     for path, text in made.items():
         path.write_text(text, encoding="utf-8")

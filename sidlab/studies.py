@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,8 @@ FAST = {"d_model": 128, "d_ff": 256, "dropout": 0.1, "max_updates": 400, "eval_e
 class Study:
     """`settings`: {label: settings by name, as in `sweeps.sweep`}, the first the one to compare with; `large`: those for catalogues of over
     `LARGE` items, where others are needed. `x`: a setting or a cost, the axis of the figure; None: the labels. `published`: what the papers
-    say of it, in words, with its source; `values`: {label: recall@5 on Amazon Beauty}, where they give it."""
+    say of it, in words, with its source; `values`: {label: recall@5 on Amazon Beauty}, where they give it. `pairs`: what else is compared,
+    from {label: share of tokens kept in training}: triples of a label, the name of the other side, and that side as {label: weight}."""
 
     title: str
     question: str
@@ -41,6 +43,7 @@ class Study:
     x: str | None = None
     large: dict[str, dict] | None = None
     values: dict[str, float] = dataclasses.field(default_factory=dict)
+    pairs: Callable[[dict[str, float]], list[tuple[str, str, dict[str, float]]]] = lambda share: []
 
     def settings_for(self, n_items: int) -> dict[str, dict]:
         """The settings for a catalogue of `n_items`."""
@@ -58,6 +61,30 @@ def _sids(levels, widths):
             for n in levels for width in widths for stamp in (False, True)}
 
 
+def _against_random(share):
+    """Every scorer against a random third."""
+    return [(label, "random", {"random": 1}) for label in share if label not in ("unpruned", "random") and "random" in share]
+
+
+def _finer(share):
+    """All SIDs against coarser ones."""
+    size = {label: tuple(map(int, label.split(" × "))) for label in share if "stamp" not in label}
+    return [(fine, coarse, {coarse: 1}) for coarse in size for fine in size
+            if coarse != fine and all(a <= b for a, b in zip(size[coarse], size[fine]))]
+
+
+def _equal_cost(share):
+    """What adapts against a constant share at equal cost: between the two constant ones beside what it kept, in proportion."""
+    constant = sorted((label for label in share if label.startswith(("constant", "unpruned"))), key=share.get)
+    pairs = []
+    for label in (one for one in share if one not in constant):
+        beside = [(low, high) for low, high in itertools.pairwise(constant) if share[low] <= share[label] <= share[high]]
+        for low, high in beside[:1]:
+            part = (share[label] - share[low]) / (share[high] - share[low])
+            pairs.append((label, f"constant {share[label]:.0%}", {low: 1 - part, high: part}))
+    return pairs
+
+
 STUDIES = {
     "strategies": Study(
         "Which tokens to keep", "A third of the tokens stays. Does it matter which, and is averaging neighbours as good?",
@@ -65,7 +92,7 @@ STUDIES = {
         | {scorer: _pruned(scorer=scorer) for scorer in ("rastp", "rastp-l2", "centrality", "norm", "recent", "random")}
         | {POOL[layer]: _pruned(after_layer=layer, reduce="pool") for layer in POOL},
         "RASTP's history holds an unadvertised comparison, on Beauty: nothing pruned, and pooling to a third after layer 1, 2, 3.",
-        values={"unpruned": RASTP_POOLING["none"]} | {POOL[layer]: RASTP_POOLING[layer] for layer in POOL}),
+        values={"unpruned": RASTP_POOLING["none"]} | {POOL[layer]: RASTP_POOLING[layer] for layer in POOL}, pairs=_against_random),
     "layer-ratio": Study(
         "Where to prune, and how much", "Earlier and harder is cheaper. From where on does it cost recall?",
         {"unpruned": NOTHING} | {f"layer {layer}, keep {keep:.2g}": _pruned(after_layer=layer, keep=keep)
@@ -82,7 +109,7 @@ STUDIES = {
         "The dilution curve", "Finer SIDs make longer histories. Does accuracy rise with them, and does STAMP change that?",
         _sids((2, 3, 4), (8, 16)),
         "STAMP: accuracy moves non-monotonically with granularity (the Semantic Dilution Effect); its settings and values are not "
-        "published.", large=_sids((2, 3, 4), (64, 256))),
+        "published.", x="sids.levels", large=_sids((2, 3, 4), (64, 256)), pairs=_finer),
     "map": Study(
         "Looking further ahead", "How many steps, with which weight?",
         {"no MAP": NOTHING} | {f"{steps} step{'s' * (steps > 1)}, weight {weight:g}": {"map.steps": steps, "map.weight": weight}
@@ -112,7 +139,7 @@ STUDIES = {
         | {"mass 0.5": _pruned(keep=1.0, mass=0.5), "loss gap 0.02": _pruned(keep=0.2) | {"strategy.kind": "loss-gap"},
            "settled layer": _pruned() | {"strategy.kind": "settled-layer"}},
         "A summary of RASTP claims ratios that change with the stage of learning; its code has none. STAMP names ratios guided by learning "
-        "signals and adaptive layers as future work.", x="kept_token_fraction"),
+        "signals and adaptive layers as future work.", x="kept_token_fraction", pairs=_equal_cost),
 }
 
 
@@ -154,41 +181,22 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         test = paired_test(hits, first) if len(rows) else None
         seconds = (runs["train_seconds"] / runs["updates"]).median()
         row |= {"curve": {"updates": steps, "mean": curve.tolist(), "lowest": curves.min(0).tolist(), "highest": curves.max(0).tolist()},
-                "seconds_to_recall": updates and float(updates * seconds), "difference": test and float(test.difference),
-                "difference_interval": test and [float(end) for end in test.interval], "sids": found[0]["sids"],
+                "seconds_to_recall": updates and float(updates * seconds), "difference": test and test.difference,
+                "difference_interval": test and list(test.interval), "sids": found[0]["sids"],
                 "ended": [one.get("ended") for one in found], "busy": any(one["busy"] for one in found)}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """What a study asks besides its first setting, on the same users and seeds: rows "label", "against", "difference" of recall@10 and
-    "difference_interval". In "strategies" every scorer against a random third; in "granularity" all SIDs against coarser ones; in
-    "adaptive" what adapts against a constant share at equal cost: between the two constant ones beside the share that it kept in
-    training, in proportion. Empty for other studies."""
+    """The pairs of a study (its field `pairs`) on the same users and seeds: rows "label", "against", "difference" of recall@10 and
+    "difference_interval". Empty for a study without."""
     groups = dict(list(frame.groupby("label", sort=False)))
     hits = {label: _hits(_results(runs)) for label, runs in groups.items()}
-    share = {label: float(runs["kept_token_fraction"].mean()) for label, runs in groups.items()}
-    pairs = []  # label, against in words, values of that
-    if name == "strategies" and "random" in hits:
-        pairs = [(label, "random", hits["random"]) for label in hits if label not in ("unpruned", "random")]
-    elif name == "granularity":
-        size = {label: tuple(map(int, label.split(" × "))) for label in hits if "stamp" not in label}
-        pairs = [(fine, coarse, hits[coarse]) for coarse in size for fine in size
-                 if coarse != fine and all(a <= b for a, b in zip(size[coarse], size[fine]))]
-    elif name == "adaptive":
-        constant = sorted((label for label in hits if label.startswith(("constant", "unpruned"))), key=share.get)
-        for label in (one for one in hits if one not in constant):
-            for low, high in itertools.pairwise(constant):
-                if share[low] <= share[label] <= share[high]:
-                    part = (share[label] - share[low]) / (share[high] - share[low])
-                    pairs.append((label, f"constant {share[label]:.0%}", (1 - part) * hits[low] + part * hits[high]))
-                    break
     rows = []
-    for label, against, other in pairs:
-        test = paired_test(hits[label], other)
-        rows.append({"label": label, "against": against, "difference": float(test.difference),
-                     "difference_interval": [float(end) for end in test.interval]})
+    for label, against, other in STUDIES[name].pairs({label: float(runs["kept_token_fraction"].mean()) for label, runs in groups.items()}):
+        test = paired_test(hits[label], sum(weight * hits[one] for one, weight in other.items()))
+        rows.append({"label": label, "against": against, "difference": test.difference, "difference_interval": list(test.interval)})
     return pd.DataFrame(rows, columns=["label", "against", "difference", "difference_interval"])
 
 
@@ -235,5 +243,5 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
                 if inside.any():
                     values = hits[:, inside]
                     rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()), "recall@10": float(values.mean()),
-                                 "recall@10_interval": [float(end) for end in bootstrap_interval(values)]})
+                                 "recall@10_interval": list(bootstrap_interval(values))})
     return pd.DataFrame(rows)

@@ -22,6 +22,20 @@ def test_readme_shows_the_results_that_are_kept():
                 assert "{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"]) in text
 
 
+def test_every_study_has_its_picture():
+    """Drawn of the same figure: only the text can be asked here, without a browser."""
+    studies = show.load()[1]
+    for study in studies:
+        svg = (ROOT / "results" / "studies" / show._picture_name(study)).read_text()
+        figure = show.picture(study)
+        assert show.digest(figure) in svg and svg.startswith("<svg"), "run: python results/show.py"
+        assert figure.layout.title.text in svg
+    assert len(list((ROOT / "results" / "studies").glob("*.svg"))) == len(studies)
+    other = json.loads(json.dumps(studies[0]))
+    other["rows"][1]["recall@10"] += 0.01
+    assert show.digest(show.picture(other)) != show.digest(show.picture(studies[0]))
+
+
 def test_results_hold_what_a_reader_needs_to_repeat_them():
     for path in (ROOT / "results").glob("*.json"):
         results = json.loads(path.read_text())

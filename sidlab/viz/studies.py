@@ -1,6 +1,7 @@
 """Figures of `sidlab.studies`: recall with its interval, and cost, of every setting."""
 
 import itertools
+import re
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -10,7 +11,7 @@ from sidlab.adaptive import SCHEDULES, Strategy, keep_at
 from sidlab.viz.figures import COST, MEMORY, _error
 from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION
 
-TITLES = {"pruning.keep": "kept share", "map.weight": "weight of the auxiliary loss",
+TITLES = {"pruning.keep": "kept share", "map.weight": "weight of the auxiliary loss", "sids.levels": "codes an item",
           "kept_token_fraction": "share of tokens kept in training"}
 LOOKS = [(color, symbol, dash) for dash, symbols in (("solid", ("circle", "square", "diamond", "triangle-up")),
                                                      ("dash", ("cross", "x", "star", "pentagon")), ("dot", ("hexagon", "bowtie")))
@@ -36,7 +37,7 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, template: str = "sidl
         return figure.update_layout(template=template, height=130 + 34 * len(records))
     columns = (("recall@10", "test recall@10"), (COST, "seconds per 1,000 windows"), (MEMORY, "peak MB while training"))
     figure = make_subplots(1, 3, horizontal_spacing=0.07, subplot_titles=[title for _, title in columns])
-    points = [row for row in records[1:] if pd.notna(row.get(x))]
+    points = [row for row in records if pd.notna(row.get(x)) and (row is not first or x == "sids.levels")]
     names = {row["label"]: _line(row, x) for row in points}
     lines, places = list(dict.fromkeys(names.values())), [row[x] for row in points]
     span = max(places, default=0) - min(places, default=0)
@@ -52,7 +53,8 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, template: str = "sidl
                 text=[row["label"] for row in of_line], hovertemplate="%{text}: %{y:.4g}<extra></extra>", row=1, col=place)
     for place, (column, _) in enumerate(columns, start=1):
         figure.add_hline(first[column], line_dash="dot", line_color=GREY, row=1, col=place)
-        figure.update_xaxes(title_text=TITLES.get(x, x), row=1, col=place)
+        figure.update_xaxes(title_text=TITLES.get(x, x), tickvals=sorted(set(places)) if x == "sids.levels" else None, row=1, col=place)
+        figure.update_yaxes(rangemode="tozero" if place > 1 else "normal", row=1, col=place)
     low, high = first["recall@10_interval"]
     figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=1, col=1)
     return figure.update_layout(template=template, height=460, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
@@ -89,6 +91,10 @@ def strata_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
                 x=[f"{row['group']}<br>{row['users']:,} users" for row in part], y=[row["recall@10"] for row in part], name=label,
                 legendgroup=label, showlegend=place == 1, error_y=_error(part, "recall@10"), mode="lines+markers", line_color=color,
                 line_dash=dash, marker_symbol=symbol, marker_size=9, row=1, col=place)
+    for place, by in enumerate(sides, start=1):
+        values = rows.loc[rows["by"] == by, "recall@10"]
+        if values.max() > 10 * values[values > 0].min():
+            figure.update_yaxes(type="log", dtick=1, row=1, col=place)  # equal distances are equal shares of recall
     figure.update_yaxes(title_text="test recall@10", row=1, col=1)
     return figure.update_layout(template=template, height=440, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
 
@@ -111,4 +117,9 @@ def curves_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
 
 def _line(row, x):
     """What tells the line of a point from others: its label without the part that is on the axis."""
-    return row["label"].split(", keep")[0].split(", weight")[0] if x in ("pruning.keep", "map.weight") else row["label"]
+    label = row["label"]
+    if x == "sids.levels":
+        return label.partition(" ")[2]  # "3 × 64, stamp"
+    if x in ("pruning.keep", "map.weight"):
+        return re.sub(r"(, )?(keep|weight) [\d.]+$", "", label) or "pruned"
+    return label
