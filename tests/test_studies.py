@@ -168,12 +168,21 @@ def verdicts(*files):
 
 
 @pytest.mark.parametrize("difference, half, verdict", [
-    (0.0, 0.01, "confirmed"), (0.01, 0.005, "confirmed"), (-0.005, 0.002, "confirmed"), (-0.05, 0.01, "not confirmed"),
-    (0.0, 0.05, "undecided")])
+    (0.0, 0.01, "confirmed"), (0.01, 0.005, "confirmed"), (-0.005, 0.01, "confirmed"), (-0.005, 0.002, "not confirmed"),
+    (-0.05, 0.01, "not confirmed"), (0.0, 0.05, "undecided")])
 def test_quality_is_judged_by_its_interval(difference, half, verdict):
-    """Kept: above −5 % of .4, that is −.02; lost: below 0."""
-    found = verdicts(comparison(rastp=(1.0, 50, difference, half)))
-    assert found["Quality is kept or slightly better."] == verdict
+    """Kept: not below 0 for sure, and above −5 % of .4, that is −.02. One seed decides nothing, and too low a ratio hurts exactly where
+    quality is not kept."""
+    results, kept = comparison(rastp=(1.0, 50, difference, half)), "Quality is kept or slightly better."
+    assert verdicts(results)[kept] == verdict
+    for row in results["summary"]:
+        row["seeds"] = 1
+    assert verdicts(results)[kept] == "undecided"
+    assert verdicts(comparison("qwen", rastp=(1.0, 50, difference, half)))[kept] == "not run"  # RASTP had none
+    ratio = study("layer-ratio", **{"unpruned": 0.4, "layer 2, keep 0.1": 0.4 + difference})
+    ratio["rows"][1]["difference_interval"] = [difference - half, difference + half]
+    hurts = {"confirmed": "not confirmed", "not confirmed": "confirmed"}.get(verdict, verdict)
+    assert verdicts(ratio)["Too low a retention ratio hurts."] == hurts
 
 
 def test_savings_are_judged_by_the_published_figure():
@@ -193,6 +202,8 @@ def test_savings_are_judged_by_the_published_figure():
     assert [verdicts(results)[memory] for results in on_gpu] == ["confirmed", "not confirmed"]
     both = verdicts(comparison(stamp=(1.0, 50, 0, 0.01)), comparison(stamp=(1.9, 50, 0, 0.01)))
     assert both[speed] == "mixed"
+    only_padding_saved = comparison(padded=(9.0, 500, 0, 0.01), stamp=(2.1, 50, 0, 0.01))
+    assert verdicts(only_padding_saved)[speed] == "not confirmed"
     padded = comparison(padded=(10.0, 500, 0, 0.01), rastp_reference=(5.0, 300, -0.1, 0.01))
     finding = next(c for c in claims.judge([padded]) if c["claim"].startswith("Training takes 26.7%"))
     assert finding["verdict"] == "confirmed" and "2.00 times [1.81, 2.21] as fast as padded" in finding["findings"][0]["figures"]
@@ -209,6 +220,7 @@ def test_seconds_of_a_busy_machine_say_nothing_and_those_of_the_study_do():
     assert finding["verdict"] == "confirmed" and "1.60 times [1.45, 1.77] as fast" in finding["findings"][0]["figures"]
     rows["rows"][1]["busy"] = True
     assert claims.judge([rows])[0]["verdict"] == "not run"
+    assert claims.judge([study("efficiency", **{"unpruned": 0.4, "keep 0.1": 0.4})])[0]["verdict"] == "not run"
 
 
 def test_the_benchmark_is_evidence_too():
@@ -251,7 +263,7 @@ def test_studies_are_judged():
     def pairs(**differences):
         return {"versus": [{"label": label, "against": against, "difference": d, "difference_interval": [d - 0.01, d + 0.01]}
                            for label, (against, d) in differences.items()]}
-    ratio = study("layer-ratio", **{"unpruned": 0.4, "layer 2, keep 0.1": 0.3, "layer 2, keep 0.33": 0.399})
+    ratio = study("layer-ratio", **{"unpruned": 0.4, "layer 2, keep 0.1": 0.3, "layer 1, keep 0.33": 0.2, "layer 2, keep 0.33": 0.399})
     adaptive = study("adaptive", **{"unpruned": 0.4, "constant 1/3": 0.38, "stage, from 0.15": 0.34, "stage, from 0.6": 0.42})
     for row, start in zip(adaptive["rows"], (None, None, 0.15, 0.6)):
         row |= {"strategy.kind": start and "stage", "strategy.start": start, "pruning.keep": 1 / 3}
@@ -342,6 +354,10 @@ def test_the_page_is_written_from_the_files_and_names_the_commands(tmp_path, mon
     for name, options in (("bench.json", ""), ("quick-bench.json", " --quick")):
         (tmp_path / "more" / name).write_text(json.dumps(bench | {"command": "python -m sidlab.bench" + options}))
     assert [file["command"] for file in claims.evidence(tmp_path / "more", tmp_path / "nothing")] == ["python -m sidlab.bench"]
+    (tmp_path / "studies").mkdir()
+    for place, changes in enumerate(({"seeds": 3, "sids": ""}, {"seeds": 1}, {"seeds": 9, "only": 2}, {"seeds": 1, "sids": "x"})):
+        (tmp_path / "studies" / f"{place}.json").write_text(json.dumps(study("map", **{"no MAP": 0.4}) | changes))
+    assert [(file["seeds"], file.get("sids", "")) for file in claims.evidence(tmp_path / "studies")] == [(3, ""), (1, "x")]
     (tmp_path / "more" / "results.json").write_text(json.dumps(comparison(map=(2, 100, 0.1, 0.01)) | {"dataset": "x/amazon-beauty"}))
     claims.main(["--output", str(tmp_path / "again"), "--evidence", str(tmp_path / "more")])
     page = (tmp_path / "again" / "index.html").read_text()
