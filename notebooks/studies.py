@@ -63,8 +63,10 @@ pd.DataFrame({
 VERSUS = """versus = studies.versus({name!r}, runs)
 versus.assign(difference=versus["difference"].map("{{:+.4f}}".format), difference_interval=[
     ends(interval, "+.4f") for interval in versus["difference_interval"]]).set_index(["label", "against"])"""
-ENDED = """[f"{row['label']}: " + ", ".join(f"{end['keep']:.0%} behind layer {end['after_layer']}" for end in row["ended"])
- for row in rows.to_dict("records") if row.get("strategy.kind") in ("loss-gap", "settled-layer")]"""
+ENDED = """for row in rows.to_dict("records"):
+    for end in row["ended"] if row.get("strategy.kind") in ("loss-gap", "settled-layer") else ():
+        agreement = "".join(f", {r:.2f}" for r in end["agreement"] or ())
+        print(f"{row['label']}: {end['keep']:.0%} behind layer {end['after_layer']}" + agreement)"""
 SCHEDULES = """from sidlab.viz.studies import schedule_figure
 
 schedule_figure(study.settings)"""
@@ -81,7 +83,8 @@ curves_figure(rows)"""
 SAVE = """studies.save({name!r}, runs, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only)"""
 ASIDE = {"strategies": "What a scorer is worth: against a random third, on the same users and seeds.",
          "granularity": "Finer SIDs against coarser ones, on the same users and seeds.",
-         "adaptive": "What adapts, against the constant share that costs the same: between the two constant ones beside it."}
+         "adaptive": "What adapts, against the constant share behind the second layer that leaves as much work (tokens × layers): between "
+                     "the two constant ones beside it."}
 
 
 def notebook(name: str) -> str:
@@ -103,7 +106,9 @@ def notebook(name: str) -> str:
     if name in ASIDE:
         cells += [new_markdown_cell(ASIDE[name]), new_code_cell(VERSUS.format(name=name))]
     if name == "adaptive":
-        cells += [new_markdown_cell("What the two that look at a probe had chosen when the best checkpoint was written, seed by seed."),
+        cells += [new_markdown_cell(
+            "What the two that look at a probe had chosen when the best checkpoint was written, seed by seed; the settled "
+            "layer with the rank correlation of each layer with the one behind."),
                   new_code_cell(ENDED)]
     if name == "strata":
         cells += [new_code_cell(STRATA), new_code_cell('groups.round(4)')]

@@ -11,7 +11,7 @@ A `Strategy` says how, a callback (`AdaptPruning`, which `train` adds) does it b
   would take it for good: hardly trained, a model has no gap yet, and one trained pruned is worse at all tokens, which it never sees;
 * "settled-layer": after the first `every` updates the pruner moves behind the first layer whose ranking of the tokens has settled:
   where Spearman's correlation with the ranking of the layer behind is at least `threshold`, the mean over the histories of a probe batch.
-  Then it stays. (If none has, it moves behind the last layer but one.)
+  Then it stays. (If none has, it moves behind the last layer but one; the correlations are in the log as "agreement".)
 
 Ratios by row are no strategy over time but a way to choose: `PruningConfig(mass=…)`. What a strategy spends on its probe counts as
 training.
@@ -88,7 +88,9 @@ class AdaptPruning(TrainerCallback):
                 self._set(keep=self.within_bound())
         elif kind == "settled-layer":
             if step == self.strategy.every:
-                self._set(after_layer=self.settled())
+                agreement = self.agreement()
+                state.log_history.append({"step": step, "agreement": agreement})
+                self._set(after_layer=self.settled(agreement))
         else:
             self._set(keep=keep_at(self.strategy, self.keep, step / state.max_steps))
 
@@ -100,7 +102,7 @@ class AdaptPruning(TrainerCallback):
         before = self.model.pruning
         shares = [self.keep, *(share for share in SHARES if share > self.keep)]
         place = shares.index(min(shares, key=lambda share: abs(share - before.keep)))
-        unpruned = self._probe(dataclasses.replace(before, keep=1.0)).main_loss
+        unpruned = self._probe(dataclasses.replace(before, keep=1.0, mass=None)).main_loss
 
         def holds(share):
             return bool(self._probe(dataclasses.replace(before, keep=share)).main_loss - unpruned <= self.strategy.bound)
@@ -108,14 +110,16 @@ class AdaptPruning(TrainerCallback):
             return shares[place - 1]
         return shares[place] if holds(shares[place]) else shares[min(place + 1, len(shares) - 1)]
 
-    def settled(self) -> int:
+    def settled(self, agreement: list[float]) -> int:
         """The first layer whose ranking of the tokens correlates with that of the layer behind as asked."""
+        return next((layer for layer, r in enumerate(agreement, start=1) if r >= self.strategy.threshold), max(len(agreement), 1))
+
+    def agreement(self) -> list[float]:
+        """Each layer's correlation with the layer behind."""
         before, layers = self.model.pruning, self.model.stack.config.num_hidden_layers
         rankings = [self._probe(dataclasses.replace(before, after_layer=layer, keep=1.0), encode=True).importance
                     for layer in range(1, layers + 1)]
-        agreement = [spearman(one, other, self.probe["attention_mask"]) for one, other in itertools.pairwise(rankings)]
-        self.agreement = agreement
-        return next((layer for layer, r in enumerate(agreement, start=1) if r >= self.strategy.threshold), max(layers - 1, 1))
+        return [spearman(one, other, self.probe["attention_mask"]) for one, other in itertools.pairwise(rankings)]
 
     @torch.no_grad()
     def _probe(self, pruning: PruningConfig, encode: bool = False):
@@ -131,9 +135,10 @@ class AdaptPruning(TrainerCallback):
 
 
 def spearman(one: Tensor, other: Tensor, mask: Tensor) -> float:
-    """Spearman's rank correlation of each row's real tokens under two scores float [B, N], the mean over rows with two tokens or more;
-    `mask` [B, N], 1 real."""
-    found = [spearmanr(a[real], b[real]).statistic for a, b, real in zip(one.cpu(), other.cpu(), mask.cpu().bool()) if real.sum() > 1]
+    """Spearman's rank correlation of each row's real tokens under two scores float [B, N], the mean over the rows in which both tell some
+    apart; `mask` [B, N], 1 real. ValueError without such a row."""
+    rows = [(a[real], b[real]) for a, b, real in zip(one.cpu(), other.cpu(), mask.cpu().bool()) if real.any()]
+    found = [spearmanr(a, b).statistic for a, b in rows if a.min() < a.max() and b.min() < b.max()]
     if not found:
-        raise ValueError("no history has two tokens to rank")
+        raise ValueError("no history has two tokens to rank, with different scores")
     return float(np.mean(found))

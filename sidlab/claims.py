@@ -235,7 +235,7 @@ def _stages_help(results, rows):
         row = rows[pair["label"]]
         if row.get("strategy.kind") == "stage" and row["strategy.start"] < row["pruning.keep"]:  # aggressive early, as claimed
             yield _quality(results, _sides(pair["difference_interval"]),
-                           f"{pair['label']} − {pair['against']} kept, recall@10: {_difference(pair)}")
+                           f"{pair['label']} − {pair['against']}, recall@10: {_difference(pair)}")
 
 
 def _decoder_only(results):

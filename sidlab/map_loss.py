@@ -62,7 +62,8 @@ def map_loss(step_losses: Tensor, labels: Tensor, decay: float = 1.0) -> Tensor:
 
     Args: `step_losses` float [B, S, L], anything where there is no label; `labels` int64 [B, S, L], −100 where absent.
     Returns a scalar: Σ_s decay^(s−1) CE_s / Σ_s decay^(s−1) over the steps that have a label anywhere in the batch, CE_s being
-    the mean over that step's labels. 0 (with a gradient of 0) if none has.
+    the mean over that step's labels. 0 (with a gradient of 0) if none has. Where an update consists of several batches, the models
+    weigh it like the main loss, by the batch's share of main labels: a mean of means, not the mean over the update.
     """
     if step_losses.shape != labels.shape or labels.ndim != 3:
         raise ValueError(f"step_losses and labels must both be [B, S, L], got {tuple(step_losses.shape)} and {tuple(labels.shape)}")

@@ -34,7 +34,8 @@ class Study:
     """`settings`: {label: settings by name, as in `sweeps.sweep`}, the first the one to compare with; `large`: those for catalogues of over
     `LARGE` items, where others are needed. `x`: a setting or a cost, the axis of the figure; None: the labels. `published`: what the papers
     say of it, in words, with its source; `values`: {label: recall@5 on Amazon Beauty}, where they give it. `pairs`: what else is compared,
-    from {label: share of tokens kept in training}: triples of a label, the name of the other side, and that side as {label: weight}."""
+    from {label: share of the work}: triples of a label, the name of the other side, and that side as {label: weight}. The work is that
+    of the pruned stack, in tokens × layers: those behind the pruner have only what was kept."""
 
     title: str
     question: str
@@ -61,27 +62,27 @@ def _sids(levels, widths):
             for n in levels for width in widths for stamp in (False, True)}
 
 
-def _against_random(share):
+def _against_random(work):
     """Every scorer against a random third."""
-    return [(label, "random", {"random": 1}) for label in share if label not in ("unpruned", "random") and "random" in share]
+    return [(label, "random", {"random": 1}) for label in work if label not in ("unpruned", "random") and "random" in work]
 
 
-def _finer(share):
+def _finer(work):
     """All SIDs against coarser ones."""
-    size = {label: tuple(map(int, label.split(" × "))) for label in share if "stamp" not in label}
+    size = {label: tuple(map(int, label.split(" × "))) for label in work if "stamp" not in label}
     return [(fine, coarse, {coarse: 1}) for coarse in size for fine in size
             if coarse != fine and all(a <= b for a, b in zip(size[coarse], size[fine]))]
 
 
-def _equal_cost(share):
-    """What adapts against a constant share at equal cost: between the two constant ones beside what it kept, in proportion."""
-    constant = sorted((label for label in share if label.startswith(("constant", "unpruned"))), key=share.get)
+def _equal_cost(work):
+    """What adapts against a constant share at equal work: between the two constant ones beside it, in proportion."""
+    constant = sorted((label for label in work if label.startswith(("constant", "unpruned"))), key=work.get)
     pairs = []
-    for label in (one for one in share if one not in constant):
-        beside = [(low, high) for low, high in itertools.pairwise(constant) if share[low] <= share[label] <= share[high]]
+    for label in (one for one in work if one not in constant):
+        beside = [(low, high) for low, high in itertools.pairwise(constant) if work[low] <= work[label] <= work[high]]
         for low, high in beside[:1]:
-            part = (share[label] - share[low]) / (share[high] - share[low])
-            pairs.append((label, f"constant {share[label]:.0%}", {low: 1 - part, high: part}))
+            part = (work[label] - work[low]) / (work[high] - work[low])
+            pairs.append((label, f"constant, {work[label]:.0%} of the work", {low: 1 - part, high: part}))
     return pairs
 
 
@@ -191,13 +192,22 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """The pairs of a study (its field `pairs`) on the same users and seeds: rows "label", "against", "difference" of recall@10 and
     "difference_interval". Empty for a study without."""
-    groups = dict(list(frame.groupby("label", sort=False)))
-    hits = {label: _hits(_results(runs)) for label, runs in groups.items()}
-    rows = []
-    for label, against, other in STUDIES[name].pairs({label: float(runs["kept_token_fraction"].mean()) for label, runs in groups.items()}):
+    hits, work, rows = {}, {}, []
+    for label, runs in frame.groupby("label", sort=False):
+        found = _results(runs)
+        hits[label] = _hits(found)
+        work[label] = float(np.mean([_work(one["ended"], kept) for one, kept in zip(found, runs["kept_token_fraction"])]))
+    for label, against, other in STUDIES[name].pairs(work):
         test = paired_test(hits[label], sum(weight * hits[one] for one, weight in other.items()))
         rows.append({"label": label, "against": against, "difference": test.difference, "difference_interval": list(test.interval)})
     return pd.DataFrame(rows, columns=["label", "against", "difference", "difference_interval"])
+
+
+def _work(ended, kept):
+    if ended is None:  # nothing pruned
+        return 1.0
+    in_front = ended["after_layer"] / ended["layers"]
+    return in_front + (1 - in_front) * kept
 
 
 def _results(runs):

@@ -275,7 +275,9 @@ def _run_model(one, catalogue, folder, path):
     shutil.rmtree(path)  # the checkpoints
     result.model.save_pretrained(path)
     sids = {"widths": list(table.widths), "collision_rate": report["collision_rate"]}
-    ended = result.model.pruning and {"keep": result.model.pruning.keep, "after_layer": result.model.pruning.after_layer}
+    pruning, agreement = result.model.pruning, [e["agreement"] for e in result.log if "agreement" in e]
+    ended = pruning and {"keep": pruning.keep, "after_layer": pruning.after_layer, "layers": result.model.stack.config.num_hidden_layers,
+                         "agreement": agreement[0] if agreement else None}
     return {"row": row, "curve": curve, "ranks": ranks.tolist(), "sids": sids, "ended": ended}
 
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sidlab.adaptive import AdaptPruning, Strategy
+from sidlab.adaptive import SCHEDULES, AdaptPruning, Strategy
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
 from sidlab.files import write_json
@@ -136,6 +136,8 @@ class TrainConfig:
         if self.strategy is not None:
             if self.pruning is None or self.pruning.mode == "reference":
                 raise ValueError(f'strategy changes pruning, other than mode="reference"; got pruning={self.pruning}')
+            if self.pruning.reduce == "pool" and self.strategy.kind == "settled-layer":
+                raise ValueError('strategy.kind="settled-layer" compares scores, and reduce="pool" has none')
             if self.eval_every % self.strategy.every:
                 raise ValueError(f"eval_every={self.eval_every} must be a multiple of strategy.every={self.strategy.every}")
         if self.checkpoint is not None and self.arch != "qwen":
@@ -262,10 +264,12 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
                                 config.accumulation, mixed=not config.bucketing)
     else:
         batches = UserBatches(windows, config.accumulation, config.seed)
-    if len(batches) < processes:
-        raise ValueError(f"{len(batches)} batches an epoch are too few for {processes} processes; use a smaller batch_tokens")
+    if len(batches) % processes:  # the library would hand out some windows twice
+        raise ValueError(f"{len(batches)} batches an epoch can't be shared by {processes} processes; use a smaller batch_tokens")
     updates = math.ceil(config.epochs * math.ceil(len(batches) / config.accumulation))
     updates = min(updates, config.max_updates or updates)
+    if config.strategy is not None and config.strategy.kind not in SCHEDULES and config.strategy.every >= updates:
+        raise ValueError(f"strategy.every={config.strategy.every} is never reached in {updates} updates; use less")
     model = build_model(config, table)
     with contextlib.ExitStack() as stack:
         if not progress:

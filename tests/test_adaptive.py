@@ -151,13 +151,32 @@ def test_a_share_guided_by_the_loss_begins_at_all_tokens_and_moves():
 @pytest.mark.parametrize("arch", ("t5", "qwen"))
 def test_the_first_settled_layer_is_taken(arch):
     _, adapt = adapting(arch, kind="settled-layer")
-    adapt.settled()
-    agreement = adapt.agreement
+    agreement = adapt.agreement()
     assert len(agreement) == 2 and len(set(agreement)) == 2
     for threshold in (-1.0, *agreement, 1.0):
         adapt.strategy = Strategy("settled-layer", threshold=threshold)
         settled = [layer for layer, r in enumerate(agreement, 1) if r >= threshold]
-        assert adapt.settled() == (settled[0] if settled else 2)
+        assert adapt.settled(agreement) == (settled[0] if settled else 2)
+
+
+def test_the_pruner_moves_to_the_settled_layer_and_the_log_says_why():
+    keeps, pruning = Keeps(), PruningConfig(keep=0.5, after_layer=1)
+    found = run(callbacks=[keeps], pruning=pruning, strategy=Strategy("settled-layer", threshold=1.0, every=3))
+    assert keeps.layers == [1] * 3 + [2] * 5
+    (entry,) = [e for e in found.log if "agreement" in e]
+    assert entry["step"] == 3 and len(entry["agreement"]) == 2 and max(entry["agreement"]) < 1
+
+
+def test_the_loss_is_compared_with_that_of_all_tokens_where_rows_keep_by_mass():
+    model, adapt = adapting(kind="loss-gap", bound=-0.0)
+    model.set_pruning(PruningConfig(keep=1.0, after_layer=1, mass=0.3))
+    adapt.keep, losses = 0.5, {}
+    original = adapt._probe
+    adapt._probe = lambda pruning, **kwargs: losses.setdefault((pruning.keep, pruning.mass), original(pruning, **kwargs))
+    adapt.within_bound()
+    model.eval().set_pruning(None)
+    assert losses[1.0, None].main_loss == pytest.approx(model(**probe()).main_loss.item(), abs=1e-6)
+    assert abs(losses[1.0, None].main_loss - losses[0.7, 0.3].main_loss) > 1e-4
 
 
 def test_spearman_is_scipys():
@@ -166,15 +185,17 @@ def test_spearman_is_scipys():
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] + [0] * 7])
     expected = [scipy.stats.spearmanr(a[:n], b[:n]).statistic for a, b, n in zip(one[:2], other[:2], (8, 5))]
     assert spearman(one, other, mask) == pytest.approx(np.mean(expected))
+    other[0] = 1.0  # tells none apart
+    assert spearman(one, other, mask) == pytest.approx(expected[1])
     with pytest.raises(ValueError, match="two tokens to rank"):
-        spearman(one[2:], other[2:], mask[2:])
+        spearman(one[[0, 2]], other[[0, 2]], mask[[0, 2]])
 
 
 def test_a_probe_leaves_random_numbers_and_gradients_alone():
     model, adapt = adapting(kind="loss-gap")
     state = torch.get_rng_state()
     adapt.within_bound()
-    adapt.settled()
+    adapt.agreement()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -205,6 +226,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, name):
     (lambda: Strategy(bound=-1), "bound must be >= 0"),
     (lambda: keep_at(Strategy("loss-gap"), 0.5, 0.1), "follows no schedule"),
     (lambda: TrainConfig(strategy=Strategy()), "strategy changes pruning"),
+    (lambda: TrainConfig(strategy=Strategy("settled-layer"), pruning=PruningConfig(reduce="pool")), 'reduce="pool" has none'),
+    (lambda: run(strategy=Strategy("loss-gap", every=8), pruning=PruningConfig(), eval_every=8), "never reached in 8 updates"),
     (lambda: TrainConfig(strategy=Strategy(every=30), pruning=PruningConfig()), "eval_every=100 must be a multiple of strategy.every=30"),
 ])
 def test_bad_settings_say_what_is_right(make, message):

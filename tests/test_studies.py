@@ -297,7 +297,8 @@ def fake_runs(folder, settings, seeds=3, users=400):
     for seed in range(seeds):
         for label, (rate, kept) in settings.items():
             file = folder / f"{len(rows)}.json"
-            file.write_text(json.dumps({"ranks": (rng.random(users) < rate).astype(int).tolist()}))
+            ended = None if kept == 1 else {"after_layer": 3 if label == "settled" else 2, "layers": 4}
+            file.write_text(json.dumps({"ranks": (rng.random(users) < rate).astype(int).tolist(), "ended": ended}))
             rows.append({"label": label, "seed": seed, "file": str(file), "kept_token_fraction": kept})
     hits = {label: np.array([json.loads(pathlib.Path(row["file"]).read_text())["ranks"] for row in rows if row["label"] == label])
             for label in settings}
@@ -306,12 +307,15 @@ def fake_runs(folder, settings, seeds=3, users=400):
 
 def test_what_adapts_is_compared_at_equal_cost(tmp_path):
     settings = {"unpruned": (0.8, 1.0), "constant 0.2": (0.2, 0.2), "constant 0.5": (0.4, 0.5), "mass 0.5": (0.7, 0.3), "gap": (0.4, 0.9),
-                "less than all": (0.1, 0.1)}
+                "less than all": (0.1, 0.1), "settled": (0.4, 0.2)}
     frame, hits = fake_runs(tmp_path, settings)
     found = studies.versus("adaptive", frame).set_index("label")
-    assert found["against"].to_dict() == {"mass 0.5": "constant 30%", "gap": "constant 90%"}
+    assert found["against"].to_dict() == {name: f"constant, {work} of the work" for name, work in (
+        ("mass 0.5", "65%"), ("gap", "95%"), ("settled", "80%"))}
     expected = hits["mass 0.5"].mean() - (2 * hits["constant 0.2"].mean() + hits["constant 0.5"].mean()) / 3
     assert found["difference"]["mass 0.5"] == pytest.approx(expected)
+    expected = hits["settled"].mean() - (0.8 * hits["constant 0.5"].mean() + 0.2 * hits["unpruned"].mean())
+    assert found["difference"]["settled"] == pytest.approx(expected)  # a third layer in front is like 60 % kept behind the second
     assert found["difference_interval"]["mass 0.5"][0] > 0.2 and found["difference_interval"]["gap"][1] < 0
 
 
