@@ -143,8 +143,9 @@ class TokenPruner(nn.Module):
                item_index: Tensor | None = None) -> Tensor:
         """Which tokens stay: bool [B, N]. Arguments as in `forward`."""
         real = mask.bool()
-        # A real token always beats padding, even one whose score is −inf.
-        score = torch.where(real, importance.float().clamp_min(torch.finfo(torch.float32).min), -torch.inf)
+        # A real token always beats padding, even one whose score is −inf or NaN.
+        lowest = torch.finfo(torch.float32).min
+        score = torch.where(real, importance.float().nan_to_num(nan=lowest), -torch.inf)
         protect = real & protect.bool() if protect is not None else None
         if self.unit == "item":
             kept = self._whole_items(real, score, protect, item_index)

@@ -51,9 +51,10 @@ def attention_centrality(attention: Tensor, mask: Tensor, padding_votes: bool = 
     batch, _, queries, keys = attention.shape
     if queries != keys or mask.shape != (batch, keys):
         raise ValueError(f"attention must be [B, H, N, N] with mask [B, N], got {tuple(attention.shape)} and {tuple(mask.shape)}")
-    votes = torch.ones_like(mask, dtype=attention.dtype) if padding_votes else mask.to(attention.dtype)
-    received = torch.einsum("bhqk,bq->bk", attention, votes)  # [B, N]
-    return received.float() * mask
+    received = attention.sum(1, dtype=torch.float32)  # [B, N, N]; a product would be rounded to autocast's bfloat16, and scores would tie
+    if not padding_votes:  # whatever stands in their rows, even NaN
+        received = received.masked_fill(mask.unsqueeze(2) == 0, 0)
+    return received.sum(1).masked_fill(mask == 0, 0)
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def _need(signals: Signals, scorer: str, field: str) -> Tensor:
     value = getattr(signals, field)
     if value is None:
         raise ValueError(f"scorer={scorer!r} needs signals.{field}, which is None"
-                         + (": only the planted catalogue knows it" if field == "truth" else ""))
+                         + ("; only the planted catalogue knows it: recommend(…, truth=catalogue.truth)" if field == "truth" else ""))
     return value
 
 
@@ -107,7 +108,7 @@ def token_importance(signals: Signals, scorer: str | Callable[[Signals], Tensor]
     """How much each token is worth keeping: float32 [B, N], −inf where the mask is 0.
 
     Args: `scorer`: a name in `SCORERS`, or any callable from `Signals` to a float tensor [B, N].
-    Raises ValueError for an unknown name, a signal that is missing, or a result of the wrong shape or with NaN.
+    Raises ValueError for an unknown name, a signal that is missing, or a callable's result of the wrong shape or with NaN for a token.
     """
     if isinstance(scorer, str):
         if scorer not in SCORERS:
@@ -118,6 +119,6 @@ def token_importance(signals: Signals, scorer: str | Callable[[Signals], Tensor]
         if not isinstance(score, Tensor) or score.shape != signals.mask.shape:
             got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise ValueError(f"the scorer must return a tensor of shape {tuple(signals.mask.shape)} ([B, N]), got {got}")
-        if torch.isnan(score).any():
+        if (torch.isnan(score) & (signals.mask != 0)).any():
             raise ValueError("the scorer returned NaN; every real token needs a number")
     return score.float().masked_fill(signals.mask == 0, -torch.inf)

@@ -8,6 +8,7 @@ and the meter, which counts training time and memory without evaluation and savi
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import numbers
@@ -401,6 +402,9 @@ def _use_bf16(config):
 def _resume_point(folder, config, catalogue, table):
     """The newest checkpoint in `folder` with a readable trainer_state.json, or None; refuses another run's folder."""
     what = {"config": config.to_dict(), "catalogue": catalogue.fingerprint(), "table": table.fingerprint()}
+    if config.pruning is not None and callable(config.pruning.scorer):
+        with contextlib.suppress(OSError, TypeError):  # a callable without source is known by its name alone
+            what["scorer"] = inspect.getsource(config.pruning.scorer)
     stamp = folder / "run.json"
     if stamp.exists():
         if json.loads(stamp.read_text()) != json.loads(json.dumps(what)):

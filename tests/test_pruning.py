@@ -141,3 +141,10 @@ def test_pooling_averages_even_bins_of_neighbours(case, keep):
             torch.testing.assert_close(pruned.hidden[b, i], hidden[b, m].mean(0))
     if keep == 1.0:
         torch.testing.assert_close(pruned.hidden[pruned.mask.bool()], hidden[mask.bool()])
+
+
+def test_a_token_without_a_number_is_the_first_to_go():
+    mask, importance = torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([[1.0, torch.nan, 5.0, -torch.inf, torch.nan]])
+    for keep, expected in ((0.25, [2]), (0.5, [0, 2]), (0.75, [0, 1, 2])):
+        pruned = TokenPruner(keep)(torch.zeros(1, 5, 2), mask, importance)
+        assert pruned.positions[pruned.mask.bool()].tolist() == expected

@@ -34,6 +34,20 @@ def test_centrality_is_attention_received_from_real_queries_only():
     torch.testing.assert_close(attention_centrality(attention, mask), expected)
 
 
+def test_centrality_is_float32_under_autocast_and_padded_queries_may_hold_anything():
+    attention, mask = torch.rand(2, 3, 40, 40).softmax(-1), torch.ones(2, 40).long()
+    mask[1, :9] = 0
+    expected = attention_centrality(attention, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_centrality(attention, mask)
+        half = attention_centrality(attention.bfloat16(), mask)
+    assert torch.equal(found, expected) and half.dtype == torch.float32
+    torch.testing.assert_close(half, attention_centrality(attention.bfloat16().float(), mask))
+    attention[1, :, :9] = torch.nan
+    assert torch.equal(attention_centrality(attention, mask), expected)
+    assert attention_centrality(attention, mask, padding_votes=True)[1, 9:].isnan().all()
+
+
 def test_centrality_of_all_tokens_sums_to_heads_times_queries():
     # Each real query hands out exactly 1 per head if it attends to real tokens only.
     mask = torch.tensor([[1, 1, 1, 0]])

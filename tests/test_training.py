@@ -356,6 +356,11 @@ def test_another_run_s_folder_is_refused(tmp_path):
         with pytest.raises(ValueError, match="holds a run of another configuration, catalogue or table"):
             train(config(max_updates=1, **changes), world, table, output_dir=tmp_path, progress=False)
     assert run(tmp_path, max_updates=1).timing["updates"] == 1
+    most = PruningConfig(scorer=lambda signals: signals.centrality)
+    least = PruningConfig(scorer=lambda signals: -signals.centrality)
+    run(tmp_path / "own", max_updates=1, pruning=most)
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        run(tmp_path / "own", max_updates=1, pruning=least)
 
 
 @pytest.mark.parametrize("killed", [False, True])
