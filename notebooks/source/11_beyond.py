@@ -129,35 +129,50 @@ third = PruningConfig(keep=1 / 3)
 #
 # IDs are usually made once, before training: no gradient of the recommender reaches the codebooks. Differentiable IDs let it through (a soft or straight-through choice of the code), so
 # that items are grouped as recommending needs it. This kit does not train them: codes that move during training would make every cached history, trie and comparison here move with them.
-# What it can show is what such IDs would *receive*: the gradient of the loss at every history token. A token that is pruned behind layer 2 is still read by two layers, so something
-# arrives; but how much?
+# What it can show is what such IDs would *receive*: the gradient of the loss at every code of the history. A token that is pruned behind layer 2 is still read by two layers, so something
+# arrives. But how much, and is it the pruner's doing? A token that says little receives little whether it is pruned or not, so the same tokens are looked at with nothing pruned, too.
 
 # %%
 model = demo.model
-model.set_pruning(third)
-gradient = {"kept": np.zeros(4), "pruned": np.zeros(4)}
-for history, target in zip(demo_histories[:100], demo_targets[:100]):
+
+
+def gradient_by_code(history, target, pruning, chosen=None):
+    """(size of the gradient at each code of the history, its level, whether it is kept): `chosen`, or what `pruning` keeps."""
     tokens = sidlab.windows.history_tokens(np.asarray(history)[None, -30:], demo.table, model.config.separators)
     embedded = model.shared(tokens).detach().requires_grad_()
-    mask = torch.ones_like(tokens)
-    out = model.encoder(inputs_embeds=embedded, attention_mask=mask)
+    model.set_pruning(pruning)
+    out = model.encoder(inputs_embeds=embedded, attention_mask=torch.ones_like(tokens))
     model(encoder_outputs=out, labels=demo.table.item_tokens[[target]]).loss.backward()
-    size = embedded.grad[0].norm(dim=-1).numpy()
     level = model.encoder.token_level[tokens[0]].numpy()
-    kept = np.isin(np.arange(tokens.shape[1]), out.positions[0][out.attention_mask[0].bool()].numpy())
-    for name, part in (("kept", kept), ("pruned", ~kept)):
-        np.add.at(gradient[name], level[part], size[part])
+    if chosen is None:
+        chosen = np.isin(np.arange(tokens.shape[1]), out.positions[0][out.attention_mask[0].bool()].numpy())
+    return embedded.grad[0].norm(dim=-1).numpy(), level, chosen
+
+
+gradient = {"nothing pruned": np.zeros((2, 3)), "a third kept": np.zeros((2, 3))}  # [pruned or kept, code]
+to_pruned = []  # of each history, the share that reaches pruned tokens: [nothing pruned, a third kept]
+for history, target in zip(demo_histories[:100], demo_targets[:100]):
+    size, level, kept = gradient_by_code(history, target, third)
+    of_history = []
+    for name, sizes in (("nothing pruned", gradient_by_code(history, target, None, kept)[0]), ("a third kept", size)):
+        codes_only = level < 3  # a separator is no code
+        np.add.at(gradient[name], (kept[codes_only].astype(int), level[codes_only]), sizes[codes_only])
+        of_history.append(sizes[codes_only & ~kept].sum() / sizes[codes_only].sum())
+    to_pruned.append(of_history)
 model.zero_grad()
-shares = pd.DataFrame(gradient, index=["code 1", "code 2", "code 3", "separator"]) / sum(part.sum() for part in gradient.values())
-pruned_share = float(shares["pruned"].sum())
-go.Figure([go.Bar(name=name, x=shares.index, y=shares[name], marker_color=color, marker_pattern_shape=shape)
-           for name, color, shape in (("kept", BLUE, ""), ("pruned", ORANGE, "/"))]).update_layout(
-    template=template(), barmode="stack", height=340, yaxis_tickformat=".0%", yaxis_title="share of the gradient",
-    title_text=f"Two thirds of the tokens are pruned; {pruned_share:.0%} of the gradient reaches them")
+pruned_share = {name: float(g[0].sum() / g.sum()) for name, g in gradient.items()}
+moved = np.subtract(*np.array(to_pruned).T[::-1])
+print(f"Per history, pruning changes the share by {moved.mean():+.1%}", "[{:+.1%}, {:+.1%}]".format(*bootstrap_interval(moved)))
+bars = [f"{name}<br>code {code}" for code in (1, 2, 3) for name in gradient]
+go.Figure([go.Bar(name=name, x=bars, y=[g[side, code] / g.sum() for code in range(3) for g in gradient.values()], marker_color=color, marker_pattern_shape=shape)
+           for side, name, color, shape in ((1, "kept", BLUE, ""), (0, "pruned", ORANGE, "/"))]).update_layout(
+    template=template(), barmode="stack", height=380, yaxis_tickformat=".0%", yaxis_title="share of the gradient",
+    title_text="The tokens that are pruned receive {:.0%} of it with nothing pruned, {:.0%} when they are".format(*pruned_share.values()))
 
 # %% [markdown]
-# So pruned tokens do take part in learning, through the layers in front of the pruner, but two thirds of the tokens share what the title says, and one third has the rest. Differentiable IDs
-# under pruning would be shaped more by tokens that survive; the earlier one prunes, the more so.
+# Two numbers in the title, and only their difference is pruning's. Pruned tokens do take part in learning, through the layers in front of the pruner; what they lose by being pruned is small
+# beside what they receive. That kept tokens receive more than their share is mostly selection: the scorer chose what the loss depends on anyway. So codebooks that learn would go on learning
+# from pruned tokens. (This is one trained model, and the gradient after training: early in training it may be another.)
 
 # %% [markdown]
 # ### IDs for search and recommendation together
@@ -235,17 +250,19 @@ businesses
 curves = {}
 for name, pruning in (("all tokens", None), ("a third", third)):
     demo.model.set_pruning(pruning)
-    curves[name] = [recall_at(evaluate(demo.model, demo_histories, demo_targets, beam=beam), 1).mean() for beam in beams]
+    found = [recall_at(evaluate(demo.model, demo_histories, demo_targets, beam=beam), 1) for beam in beams]
+    curves[name] = [hits.mean() for hits in found], [bootstrap_interval(hits) for hits in found]
 demo.model.set_pruning(None)
-go.Figure([go.Scatter(x=beams, y=y, name=name, mode="lines+markers", line_color=color, line_dash=dash, marker_symbol=symbol)
-           for (name, y), (color, dash, symbol) in zip(curves.items(), ((GREEN, "solid", "circle"), (GREY, "dash", "diamond")))]).update_layout(
+go.Figure([go.Scatter(x=beams, y=y, name=name, mode="lines+markers", line_color=color, line_dash=dash, marker_symbol=symbol, error_y={
+    "type": "data", "symmetric": False, "array": [high - mean for mean, (_, high) in zip(y, ends)], "arrayminus": [mean - low for mean, (low, _) in zip(y, ends)]})
+           for (name, (y, ends)), (color, dash, symbol) in zip(curves.items(), ((GREEN, "solid", "circle"), (GREY, "dash", "diamond")))]).update_layout(
     template=template(), height=340, xaxis_title="beams", xaxis_type="log", xaxis_tickvals=beams, xaxis_ticktext=[str(b) for b in beams],
     yaxis_title="recall@1 (the best item found)", legend={"orientation": "h", "y": 1.15})
 
 # %% [markdown]
-# One beam commits to a first code and cannot turn back; more beams keep alternatives alive. Where the curves are flat, the search has found what the model thinks best, and only a better
-# model would help. What pruning would do to reasoning: steps are generated behind the history, so each of them reads the kept keys alone, and the more steps, the more pruning saves; a token
-# that only a later step would have needed is gone, though, for importance is scored once, before the first step. That is why the tokens being predicted are never pruned here.
+# One beam commits to a first code and cannot turn back; more beams keep alternatives alive. Where a curve is flat, the search has found what the model thinks best, and only a better
+# model would help; where it falls, what the model thinks best is not what the user took next. Compare the whiskers before you call a rise or a fall real. What pruning would do to reasoning: steps are generated behind the history, so each of them reads the kept keys alone, and the more steps, the more pruning saves; a token
+# that only a later step would have needed is gone, though, for importance is scored once, before the first step. (What a step has generated is never pruned here.)
 #
 # ### Exercise 1 · ★★☆ · 10 minutes
 #
@@ -280,7 +297,7 @@ teach.check("same_size", same_size)
 # ## Summary
 #
 # Sources can be joined before the encoder or given levels of their own; the first code then means what its source says. Behaviour must come from the training part alone. Of the neighbours,
-# differentiable IDs would learn mostly from tokens that survive, joint IDs trade one likeness for the other, several businesses need a scorer that knows what is asked, and reasoning in steps
+# differentiable IDs would still learn from pruned tokens, through the layers in front, joint IDs trade one likeness for the other, several businesses need a scorer that knows what is asked, and reasoning in steps
 # is another way to spend compute that pruning has freed.
 
 # %%
@@ -308,6 +325,6 @@ record = {"collisions_text": float(quality.loc["text alone", "items that share t
           "likeness_text": float(quality.loc["text alone", "neighbours in text with the same code 1"]),
           "likeness_behaviour": float(quality.loc["behaviour alone", "neighbours in behaviour with the same code 1"]),
           "recall_text": float(recall_at(ranks["text alone"], 10).mean()), "recall_behaviour": float(recall_at(ranks["behaviour alone"], 10).mean()),
-          "pruned_gradient": pruned_share, "own_business": float(recall_at(by_business["own business first"], 10).mean()),
-          "other_business": float(recall_at(by_business["other businesses first"], 10).mean()), "beam_gain": curves["all tokens"][-1] - curves["all tokens"][0]}
+          "pruned_gradient": pruned_share["a third kept"], "same_gradient_unpruned": pruned_share["nothing pruned"], "own_business": float(recall_at(by_business["own business first"], 10).mean()),
+          "other_business": float(recall_at(by_business["other businesses first"], 10).mean()), "beam_gain": curves["all tokens"][0][-1] - curves["all tokens"][0][0]}
 teach.record(record)
