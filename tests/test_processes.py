@@ -54,6 +54,18 @@ def test_losses_recalls_and_counts_are_those_of_one_process(finished):
     assert one["test"]["recall@10"] == pytest.approx(two["test"]["recall@10"], abs=0.002)
 
 
+def test_a_decoder_only_model_guided_by_its_loss_is_the_same_in_two_processes(tmp_path):
+    settings, logs = SETTINGS | {"arch": "qwen", "strategy.kind": "loss-gap", "strategy.every": 2, "strategy.bound": 1.0}, []
+    for processes in (1, 2):
+        code, output = run(write(tmp_path / f"{processes}.json", tmp_path / str(processes), settings=settings), processes)
+        assert code == 0, output
+        logs.append(json.loads((tmp_path / str(processes) / "result.json").read_text()))
+    one, two = logs
+    assert one["kept_token_fraction"] == two["kept_token_fraction"] < 1 and one["windows"] == two["windows"]
+    losses = [[e["main_loss"] for e in result["log"] if "main_loss" in e] for result in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) >= 2
+
+
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
 def test_a_checkpoint_of_one_goes_on_in_two_and_the_other_way_round(finished, tmp_path, before, after):
     _, results = finished

@@ -225,8 +225,9 @@ def test_only_history_queries_vote_and_visible_divides_by_those_that_see_a_token
     torch.testing.assert_close(visible * seen_by, out.importance, **CLOSE)
 
 
-def test_causal_attention_favours_early_tokens_and_visible_does_not():
-    """With equal attention to all that is visible, the plain sum falls with the place and the other one hardly."""
+def test_causal_attention_favours_early_tokens_and_visible_does_so_less():
+    """With equal attention to all that is visible, the first of n tokens gets n times the harmonic number H_n of what the last gets; divided
+    by the queries that can see a token, H_n times."""
     model = build(PruningConfig(after_layer=1))
     attention = model.model.layers[0].self_attn
     attention.q_norm.weight.data.zero_()
@@ -236,6 +237,11 @@ def test_causal_attention_favours_early_tokens_and_visible_does_not():
     n = len(plain)
     even = torch.tensor([sum(1 / (q + 1) for q in range(k, n)) for k in range(n)]) * 4
     torch.testing.assert_close(plain, even.float(), **CLOSE)
+    visible, rastp = (model.encode(**long).importance[0] for _ in map(model.set_scorer, ("rastp-visible", "rastp")))
+    harmonic = sum(1 / q for q in range(1, n + 1))
+    size = rastp / plain
+    for importance, times in ((visible, harmonic), (rastp, n * harmonic)):
+        assert (importance / size)[0] / (importance / size)[-1] == pytest.approx(times, rel=1e-4)
 
 
 def test_kept_tokens_keep_the_rotation_of_their_places():
