@@ -44,7 +44,8 @@ METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (
 COSTS = ("train_seconds", "seconds_per_1k_windows", "real_token_fraction", "kept_token_fraction", "peak_memory_mb",
          "evaluation_seconds", "windows", "updates")
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
-BESIDE = ("bench", "calibration", "claims", "comparison", "cost", "demo", "exercises", "papers", "probe", "studies", "teach", "viz")
+BESIDE = ("bench", "calibration", "claims", "comparison", "cost", "demo", "exercises", "papers", "probe", "studies", "teach", "timing",
+          "viz")
 SIDS = ("encoder", "levels", "width", "collisions", "file")
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sidlab import bench
+from sidlab import bench, timing
 from sidlab.calibration import random_table
 from sidlab.cost import cost
 from sidlab.decoding import recommend
@@ -35,33 +35,33 @@ def tiny(variant):
 def test_the_lengths_are_beautys():
     with gzip.open(SHARED / "amazon-beauty" / "sequences.txt.gz", "rt") as lines:
         train = leave_one_out([np.array(line.split()[1:], np.int64) for line in lines]).train
-    assert np.bincount(Windows(train, 30).lengths, minlength=31)[1:].tolist() == list(bench.BEAUTY)
+    assert np.bincount(Windows(train, 30).lengths, minlength=31)[1:].tolist() == list(timing.BEAUTY)
 
 
 @pytest.mark.parametrize("batch_tokens", [512, 4096])
 def test_sampled_batches_stand_for_the_epoch(batch_tokens):
-    config = dataclasses.replace(bench.OURS, batch_tokens=batch_tokens)
-    lengths = np.repeat(np.arange(1, 31), bench.BEAUTY)
+    config = dataclasses.replace(timing.OURS, batch_tokens=batch_tokens)
+    lengths = np.repeat(np.arange(1, 31), timing.BEAUTY)
     sampler, real, slots = LengthBatches(lengths, 5, batch_tokens), 0, 0
     for batch in sampler:
         real, slots = real + lengths[batch].sum(), slots + len(batch) * lengths[batch].max()
-    parts, batches, share = bench.beauty_batches(config, 5)
+    parts, batches, share = timing.beauty_batches(config, 5)
     assert batches == len(sampler) and share == pytest.approx(real / slots) and share > 0.95
     assert all(len(part) * part.max() * 5 <= batch_tokens for part in parts)
     # What they cost, times batches of the epoch over their number, is what the epoch costs.
     def flops(items):
-        return cost(dataclasses.replace(config, batch_tokens=10**9), bench.WIDTHS, items)
+        return cost(dataclasses.replace(config, batch_tokens=10**9), timing.WIDTHS, items)
 
     sampled = np.mean([flops(part).training * len(part) for part in parts]) * batches
-    whole = cost(config, bench.WIDTHS, lengths)
+    whole = cost(config, timing.WIDTHS, lengths)
     assert sampled == pytest.approx(whole.training * whole.windows, rel=0.1)
 
 
 def test_every_variant_trains_the_same_model_on_the_same_windows():
     sizes = set()
     lengths = [np.array([3, 4]), np.array([30])]
-    for name, variant in (bench.WATERFALL | {bench.STOCK: bench.Variant(bench.PUBLISHED, stock=True)}).items():
-        training = bench.Training(tiny(variant), lengths)
+    for name, variant in (bench.WATERFALL | {bench.STOCK: timing.Variant(timing.PUBLISHED, stock=True)}).items():
+        training = timing.Training(tiny(variant), lengths)
         config = training.config
         sizes.add((sum(p.numel() for p in training.model.parameters()), config.dropout, training.windows))
         slots = [batch["input_ids"].shape[1] for batch in training.batches]
@@ -77,8 +77,8 @@ def test_every_variant_trains_the_same_model_on_the_same_windows():
 
 
 def test_stock_and_reference_variant_are_the_same_encoder():
-    variants = (bench.Variant(bench.PUBLISHED, stock=stock) for stock in (False, True))
-    ours, stock = (bench.Training(tiny(variant), [np.array([5, 30])]) for variant in variants)
+    variants = (timing.Variant(timing.PUBLISHED, stock=stock) for stock in (False, True))
+    ours, stock = (timing.Training(tiny(variant), [np.array([5, 30])]) for variant in variants)
     stock.model.load_state_dict({k: v for k, v in ours.model.state_dict().items() if k != "encoder.token_level"})
     batch = ours.batches[0]
     one, other = ours.model.eval()(**batch).encoder_last_hidden_state, stock.model.eval()(**batch).encoder_last_hidden_state
@@ -88,14 +88,14 @@ def test_stock_and_reference_variant_are_the_same_encoder():
 
 def test_times_of_a_round_come_for_every_variant():
     variants = {name: tiny(variant) for name, variant in bench.WATERFALL.items()}
-    times = bench.time_beauty(variants, 300, 2, 2)
+    times = timing.time_beauty(variants, 300, 2, 2)
     assert list(times) == list(variants) and all(t.shape == (2,) and (t > 0).all() for t in times.values())
-    assert {t.shape for t in bench.time_histories(variants, 2, 1).values()} == {(1,)}
+    assert {t.shape for t in timing.time_histories(variants, 2, 1).values()} == {(1,)}
 
 
 def test_variants_take_turns_and_the_first_round_does_not_count():
     calls = []
-    found = bench.take_turns({name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}, 3)
+    found = timing.take_turns({name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}, 3)
     assert "".join(calls) == "abcbcacababc"
     assert {name: values.tolist() for name, values in found.items()} == {"a": [6, 8, 10], "b": [4, 9, 11], "c": [5, 7, 12]}
 
@@ -104,9 +104,9 @@ def test_variants_take_turns_and_the_first_round_does_not_count():
 @settings(deadline=None)
 def test_ratio_and_its_interval(over, factor):
     over = np.array(over)
-    value, (low, high) = bench.ratio(over, over * factor)
+    value, (low, high) = timing.ratio(over, over * factor)
     assert value == pytest.approx(1 / factor) and low == pytest.approx(1 / factor) == pytest.approx(high)
-    value, (low, high) = bench.ratio(over, np.full(len(over), factor), lambda r: 1 - r)
+    value, (low, high) = timing.ratio(over, np.full(len(over), factor), lambda r: 1 - r)
     assert value == pytest.approx(1 - np.median(over) / factor)
     assert 1 - over.max() / factor - 1e-9 <= low <= value <= high <= 1 - over.min() / factor + 1e-9
 
@@ -125,7 +125,7 @@ def test_report_says_what_is_met_short_and_skipped():
 
 
 def test_memory_of_a_child_is_what_it_uses():
-    assert bench.in_child(bench.peak_mb, _touch) == pytest.approx(200, rel=0.1)
+    assert timing.in_child(timing.peak_mb, _touch) == pytest.approx(200, rel=0.1)
 
 
 def _touch():
@@ -135,16 +135,16 @@ def _touch():
 
 def test_the_dict_trie_is_the_trie_and_the_library_finds_the_same_items():
     table = random_table(60, 3, 5)
-    trie, root = table.trie, bench.dict_trie(table)
+    trie, root = table.trie, timing.dict_trie(table)
     for a in range(5):
         node, found = trie.find(torch.tensor([a]))
         below = root.get(table.offsets[0] + a)
         assert (below is not None) == bool(found)
         if below is not None:
             assert sorted(below) == (trie.allowed(1, node).nonzero().flatten() + table.offsets[1]).tolist()
-    model = build_model(dataclasses.replace(bench.OURS, **TINY), table).eval()
+    model = build_model(dataclasses.replace(timing.OURS, **TINY), table).eval()
     histories = [np.array([1, 2, 3]), np.array([9])]
-    beams = bench.library_search(model, table, histories, 4)()  # [2 · 4, 1 + L]
+    beams = timing.library_search(model, table, histories, 4)()  # [2 · 4, 1 + L]
     items, _ = recommend(model, histories, k=1, beam=4)
     assert beams.view(2, 4, -1)[:, 0, 1:].tolist() == table.item_tokens[items[:, 0]].tolist()
 
@@ -172,7 +172,7 @@ def test_page_and_image_show_every_step(tmp_path, monkeypatch):
     report = bench.Report()
     variants = bench.WATERFALL
     times = {name: np.array([10.0 - n, 11.0 - n]) for n, name in enumerate(variants)}
-    predicted = {name: cost(v.config, bench.WIDTHS, np.arange(1, 31)) for name, v in variants.items()}
+    predicted = {name: cost(v.config, timing.WIDTHS, np.arange(1, 31)) for name, v in variants.items()}
     report.times("Beauty lengths", variants, times, predicted, "cpu")
     report.target("a figure", 3.0, (2.0, 4.0), at_least=3)
     report.skip("another", "≥ 6", "no CUDA device here")

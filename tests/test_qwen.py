@@ -226,7 +226,7 @@ def test_only_history_queries_vote_and_visible_divides_by_those_that_see_a_token
 
 
 def test_causal_attention_favours_early_tokens_and_visible_does_so_less():
-    """With equal attention to all that is visible, the first of n tokens gets n times the harmonic number H_n of what the last gets; divided
+    """With equal attention to all that is visible, the first of n tokens gets n times the harmonic number H_n of the last one; divided
     by the queries that can see a token, H_n times."""
     model = build(PruningConfig(after_layer=1))
     attention = model.model.layers[0].self_attn

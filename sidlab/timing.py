@@ -1,0 +1,272 @@
+"""Measuring training, recommending and encoding in turns: what `bench` reports on.
+
+All variants have the same parameters, dropout rate and windows an update. Windows have the lengths of Amazon Beauty's, so no data are
+needed; SIDs and items are random, which costs the same.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+import os
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from sidlab.calibration import random_table
+from sidlab.decoding import recommend
+from sidlab.graphs import ReplayedPasses
+from sidlab.meter import clock, resident_mb
+from sidlab.models.t5 import DeepFeedForward
+from sidlab.sids.residual_kmeans import ResidualKMeans
+from sidlab.sids.table import BOS, PAD, SidTable
+from sidlab.training import TrainConfig, _use_bf16, build_model
+from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories, tell_padding
+
+# Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.
+BEAUTY = (22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989, 2550, 2189, 1927, 1720, 1507, 1366, 1248, 1136, 1019, 935, 869,
+          796, 722, 661, 607, 563, 519, 481, 451, 8550)
+WIDTHS = (256, 256, 256, 10)  # RASTP's; the width of its de-duplication digit is not published, and its head is under 0.1 % of the cost
+PUBLISHED = TrainConfig.preset("paper", windows="prefixes", padding="fixed", precision="fp32", plain=True)
+OURS = dataclasses.replace(PUBLISHED, padding="batch", precision="auto", plain=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to train. `stock`: with the library's own T5 of the same layers in place of ours; `replay`: from CUDA graphs, as `train`
+    does on a GPU."""
+
+    config: TrainConfig
+    stock: bool = False
+    replay: bool = False
+
+
+def stock_model(table, config: TrainConfig):
+    """The library's unmodified T5 in the shape of `config` but for the feed-forward layers, which the published code replaces too."""
+    fields = dict(d_model=config.d_model, d_kv=config.d_kv, num_heads=config.num_heads, d_ff=config.d_ff, num_layers=config.num_layers,
+                  num_decoder_layers=config.num_decoder_layers, dropout_rate=config.dropout, vocab_size=table.vocab_size)
+    model = T5ForConditionalGeneration(T5Config(**fields, pad_token_id=PAD, decoder_start_token_id=BOS, attn_implementation="eager"))
+    model.config.ffn_hidden_layers = config.ffn_hidden_layers
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense = DeepFeedForward(model.config)
+    return model
+
+
+class Training:
+    """A model of `variant` and its batches, `lengths`: a list of int arrays, the items of history of each batch's windows; `widths`: codes
+    per level."""
+
+    def __init__(self, variant: Variant, lengths, device="cpu", widths=WIDTHS):
+        self.config, self.device, rng = variant.config, torch.device(device), np.random.default_rng(0)
+        table = SidTable(rng.integers(0, widths, (12101, len(widths))), widths, collisions="share")
+        self.model = stock_model(table, self.config) if variant.stock else build_model(self.config, table)
+        self.model.train().to(self.device)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, fused=True)
+        self.batches = []
+        for items in lengths:
+            windows = Windows([rng.integers(1, table.n_items + 1, n + 1) for n in items], self.config.max_items)
+            collator = Collator(windows, table, separators=True, max_items=self.config.max_items,
+                                fixed_slots=self.config.padding == "fixed")
+            batch = collator(windows.of_user[1:] - 1)  # of each user the last window, which has all of these items
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            self.batches.append(batch if variant.stock else tell_padding(batch))
+        self.windows = sum(map(len, lengths))
+        self.both_passes = functools.partial(_both_passes, self.model, _use_bf16(self.config), len(lengths))
+        if variant.replay:  # the first time they run as they are, the second they are recorded
+            self.both_passes = ReplayedPasses(self.model, self.both_passes)
+            self.passes()
+            self.passes()
+
+    def passes(self) -> float:
+        """Seconds of a forward and a backward pass of each batch; gradients add up."""
+        begin = self._now()
+        for batch in self.batches:
+            self.both_passes(batch)
+        return self._now() - begin
+
+    def step(self) -> float:
+        """Seconds of the optimiser's step."""
+        begin = self._now()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return self._now() - begin
+
+    def _now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock()
+
+
+def _both_passes(model, bf16, batches, batch):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        loss = model(**batch).loss
+    (loss / batches).backward()
+    return (loss.detach(),)
+
+
+def beauty_batches(config: TrainConfig, count: int):
+    """`count` batches of an epoch over Beauty, evenly spaced from the shortest windows to the longest: (items of history of each batch's
+    windows, batches of the epoch, share of its slots that are real). All batches have the same number of slots, so the seconds of
+    these, times batches of the epoch over `count`, are those of an epoch."""
+    lengths = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)  # ascending
+    cuts = LengthBatches(lengths, len(WIDTHS) + config.separators, config.batch_tokens).cuts
+    spaced = ((np.arange(count) + 0.5) / count * (len(cuts) - 1)).astype(int)
+    real = lengths.sum() / (np.diff(cuts) * lengths[cuts[1:] - 1]).sum()
+    return [lengths[cuts[b] : cuts[b + 1]] for b in spaced], len(cuts) - 1, float(real)
+
+
+def time_beauty(variants: dict[str, Variant], batch_tokens: int, count: int, rounds: int, device="cpu"):
+    """Seconds per 1,000 windows of Beauty's lengths of each variant in each round: {name: float [rounds]}.
+
+    An update has the windows of `count` average batches. With fixed slots a window costs the same whatever its length, so of such an
+    update two batches are run, and their seconds are scaled to all of its windows; the optimiser's are not."""
+    parts, n_batches, _ = beauty_batches(dataclasses.replace(OURS, batch_tokens=batch_tokens), count)
+    of_update, few = sum(BEAUTY) / n_batches * count, batch_tokens // (OURS.max_items * (len(WIDTHS) + 1))
+    drawn = np.random.default_rng(0).choice(np.concatenate(parts), (2, few))
+    runs = {name: Training(v, drawn if v.config.padding == "fixed" else parts, device) for name, v in variants.items()}
+
+    def seconds(name):
+        scale = of_update / runs[name].windows if variants[name].config.padding == "fixed" else 1.0
+        return 1000 / of_update * (runs[name].passes() * scale + runs[name].step())
+
+    return take_turns({name: lambda name=name: seconds(name) for name in variants}, rounds)
+
+
+def time_histories(variants: dict[str, Variant], size: int, rounds: int, device="cpu", widths=WIDTHS):
+    """As `time_beauty`, of windows with as many items as fit; an update has four batches of `size`, and one of them is run."""
+    runs = {name: Training(v, [np.full(size, v.config.max_items)], device, widths) for name, v in variants.items()}
+    return take_turns({name: lambda run=run: 1000 / size * (run.passes() + run.step() / 4) for name, run in runs.items()}, rounds)
+
+
+def take_turns(functions: dict, rounds: int) -> dict[str, np.ndarray]:
+    """What each function returns in each round; they take turns within it, in an order that turns as well. A first round warms up."""
+    found, names = {name: [] for name in functions}, list(functions)
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            found[name].append(functions[name]())
+    return {name: np.array(values[1:]) for name, values in found.items()}
+
+
+def timed(function) -> float:
+    begin = clock()
+    function()
+    return clock() - begin
+
+
+def ratio(over, under, transform=lambda r: r) -> tuple[float, tuple[float, float]]:
+    """median(over) / median(under) and the 95 % interval of it over 2,000 bootstrap draws of rounds; of `transform` of it, if given."""
+    draws = np.random.default_rng(0).integers(0, len(over), (2000, len(over)))
+    values = transform(np.median(over[draws], axis=1) / np.median(under[draws], axis=1))
+    return float(transform(np.median(over) / np.median(under))), tuple(np.quantile(values, (0.025, 0.975)).tolist())
+
+
+# --- In child processes
+
+
+# Read when a process starts: its allocator then gives freed memory back at once, so that its peak is what was in use.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def in_child(function, *arguments):
+    """The result of `function` in a fresh process that gives freed memory back."""
+    os.environ |= GIVE_BACK
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_mb(function, device: str = "cpu") -> float:
+    """By how many MB the memory at its highest, while `function` runs, lies above that before: allocated on a GPU, else the resident memory
+    of this process (Linux)."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - base) / 2**20
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    base = resident_mb("VmRSS")
+    function()
+    return resident_mb("VmHWM") - base
+
+
+def training_peak(variant: Variant, size: int, device: str = "cpu") -> float:
+    """MB that forward and backward pass of `size` windows as long as fit need beyond model, gradients and the optimiser's state."""
+    training = Training(variant, [np.full(size, variant.config.max_items)], device)
+    training.passes()
+    training.step()
+    training.passes()  # from now on there are gradients, as in all batches of an update but the first
+    return peak_mb(training.passes, device)
+
+
+def kmeans_peak(n: int, d: int) -> tuple[float, float]:
+    """Peak memory ÷ size of the input of ResidualKMeans' fit and encode on a memory map of float32 [n, d], and their seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, rng = pathlib.Path(folder, "embeddings.npy"), np.random.default_rng(0)
+        array, begin = np.lib.format.open_memmap(path, "w+", np.float32, (n, d)), 0
+        centres = rng.standard_normal((1000, d), np.float32)
+        for begin in range(0, n, 65536):
+            size = min(65536, n - begin)
+            array[begin : begin + size] = centres[rng.integers(0, 1000, size)] + rng.standard_normal((size, d), np.float32)
+        array.flush()
+        del array
+        seconds = []
+
+        def encode():
+            embeddings, start = np.load(path, mmap_mode="r"), time.perf_counter()
+            ResidualKMeans(levels=3, width=256).fit(embeddings).encode(embeddings)
+            seconds.append(time.perf_counter() - start)
+
+        return peak_mb(encode) * 2**20 / (4 * n * d), seconds[0]
+
+
+# --- Recommending
+
+
+def dict_trie(table) -> dict:
+    """The valid SIDs as nested dicts from token id to dict, as implementations on `prefix_allowed_tokens_fn` have it."""
+    root = {}
+    for sid in table.item_tokens[1:].tolist():
+        node = root
+        for token in sid:
+            node = node.setdefault(token, {})
+    return root
+
+
+def time_recommend(n_items, users: int, beam: int, rounds: int, device: str = "cpu", *, library: bool = False) -> dict:
+    """Seconds per user of `recommend` for catalogues of `n_items` (a sequence); with `library` also of Hugging Face's own constrained
+    beam search over a dict of dicts, as "library", for the first."""
+    lengths = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)
+    lengths = lengths[((np.arange(users) + 0.5) / users * len(lengths)).astype(int)]
+    functions, rng = {}, np.random.default_rng(0)
+    for n in n_items:
+        table = random_table(n, 3, 256)
+        model = build_model(OURS, table).eval().to(device)
+        histories = [rng.integers(1, n + 1, size) for size in lengths]
+        functions[n] = lambda m=model, h=histories: timed(lambda: recommend(m, h, k=beam, beam=beam)) / users
+        if library and "library" not in functions:
+            search = library_search(model, table, histories, beam)
+            functions["library"] = lambda search=search: timed(search) / users
+    return take_turns(functions, rounds)
+
+
+def library_search(model, table, histories, beam: int):
+    """A function that runs Hugging Face's beam search over `dict_trie`: token ids int64 [U · beam, 1 + L], best first for each history."""
+    trie, tokens = dict_trie(table), history_tokens(pad_histories(histories, OURS.max_items, table.n_items), table, OURS.separators)
+
+    def allowed(row, sent):
+        node = trie
+        for token in sent.tolist()[1:]:
+            node = node.get(token, {})
+        return list(node) or [PAD]
+
+    def search():
+        with torch.no_grad():
+            return model.generate(input_ids=tokens, attention_mask=(tokens != PAD).long(), num_beams=beam, num_return_sequences=beam,
+                                  prefix_allowed_tokens_fn=allowed)
+
+    return search
