@@ -2,6 +2,9 @@
 
 import csv
 import gzip
+import itertools
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -59,6 +62,8 @@ DIRTY = [
     (("s", sid(1, 2, 8192), sid(1, 2, 3)), "user: a code outside its level's 8192"),
     (("s", sid(1, 2, 3), sid(1, 2, 3) * 2), "answer: not one SID"),
     (("s", sid(1, 2, 3)), "other than 3 fields"),
+    (("s", sid(1, 2, 3), sid(4, 5, 6) + "Cnan"), "answer: something else among the codes"),
+    (("s", f"C{'9' * 30}C8193C16385", sid(4, 5, 6)), "user: a code outside its level's 8192"),
 ]
 
 
@@ -156,6 +161,88 @@ def test_from_generated_files_to_a_hit_rate(written, arch):
     assert chance[5] * 2.5 < rates[5] < rates[20] < rates[40]
 
 
+DAMAGED_ITEMS = ("C-1C-1C-1", "CnanCnanCnan", "c5c8199c16390", "C1.0C8193.0C16385.0", "CNoneCNoneCNone", "C" + "9" * 30, "C\ufffd1C2C3")
+DAMAGED_CODES = ("inf", "-inf", "nan", "7.5", "-0.5", "1e3", "1_0", "-1", "", "9" * 30)
+READ = {"rows.csv.gz": lambda path: [(history.tolist(), answer.tolist()) for history, answer in algr.read_rows(path, width=64)],
+        "raw.csv.gz": lambda path: list(algr.read_raw_rows(path)),
+        "items.csv.gz": lambda path: [(item, codes.tolist()) for item, codes in zip(*algr.read_items(path, width=64))]}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_one_dirty_line_anywhere_costs_itself_alone_and_is_named(written, tmp_path_factory, data):
+    """A damaged item before, between or behind the others of a history or an answer, a damaged code, a quote anywhere, a line cut off."""
+    def draw(*options):
+        return data.draw(st.sampled_from(options))
+
+    name = draw(*READ)
+    lines = gzip.decompress((written / name).read_bytes()).decode().splitlines(keepends=True)
+    line, damage = draw(*lines[1:20]).rstrip(), draw("own", "quote", "cut")
+    if damage == "cut":
+        line = line[: data.draw(st.integers(0, line.rindex(",")))]
+    elif damage == "quote":
+        at = data.draw(st.integers(0, len(line)))
+        line = line[:at] + '"' + line[at:]
+    elif name == "rows.csv.gz":
+        at = draw(*(place for found in re.finditer(r"C\d+C\d+C\d+", line) for place in found.span()))
+        line = line[:at] + draw(*DAMAGED_ITEMS) + line[at:]
+    elif name == "raw.csv.gz":
+        line = draw(line.replace(",", ";;0,"), line + ";;0", "," + line.split(",")[1], line.split(",")[0] + ",")
+    else:
+        fields = line.split(",")
+        fields[draw(1, 2, 3)] = draw(*DAMAGED_CODES)
+        line = ",".join(["new", *fields[1:]])
+    at = data.draw(st.integers(1, len(lines)))
+    path = tmp_path_factory.mktemp("dirty") / name.removesuffix(".gz")
+    path.write_bytes("".join([*lines[:at], line + "\r\n", *lines[at:]]).encode())
+    with pytest.warns(UserWarning, match=rf": 1 \(first: {path.name} line {at + 1}: ") as warned:
+        found = READ[name](path)
+    assert len(warned) == 1 and str(warned[0].message).count("(first: ") == 1
+    assert found == READ[name](written / name)
+
+
+@pytest.mark.parametrize("prompt", ("{}", algr.USER, "共3件Apple商品：{}。", "History (oldest first): {}. What is next?", "user={}"))
+@pytest.mark.parametrize("separator", ("", " ", ", ", "，"))
+def test_prose_around_the_codes_is_read_and_damaged_codes_are_no_prose(tmp_path, prompt, separator):
+    def row(*items):
+        return table(tmp_path / "rows.csv", ROWS, ("s", prompt.format(separator.join(items)), prompt.format(sid(7, 8, 9))))
+
+    [(history, answer)] = algr.read_rows(row(sid(1, 2, 3), sid(4, 5, 6)), on_dirty="raise")
+    assert history.tolist() == [[1, 2, 3], [4, 5, 6]] and answer.tolist() == [7, 8, 9]
+    for damaged in ("CnanCnanCnan", "C-1C-1C-1", "c5c8199c16390"):
+        for items in ((damaged, sid(1, 2, 3)), (sid(1, 2, 3), damaged), (sid(1, 2, 3), damaged, sid(1, 2, 3))):
+            with pytest.raises(ValueError, match="user: something else among the codes: .*line 2"):
+                list(algr.read_rows(row(*items), on_dirty="raise"))
+
+
+def test_a_stray_quote_costs_no_row_but_its_own_and_csv_quoting_is_none(tmp_path):
+    path, good = tmp_path / "rows.csv", f"s,{sid(1, 2, 3)},{sid(4, 5, 6)}\n"
+    path.write_text("system,user,answer\n" + good * 3 + good.replace(",", ',"', 1) + good * 20_000)  # more than csv takes for one field
+    with pytest.warns(UserWarning, match=r"a stray quote: 1 \(first: rows.csv line 5"):
+        assert sum(1 for _ in algr.read_rows(path)) == 20_003
+    path.write_text(f'system,"user",answer\ns,"say ""hi"", then {sid(1, 2, 3)}",{sid(4, 5, 6)}\n"s"s,{sid(1, 2, 3)},{sid(4, 5, 6)}\n')
+    with pytest.warns(UserWarning, match=r"not a row of CSV: 1 \(first: rows.csv line 3"):
+        assert len(list(algr.read_rows(path))) == 1
+
+
+@pytest.mark.parametrize("read, header, good, bad", [
+    (algr.read_rows, ROWS, ("s", sid(1, 2, 3), sid(4, 5, 6)), ("s", "x", "y")),
+    (algr.read_raw_rows, algr.RAW_COLUMNS, ("x;y", "z"), ("", "z")),
+])
+def test_a_consumer_that_stops_early_hears_of_the_dirt_so_far(tmp_path, read, header, good, bad):
+    path = table(tmp_path / "table.csv", header, bad, good, good, bad)
+    with pytest.warns(UserWarning, match=r": 1 \(first: table.csv line 2"):
+        assert len(list(itertools.islice(read(path), 1))) == 1
+    stream = read(path)
+    next(stream)
+    with pytest.warns(UserWarning, match=r": 1 \(first: table.csv line 2"):
+        stream.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(path).close()  # which read nothing
+        assert len(list(itertools.islice(read(table(path, header, good, bad)), 1))) == 1
+
+
 def test_hit_rate_counts_what_is_found_of_what_is_true():
     items = torch.tensor([[5, 6, 7, 8], [1, 2, 0, 0]])
     assert algr.hit_rate(items, [[6, 8], [2]], ks=(1, 2, 4)) == {1: 0.0, 2: 0.75, 4: 1.0}
@@ -174,6 +261,9 @@ def test_rows_with_unknown_sids_are_dirty_and_a_limit_cuts(tmp_path):
     assert [h.tolist() for h in catalogue.histories] == [[1, 3, 1]] * 3  # the first item of each SID
     assert catalogue.items.title.tolist() == ["a", "b", "c"] and sids.items_of([[1, 2, 3]]) == [[1, 2]]
     assert len(algr.algr_catalogue(path, tmp_path / "items.csv", limit=1)[0].histories) == 1
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"limit must be at least 1, or None for all rows, got {limit}"):
+            algr.algr_catalogue(path, tmp_path / "items.csv", limit=limit)
 
 
 def test_all_dirt_of_both_tables_is_told_once_and_kept(tmp_path):

@@ -41,13 +41,33 @@ def test_items_of_one_circle_of_buyers_get_like_vectors():
     assert not vectors[20].any() and np.allclose(np.linalg.norm(vectors[:20], axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_a_source_that_is_equal_up_to_rounding_is_refused_and_a_small_signal_is_not(dtype):
+    text, n = SOURCES["text"], len(SOURCES["text"])
+    same = np.tile(np.array([0.1, -3.3, 0], dtype), (n, 1))
+    rounded = np.where(RNG.random(same.shape) < 0.5, same, np.nextafter(same, dtype(4)))
+    rounded[:, 2] = 0
+    signal = np.full((n, 2), 100, dtype)
+    signal[0, 1] += 1
+    for source in (same, rounded):
+        for fuse in (fuse_embeddings, lambda sources: fuse_codes(sources, {"text": 1, "c": 1}, 4)):
+            with pytest.raises(ValueError, match=r"sources\['c'\] says the same of every item"):
+                fuse({"text": text, "c": source})
+    fused = fuse_embeddings({"text": text, "c": signal})[:, 8:].astype(np.float64)
+    assert (fused**2).sum(1).mean() == pytest.approx(1, rel=1e-3)
+    assert len(np.unique(fuse_codes({"text": text, "c": signal}, {"text": 1, "c": 1}, 4)[0][:, 1])) == 2
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: fuse_embeddings({}), "with one row an item"),
     (lambda: fuse_embeddings({"a": np.ones((3, 2)), "b": np.ones((4, 2))}), "with one row an item"),
     (lambda: fuse_embeddings({"a": np.ones((3, 2))}), "says the same of every item"),
     (lambda: fuse_embeddings({"a": np.array([[1.0], [np.nan]])}), "must be finite; item 2 is not"),
     (lambda: fuse_embeddings(SOURCES, {"text": 1.0}), "weights must give each of text, behaviour"),
-    (lambda: fuse_embeddings(SOURCES, {"text": 1.0, "behaviour": 0.0}), "a number above 0"),
+    *((lambda weight=weight: fuse_embeddings(SOURCES, {"text": 1.0, "behaviour": weight}), f"a finite number above 0, got .*{weight}")
+      for weight in (0.0, np.nan, np.inf)),
+    (lambda: fuse_embeddings({"a": SOURCES["text"] * 1e-200}), "too small or too large for their squares"),
+    (lambda: fuse_embeddings({"a": np.ones((0, 2))}), "with one row an item"),
     (lambda: fuse_codes(SOURCES, {"text": 1, "behaviour": 0}), "at least 1 level"),
     (lambda: collaborative_embeddings([np.array([1])], 3), "no history of two items"),
 ])

@@ -6,9 +6,9 @@
     raw rows      user_history, target_item: item ids, separated by semicolons
 
 In the text level l's codes begin at 8,192 · (l − 1); here, as everywhere in this package, each level's begin at 0. Files may be gzipped
-and are streamed; lines that cannot be used are counted by kind and the first of each is named, as in `data.folder`. `write_algr` makes
-files of exactly this format, of any size. The published files (AL-GR-Tiny: 61 GB) come from the Hugging Face hub by `fetch_algr`, or
-lie in a folder.
+and are streamed; a row is one line, as no field holds a line break; lines that cannot be used are counted by kind and the first of each is
+named, as in `data.folder`. `write_algr` makes files of exactly this format, of any size. The published files (AL-GR-Tiny: 61 GB) come from
+the Hugging Face hub by `fetch_algr`, or lie in a folder.
 """
 
 import contextlib
@@ -33,19 +33,26 @@ ITEM_COLUMNS = ("base62_string", *(f"codebook_lv{level}" for level in range(1, L
 SYSTEM = ("你是一个推荐系统，根据用户的历史行为，预测用户在电商场景的下一步行为。"
           "我会给你一串连续行为的语义编码，按照用户点击的时间顺序排列，每个行为用三个词表示。")
 USER = "当前用户的历史行为如下：{}，请预测用户在电商推荐场景后续行为的语义编码"
-_SID = re.compile(r"C(\d+)")
+_SID = re.compile(r"C(\d+)", re.ASCII)
+_ALL_CODES = re.compile(r"(?:C\d+[\s,;，；、]*)+", re.ASCII)
+# From the first to the last thing like a code, with what is written onto them: a damaged code (C-1, Cnan, c5) must not pass for prose.
+_LIKE = r"C[-+]?\.?(?:\d|nan|none|null|inf)"
+_STRETCH = re.compile(rf"(?<![\w.+-])[\w.+-]*?{_LIKE}(?:.*{_LIKE})?(?:[\w.+-]*[\w+-])?", re.ASCII | re.IGNORECASE | re.DOTALL)
+_INTEGER = re.compile(r"-?\d+(?:\.0*)?", re.ASCII)  # pandas writes integers beside gaps as 7.0
 
 
 def read_rows(path, *, width: int = WIDTH, on_dirty: str = "warn") -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """History int64 [M, 3] and answer int64 [3] of each row of a table of text, in the file's order, one at a time.
 
-    `width`: codes per level. `on_dirty`: "warn" leaves dirty rows out and warns at the end, "raise" stops at the first (ValueError).
-    ValueError, too, for a file without the columns or one that is damaged.
+    `width`: codes per level. `on_dirty`: "warn" leaves dirty rows out and warns at the end, also at an early one, "raise" stops at the
+    first (ValueError). ValueError, too, for a file without the columns or one that is damaged.
     """
     dirt = Dirt(on_dirty)
-    for _, _, history, answer in _rows(path, width, dirt):
-        yield history, answer
-    dirt.warn(path)
+    try:
+        for _, _, history, answer in _rows(path, width, dirt):
+            yield history, answer
+    finally:
+        dirt.warn(path)
 
 
 def _rows(path, width, dirt):
@@ -64,23 +71,25 @@ def _rows(path, width, dirt):
 def read_raw_rows(path, *, on_dirty: str = "warn") -> Iterator[tuple[list[str], list[str]]]:
     """History and targets (item ids, str) of each raw row; the order in a history is the file's. Arguments and errors as in `read_rows`."""
     dirt = Dirt(on_dirty)
-    for _, _, history, targets in _raw_rows(path, dirt):
-        yield history, targets
-    dirt.warn(path)
+    try:
+        for _, _, history, targets in _raw_rows(path, dirt):
+            yield history, targets
+    finally:
+        dirt.warn(path)
 
 
 def _raw_rows(path, dirt):
     for number, line, row in _table(path, RAW_COLUMNS, dirt):
-        history, targets = ([item for item in row[name].strip().split(";") if item] for name in RAW_COLUMNS)
-        if history and targets:
+        history, targets = (row[name].strip().strip(";").split(";") for name in RAW_COLUMNS)
+        if all(history) and all(targets):
             yield number, line, history, targets
         else:
-            dirt.add("no history or no target", pathlib.Path(path), number, line)
+            dirt.add("no history or no target" if [""] in (history, targets) else "an empty id", pathlib.Path(path), number, line)
 
 
 def read_items(path, *, width: int = WIDTH, on_dirty: str = "warn") -> tuple[list[str], np.ndarray]:
-    """The ids (str) of an item table and their codes int64 [n, 3]. Items without all codes, with one outside 0..width−1, or named twice
-    are dirty. Arguments and errors as in `read_rows`."""
+    """The ids (str) of an item table and their codes int64 [n, 3]. Items without all codes, with one that is no integer in 0..width−1, or
+    named twice are dirty. Arguments and errors as in `read_rows`."""
     dirt = Dirt(on_dirty)
     found = _items(path, width, dirt)
     dirt.warn(path)
@@ -90,13 +99,10 @@ def read_items(path, *, width: int = WIDTH, on_dirty: str = "warn") -> tuple[lis
 def _items(path, width, dirt):
     rows = {}
     for number, line, row in _table(path, ITEM_COLUMNS, dirt):
-        try:
-            codes = [int(float(row[name])) for name in ITEM_COLUMNS[1:]]  # pandas writes integers beside gaps as 7.0
-        except ValueError:
-            dirt.add("a code is missing", pathlib.Path(path), number, line)
-            continue
-        item = row[ITEM_COLUMNS[0]]
-        kind = ("no item id" if not item else f"a code outside 0..{width - 1}" if not 0 <= min(codes) <= max(codes) < width
+        item, *texts = (row[name].strip() for name in ITEM_COLUMNS)
+        codes = [float(text) if _INTEGER.fullmatch(text) else None for text in texts]  # float: 30 digits are outside, not an overflow
+        kind = ("no item id" if not item else "a code is missing" if "" in texts else "a code that is no integer" if None in codes
+                else f"a code outside 0..{width - 1}" if not 0 <= min(codes) <= max(codes) < width
                 else "duplicate item" if item in rows else None)
         if kind is None:
             rows[item] = codes
@@ -111,11 +117,13 @@ def algr_catalogue(rows, items, *, limit: int | None = None, width: int = WIDTH,
     """A catalogue and its shared SIDs from a table of rows, of text or raw, and an item table, ready for `train`.
 
     Items are numbered in the order of the item table, their title is their id. A row is a user whose last item is the answer, of a raw
-    row the first target; as text gives SIDs, such a history holds the first item of each. `limit`: so many rows. Rows with a SID that no
-    item has, or an id that is not in the item table, are dirty.
+    row the first target; as text gives SIDs, such a history holds the first item of each. `limit`: so many rows, 1 or more. Rows with a SID
+    that no item has, or an id that is not in the item table, are dirty.
     Under leave-one-out the answers are the test targets, and training uses the prefixes of the histories; the published runs
     train on the answers of other rows instead.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or None for all rows, got {limit}")
     dirt, histories = Dirt(on_dirty), []
     ids, codes = _items(items, width, dirt)
     table, number_of = SidTable(codes, width, collisions="share"), {item: number for number, item in enumerate(ids, start=1)}
@@ -205,19 +213,23 @@ def fetch_algr(name: str, repo: str = "AL-GR/AL-GR-Tiny") -> pathlib.Path:
 
 def _codes(text, width):
     """Codes int64 [M, 3] of the SIDs in `text`, each from 0; or what is wrong with them."""
-    numbers = np.array(_SID.findall(text or ""), dtype=np.int64)
-    if numbers.size == 0:
+    stretch = _STRETCH.search(text)
+    if stretch is None:
         return "no SID"
-    if numbers.size % LEVELS:
+    if not _ALL_CODES.fullmatch(stretch[0]):
+        return "something else among the codes"
+    numbers = _SID.findall(stretch[0])
+    if len(numbers) % LEVELS:
         return f"{LEVELS} codes an item expected"
-    codes = numbers.reshape(-1, LEVELS) - np.arange(LEVELS) * width
-    if codes.min() < 0 or codes.max() >= width:
-        return f"a code outside its level's {width}"
-    return codes
+    outside = f"a code outside its level's {width}"
+    if max(map(len, numbers)) > 18:  # more than int64 holds
+        return outside
+    codes = np.array(numbers, dtype=np.int64).reshape(-1, LEVELS) - np.arange(LEVELS) * width
+    return outside if codes.min() < 0 or codes.max() >= width else codes
 
 
 def _open(path):
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="", errors="replace")
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n", errors="replace")
 
 
 def _header(path):
@@ -229,8 +241,8 @@ def _header(path):
 
 
 def _table(path, columns, dirt):
-    """(line number, line, {column: text}) of each data line of a table with commas or tabs; lines with other than the header's number of
-    fields are dirty."""
+    """(line number, line, {column: text}) of each data line of a table with commas or tabs; lines with a stray quote, or with other than
+    the header's number of fields, are dirty."""
     path = pathlib.Path(path)
     try:
         delimiter, names = _header(path)
@@ -238,13 +250,26 @@ def _table(path, columns, dirt):
             raise ValueError(f"{path} has no column {', '.join(missing)}; its header is {delimiter.join(names)[:200]!r}")
         with _open(path) as file:
             next(file)
-            for number, fields in enumerate(csv.reader(file, delimiter=delimiter), start=2):
-                if len(fields) == len(names):
-                    yield number, delimiter.join(fields)[:80].encode(), dict(zip(names, fields))
+            for number, line in enumerate(file, start=2):
+                fields, begin = _fields(line, delimiter), line[:80].encode()
+                if isinstance(fields, str):
+                    dirt.add(fields, path, number, begin)
+                elif len(fields) != len(names):
+                    dirt.add(f"other than {len(names)} fields", path, number, begin)
                 else:
-                    dirt.add(f"other than {len(names)} fields", path, number, delimiter.join(fields)[:80].encode())
+                    yield number, begin, dict(zip(names, fields))
     except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from error
+
+
+def _fields(line, delimiter):
+    """The fields of one line, read by itself so that a stray quote costs no other row; or what is wrong with it."""
+    if line.count('"') % 2:  # csv takes one inside a field for text
+        return "a stray quote"
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return "not a row of CSV"
 
 
 @contextlib.contextmanager

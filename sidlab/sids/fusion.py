@@ -15,20 +15,20 @@ from sidlab.sids.trie import as_widths
 def fuse_embeddings(sources: dict[str, np.ndarray], weights: dict[str, float] | None = None) -> np.ndarray:
     """One embedding an item from several: float32 [n, Σ d].
 
-    Args: `sources`: {name: float [n, d]}, row 0 is item 1; `weights`: {name: weight > 0} (default 1 each). Each source is centred and
+    Args: `sources`: {name: float [n, d]}, row 0 is item 1; `weights`: {name: finite weight > 0} (default 1). Each source is centred and
     scaled so that its mean squared norm is its weight: the share that it has in every distance. Raises ValueError on names, lengths or
     numbers that do not fit.
     """
     _check(sources)
     weights = dict.fromkeys(sources, 1.0) if weights is None else weights
-    if weights.keys() != sources.keys() or min(weights.values()) <= 0:
-        raise ValueError(f"weights must give each of {', '.join(sources)} a number above 0, got {weights}")
+    if weights.keys() != sources.keys() or not all(0 < weight < np.inf for weight in weights.values()):
+        raise ValueError(f"weights must give each of {', '.join(sources)} a finite number above 0, got {weights}")
     parts = []
     for name, x in sources.items():
         centred = np.asarray(x, np.float64) - np.mean(x, axis=0)
         size = np.sqrt((centred**2).sum(1).mean())
-        if size == 0:
-            raise ValueError(f"sources[{name!r}] says the same of every item; leave it out")
+        if not 0 < size < np.inf:
+            raise ValueError(f"sources[{name!r}] holds numbers too small or too large for their squares; scale it")
         parts.append(centred * np.sqrt(weights[name]) / size)
     return np.concatenate(parts, axis=1).astype(np.float32)
 
@@ -36,14 +36,15 @@ def fuse_embeddings(sources: dict[str, np.ndarray], weights: dict[str, float] | 
 def fuse_codes(sources: dict[str, np.ndarray], levels: dict[str, int], width=256, seed: int = 0) -> tuple[np.ndarray, tuple[int, ...]]:
     """Codes int64 [n, Σ levels] and their widths: residual k-means of each source with `levels[name]` levels, in the order of `sources`.
     `width`: codes per level, an int or one for each level of all. Raises ValueError as `fuse_embeddings` does."""
+    sources = {name: np.asarray(x, np.float32) for name, x in sources.items()}
     _check(sources)
     if levels.keys() != sources.keys() or min(levels.values()) < 1:
         raise ValueError(f"levels must give each of {', '.join(sources)} at least 1 level, got {levels}")
     widths, codes, first = as_widths(width, sum(levels.values())), [], 0
     for name, x in sources.items():
         own = widths[first : first + levels[name]]
-        encoder = ResidualKMeans(levels=levels[name], width=own, seed=seed).fit(np.asarray(x, np.float32))
-        codes.append(encoder.encode(np.asarray(x, np.float32)))
+        encoder = ResidualKMeans(levels=levels[name], width=own, seed=seed).fit(x)
+        codes.append(encoder.encode(x))
         first += levels[name]
     return np.concatenate(codes, axis=1), widths
 
@@ -75,8 +76,11 @@ def collaborative_embeddings(train, n_items: int, dim: int = 64, window: int = 3
 
 def _check(sources):
     lengths = {name: np.shape(x) for name, x in sources.items()}
-    if not sources or len({shape[:1] for shape in lengths.values()}) > 1 or any(len(shape) != 2 for shape in lengths.values()):
+    if len({shape[:1] for shape in lengths.values()}) != 1 or any(len(shape) != 2 or 0 in shape for shape in lengths.values()):
         raise ValueError(f"sources must be float [n, d] each, with one row an item, got {lengths}")
     for name, x in sources.items():
         if not np.isfinite(x).all():
             raise ValueError(f"sources[{name!r}] must be finite; item {1 + int(np.argmin(np.isfinite(x).all(axis=1)))} is not")
+        low, high = (end(x, axis=0).astype(np.float64) for end in (np.min, np.max))
+        if (high - low <= 1e-6 * np.maximum(high, -low)).all():  # the rounding of float32
+            raise ValueError(f"sources[{name!r}] says the same of every item; leave it out")
