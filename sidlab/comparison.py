@@ -143,9 +143,9 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
         entry["versus_unpadded"] = None
         if "unpadded" in ranks and name != "unpadded":
             test = paired_test(*(np.array([recall_at(r, 10) for r in ranks[m]]) for m in (name, "unpadded")))
-            entry["versus_unpadded"] = {"difference": float(test.difference), "interval": [float(x) for x in test.interval],
+            entry["versus_unpadded"] = {"difference": test.difference, "interval": list(test.interval),
                                         # It knows nothing of other seeds: of several, only the interval is shown.
-                                        "p_value": float(test.p_value) if len(of_method) == 1 else None}
+                                        "p_value": test.p_value if len(of_method) == 1 else None}
         summary.append(entry)
     return {
         "dataset": str(dataset), "preset": preset, "arch": arch, "hardware": hardware(), "versions": versions(),

@@ -29,9 +29,10 @@ def _page(claims, rows):
                 for row in rows if row["dataset"] == name])
         for name in dict.fromkeys(row["dataset"] for row in rows))
     return document("What RASTP and STAMP claim, and what came out here", f"""<p>{summary}.
-Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where the whole spread of ours is at least the
-published one; quality is kept where the interval of the difference to the unpruned model lies above −5 % of its recall@10, lost where it
-lies below 0, and undecided between. “Mixed”: runs that decide disagree; each data set has its own verdict below. Intervals are 95 %, over
+Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where the whole spread of ours is at least the published
+one, against an unpruned model that pads no more; quality is lost where the interval of the difference to the unpruned model lies below 0,
+kept where it does not and lies above −5 % of its recall@10, else undecided, as it is with one seed or a model that is not trained
+enough. “Mixed”: runs that decide disagree; each data set has its own verdict below. Intervals are 95 %, over
 test users, and over seeds where there are several. How to run what is missing: <code>make paper</code>.</p>
 {_table("Claims", ["claim", "verdict", "evidence"], body)}
 <h2>Numbers</h2>
