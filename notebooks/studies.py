@@ -2,7 +2,7 @@
 
 Each is run by papermill, with any data set, preset and number of seeds; what is done is kept in `output_dir` and not done again:
 
-    papermill notebooks/studies/layer-ratio.ipynb runs/studies/layer-ratio.ipynb --cwd . -p dataset planted -p preset quick -p seeds 2
+    papermill notebooks/studies/layer-ratio.ipynb runs/layer-ratio.ipynb --cwd . -k python3 -p dataset planted -p preset quick -p seeds 2
 """
 
 import pathlib
@@ -70,9 +70,11 @@ ENDED = """for row in rows.to_dict("records"):
 SCHEDULES = """from sidlab.viz.studies import schedule_figure
 
 schedule_figure(study.settings)"""
-FIGURE = """from sidlab.viz.studies import study_figure
+FIGURE = """import torch
 
-study_figure(rows, study.x)"""
+from sidlab.viz.studies import study_figure
+
+study_figure(rows, study.x, study.panels(torch.cuda.is_available()))"""
 STRATA = """from sidlab.viz.studies import strata_figure
 
 groups = studies.strata(runs, dataset)
@@ -92,8 +94,9 @@ def notebook(name: str) -> str:
     study = STUDIES[name]
     text = (f"# {study.title}\n\n**{study.question}** {len(study.settings)} settings, each in a process of its own; what is done already "
             "is not done again. On two cores a run of `planted` with `quick` takes about a minute, of Amazon Beauty five. From a "
-            "terminal:\n\n"
-            f"```\npapermill notebooks/studies/{name}.ipynb runs/{name}.ipynb --cwd . -k python3 -p dataset planted -p seeds 3\n```\n\n"
+            "terminal (`source .venv/bin/activate`):\n\n"
+            f"```\nmkdir -p runs\npapermill notebooks/studies/{name}.ipynb runs/{name}.ipynb --cwd . -k python3 -p dataset planted "
+            "-p seeds 3\n```\n\n"
             f"*What the papers say.* {study.published}\n\n*How to read it.* Intervals are over test users and seeds; "
             "with one seed they know nothing of other seeds. \"Against the first\" compares with the first setting on the same users and "
             "seeds: if its interval holds 0, do not call either better. Costs are medians, measured in training.")

@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sidlab.claims import evidence, judge
+from sidlab.papers import published
 from sidlab.studies import STUDIES
 from sidlab.viz.studies import strata_figure, study_figure
 
@@ -19,6 +20,29 @@ README, PAGE = HERE.parent / "README.md", HERE / "README.md"
 COSTS = (("seconds_per_1k_windows", "#.3g"), ("peak_memory_mb", ",.0f"), ("kept_token_fraction", ".0%"))
 SECTION = re.compile(r"(<!-- results: made by results/show.py -->\n).*?(<!-- end of results -->)", re.DOTALL)
 METHODS = ("rastp", "rastp-visible", "recent", "stamp", "map")  # whose difference to the unpruned model it tells
+
+
+HEAD = """# Results
+
+Made by `python results/show.py` from the files in this folder; commands are run in the repository's folder after
+`source .venv/bin/activate`.
+
+R, N: recall and NDCG at 5 or 10. A window is a history with the item that follows. Of a third a little more is kept, since each history's
+share is rounded up. `bayes` is the best list for one who knows the planted world; the other methods are in the [README](../README.md). MB
+on a processor is resident memory, which repeats badly: compare memory in the benchmark or on a GPU.
+"""
+STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 95 %; preset `{}`, {}:
+`mkdir -p runs && papermill notebooks/studies/NAME.ipynb runs/NAME.ipynb --cwd . -k python3 -p dataset FOLDER -p seeds N`.
+The dotted line and the grey band of a figure are the first setting and its interval. "Clearly" rests on the same users compared in pairs,
+so bars may overlap; of one seed, it holds for that seed. Levels: a further code that tells colliding items apart is not counted. *fast* has
+a model of its own (d_model 128, dropout 0.1, at most 400 updates), not comparable with the others.
+"""
+CLAIMS_HEAD = """**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs
+comparisons with the paper preset and writes a page with the commands). *Not confirmed*: the interval contradicts the
+claim. *Undecided*: it allows both, or there is one seed, or the model is not trained enough. A data set's verdict is
+that of its findings that decide. Brackets behind "times as fast": quartiles in the benchmark; lowest and highest of
+three seeds or more; otherwise an assumed ±5 % of each time.
+"""
 
 
 def load() -> tuple[list[dict], list[dict]]:
@@ -30,17 +54,22 @@ def load() -> tuple[list[dict], list[dict]]:
 def section() -> str:
     """What the README holds: how pruning and MAP change recall, and five findings."""
     comparisons, studies = load()
-    head = ["Test recall@10 of the unpruned model, the changes to it with their 95 % intervals (over users, and over seeds where there are",
-            "several: one seed says nothing of the next), and how many times as fast `rastp` trains. What an item-to-item table reaches is",
-            "beside it. Every table, command and machine, and a verdict on each claim of both papers, is in",
-            "[results/README.md](results/README.md).", ""]
-    return "\n".join([*head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
+    theirs = published("amazon-beauty").query("method == 'TIGER'")["recall@10"]
+    ours = [_by_method(results)["unpadded"]["recall@10"] for results in comparisons if _name(results).startswith("amazon-beauty")]
+    head = f"""Test recall@10 of the unpruned model, the changes to it with their 95 % intervals (over users, and over seeds where there are
+several: one seed says nothing of the next), and how many times as fast `rastp` trains; `planted` is synthetic. What an item-to-item
+table reaches is beside it. –: not run, or timed beside other jobs. Published unpruned models of this kind (TIGER) reach
+{theirs.min():.4f} to {theirs.max():.4f} on Beauty, those here {min(ours):.4f} to {max(ours):.4f}: what pruning costs a fully trained
+model stays open. Every table, command and machine, and a verdict on each claim of both papers, is in
+[results/README.md](results/README.md).
+"""
+    return "\n".join([head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
 
 
 def page() -> str:
     """results/README.md: everything."""
     comparisons, studies = load()
-    parts = ["# Results", "", "Made by `python results/show.py` from the files in this folder.", "", *map(_comparison, comparisons)]
+    parts = [HEAD, *map(_comparison, comparisons)]
     parts += [_bench(json.loads(path.read_text())) for path in sorted(HERE.glob("bench-*.json"))]
     for name, write in (("levers", _levers), ("scale", _scale)):
         if (HERE / f"{name}.json").exists():
@@ -50,9 +79,7 @@ def page() -> str:
 
 def _claims(claims):
     """The verdicts, each with the evidence it rests on."""
-    title = ("**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs what is "
-             "missing and writes a page with the commands):")
-    lines = [title, "", "| claim | verdict | by data set | evidence |", "|---|---|---|---|"]
+    lines = [CLAIMS_HEAD, "| claim | verdict | by data set | evidence |", "|---|---|---|---|"]
     for claim in claims:
         found = "<br>".join(f"{finding['verdict']}: {finding['figures']} ({finding['where']})" for finding in claim["findings"])
         of_data = "<br>".join(f"{data}: {verdict}" for data, verdict in claim["verdicts"].items())
@@ -92,13 +119,12 @@ def _finding(name, studies):
     said = [f"on {data} ({_count(study['seeds'], 'seed')}) {FINDINGS[name]({row['label']: row for row in study['rows']}, study)}"
             for data, study in of_it.items()]
     pictures = {data: f"results/studies/{_picture_name(study)}" for data, study in of_it.items()}
-    links = ", ".join([f"[notebook](notebooks/studies/{name}.ipynb)", *(f"[{data}]({path})" for data, path in pictures.items())])
+    links = ", ".join([*(f"[{data}]({path})" for data, path in pictures.items()), f"[how to run it](notebooks/studies/{name}.ipynb)"])
     shown = [f"![{STUDIES[name].title}, {data}]({path})" for data, path in pictures.items()][:1]
     return "\n".join([f"**{STUDIES[name].title}**: {'; '.join(said) or 'not run yet'} ({links}).", "", *shown, ""])
 
 
 def _comparison(results):
-    machine = results["hardware"]
     rows = []
     for row in results["summary"]:
         interval = "[{:.4f}, {:.4f}]".format(*row["recall@10_interval"])
@@ -107,9 +133,8 @@ def _comparison(results):
         rows.append("| " + " | ".join([row["method"], *quality, *costs]) + " |")
     updates = max((row["updates"] for row in results["rows"] if row.get("updates")), default=0)
     seeds = max(row["seeds"] for row in results["summary"])
-    machine = f"{machine['processor']}, {_count(machine['threads'], 'thread')}, {machine['gpu'] or 'no GPU'}"
     setting = (f"**{_name(results)}, preset `{results['preset']}`**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
-               f"at most {updates:,} updates; {machine}, torch {results['versions']['torch']}:")
+               f"at most {updates:,} updates; {_machine(results['hardware'])}, torch {results['versions']['torch']}:")
     remarks = [line for key in ("busy", "note") if key in results for line in (results[key], "")]
     head = ["| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|"]
     return "\n".join([setting, f"`{results['command']}`", "", *head, *rows, "", *remarks, *_same_model(results)])
@@ -120,12 +145,16 @@ def _same_model(results):
     rows = {row["method"]: row for row in results["summary"]}
     if results["preset"] == "paper" or not {"padded", "unpadded"} <= rows.keys():
         return []
-    apart = abs(rows["padded"]["recall@10"] - rows["unpadded"]["recall@10"])
-    last = {curve["method"]: curve["loss"][-1] for curve in results["curves"] if curve["seed"] == 0}
-    text = (f"`padded` and `unpadded` are the same model on the same batches: their last losses are {last['padded']:.3f} and "
-            f"{last['unpadded']:.3f}. That their recall@10 differs by {apart:.4f} is rounding, which grows in training, and the choice of "
-            "a checkpoint by validation users. Smaller differences of single runs mean nothing.")
+    of_seed = {row["seed"]: row["recall@10"] for row in results["rows"] if row["method"] == "unpadded"}
+    apart = [f"{abs(row['recall@10'] - of_seed[row['seed']]):.4f}" for row in results["rows"] if row["method"] == "padded"]
+    text = (f"`padded` and `unpadded` are the same model on the same batches, yet end {', '.join(apart)} apart in recall@10, seed by seed: "
+            "rounding, which grows in training, and the choice of a checkpoint by validation users. Smaller differences of single runs "
+            "mean nothing.")
     return [text, ""]
+
+
+def _machine(hardware):
+    return f"{hardware['processor']}, {_count(hardware['threads'], 'thread')}, {hardware['gpu'] or 'no GPU'}"
 
 
 def _count(n, noun):
@@ -148,7 +177,9 @@ def _levers(levers):
     rows = ["| {} | {:,} | {:.4f} | {:.4f} [{:.4f}, {:.4f}] | {:.1f} |".format(
         row["lever"], row["updates"], row["recall@5"], row["recall@10"], *row["recall@10_interval"], row["train_seconds"] / 60)
         for row in levers["rows"]]
-    return "\n".join([f"**What limits it**: one change at a time, one seed: `{levers['command']}`", "",
+    title = (f"**What limits recall on Beauty**: preset `long`, one change at a time, one seed; {_machine(levers['hardware'])}: "
+             f"`{levers['command']}`. Rows of other lengths compare only among themselves.")
+    return "\n".join([title, "",
                       "| lever | updates | R@5 | R@10 [95 %] | minutes |", "|---|---|---|---|---|", *rows, "",
                       *([levers["note"], ""] if "note" in levers else [])])
 
@@ -162,13 +193,15 @@ def _scale(scale):
     columns = ("catalogue", "items", "SIDs, s", "trie, MB", "share a SID", "T5, ms a user: all tokens / a third", "Qwen, the same",
                "T5, MB to recommend: all / a third", "Qwen, the same", "peak MB of all")
     head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([f"**Large catalogues**, beam 20, histories of up to 30 items: `{scale['command']}`", "", *head, *rows, ""])
+    title = f"**Large catalogues**, beam 20, histories of up to 30 items; {_machine(scale['hardware'])}: `{scale['command']}`"
+    return "\n".join([title, "", *head, *rows, ""])
 
 
 def picture(study: dict) -> go.Figure:
     """The figure of a study's file."""
     figure = (strata_figure(pd.DataFrame(study["groups"])) if "groups" in study
-              else study_figure(pd.DataFrame(study["rows"]), STUDIES[study["study"]].x))
+              else study_figure(pd.DataFrame(study["rows"]), STUDIES[study["study"]].x,
+                                STUDIES[study["study"]].panels(study["hardware"]["gpu"] is not None)))
     title = f"{STUDIES[study['study']].title}: {_name(study)}, preset {study['preset']}, {_count(study['seeds'], 'seed')}"
     return figure.update_layout(title={"text": title, "font_size": 16}, width=900, margin_t=80)
 
@@ -185,12 +218,13 @@ def _picture_name(study):
 def _studies(studies):
     """A sentence and a picture a study, every number from its file; what it says of better and worse follows from the intervals."""
     first = studies[0]
-    title = (f"**What the papers plot** (`notebooks/studies`, preset `{first['preset']}`, "
-             f"{first['hardware']['processor']}; recall@10 on test users, intervals 95 %):")
-    lines = [title, ""]
+    lines = [STUDIES_HEAD.format(first["preset"], _machine(first["hardware"]))]
     for study in studies:
         say, seeds = SENTENCES[study["study"]], _count(study["seeds"], "seed")
-        lines += [f"* *{study['study']}* on {_name(study)}, {seeds}: {say({row['label']: row for row in study['rows']}, study)}.", "",
+        labels = {row["label"] for row in study["rows"]}
+        missing = [label for label in STUDIES[study["study"]].settings if label not in labels] if study["study"] != "granularity" else []
+        left = f". Not run: {', '.join(f'`{label}`' for label in missing)}" * bool(missing)
+        lines += [f"* *{study['study']}* on {_name(study)}, {seeds}: {say({row['label']: row for row in study['rows']}, study)}{left}.", "",
                   f"  ![{STUDIES[study['study']].title}, {_name(study)}](studies/{_picture_name(study)})", ""]
     return "\n".join([*lines, ""])
 
@@ -202,30 +236,31 @@ def _recall(row):
 def _against(row):
     low, high = row["difference_interval"]
     how = "clearly more" if low > 0 else "clearly less" if high < 0 else "no clear difference"
-    return f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}], {how}"
+    how += " over this seed's users" * (row.get("seeds") == 1 and not low <= 0 <= high)
+    return f"{row['difference']:+.4f} {_span((low, high))}, {how}"
 
 
 def _extremes(rows):
     best, worst = (pick(rows.values(), key=lambda row: row["recall@10"]) for pick in (max, min))
-    return f"best {best['label']} {_recall(best)}, worst {worst['label']} {_recall(worst)}"
+    return f"best `{best['label']}`: {_recall(best)}, worst `{worst['label']}`: {_recall(worst)}"
 
 
 def _strategies(rows, study):
     kept = [label for label in rows if label != "unpruned"]
     return _sides(study, "a random third") + f"nothing pruned {_recall(rows['unpruned'])}; a third kept by " + ", ".join(
-        f"{label} {rows[label]['recall@10']:#.3g}" for label in sorted(kept, key=lambda label: -rows[label]["recall@10"]))
+        f"`{label}`: {rows[label]['recall@10']:#.3g}" for label in sorted(kept, key=lambda label: -rows[label]["recall@10"]))
 
 
 def _layer_ratio(rows, study):
     shown = ("layer 1, keep 0.1", "layer 2, keep 0.33", "layer 3, keep 0.33")
-    parts = [f"{label} {_against(rows[label])}" for label in shown if label in rows]
+    parts = [f"`{label}`: {_against(rows[label])}" for label in shown if label in rows]
     return f"against nothing pruned ({_recall(rows['unpruned'])}): " + "; ".join(parts)
 
 
 def _efficiency(rows, study):
     base = rows["unpruned"]["seconds_per_1k_windows"]
     return "times as fast as nothing pruned: " + ", ".join(
-        f"{label} {base / row['seconds_per_1k_windows']:.2f}" for label, row in rows.items() if label != "unpruned")
+        f"`{label}`: {base / row['seconds_per_1k_windows']:.2f}" for label, row in rows.items() if label != "unpruned")
 
 
 def _granularity(rows, study):
@@ -235,6 +270,10 @@ def _granularity(rows, study):
     pairs = (f"finer SIDs are clearly better in {sum(clear)} and clearly worse in {len(clear) - sum(clear)} of {len(study['versus'])} "
              "pairs; " if study.get("versus") else "")
     return f"{pairs}levels × codes, {_extremes(plain)}; STAMP changes it by {min(gain.values()):+.4f} to {max(gain.values()):+.4f}"
+
+
+def _span(interval):
+    return "[{:+.4f}, {:+.4f}]".format(*interval)
 
 
 def _unclear(pair):
@@ -248,7 +287,8 @@ def _sides(study, other):
     for pair in study.get("versus", ()):
         side = "no clear difference" if _unclear(pair) else "clearly better" if pair["difference"] > 0 else "clearly worse"
         groups.setdefault(side, []).append(pair["label"])
-    sides = [f"{side}: {', '.join(groups[side])}" for side in ("clearly better", "no clear difference", "clearly worse") if side in groups]
+    sides = [f"{side}: {', '.join(f'`{label}`' for label in groups[side])}"
+             for side in ("clearly better", "no clear difference", "clearly worse") if side in groups]
     return f"against {other}: {'; '.join(sides)}; " if sides else ""
 
 
@@ -260,7 +300,7 @@ def _map(rows, study):
 
 def _inference(rows, study):
     return f"nothing pruned {_recall(rows['unpruned'])}; " + "; ".join(
-        f"{label} {row['recall@10']:#.3g}" for label, row in rows.items() if label != "unpruned")
+        f"`{label}`: {row['recall@10']:#.3g}" for label, row in rows.items() if label != "unpruned")
 
 
 def _strata(rows, study):
@@ -280,15 +320,15 @@ def _fast(rows, study):
     first = next(iter(rows.values()))
 
     def cell(row):
-        reached = f"{row['seconds_to_recall']:.0f} s" if row["seconds_to_recall"] else "never"
-        return f"{row['label']} {_against(row)}, {reached}"
+        reached = f"{row['seconds_to_recall']:.0f} s" if row["seconds_to_recall"] else "does not reach it"
+        return f"`{row['label']}`: {_against(row)}, {reached}"
     return (f"as it is {_recall(first)}, 95 % of its validation recall after {first['seconds_to_recall']:.0f} s; against it, and to the "
             "same recall: " + "; ".join(cell(row) for row in rows.values() if row is not first))
 
 
 def _adaptive(rows, study):
     def cell(row):
-        return f"{row['label']} {row['recall@10']:#.3g} ({row['kept_token_fraction']:.0%} kept)"
+        return f"`{row['label']}`: {row['recall@10']:#.3g} ({row['kept_token_fraction']:.0%} kept)"
     others = sorted((row for label, row in rows.items() if label != "unpruned"), key=lambda row: row["kept_token_fraction"])
     return _sides(study, "a constant share that costs the same") + (
         f"nothing pruned {_recall(rows['unpruned'])}; by the share kept in training: " + ", ".join(map(cell, others)))
@@ -304,27 +344,30 @@ def _found_strategies(rows, study):
 
 
 def _found_layer_ratio(rows, study):
-    said = " and ".join(f"{_against(rows[label])} ({label})" for label in ("layer 2, keep 0.33", "layer 1, keep 0.1") if label in rows)
-    return f"pruning changes a recall@10 of {rows['unpruned']['recall@10']:#.3g} by {said}"
+    said = [f"{what} changes it by {rows[label]['difference']:+.4f} {_span(rows[label]['difference_interval'])}" for label, what in (
+        ("layer 2, keep 0.33", "a third kept behind layer 2"), ("layer 1, keep 0.1", "a tenth behind layer 1")) if label in rows]
+    return f"recall@10 is {rows['unpruned']['recall@10']:#.3g} unpruned; " + ", ".join(said)
 
 
 def _found_efficiency(rows, study):
     base = rows["unpruned"]["seconds_per_1k_windows"]
-    return "training is " + " and ".join(f"{base / rows[label]['seconds_per_1k_windows']:.2f} times as fast ({label})"
-                                         for label in ("keep 0.33", "keep 0.1") if label in rows)
+    return "60 updates are " + " and ".join(f"{base / rows[label]['seconds_per_1k_windows']:.2f} times as fast with {what}"
+                                             for label, what in (("keep 0.33", "a third kept"), ("keep 0.1", "a tenth")) if label in rows)
 
 
 def _found_strata(rows, study):
     share = _kept_recall(study)
+    hits = [sum(row["recall@10"] * row["users"] for row in study["groups"] if (row["label"], row["group"]) == (label, "tail"))
+            for label in ("rastp", "unpruned")]
     return "RASTP leaves " + ", ".join(f"{share['target popularity', group]:.0%} of the recall of {group} items"
-                                       for group in ("head", "middle", "tail"))
+                                       for group in ("head", "middle", "tail")) + " ({:.0f} users served, of {:.0f})".format(*hits)
 
 
 def _found_granularity(rows, study):
     clear = [pair["difference"] > 0 for pair in study["versus"] if not _unclear(pair)]
     best = max((row for label, row in rows.items() if "stamp" not in label), key=lambda row: row["recall@10"])
     return (f"finer SIDs are clearly better in {sum(clear)} and clearly worse in {len(clear) - sum(clear)} of "
-            f"{len(study['versus'])} pairs, and {best['label']} codes are best with {_recall(best)}")
+            f"{len(study['versus'])} pairs, and {best['label']} (levels × codes) is best with {_recall(best)}")
 
 
 # What the README tells of the studies.

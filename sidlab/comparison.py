@@ -21,7 +21,7 @@ from sidlab.data.catalogue import load_catalogue
 from sidlab.map_loss import MapConfig
 from sidlab.metrics import paired_test, rank_of_target, recall_at
 from sidlab.pruning import PruningConfig
-from sidlab.sweeps import COSTS, fitted, metrics_of, run_all, sid_table, spec, write_json
+from sidlab.sweeps import COSTS, _code, fitted, metrics_of, run_all, sid_table, spec, write_json
 from sidlab.training import TrainConfig
 from sidlab.windows import Windows, leave_one_out
 
@@ -179,8 +179,8 @@ def hardware() -> dict:
 
 
 def versions() -> dict:
-    """Versions of this package, of Python and of what computes."""
+    """Versions of this package and its code (a digest, as in the runs' keys), of Python and of what computes."""
     import sidlab
 
-    return {"sidlab": sidlab.__version__, "python": platform.python_version(), "torch": torch.__version__,
+    return {"sidlab": sidlab.__version__, "code": _code()[:12], "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "numpy": np.__version__}

@@ -77,8 +77,8 @@ RASTP_CONFIGURATION = {
 
 
 def published(dataset: str) -> pd.DataFrame:
-    """Published test results on `dataset` ("amazon-beauty", "amazon-sports", "amazon-toys", or a folder of that name).
+    """Published test results on `dataset` ("amazon-beauty", "amazon-sports", "amazon-toys", also with the year, or a folder of that name).
 
     Columns: method, source, recall@5, recall@10, ndcg@5, ndcg@10. Empty for any other data set."""
-    rows = _ROWS.get(pathlib.PurePath(dataset).name, ())
+    rows = _ROWS.get(pathlib.PurePath(dataset).name.replace("-2014-", "-"), ())
     return pd.DataFrame(rows, columns=["method", "source", *METRICS])

@@ -35,7 +35,7 @@ class Study:
     `LARGE` items, where others are needed. `x`: a setting or a cost, the axis of the figure; None: the labels. `published`: what the papers
     say of it, in words, with its source; `values`: {label: recall@5 on Amazon Beauty}, where they give it. `pairs`: what else is compared,
     from {label: share of the work}: triples of a label, the name of the other side, and that side as {label: weight}. The work is that
-    of the pruned stack, in tokens × layers: those behind the pruner have only what was kept."""
+    of the pruned stack, in tokens × layers: those behind the pruner have only what was kept. `quality`: whether recall is looked at."""
 
     title: str
     question: str
@@ -45,10 +45,15 @@ class Study:
     large: dict[str, dict] | None = None
     values: dict[str, float] = dataclasses.field(default_factory=dict)
     pairs: Callable[[dict[str, float]], list[tuple[str, str, dict[str, float]]]] = lambda share: []
+    quality: bool = True
 
     def settings_for(self, n_items: int) -> dict[str, dict]:
         """The settings for a catalogue of `n_items`."""
         return self.large if self.large is not None and n_items > LARGE else self.settings
+
+    def panels(self, gpu: bool) -> list[str]:
+        """What the figure shows: on a processor no memory, which is resident there and hardly repeats."""
+        return ["recall@10"] * self.quality + ["seconds_per_1k_windows"] + ["peak_memory_mb"] * gpu
 
 
 def _pruned(keep=1 / 3, **fields):
@@ -105,7 +110,7 @@ STUDIES = {
         {"unpruned": {"max_updates": 60}} | {f"keep {keep:.2g}": {"max_updates": 60} | _pruned(keep=keep) for keep in KEEPS},
         "RASTP: {} times as fast. STAMP: {} to {} times, with {:.1%} to {:.1%} less memory. Both against models that pad.".format(
             RASTP_CLAIMS["speedup"], *STAMP_CLAIMS["speedup"], *STAMP_CLAIMS["memory_saved"]),
-        x="pruning.keep"),
+        x="pruning.keep", quality=False),
     "granularity": Study(
         "The dilution curve", "Finer SIDs make longer histories. Does accuracy rise with them, and does STAMP change that?",
         _sids((2, 3, 4), (8, 16)),

@@ -11,17 +11,20 @@ from sidlab.adaptive import SCHEDULES, Strategy, keep_at
 from sidlab.viz.figures import COST, MEMORY, _error
 from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION
 
-TITLES = {"pruning.keep": "kept share", "map.weight": "weight of the auxiliary loss", "sids.levels": "codes an item",
+TITLES = {"pruning.keep": "kept share", "map.weight": "weight of the auxiliary loss", "sids.levels": "levels",
           "kept_token_fraction": "share of tokens kept in training"}
 LOOKS = [(color, symbol, dash) for dash, symbols in (("solid", ("circle", "square", "diamond", "triangle-up")),
                                                      ("dash", ("cross", "x", "star", "pentagon")), ("dot", ("hexagon", "bowtie")))
          for color, symbol in zip((BLUE, VERMILLION, GREEN, ORANGE), symbols)]
 
 
-def study_figure(rows: pd.DataFrame, x: str | None = None, template: str = "sidlab") -> go.Figure:
+PANELS = {"recall@10": "test recall@10", COST: "seconds per 1,000 windows", MEMORY: "peak MB while training"}
+
+
+def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS), template: str = "sidlab") -> go.Figure:
     """Test recall@10 with its 95 % interval, seconds per 1,000 training windows and peak memory of every setting of `rows` (what
     `studies.summarise` gives). `x`: the column on the axis, a line for each number of the other setting; None: settings by name, one below
-    the other. The first setting is the dotted line and its band."""
+    the other, and no memory. `panels`: which of `PANELS`, where there is an x. The first setting is the dotted line and its band."""
     records = rows.to_dict("records")
     first = records[0]
     if x is None:
@@ -35,28 +38,29 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, template: str = "sidl
         low, high = first["recall@10_interval"]
         figure.add_vrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=1, col=1)
         return figure.update_layout(template=template, height=130 + 34 * len(records))
-    columns = (("recall@10", "test recall@10"), (COST, "seconds per 1,000 windows"), (MEMORY, "peak MB while training"))
-    figure = make_subplots(1, 3, horizontal_spacing=0.07, subplot_titles=[title for _, title in columns])
+    figure = make_subplots(1, len(panels), horizontal_spacing=0.07, subplot_titles=[PANELS[panel] for panel in panels])
     points = [row for row in records if pd.notna(row.get(x)) and (row is not first or x == "sids.levels")]
     names = {row["label"]: _line(row, x) for row in points}
     lines, places = list(dict.fromkeys(names.values())), [row[x] for row in points]
     span = max(places, default=0) - min(places, default=0)
     for number, (line, (color, symbol, dash)) in enumerate(zip(lines, itertools.cycle(LOOKS))):
         of_line = sorted((row for row in points if names[row["label"]] == line), key=lambda row: row[x])
-        beside = (number - (len(lines) - 1) / 2) * 0.012 * span if len(of_line) > 1 else 0  # so that no whisker hides another
-        for place, (column, _) in enumerate(columns, start=1):
+        beside = (number - (len(lines) - 1) / 2) * 0.012 * span  # so that no whisker hides another
+        for place, column in enumerate(panels, start=1):
+            quality = column == "recall@10"
             figure.add_scatter(
-                x=[row[x] + beside * (place == 1) for row in of_line], y=[row[column] for row in of_line], name=line, legendgroup=line,
-                showlegend=place == 1,
-                error_y=_error(of_line, column) if place == 1 else None, mode="lines+markers" if len(of_line) > 1 else "markers",
-                line_color=color, line_dash=dash, marker_symbol=symbol, marker_size=9,
-                text=[row["label"] for row in of_line], hovertemplate="%{text}: %{y:.4g}<extra></extra>", row=1, col=place)
-    for place, (column, _) in enumerate(columns, start=1):
+                x=[row[x] + beside * quality for row in of_line], y=[row[column] for row in of_line], name=line, legendgroup=line,
+                showlegend=place == 1, error_y=_error(of_line, column) if quality else None,
+                mode="lines+markers" if len(of_line) > 1 else "markers", line_color=color, line_dash=dash, marker_symbol=symbol,
+                marker_size=9, text=[row["label"] for row in of_line], hovertemplate="%{text}: %{y:.4g}<extra></extra>", row=1, col=place)
+    of_settings = sorted(set(places)) if x in ("sids.levels", "pruning.keep", "map.weight") else None
+    for place, column in enumerate(panels, start=1):
         figure.add_hline(first[column], line_dash="dot", line_color=GREY, row=1, col=place)
-        figure.update_xaxes(title_text=TITLES.get(x, x), tickvals=sorted(set(places)) if x == "sids.levels" else None, row=1, col=place)
-        figure.update_yaxes(rangemode="tozero" if place > 1 else "normal", row=1, col=place)
-    low, high = first["recall@10_interval"]
-    figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=1, col=1)
+        figure.update_xaxes(title_text=TITLES.get(x, x), tickvals=of_settings, tickformat=".2~f", row=1, col=place)
+        figure.update_yaxes(rangemode="normal" if column == "recall@10" else "tozero", row=1, col=place)
+        if column == "recall@10":
+            low, high = first["recall@10_interval"]
+            figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=1, col=place)
     return figure.update_layout(template=template, height=460, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
 
 
@@ -94,7 +98,8 @@ def strata_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
     for place, by in enumerate(sides, start=1):
         values = rows.loc[rows["by"] == by, "recall@10"]
         if values.max() > 10 * values[values > 0].min():
-            figure.update_yaxes(type="log", dtick=1, row=1, col=place)  # equal distances are equal shares of recall
+            # Equal distances are equal shares of recall.
+            figure.update_yaxes(type="log", dtick="D2", title_text="test recall@10, log scale", row=1, col=place)
     figure.update_yaxes(title_text="test recall@10", row=1, col=1)
     return figure.update_layout(template=template, height=440, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
 
