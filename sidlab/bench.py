@@ -40,6 +40,8 @@ from sidlab.timing import (
 from sidlab.training import _use_bf16
 
 ONE_THIRD = PruningConfig(after_layer=2, keep=1 / 3)
+
+
 def pruned(config, **changes):
     """`config`, pruning to a third behind the second layer."""
     return dataclasses.replace(config, pruning=dataclasses.replace(ONE_THIRD, **changes))
