@@ -5,11 +5,14 @@ trie of valid SIDs and grows only into that node's children. Scores are log p(SI
 log-softmax over all codes of the level: the same number that exact scoring gives, so a wide enough beam equals it.
 """
 
+import contextlib
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sidlab.checks import as_histories, integer
 from sidlab.sids.table import BOS, PAD
 from sidlab.windows import history_tokens, pad_histories, truth_tokens
 
@@ -26,29 +29,31 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
     scores. Where fewer than k items were found, the rest is item 0 with score −inf.
     """
     table = table_of(model)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if beam is not None and beam < 1:
-        raise ValueError(f"beam must be at least 1, got {beam}")
-    histories = [np.asarray(h, np.int64) for h in histories]
-    if any(history.ndim != 1 for history in histories):
-        raise ValueError("histories must be a sequence of histories, arrays of item ids; of a single one, give [history]")
+    k, batch_size, histories = integer("k", k), integer("batch_size", batch_size), as_histories(histories)
+    beam = None if beam is None else integer("beam", beam)
     items = torch.zeros(len(histories), k, dtype=torch.long)
     scores = torch.full((len(histories), k), -torch.inf)
-    was_training = model.training
-    model.eval()
     order = np.argsort([len(h) for h in histories], kind="stable")  # similar lengths together: less padding
-    for chunk in np.array_split(order, max(1, -(-len(order) // batch_size))):
-        if len(chunk) == 0:
-            continue
-        part = [histories[i] for i in chunk]
-        seen = pad_histories(part, max(len(h) for h in part), table.n_items) if exclude_seen else None
-        width = beam or max(k, 10) + (max(len(set(h.tolist())) for h in part) if exclude_seen else 0)
-        leaves, leaf_scores = beam_search(model, encode_histories(model, part, truth), width)
-        found, score = items_of_leaves(table.trie_on(model.device), leaves, leaf_scores, k, seen)
-        items[chunk], scores[chunk] = found.cpu(), score.cpu()
-    model.train(was_training)
+    with _evaluating(model):
+        for chunk in np.array_split(order, -(-len(order) // batch_size)) if len(order) else ():
+            part = [histories[i] for i in chunk]
+            seen = pad_histories(part, max(len(h) for h in part), table.n_items) if exclude_seen else None
+            width = beam or max(k, 10) + (max(len(set(h.tolist())) for h in part) if exclude_seen else 0)
+            leaves, leaf_scores = beam_search(model, encode_histories(model, part, truth), width)
+            found, score = items_of_leaves(table.trie_on(model.device), leaves, leaf_scores, k, seen)
+            items[chunk], scores[chunk] = found.cpu(), score.cpu()
     return items, scores
+
+
+@contextlib.contextmanager
+def _evaluating(model):
+    """`model` in evaluation mode, and back in its own however this ends."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def encode_histories(model, histories, truth=None):
@@ -98,12 +103,14 @@ def score_items(model, histories, *, chunk: int = 64, truth=None) -> Tensor:
 
     Slow and plain, a pass of the whole model for each history and item: the oracle of `recommend`.
     """
-    inputs, out = _inputs(model.eval(), [np.asarray(h, np.int64) for h in histories], truth), []
-    for labels in model.table.item_tokens[1:].to(model.device).split(chunk):  # [c, L]
-        targets = labels.repeat(len(histories), 1)  # [B·c, L]
-        logits = model(**{name: x.repeat_interleave(len(labels), 0) for name, x in inputs.items()}, labels=targets).logits  # [B·c, L, V]
-        score = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum((1, 2))
-        out.append(score.view(len(histories), -1))  # [B, c]
+    inputs, out = _inputs(model, as_histories(histories), truth), []
+    with _evaluating(model):
+        for labels in model.table.item_tokens[1:].to(model.device).split(chunk):  # [c, L]
+            targets = labels.repeat(len(histories), 1)  # [B·c, L]
+            repeated = {name: x.repeat_interleave(len(labels), 0) for name, x in inputs.items()}
+            logits = model(**repeated, labels=targets).logits  # [B·c, L, V]
+            score = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum((1, 2))
+            out.append(score.view(len(histories), -1))  # [B, c]
     return torch.cat(out, dim=1).cpu()
 
 

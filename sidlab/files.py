@@ -1,8 +1,11 @@
 """Files that are whole or not there."""
 
+import contextlib
 import json
 import os
 import pathlib
+
+from safetensors import SafetensorError
 
 
 def write(path, content: str | bytes) -> pathlib.Path:
@@ -17,3 +20,21 @@ def write(path, content: str | bytes) -> pathlib.Path:
 
 def write_json(path, content) -> None:
     write(path, json.dumps(content, indent=1))
+
+
+@contextlib.contextmanager
+def reading(path):
+    """A missing or damaged file becomes a ValueError that names `path`, the file or its folder."""
+    try:
+        yield
+    except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} can't be read, it is missing or damaged: {error}") from error
+
+
+def read_json(path, *fields) -> dict:
+    """The object in `path`; ValueError where it can't be read or lacks one of `fields`."""
+    with reading(path):
+        content = json.loads(pathlib.Path(path).read_text())
+    if not isinstance(content, dict) or set(fields) - content.keys():
+        raise ValueError(f"{path} must hold a JSON object with {', '.join(fields) or 'fields'}, got {str(content)[:80]}")
+    return content

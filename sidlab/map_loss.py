@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sidlab.checks import integer, plain
 from sidlab.pruning import one_of
 
 UNITS = ("item", "token")
@@ -31,10 +32,10 @@ class MapConfig:
     decay: float = 1.0
 
     def __post_init__(self):
+        plain(self)
         one_of("unit", self.unit, UNITS)
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.weight < 0 or not 0 < self.decay <= 1:
+        object.__setattr__(self, "steps", integer("steps", self.steps))
+        if not self.weight >= 0 or not 0 < self.decay <= 1:
             raise ValueError(f"weight must be >= 0 and decay in (0, 1], got {self.weight} and {self.decay}")
 
 

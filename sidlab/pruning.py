@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sidlab.checks import plain
 from sidlab.saliency import SCORERS
 
 UNITS = ("token", "item")
@@ -60,14 +61,11 @@ class PruningConfig:
     mode: str = "corrected"
 
     def __post_init__(self):
-        check_keep(self.keep)
-        one_of("unit", self.unit, UNITS)
+        plain(self)
+        _check_choice(self.keep, self.unit, self.mass)
         one_of("positions", self.positions, POSITIONS)
         one_of("reduce", self.reduce, REDUCTIONS)
         one_of("mode", self.mode, MODES)
-        if self.mass is not None and (not 0 < self.mass <= 1 or self.unit != "token"):
-            raise ValueError('mass is a share of the importance in (0, 1] and needs unit="token", got '
-                             f"mass={self.mass} and unit={self.unit!r}")
         if self.mode == "reference" or self.reduce == "pool":
             which = 'mode="reference"' if self.mode == "reference" else 'reduce="pool"'
             for name in ("unit", "protect_separators", "mass", *(["positions", "reduce"] if self.mode == "reference" else [])):
@@ -108,8 +106,7 @@ class TokenPruner(nn.Module):
 
     def __init__(self, keep: float = 1 / 3, unit: str = "token", mass: float | None = None):
         super().__init__()
-        check_keep(keep)
-        one_of("unit", unit, UNITS)
+        _check_choice(keep, unit, mass)
         self.keep, self.unit, self.mass = keep, unit, mass
 
     def forward(self, hidden: Tensor, mask: Tensor, importance: Tensor, *, protect: Tensor | None = None,
@@ -125,11 +122,13 @@ class TokenPruner(nn.Module):
         if hidden.ndim != 3 or mask.shape != hidden.shape[:2] or importance.shape != hidden.shape[:2]:
             raise ValueError("hidden, mask and importance must be [B, N, d], [B, N] and [B, N], got "
                              f"{tuple(hidden.shape)}, {tuple(mask.shape)} and {tuple(importance.shape)}")
+        if slots is not None and slots < 0:
+            raise ValueError(f"slots must be at least 0, got {slots}")
         kept = self.choose(mask, importance, protect=protect, item_index=item_index)
         width = mask.shape[1]
         if slots is None or self.mass is not None:
             from_shape = self.unit == "token" and protect is None and self.mass is None
-            slots = max(math.ceil(self.keep * width - 1e-6), min(width, 1)) if from_shape else int(kept.sum(1).max())
+            slots = max(math.ceil(self.keep * width - 1e-6), min(width, 1)) if from_shape else int(kept.sum(1).max()) if len(kept) else 0
         # The n-th kept token of a row goes to slot n; one slot more takes all that is dropped.
         slot = torch.where(kept, kept.cumsum(1) - 1, slots).clamp_max(slots)  # [B, N]
         places = torch.arange(width, device=mask.device).expand_as(slot)
@@ -142,6 +141,9 @@ class TokenPruner(nn.Module):
     def choose(self, mask: Tensor, importance: Tensor, *, protect: Tensor | None = None,
                item_index: Tensor | None = None) -> Tensor:
         """Which tokens stay: bool [B, N]. Arguments as in `forward`."""
+        for name, given in (("protect", protect), ("item_index", item_index)):
+            if given is not None and given.shape != mask.shape:
+                raise ValueError(f"{name} must be [B, N] like the mask, {tuple(mask.shape)}, got {tuple(given.shape)}")
         real = mask.bool()
         # A real token always beats padding, even one whose score is −inf or NaN.
         lowest = torch.finfo(torch.float32).min
@@ -222,6 +224,13 @@ def _top(score: Tensor, count: Tensor) -> Tensor:
 def check_keep(keep):
     if not isinstance(keep, numbers.Real) or not 0 < keep <= 1:
         raise ValueError(f"keep is the kept fraction and must lie in (0, 1], got {keep!r}")
+
+
+def _check_choice(keep, unit, mass):
+    check_keep(keep)
+    one_of("unit", unit, UNITS)
+    if mass is not None and (not isinstance(mass, numbers.Real) or not 0 < mass <= 1 or unit != "token"):
+        raise ValueError(f'mass is a share of the importance in (0, 1] and needs unit="token", got mass={mass!r} and unit={unit!r}')
 
 
 def one_of(name, value, valid):

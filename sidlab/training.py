@@ -34,9 +34,10 @@ from transformers import (
 from transformers.utils import logging
 
 from sidlab.adaptive import SCHEDULES, AdaptPruning, Strategy
+from sidlab.checks import integer, plain
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
-from sidlab.files import write_json
+from sidlab.files import read_json, write_json
 from sidlab.graphs import ReplayedPasses
 from sidlab.map_loss import MapConfig
 from sidlab.meter import Meter
@@ -113,6 +114,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
+        plain(self)
         for name, valid in (("arch", tuple(MODELS)), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
                             ("precision", ("auto", "fp32", "bf16"))):
             one_of(name, getattr(self, name), valid)
@@ -121,17 +123,17 @@ class TrainConfig:
                 raise TypeError(f"{name} must be a {part.__name__} or None, got {getattr(self, name)!r}")
         for field in dataclasses.fields(self):
             value, kinds = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
-            wanted = numbers.Integral if int in kinds else numbers.Real if float in kinds else object
-            if not isinstance(value, wanted) and (value is not None or type(None) not in kinds):
-                raise TypeError(f"{field.name} must be a{'n integer' if int in kinds else ' number'}, got {value!r}")
-        if self.epochs <= 0 or not 0 <= self.warmup <= 1:
-            raise ValueError(f"epochs must be above 0 and warmup, a share of the updates, in [0, 1]; got {self.epochs} and {self.warmup}")
-        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            if value is None and type(None) in kinds:
+                continue
+            if int in kinds:
+                object.__setattr__(self, field.name, integer(field.name, value, least=0 if field.name == "seed" else 1))
+            elif float in kinds and not isinstance(value, numbers.Real):
+                raise TypeError(f"{field.name} must be a number, got {value!r}")
+        if not 0 < self.epochs < math.inf or not 0 <= self.warmup <= 1:
+            raise ValueError("epochs must be above 0 and finite, and warmup, a share of the updates, in [0, 1]; "
+                             f"got {self.epochs} and {self.warmup}")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        for name in ("d_model", "max_items", "batch_tokens", "accumulation", "max_updates", "eval_every", "eval_users", "patience", "beam"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.pruning is not None and self.pruning.mode == "reference" and self.padding != "fixed":
             raise ValueError('pruning mode="reference" needs padding="fixed", as in the published code')
         if self.strategy is not None:
@@ -143,6 +145,8 @@ class TrainConfig:
                 raise ValueError(f"eval_every={self.eval_every} must be a multiple of strategy.every={self.strategy.every}")
         if self.checkpoint is not None and self.arch != "qwen":
             raise ValueError(f'checkpoint={self.checkpoint!r} needs arch="qwen", got arch={self.arch!r}')
+        if self.arch == "qwen" and self.checkpoint is None and self.d_kv % 2:
+            raise ValueError(f'd_kv={self.d_kv} must be even with arch="qwen", which rotates pairs of numbers')
         if self.prompt is not None and self.checkpoint is None:
             raise ValueError(f"prompt={self.prompt!r} needs a checkpoint, whose tokenizer reads it")
         if self.pruning is not None and self.checkpoint is None:  # what does not fit a model is refused before anything is loaded
@@ -400,22 +404,24 @@ def _use_bf16(config):
 
 
 def _resume_point(folder, config, catalogue, table):
-    """The newest checkpoint in `folder` with a readable trainer_state.json, or None; refuses another run's folder."""
+    """The newest checkpoint in `folder` whose state and meter can be read, or None; refuses another run's folder."""
     what = {"config": config.to_dict(), "catalogue": catalogue.fingerprint(), "table": table.fingerprint()}
     if config.pruning is not None and callable(config.pruning.scorer):
         with contextlib.suppress(OSError, TypeError):  # a callable without source is known by its name alone
             what["scorer"] = inspect.getsource(config.pruning.scorer)
     stamp = folder / "run.json"
     if stamp.exists():
-        if json.loads(stamp.read_text()) != json.loads(json.dumps(what)):
+        if read_json(stamp) != json.loads(json.dumps(what)):
             raise ValueError(f"output_dir={str(folder)!r} holds a run of another configuration, catalogue or table; choose another folder")
     else:
         write_json(stamp, what)  # every process of a run writes the same
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(checkpoints, key=lambda p: -int(p.name.split("-")[1])):
         try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            print(f"{path} is not complete and is passed over", file=sys.stderr)
+            read_json(path / "trainer_state.json", "global_step", "max_steps", "log_history")
+            read_json(path / "meter.json", "seconds", "peak", "windows", "slots", "real", "kept")
+        except ValueError as error:
+            print(f"{path} is not complete and is passed over: {error}", file=sys.stderr)
             continue
         return str(path)
     return None

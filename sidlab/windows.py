@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sidlab.checks import as_histories, integer
 from sidlab.map_loss import MapConfig, map_labels
 from sidlab.pruning import one_of
 from sidlab.sids.table import PAD, SEP, SidTable
@@ -41,7 +42,7 @@ class Split:
 
 def leave_one_out(histories) -> Split:
     """Split histories (arrays of item ids, oldest first) by leave-one-out."""
-    usable = [np.asarray(h, np.int64) for h in histories if len(h) >= 3]
+    usable = [h for h in as_histories(histories) if len(h) >= 3]
     if not usable:
         raise ValueError("no user has three items or more, so there is nothing to train and test on")
     return Split([h[:-2] for h in usable], usable, len(histories) - len(usable))
@@ -57,8 +58,7 @@ class Windows(torch.utils.data.Dataset):
     """
 
     def __init__(self, train: list[np.ndarray], max_items: int, kind: str = "prefixes"):
-        if max_items < 1:
-            raise ValueError(f"max_items must be at least 1, got {max_items}")
+        max_items = integer("max_items", max_items)
         one_of("kind", kind, ("prefixes", "contiguous"))
         sizes = np.array([len(h) for h in train], np.int64)
         self.items = np.concatenate([np.asarray(h, np.int64) for h in train]) if len(train) else np.empty(0, np.int64)
@@ -186,7 +186,7 @@ def history_tokens(items: np.ndarray, table: SidTable, separators: bool = True) 
 
 def pad_histories(histories, max_items: int, n_items: int, slots: int | None = None) -> np.ndarray:
     """The last `max_items` of each history, padded on the right with 0 to the longest (or to `slots`): int64 [B, M]."""
-    recent = [np.asarray(h, np.int64)[-max_items:] for h in histories]
+    recent = [h[-max_items:] for h in as_histories(histories)]
     out = np.zeros((len(recent), slots or max((len(h) for h in recent), default=0)), np.int64)
     for row, history in zip(out, recent):
         if len(history) == 0 or history.min() < 1 or history.max() > n_items:

@@ -101,6 +101,18 @@ def test_bad_items_users_and_embeddings_are_refused():
         catalogue(embeddings=np.zeros((4, 2)))
     with pytest.raises(ValueError, match="item 2 is not"):
         catalogue(embeddings=[[1, 2], [np.nan, 0], [0, 0]])
+    with pytest.raises(TypeError, match="items must be a DataFrame .*, got a list"):
+        Catalogue("x", frame(["a"]).to_dict("records"), [np.array([1])], ["u"])
+    for column, wrong, right in (("title", 5, "a str or None"), ("text", 5, "a str or None"), ("categories", "a", "a list of str"),
+                                 ("categories", [5], "a list of str"), ("categories", None, "a list of str")):
+        with pytest.raises(ValueError, match=rf"items.{column} must be {right} .* for item 2"):
+            Catalogue("x", frame(["a", "b"]).assign(**{column: [*frame(["a"])[column], wrong]}), [np.array([1])], ["u"])
+
+
+def test_categories_may_be_arrays_and_tuples(tmp_path):
+    items = frame(["a", "b"]).assign(categories=[np.array(["A", "B"]), ("C",)])
+    save_catalogue(Catalogue("x", items, [np.array([1])], ["u"]), tmp_path)
+    assert read_folder(tmp_path).items["categories"].tolist() == [["A", "B"], ["C"]]
 
 
 def test_embeddings_are_the_given_ones_or_those_of_the_text():
@@ -238,6 +250,19 @@ def test_missing_doubled_and_damaged_files_are_named(tmp_path):
     (folder / "items.jsonl.gz").unlink()
     with pytest.raises(ValueError, match=r"found \[\]; there are \['sequences.txt'\]"):
         read_folder(folder)
+    write(folder)
+    for content in (b"", b"junk", b"PK\x03\x04"):
+        (folder / "embeddings.npy").write_bytes(content)
+        with pytest.raises(ValueError, match="embeddings.npy must be numbers"):
+            read_folder(folder)
+    with (folder / "embeddings.npy").open("wb") as file:
+        np.savez(file, a=np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="embeddings.npy must be numbers"):
+        read_folder(folder)
+    (folder / "sequences.txt").unlink()
+    (folder / "sequences.txt.gz").touch()
+    with pytest.raises(ValueError, match="sequences.txt.gz holds no history"):
+        read_folder(folder, embeddings=np.zeros((3, 2)))
 
 
 @settings(max_examples=30)

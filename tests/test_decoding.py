@@ -138,12 +138,16 @@ def test_only_the_last_items_count_and_the_rest_may_be_anything_iterable(model):
 
 def test_the_model_is_left_as_it_was(model):
     before = torch.random.get_rng_state()
-    model.train()
-    recommend(model, HISTORIES, k=2)
-    assert model.training and torch.equal(torch.random.get_rng_state(), before)
+    for training in (True, False):
+        model.train(training)
+        recommend(model, HISTORIES, k=2)
+        exact = score_items(model, HISTORIES)
+        with pytest.raises(ValueError, match="item ids"):
+            recommend(model, [[1], []])
+        assert model.training == training
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.testing.assert_close(score_items(model.train(), HISTORIES), exact)
     model.eval()
-    recommend(model, HISTORIES, k=2)
-    assert not model.training
 
 
 @settings(max_examples=50, deadline=None)
@@ -230,7 +234,13 @@ TABLE = SidTable(CODES, (5, 4, 3))
         (lambda: recommend(build(TABLE), [[1], []]), r"at least one, got \[\]"),
         (lambda: recommend(build(TABLE), [[1], []], exclude_seen=True), r"at least one, got \[\]"),
         (lambda: recommend(build(TABLE), [[1]], k=0), "k must be at least 1, got 0"),
+        (lambda: recommend(build(TABLE), [[1]], k=2.5), "k must be an integer, got 2.5"),
+        (lambda: recommend(build(TABLE), [[1]], k="10"), "k must be an integer, got '10'"),
         (lambda: recommend(build(TABLE), [[1]], beam=0), "beam must be at least 1, got 0"),
+        (lambda: recommend(build(TABLE), [[1]], beam=2.5), "beam must be an integer, got 2.5"),
+        (lambda: recommend(build(TABLE), [[1]], batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: recommend(build(TABLE), [[1], [1.9, 2.7]]), r"histories\[1\] must be .* integer item ids .* float64"),
+        (lambda: score_items(build(TABLE), [[1.9, 2.7]]), "integer item ids .* float64"),
         (
             lambda: recommend(SidT5(SidT5Config(widths=(5, 4, 3), **SMALL)), [[1]]),
             r"no SidTable.*model.set_table\(table\)",
@@ -239,7 +249,7 @@ TABLE = SidTable(CODES, (5, 4, 3))
     ],
 )
 def test_bad_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 

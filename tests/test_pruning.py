@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidlab.pruning import PruningConfig, TokenPruner, kept_count, pool_tokens, reference_choice
@@ -94,6 +94,17 @@ def test_gradients_flow_through_kept_tokens_only():
     assert hidden.grad[0, :, 0].tolist() == [0, 1, 0, 1]
 
 
+def prune(unit="token", **arguments):
+    return TokenPruner(0.5, unit)(torch.zeros(1, 4, 1), torch.ones(1, 4), torch.ones(1, 4), **arguments)
+
+
+@pytest.mark.parametrize("unit", ["token", "item"])
+def test_of_no_rows_nothing_is_kept(unit):
+    none = torch.zeros(0, 4)
+    pruned = TokenPruner(0.5, unit)(torch.zeros(0, 4, 3), none, none, item_index=none.long())
+    assert pruned.hidden.shape[::2] == (0, 3) and pruned.mask.shape == pruned.positions.shape == pruned.hidden.shape[:2]
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -117,6 +128,13 @@ def test_gradients_flow_through_kept_tokens_only():
             lambda: TokenPruner(0.5)(torch.zeros(1, 4, 1), torch.ones(1, 3), torch.ones(1, 4)),
             r"\(1, 4, 1\), \(1, 3\) and \(1, 4\)",
         ),
+        (lambda: prune(protect=torch.ones(1, 3)), r"protect must be \[B, N\] like the mask, \(1, 4\), got \(1, 3\)"),
+        (lambda: prune("item", item_index=torch.zeros(1, 3).long()), r"item_index must be .* got \(1, 3\)"),
+        (lambda: prune(slots=-1), "slots must be at least 0, got -1"),
+        *((lambda cls=cls, mass=mass: cls(mass=mass), rf"mass .* in \(0, 1\] .* got mass={mass!r}")
+          for cls in (TokenPruner, PruningConfig) for mass in (5, -1, math.nan, "1")),
+        *((lambda cls=cls: cls(unit="item", mass=0.5), """needs unit="token", got mass=0.5 and unit='item'""")
+          for cls in (TokenPruner, PruningConfig)),
     ],
 )
 def test_bad_input_is_named(make, message):
@@ -124,6 +142,7 @@ def test_bad_input_is_named(make, message):
         make()
 
 
+@settings(deadline=None)  # the first comparison loads much
 @given(rows(), st.sampled_from([0.1, 1 / 3, 0.5, 0.8, 1.0]))
 def test_pooling_averages_even_bins_of_neighbours(case, keep):
     mask = case[0]

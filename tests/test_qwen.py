@@ -411,10 +411,17 @@ def test_it_saves_with_its_table_and_loads(tmp_path, drop_map):
     (lambda: build(use_sliding_window=True, max_window_layers=1, sliding_window=4), "full attention in every layer"),
     (lambda: build()(input_ids=batch()["input_ids"]), "input_ids must hold BOS behind every history"),
     (lambda: build().set_scorer("norm"), "does not prune"),
+    (lambda: build()(**batch(), labels=torch.cat([LABELS, LABELS], 1)), r"labels must be \[B, 3\].* got \(4, 6\)"),
 ])
 def test_bad_settings_say_what_is_right(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("keep", [1e-9, 1e-3])
+def test_however_little_is_kept_a_token_besides_the_sink_stays(keep):
+    encoded = build(PruningConfig(keep=keep)).encode(**batch())
+    assert (encoded.attention_mask.sum(1) == 2).all() and (encoded.positions[:, 0] == 0).all()
 
 
 def test_an_own_scorer_sees_the_history_alone():

@@ -129,7 +129,7 @@ def test_encoder_errors_say_what_is_wrong(cls, tmp_path):
             call(make(cls))
     with pytest.raises(ValueError, match="width 64 needs .* got 60"):
         make(cls, width=64).fit(x)
-    for bad in (np.nan, np.inf):
+    for bad in (np.nan, np.inf, 1e15, np.finfo(np.float32).min):
         broken = x.copy()
         broken[7, 1] = bad
         with pytest.raises(ValueError, match="1 rows are not, the first is row 7"):
@@ -148,6 +148,28 @@ def test_encoder_errors_say_what_is_wrong(cls, tmp_path):
         encoder.decode(np.array([[0, 4]]))
     with pytest.raises(ValueError, match="levels must be at least 1, got 0"):
         cls(levels=0)
+    for name, bad in {"levels": 2.0, "seed": None, "width": 8.0}.items():
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got {bad}"):
+            cls(**{name: bad})
+
+
+@pytest.mark.parametrize("cls", ENCODERS)
+def test_large_embeddings_below_the_limit_are_encoded(cls):
+    x = embeddings_of(200, 48)
+    x *= np.float32(0.99e15 / np.abs(x).max())
+    assert len(np.unique(make(cls, width=8).fit(x).encode(x), axis=0)) > 8
+
+
+@pytest.mark.parametrize("cls", [*ENCODERS, SidTable])
+def test_a_missing_or_damaged_file_is_named(cls, tmp_path):
+    made = SidTable(CODES, (3, 2)) if cls is SidTable else make(cls, width=4).fit(embeddings_of())
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-20]), lambda path: path.write_text("{}")):
+        for suffix in ("json", "safetensors"):
+            made.save(tmp_path)
+            (path,) = tmp_path.glob(f"*.{suffix}")
+            damage(path)
+            with pytest.raises(ValueError, match=path.name):
+                cls.load(tmp_path)
 
 
 # --- residual k-means ------------------------------------------------------------------------------------------
@@ -420,6 +442,8 @@ def test_the_report_measures_reconstruction_by_level():
         SidTable(codes, width=encoder.widths).report(encoder)
     with pytest.raises(ValueError, match=r"one row per item \(60\), got 59"):
         SidTable(codes, width=encoder.widths).report(encoder, x[:59])
+    with pytest.raises(ValueError, match="60 rows are not"):
+        SidTable(codes, width=encoder.widths).report(embeddings=np.full_like(x, np.nan))
 
 
 @pytest.mark.parametrize(("n", "queries", "collisions"), [(60, 2000, "extend"), (60, 15, "share"), (7, 2000, "share"), (2, 9, "share")])

@@ -475,6 +475,36 @@ def test_saving_and_loading_gives_the_same_recommendations(tmp_path, pruning, dr
     assert torch.equal(loaded.generate(**batch(), num_beams=3), model.generate(**batch(), num_beams=3))
 
 
+def test_leaving_out_the_map_head_keeps_the_type_and_draws_nothing(tmp_path):
+    model = build(map_config=MapConfig()).bfloat16()
+    before = torch.random.get_rng_state()
+    model.save_pretrained(tmp_path, drop_map=True)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model.save_pretrained(tmp_path / "given", drop_map=True, state_dict={k: v * 0 for k, v in model.state_dict().items()})
+    loaded, zero = SidT5.from_pretrained(tmp_path), SidT5.from_pretrained(tmp_path / "given")
+    assert loaded.dtype == torch.bfloat16 and torch.equal(loaded.shared.weight, model.shared.weight) and not zero.shared.weight.any()
+    assert model.map_head is not None and model.state_dict().keys() - loaded.state_dict().keys() == {
+        f"map_head.{name}" for name, _ in model.map_head.named_parameters()}
+
+
+def test_a_model_without_a_table_takes_the_place_of_one_with_it(tmp_path):
+    build().save_pretrained(tmp_path)
+    SidT5(SidT5Config(widths=WIDTHS, **SMALL)).save_pretrained(tmp_path)
+    assert SidT5.from_pretrained(tmp_path).table is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "sids.json", "sids.safetensors"])
+def test_damaged_files_of_a_model_are_refused(tmp_path, name):
+    build().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        SidT5.from_pretrained(tmp_path)
+    if name != "sids.json":  # without it there is no table
+        (tmp_path / name).unlink()
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            SidT5.from_pretrained(tmp_path)
+
+
 def test_an_own_scorer_is_called_and_asked_for_after_loading(tmp_path):
     def oldest(signals):
         assert signals.hidden.shape == (4, 32, 32) and signals.levels.max() == 3 and signals.item_index.max() == 7
@@ -547,6 +577,9 @@ def test_signals_describe_the_tokens():
             lambda: SidT5(SidT5Config(widths=(6, 5), **SMALL), TABLE),
             r"table has widths \(6, 5, 4\), the model \(6, 5\)",
         ),
+        (lambda: build().set_table(None), "table must be a SidTable, got None"),
+        (lambda: build()(**batch(), labels=torch.cat([LABELS, LABELS], 1)), r"labels must be \[B, 3\].* got \(4, 6\)"),
+        (lambda: build()(**batch(), labels=LABELS[:, :2]), r"labels must be \[B, 3\].* got \(4, 2\)"),
         (lambda: build().set_scorer("norm"), "this model does not prune"),
         (lambda: build(PruningConfig()).set_scorer("best"), "scorer='best' is unknown"),
         (lambda: build(PruningConfig(scorer="oracle")).encoder(**batch()), "only the planted catalogue knows it"),
@@ -555,5 +588,5 @@ def test_signals_describe_the_tokens():
     ],
 )
 def test_bad_input_is_named(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()

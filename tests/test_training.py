@@ -283,6 +283,20 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, uninterrupted
     assert seen[0] == 0
 
 
+@pytest.mark.parametrize("name, content", [("trainer_state.json", b"\xff\xfe"), ("trainer_state.json", b"{}"), ("meter.json", None)])
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path, capsys, name, content):
+    run(tmp_path)
+    (tmp_path / "checkpoint-old").mkdir()
+    path = tmp_path / "checkpoint-8" / name
+    path.unlink() if content is None else path.write_bytes(content)
+    seen = []
+    run(tmp_path, [Seen(seen)])
+    assert seen == [6, 7] and "checkpoint-8 is not complete and is passed over" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json can't be read"):
+        run(tmp_path)
+
+
 def test_a_checkpoint_holds_what_was_counted_before_it_counts_as_one(tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
@@ -393,6 +407,18 @@ def test_configurations_survive_json(name):
         assert TrainConfig.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    def made(whole, real):
+        return config(pruning=PruningConfig(whole(2), real(0.5)), map=MapConfig(whole(2), weight=real(0.25)), max_items=whole(4),
+                      learning_rate=real(0.5), max_updates=whole(1), seed=whole(1))
+
+    ours = made(np.int64, np.float32)
+    assert json.dumps(ours.to_dict()) == json.dumps(made(int, float).to_dict())
+    result = train(ours, WORLD, TABLE, output_dir=tmp_path / "run", progress=False)
+    result.model.save_pretrained(tmp_path)
+    assert type(result.model).from_pretrained(tmp_path).config.pruning == made(int, float).pruning.to_dict()
+
+
 def test_an_own_scorer_is_named_and_used():
     def oldest(signals):
         called.append(signals.truth)
@@ -429,6 +455,11 @@ def test_presets_take_changes():
         (lambda: config(pruning={"keep": 0.5}), "pruning must be a PruningConfig or None, got {'keep': 0.5}"),
         (lambda: config(epochs=-1), "epochs must be above 0"),
         (lambda: config(warmup=100), r"warmup, a share of the updates, in \[0, 1\]; got .* and 100"),
+        *((lambda name=name: config(**{name: 0}), f"{name} must be at least 1, got 0") for name in (
+            "d_kv", "num_heads", "d_ff", "ffn_hidden_layers", "num_layers", "num_decoder_layers")),
+        *((lambda value=value: config(epochs=value), f"epochs must be above 0 and finite.* got {value}") for value in (np.nan, np.inf)),
+        (lambda: config(seed=-1), "seed must be at least 0, got -1"),
+        (lambda: config(arch="qwen", d_kv=15), 'd_kv=15 must be even with arch="qwen"'),
         (lambda: config(num_heads=4, num_kv_heads=3), "num_kv_heads=3 must divide num_heads=4"),
         (lambda: PruningConfig(keep="1/3"), r"must lie in \(0, 1\], got '1/3'"),
         (lambda: PruningConfig(after_layer=1.5), "after_layer is an integer and counted from 1, got 1.5"),

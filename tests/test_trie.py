@@ -111,6 +111,9 @@ def test_bad_input_is_named():
         as_widths([4, 4], 3)
     with pytest.raises(ValueError, match="at least 1"):
         as_widths([4, 0], 2)
+    for width in (8.0, None, ("4", "4")):
+        with pytest.raises(TypeError, match="width must be an integer, got"):
+            as_widths(width, 2)
     trie = Trie(np.array([[0, 1], [1, 0]]), 2)
     with pytest.raises(ValueError, match="depth must lie in 0..1"):
         trie.allowed(2, torch.tensor([0]))

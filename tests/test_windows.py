@@ -311,6 +311,9 @@ def test_collated_truth_is_that_of_the_window_alone():
     "make, message",
     [
         (lambda: Windows([np.array([1, 2])], 0), "max_items must be at least 1, got 0"),
+        (lambda: Windows([np.array([1, 2])], 2.5), "max_items must be an integer, got 2.5"),
+        (lambda: leave_one_out([[1, 2, 3], [1.9, 2.9, 3.9]]), r"histories\[1\] must be .* integer item ids .* float64"),
+        (lambda: pad_histories([["1"]], 3, 9), "integer item ids .* dtype <U1"),
         (lambda: LengthBatches(np.array([2, 6]), 4, 23), "batch_tokens=23 is less than one window's 24"),
         (lambda: pad_histories([[1], []], 3, 9), r"item ids in 1..9 and at least one, got \[\]"),
         (lambda: pad_histories([[1, 0]], 3, 9), r"got \[1, 0\]"),
@@ -318,7 +321,7 @@ def test_collated_truth_is_that_of_the_window_alone():
     ],
 )
 def test_bad_input_is_named(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
 
 

@@ -10,6 +10,7 @@ from dataclasses import InitVar, dataclass, field
 import numpy as np
 import pandas as pd
 
+from sidlab.checks import as_histories
 from sidlab.data.text import text_embeddings
 
 COLUMNS = ("item_id", "title", "brand", "categories", "text")
@@ -40,15 +41,11 @@ class Catalogue:
 
     def __post_init__(self, embeddings):
         self.items = _checked_items(self.items)
-        self.histories = [np.asarray(history) for history in self.histories]
+        self.histories = as_histories(self.histories)
         for user, history in enumerate(self.histories):
-            if history.ndim != 1 or history.size == 0 or not np.issubdtype(history.dtype, np.integer):
-                raise ValueError(f"histories[{user}] must be a non-empty one-dimensional array of integer item ids, "
-                                 f"got shape {history.shape} and dtype {history.dtype}")
-            if history.min() < 1 or history.max() > self.n_items:
-                raise ValueError(f"histories[{user}] holds item ids {history.min()}..{history.max()}; "
-                                 f"the catalogue has the ids 1..{self.n_items}")
-        self.histories = [history.astype(np.int64, copy=False) for history in self.histories]
+            if history.size == 0 or history.min() < 1 or history.max() > self.n_items:
+                raise ValueError(f"histories[{user}] must be non-empty and hold the catalogue's item ids 1..{self.n_items}, got "
+                                 f"{history[(history < 1) | (history > self.n_items)][:5].tolist()}")
         self.user_ids = [str(user) for user in self.user_ids]
         if len(self.user_ids) != len(self.histories) or len(set(self.user_ids)) != len(self.user_ids):
             raise ValueError(f"user_ids must name each of the {len(self.histories)} histories once, got "
@@ -142,6 +139,8 @@ def load_catalogue(name_or_folder, *, embeddings=None, text_encoder=None, on_dir
 
 
 def _checked_items(items):
+    if not isinstance(items, pd.DataFrame):
+        raise TypeError(f"items must be a DataFrame with the columns {list(COLUMNS)}, got a {type(items).__name__}")
     missing = [column for column in COLUMNS if column not in items.columns]
     if missing or len(items) == 0:
         raise ValueError(f"items must be a non-empty DataFrame with the columns {list(COLUMNS)}; "
@@ -153,6 +152,13 @@ def _checked_items(items):
     for column in ("title", "brand", "text"):  # pandas' str dtype turns None into NaN
         values = items[column].astype(object)
         items[column] = values.where(values.notna(), None)
+    items["categories"] = [list(path) if isinstance(path, tuple | np.ndarray) else path for path in items["categories"]]
+    kinds = dict.fromkeys(COLUMNS[1:], (lambda value: isinstance(value, str | None), "a str or None"))
+    kinds["categories"] = lambda path: isinstance(path, list) and all(isinstance(name, str) for name in path), "a list of str"
+    for column, (is_right, what) in kinds.items():
+        for item, value in enumerate(items[column], start=1):
+            if not is_right(value):
+                raise ValueError(f"items.{column} must be {what} for every item, got {value!r} for item {item}")
     return items
 
 

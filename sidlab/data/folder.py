@@ -20,6 +20,7 @@ import io
 import json
 import pathlib
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
@@ -61,14 +62,14 @@ def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     folder, dirt = pathlib.Path(folder), Dirt(on_dirty)
     items = _read_items(_find(folder, "items.jsonl"), dirt)
     user_ids, histories = _read_sequences(path := _find(folder, "sequences.txt"), len(items), dirt)
-    if not histories and dirt.kinds:
-        raise ValueError(f"{path} holds no history; a line is `user item item …`, with spaces. Dirty lines: {dirt}")
+    if not histories and (dirt.kinds or path.stat().st_size == 0):  # without users, but as it was saved: a gzip header
+        raise ValueError(f"{path} holds no history; a line is `user item item …`, with spaces. Dirty lines: {str(dirt) or 'none'}")
     dirt.warn(folder)
-    if embeddings is None and (folder / "embeddings.npy").exists():
+    if embeddings is None and (path := folder / "embeddings.npy").exists():
         try:
-            embeddings = np.load(folder / "embeddings.npy", allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"{folder / 'embeddings.npy'} must be numbers [items, d], as np.save writes them: {error}") from error
+            embeddings = np.asarray(np.load(path, allow_pickle=False), np.float32)
+        except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} must be numbers [items, d], as np.save writes them: {error}") from error
     return Catalogue(folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings)
 
 

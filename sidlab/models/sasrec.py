@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidlab.baselines import _flat
+from sidlab.checks import integer
 from sidlab.metrics import rank_of_target, summary
 from sidlab.windows import Windows, pad_histories
 
@@ -66,8 +67,7 @@ class SASRec:
     def __init__(self, d_model: int = 128, layers: int = 2, heads: int = 2, max_items: int = 50, dropout: float = 0.5, epochs: int = 12,
                  patience: int = 3, learning_rate: float = 1e-3, weight_decay: float = 0.01, batch_windows: int = 512, seed: int = 0):
         for name, value in dict(layers=layers, max_items=max_items, epochs=epochs, patience=patience, batch_windows=batch_windows).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            integer(name, value)
         if heads < 1 or d_model < 1 or d_model % heads:
             raise ValueError(f"d_model must be a multiple of heads, got d_model={d_model} and heads={heads}")
         if not 0 <= dropout < 1:
@@ -111,8 +111,7 @@ class SASRec:
         """int64 [U, k] item ids, best first; 0 where the catalogue has no item left. Reads the last `max_items` of each history.
 
         exclude_seen: leave out what is in the user's history."""
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        k = integer("k", k)
         if not hasattr(self, "model_"):
             raise RuntimeError("recommend needs a fitted model: call fit first")
         model, device = self.model_.eval(), self.model_.items.weight.device

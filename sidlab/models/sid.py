@@ -6,9 +6,7 @@ Token `t` of a target is predicted from the codes of level `t` alone. A `SidMode
 
 import copy
 import dataclasses
-import json
 import math
-import os
 import pathlib
 
 import torch
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import initialization as init
 
+from sidlab.files import read_json, reading
 from sidlab.map_loss import MapConfig, MapHead, map_loss
 from sidlab.models.scoring import SCORED
 from sidlab.pruning import Pruned, PruningConfig, TokenPruner, reference_choice
@@ -135,7 +134,7 @@ class PrunedStack(LibraryInit):
         if pruning.protect_separators and levels is not None:
             protect = levels == len(self.config.widths)
         elif sink and pruning.unit == "token":  # so that the number of slots still follows from the shape alone
-            slots = min(math.ceil(pruning.keep * tokens.shape[1] - 1e-6) + 1, tokens.shape[1])
+            slots = min(max(math.ceil(pruning.keep * tokens.shape[1] - 1e-6), 1) + 1, tokens.shape[1])
         if sink:
             first = (positions == 0) & tokens.bool()
             protect = first if protect is None else protect | first
@@ -167,6 +166,8 @@ class SidModel(LibraryInit):
 
     def set_table(self, table: SidTable):
         """Attach the `SidTable` this model speaks; its widths must be the model's."""
+        if not isinstance(table, SidTable):
+            raise TypeError(f"table must be a SidTable, got {table!r}")
         if list(table.widths) != list(self.config.widths):
             raise ValueError(f"the table has widths {tuple(table.widths)}, the model {tuple(self.config.widths)}")
         self.table = table
@@ -199,6 +200,8 @@ class SidModel(LibraryInit):
 
     def add_losses(self, out, hidden, labels, map_labels, num_items_in_batch):
         """Fills `loss`, `main_loss` and `map_loss` of `out` from the states [B, L, d] that predict the target's tokens."""
+        if labels.ndim != 2 or labels.shape[1] != len(self.config.widths):
+            raise ValueError(f"labels must be [B, {len(self.config.widths)}], the tokens of one SID a row, got {tuple(labels.shape)}")
         share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
         losses = self._token_losses(hidden, labels)  # [B, L]
         out.main_loss = losses.sum() / (labels != -100).sum().clamp_min(1)
@@ -235,22 +238,26 @@ class SidModel(LibraryInit):
         """As in Hugging Face, with the `SidTable` in the same folder. `drop_map`: leave out the MAP head, which inference does
         not use; the loaded model recommends the same."""
         if drop_map and self.map_head is not None:
-            state = state_dict if state_dict is not None else self.state_dict()
-            bare = type(self)(copy.deepcopy(self.config), self.table)
-            bare.config.map = bare.map_config = bare.map_head = None
-            bare.load_state_dict({k: v for k, v in state.items() if not k.startswith("map_head.")})
-            return bare.save_pretrained(save_directory, *args, **kwargs)
+            bare = copy.copy(self)  # which shares the weights
+            bare.config, bare._modules = copy.deepcopy(self.config), self._modules | {"map_head": None}
+            bare.config.map = bare.map_config = None
+            state = state_dict and {k: v for k, v in state_dict.items() if not k.startswith("map_head.")}
+            return bare.save_pretrained(save_directory, *args, state_dict=state, **kwargs)
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if self.table is not None:
             self.table.save(save_directory)
+        else:  # nor may another model's stay there
+            for name in ("sids.json", "sids.safetensors"):
+                pathlib.Path(save_directory, name).unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
         file, own = pathlib.Path(folder) / "config.json", cls.config_class.model_type
-        if file.exists() and (kind := json.loads(file.read_text()).get("model_type")) != own:
+        if file.parent.is_dir() and (kind := read_json(file).get("model_type")) != own:
             raise ValueError(f"{folder} holds a {kind!r} model; {cls.__name__} loads {own!r}")
-        loaded = super().from_pretrained(folder, *args, **kwargs)
+        with reading(folder):
+            loaded = super().from_pretrained(folder, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if os.path.isfile(os.path.join(folder, "sids.json")):
+        if pathlib.Path(folder, "sids.json").exists():
             model.set_table(SidTable.load(folder))
         return loaded

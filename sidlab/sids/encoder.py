@@ -1,15 +1,16 @@
 """SidEncoder: what residual k-means, RQ-VAE and OPQ share, so that one can stand in for another anywhere."""
 
-import json
 import pathlib
 
 import numpy as np
 import safetensors.numpy
 
-from sidlab.files import write, write_json
+from sidlab.checks import integer
+from sidlab.files import read_json, reading, write, write_json
 from sidlab.sids.trie import as_codes, as_widths
 
 CHUNK = 65536  # embeddings encoded at a time
+LARGEST = 1e15  # from here on float32 can't hold sums of squares, and faiss would end the process
 
 
 class SidEncoder:
@@ -23,17 +24,16 @@ class SidEncoder:
     stem: str
 
     def __init__(self, levels: int, width, seed: int, **options):
-        for name, value in {"levels": levels, **options}.items():
-            if np.min(value, initial=1) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.levels, self.widths, self.seed = levels, as_widths(width, levels), seed
-        self._parameters = {"levels": levels, "width": self.widths, "seed": seed, **options}
+        options = {name: tuple(integer(name, x) for x in value) if isinstance(value, tuple) else integer(name, value)
+                   for name, value in options.items()}
+        self.levels, self.seed = integer("levels", levels), integer("seed", seed, least=0)
+        self.widths = as_widths(width, self.levels)
+        self._parameters = {"levels": self.levels, "width": self.widths, "seed": self.seed, **options}
         vars(self).update(options)
 
     def fit(self, embeddings) -> "SidEncoder":
         """Learns the codebooks from `embeddings` float [n, d], n at least the largest width, all finite."""
-        embeddings = np.asarray(embeddings)
-        x = _checked(embeddings, embeddings.shape[-1] if embeddings.ndim else 0)
+        x = checked(embeddings)
         if len(x) < max(self.widths):
             raise ValueError(f"width {max(self.widths)} needs at least as many embeddings, got {len(x)}: "
                              "choose a smaller width")
@@ -47,7 +47,7 @@ class SidEncoder:
         embeddings = np.asarray(embeddings)
         codes = np.empty((len(embeddings), self.levels), np.int64)
         for start in range(0, len(embeddings), CHUNK):
-            codes[start : start + CHUNK] = self._encode(_checked(embeddings[start : start + CHUNK], self._dim))
+            codes[start : start + CHUNK] = self._encode(checked(embeddings[start : start + CHUNK], self._dim))
         return codes
 
     def decode(self, codes) -> np.ndarray:
@@ -67,7 +67,7 @@ class SidEncoder:
     @classmethod
     def load(cls, folder) -> "SidEncoder":
         """The encoder that `save` wrote into `folder`."""
-        arrays, meta = load_arrays(folder, cls.stem)
+        arrays, meta = load_arrays(folder, cls.stem, "levels", "width", "seed", "dim", "dead")
         dim, dead = meta.pop("dim"), tuple(meta.pop("dead"))
         encoder = cls(**meta)
         encoder._dim, encoder.dead_codes_, encoder._arrays = dim, dead, arrays
@@ -94,11 +94,12 @@ def save_arrays(folder, stem: str, arrays: dict, meta: dict) -> None:
     write_json(pathlib.Path(folder, f"{stem}.json"), meta)
 
 
-def load_arrays(folder, stem: str) -> tuple[dict, dict]:
-    """What `save_arrays` wrote: the numpy arrays by name, and the metadata."""
-    folder = pathlib.Path(folder)
-    meta = json.loads((folder / f"{stem}.json").read_text())
-    return safetensors.numpy.load_file(folder / f"{stem}.safetensors"), meta
+def load_arrays(folder, stem: str, *fields) -> tuple[dict, dict]:
+    """What `save_arrays` wrote: the numpy arrays by name, and the metadata. ValueError where a file is damaged or the metadata lack one
+    of `fields`."""
+    meta, path = read_json(pathlib.Path(folder, f"{stem}.json"), *fields), pathlib.Path(folder, f"{stem}.safetensors")
+    with reading(path):
+        return safetensors.numpy.load_file(path), meta
 
 
 def residual_codes(x, codebooks) -> np.ndarray:
@@ -129,14 +130,17 @@ def distinct(x) -> np.ndarray:
     return np.sort(np.unique(x.view(np.dtype((np.void, x.dtype.itemsize * x.shape[1]))), return_index=True)[1])
 
 
-def _checked(embeddings, dim: int) -> np.ndarray:
-    """`embeddings` as float32 [n, dim]; ValueError where the shape differs or a number is not finite."""
+def checked(embeddings, dim: int | None = None) -> np.ndarray:
+    """`embeddings` as float32 [n, dim], any dim if none is given; ValueError where the shape differs or a number is not finite or too
+    large to be squared and summed."""
+    embeddings = np.asarray(embeddings)
+    dim = (embeddings.shape or (0,))[-1] if dim is None else dim
     if embeddings.ndim != 2 or embeddings.shape[1] != dim or dim == 0:
         raise ValueError(f"embeddings must have the shape [n, {dim or 'd'}], got {list(embeddings.shape)}")
     embeddings = embeddings.astype(np.float32, copy=False)
     parts = range(0, len(embeddings), CHUNK)
-    wrong = np.concatenate([np.zeros(0, bool), *(~np.isfinite(embeddings[i : i + CHUNK]).all(axis=1) for i in parts)])
+    wrong = np.concatenate([np.zeros(0, bool), *(~(np.abs(embeddings[i : i + CHUNK]) < LARGEST).all(axis=1) for i in parts)])
     if wrong.any():
-        raise ValueError(f"embeddings must be finite float32 numbers: {wrong.sum()} rows are not, "
+        raise ValueError(f"embeddings must be finite float32 numbers of size below {LARGEST:g}: {wrong.sum()} rows are not, "
                          f"the first is row {wrong.argmax()}")
     return embeddings

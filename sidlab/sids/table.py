@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sidlab.sids.encoder import load_arrays, save_arrays
+from sidlab.sids.encoder import checked, load_arrays, save_arrays
 from sidlab.sids.trie import Trie, as_codes
 
 PAD, BOS, SEP = 0, 1, 2
@@ -103,6 +103,7 @@ class SidTable:
             raise ValueError("an encoder is judged by its embeddings: got encoder without embeddings")
         if embeddings is not None and len(embeddings) != self.n_items:
             raise ValueError(f"embeddings must have one row per item ({self.n_items}), got {len(embeddings)}")
+        embeddings = None if embeddings is None else checked(embeddings)
         items, neighbours = _neighbours(embeddings) if embeddings is not None and self.n_items > 1 else (None, None)
         groups = self._base_trie.items_per_node(self.base_levels)
         per_level = []
@@ -155,7 +156,7 @@ class SidTable:
     @classmethod
     def load(cls, folder) -> "SidTable":
         """The table that `save` wrote into `folder`; ValueError where its two files do not belong together."""
-        arrays, meta = load_arrays(folder, "sids")
+        arrays, meta = load_arrays(folder, "sids", "widths", "base_levels", "collisions", "fingerprint")
         base = meta["base_levels"]
         table = cls(arrays["codes"][:, :base], meta["widths"][:base], meta["collisions"])
         if table.fingerprint() != meta["fingerprint"]:

@@ -8,23 +8,19 @@ levels); a look-up is O(log items) per level.
 """
 
 import copy
-import operator
 
 import numpy as np
 import torch
 
+from sidlab.checks import integer
+
 
 def as_widths(width, levels: int) -> tuple[int, ...]:
     """The number of codes of each level, `levels` ints: from one int for all or a sequence with one per level."""
-    try:
-        widths = (operator.index(width),) * levels
-    except TypeError:
-        widths = tuple(operator.index(w) for w in width)
+    widths = tuple(width) if np.iterable(width) else (width,) * levels
     if len(widths) != levels:
         raise ValueError(f"width must be one int or one per level, got {len(widths)} for {levels} levels: {width}")
-    if min(widths) < 1:
-        raise ValueError(f"width must be at least 1 at every level, got {width}")
-    return widths
+    return tuple(integer("width", w) for w in widths)
 
 
 def as_codes(codes, width) -> tuple[np.ndarray, tuple[int, ...]]:

@@ -1,0 +1,33 @@
+"""What callers give, in the form that the rest counts on, or an error that names the parameter."""
+
+import operator
+
+import numpy as np
+
+
+def integer(name: str, value, least: int = 1) -> int:
+    """`value` as an int; TypeError where it is no integer, ValueError where it is below `least`."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def plain(config) -> None:
+    """NumPy's numbers in a dataclass, frozen or not, become Python's: JSON and the libraries know no others."""
+    for name, value in vars(config).items():
+        if isinstance(value, np.generic):
+            object.__setattr__(config, name, value.item())
+
+
+def as_histories(histories) -> list[np.ndarray]:
+    """Each of `histories` as int64 [n]; ValueError where one is no sequence of integers."""
+    arrays = [np.asarray(history) for history in histories]
+    for user, h in enumerate(arrays):
+        if h.ndim != 1 or h.size and h.dtype.kind not in "iu":
+            raise ValueError(f"histories[{user}] must be a one-dimensional array of integer item ids (of a single one, give [history]), "
+                             f"got shape {h.shape} and dtype {h.dtype}")
+    return [h.astype(np.int64, copy=False) for h in arrays]
