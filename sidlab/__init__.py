@@ -28,7 +28,7 @@ _HOME = {
     "SidT5Config": "models.t5",
     "SidQwen": "models.qwen",
     "SidQwenConfig": "models.qwen",
-    "TrainConfig": "training",
+    "TrainConfig": "config",
     "train": "training",
     "recommend": "decoding",
     "sweep": "sweeps",

@@ -27,7 +27,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import TrainerCallback
 
-from sidlab.pruning import PruningConfig, check_keep, one_of
+from sidlab.checks import one_of
+from sidlab.pruning import PruningConfig, check_keep
 
 SCHEDULES = ("linear", "cosine", "stage")
 KINDS = (*SCHEDULES, "loss-gap", "settled-layer")

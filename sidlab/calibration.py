@@ -15,10 +15,11 @@ import pandas as pd
 import torch
 from scipy.optimize import nnls
 
+from sidlab.config import TrainConfig
 from sidlab.cost import Cost, cost
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig, _use_bf16, build_model
+from sidlab.training import _use_bf16, build_model
 from sidlab.windows import Collator, Windows
 
 # (d_model, layers, items of history, slots a batch), each timed with and without a pruner: small ones show the fixed prices, large ones

@@ -5,6 +5,11 @@ import operator
 import numpy as np
 
 
+def one_of(name, value, valid):
+    if value not in valid:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, valid))}")
+
+
 def integer(name: str, value, least: int = 1) -> int:
     """`value` as an int; TypeError where it is no integer, ValueError where it is below `least`."""
     try:

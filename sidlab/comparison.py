@@ -16,13 +16,13 @@ import torch
 import transformers
 
 from sidlab.baselines import NeighbourTable, Popularity
+from sidlab.config import TrainConfig
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
 from sidlab.map_loss import MapConfig
 from sidlab.metrics import paired_test, rank_of_target, recall_at
 from sidlab.pruning import PruningConfig
 from sidlab.sweeps import COSTS, _code, fitted, metrics_of, run_all, sid_table, spec, write_json
-from sidlab.training import TrainConfig
 from sidlab.windows import Windows, leave_one_out
 
 METHODS = {

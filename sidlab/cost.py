@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sidlab.config import TrainConfig
 from sidlab.pruning import kept_count
-from sidlab.training import TrainConfig, _use_bf16
+from sidlab.training import _use_bf16
 from sidlab.windows import LengthBatches, UserBatches, Windows
 
 

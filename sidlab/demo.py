@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from transformers import TrainerCallback
 
+from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig, quiet, train
+from sidlab.training import quiet, train
 
 FOLDER = pathlib.Path(__file__).parent / "demo_model"
 SCORERS = ("rastp", "norm", "centrality", "random", "recent")

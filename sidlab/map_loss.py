@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidlab.checks import integer, plain
-from sidlab.pruning import one_of
+from sidlab.checks import integer, one_of, plain
 
 UNITS = ("item", "token")
 

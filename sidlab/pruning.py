@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidlab.checks import plain
+from sidlab.checks import one_of, plain
 from sidlab.saliency import SCORERS
 
 UNITS = ("token", "item")
@@ -231,8 +231,3 @@ def _check_choice(keep, unit, mass):
     one_of("unit", unit, UNITS)
     if mass is not None and (not isinstance(mass, numbers.Real) or not 0 < mass <= 1 or unit != "token"):
         raise ValueError(f'mass is a share of the importance in (0, 1] and needs unit="token", got mass={mass!r} and unit={unit!r}')
-
-
-def one_of(name, value, valid):
-    if value not in valid:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, valid))}")

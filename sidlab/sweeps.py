@@ -30,6 +30,7 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 import sidlab
+from sidlab.config import PARTS, TrainConfig
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.files import write, write_json
@@ -37,7 +38,7 @@ from sidlab.meter import Meter
 from sidlab.metrics import bootstrap_interval, ndcg_at, rank_of_target, recall_at
 from sidlab.models.sasrec import SASRec
 from sidlab.sids.table import SidTable
-from sidlab.training import PARTS, TrainConfig, evaluate, train
+from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
 
 METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}

@@ -18,13 +18,14 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from sidlab.calibration import random_table
+from sidlab.config import TrainConfig
 from sidlab.decoding import recommend
 from sidlab.graphs import ReplayedPasses
 from sidlab.meter import clock, resident_mb
 from sidlab.models.t5 import DeepFeedForward
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
-from sidlab.training import TrainConfig, _use_bf16, build_model
+from sidlab.training import _use_bf16, build_model
 from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories, tell_padding
 
 # Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.

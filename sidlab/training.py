@@ -11,12 +11,10 @@ import functools
 import inspect
 import json
 import math
-import numbers
 import os
 import pathlib
 import sys
 import tempfile
-import typing
 
 import numpy as np
 import torch
@@ -33,161 +31,20 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sidlab.adaptive import SCHEDULES, AdaptPruning, Strategy
-from sidlab.checks import integer, plain
+from sidlab.adaptive import SCHEDULES, AdaptPruning
+from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
 from sidlab.files import read_json, write_json
 from sidlab.graphs import ReplayedPasses
-from sidlab.map_loss import MapConfig
 from sidlab.meter import Meter
 from sidlab.metrics import rank_of_target, summary
 from sidlab.models import fast
-from sidlab.models import qwen as sid_qwen
 from sidlab.models.qwen import SidQwen, SidQwenConfig
-from sidlab.models.sid import check_after_layer
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.muon import MuonAdamW
-from sidlab.pruning import PruningConfig, one_of
 from sidlab.sids.table import SidTable
 from sidlab.windows import Collator, LengthBatches, UserBatches, Windows, leave_one_out, tell_padding
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Everything a training run depends on besides the data.
-
-    Model: `arch`, "t5" (`SidT5`) or "qwen" (`SidQwen`, decoder-only); `d_model`, `d_kv`, `num_heads`, `d_ff`, `num_layers` (of the encoder,
-    or all of a decoder-only model), `dropout` (decoder-only: of attention weights), `embedding_init`, `separators`, `max_items` of history,
-    `pruning`, `strategy` (how it changes while training, see `adaptive`), `map`; for "t5" also `num_decoder_layers`, `ffn_hidden_layers`,
-    `position_init` (as in `SidT5Config`); for "qwen" also `num_kv_heads` (default: `num_heads`) and `checkpoint`, a pretrained Qwen3
-    (`SidQwen.from_checkpoint`, trained in float32) whose sizes count instead of these, with `prompt`, text in front of every history.
-    Batches: `windows` "prefixes", in batches of `batch_tokens` history slots, `accumulation` of them an update (so that an update mixes
-    lengths; several processes share them, so it must be a multiple of their number); or "contiguous", drawn as published, where
-    `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`, the
-    published way, in the same batches); `bucketing`: windows of similar length share a batch (False: any, then padded to the longest).
-    Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all updates) and `schedule` (a Hugging Face name); with
-    `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
-    Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),
-    stopping after `patience` evaluations without a better recall@5.
-    `precision`: "fp32", "bf16" or "auto" (bf16 where the processor gains from it). `plain`: the libraries' own attention and dropout, in
-    place of the cheaper ones of `models.fast` and `models.scoring`, for comparison. `seed` reaches weights, dropout and order.
-    """
-
-    arch: str = "t5"
-    d_model: int = 128
-    d_kv: int = 64
-    num_heads: int = 6
-    d_ff: int = 1024
-    ffn_hidden_layers: int = 2
-    num_layers: int = 4
-    num_decoder_layers: int = 4
-    dropout: float = 0.15
-    embedding_init: float = 0.05
-    position_init: float | None = None
-    num_kv_heads: int | None = None
-    checkpoint: str | None = None
-    prompt: str | None = None
-    separators: bool = True
-    max_items: int = 30
-    pruning: PruningConfig | None = None
-    strategy: Strategy | None = None
-    map: MapConfig | None = None
-    windows: str = "prefixes"
-    padding: str = "batch"
-    bucketing: bool = True
-    batch_tokens: int = 4096
-    accumulation: int = 4
-    learning_rate: float = 1e-3
-    muon: float | None = None
-    weight_decay: float = 1e-4
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    epochs: float = 100
-    max_updates: int | None = None
-    eval_every: int = 100
-    eval_users: int | None = None
-    patience: int = 10
-    beam: int = 10
-    precision: str = "auto"
-    plain: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        plain(self)
-        for name, valid in (("arch", tuple(MODELS)), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
-                            ("precision", ("auto", "fp32", "bf16"))):
-            one_of(name, getattr(self, name), valid)
-        for name, part in PARTS.items():
-            if not isinstance(getattr(self, name), part | None):
-                raise TypeError(f"{name} must be a {part.__name__} or None, got {getattr(self, name)!r}")
-        for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
-            if value is None and type(None) in kinds:
-                continue
-            if int in kinds:
-                object.__setattr__(self, field.name, integer(field.name, value, least=0 if field.name == "seed" else 1))
-            elif float in kinds and not isinstance(value, numbers.Real):
-                raise TypeError(f"{field.name} must be a number, got {value!r}")
-        if not 0 < self.epochs < math.inf or not 0 <= self.warmup <= 1:
-            raise ValueError("epochs must be above 0 and finite, and warmup, a share of the updates, in [0, 1]; "
-                             f"got {self.epochs} and {self.warmup}")
-        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if self.pruning is not None and self.pruning.mode == "reference" and self.padding != "fixed":
-            raise ValueError('pruning mode="reference" needs padding="fixed", as in the published code')
-        if self.strategy is not None:
-            if self.pruning is None or self.pruning.mode == "reference":
-                raise ValueError(f'strategy changes pruning, other than mode="reference"; got pruning={self.pruning}')
-            if self.pruning.reduce == "pool" and self.strategy.kind == "settled-layer":
-                raise ValueError('strategy.kind="settled-layer" compares scores, and reduce="pool" has none')
-            if self.eval_every % self.strategy.every:
-                raise ValueError(f"eval_every={self.eval_every} must be a multiple of strategy.every={self.strategy.every}")
-        if self.checkpoint is not None and self.arch != "qwen":
-            raise ValueError(f'checkpoint={self.checkpoint!r} needs arch="qwen", got arch={self.arch!r}')
-        if self.arch == "qwen" and self.checkpoint is None and self.d_kv % 2:
-            raise ValueError(f'd_kv={self.d_kv} must be even with arch="qwen", which rotates pairs of numbers')
-        if self.prompt is not None and self.checkpoint is None:
-            raise ValueError(f"prompt={self.prompt!r} needs a checkpoint, whose tokenizer reads it")
-        if self.pruning is not None and self.checkpoint is None:  # what does not fit a model is refused before anything is loaded
-            (sid_qwen.check if self.arch == "qwen" else check_after_layer)(self.pruning, self.num_layers)
-
-    @classmethod
-    def preset(cls, name: str, **overrides) -> "TrainConfig":
-        """"smoke" (seconds, only shows that everything runs), "quick" (minutes on two cores), "long" (for real data, half an hour a
-        run on one core), "gpu" (the paper's model on every prefix, a minute a run) or "paper" (RASTP's configuration as far as it is
-        published; see papers.py), with any field overridden."""
-        if name not in PRESETS:
-            raise ValueError(f"preset={name!r} is unknown; use one of {', '.join(PRESETS)}")
-        return cls(**PRESETS[name] | overrides)
-
-    def to_dict(self) -> dict:
-        """JSON-ready; a callable scorer becomes "own:<name>"."""
-        return dataclasses.asdict(self) | {"pruning": self.pruning and self.pruning.to_dict()}
-
-    @classmethod
-    def from_dict(cls, fields: dict) -> "TrainConfig":
-        """The inverse of `to_dict`."""
-        return cls(**{k: PARTS[k](**v) if k in PARTS and v is not None else v for k, v in fields.items()})
-
-
-PARTS = {"pruning": PruningConfig, "strategy": Strategy, "map": MapConfig}
-
-# Heads that look back from the start: under Adam a bias moves by no more than the learning rate a step, and from T5's initial
-# 0.1 it would take thousands of steps to single out a neighbour. Planted, recall@10 on validation users: with random biases and one
-# decoder layer .41 after 2,051 updates (20,000 users, one seed), so .40 and .51 after 416 (2,000 users, two seeds).
-SMALL = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, ffn_hidden_layers=1, num_layers=4, num_decoder_layers=2, dropout=0.0,
-             position_init=8.0, batch_tokens=2048, accumulation=2)
-# Muon: planted, `quick`, one seed, the same 260 updates in the same 38 s: validation recall@10 .52, with AdamW alone .32.
-PRESETS = {
-    "smoke": SMALL | dict(d_model=32, d_ff=64, batch_tokens=1024, accumulation=1, max_updates=20, eval_every=10, eval_users=50),
-    "quick": SMALL | dict(muon=0.01, epochs=2.5, max_updates=1600, eval_every=100, eval_users=2000, patience=20),
-    # For real data: wider, since there are many more codes to tell apart (results/levers.json).
-    "long": SMALL | dict(d_model=128, d_kv=32, d_ff=256, num_decoder_layers=1, separators=False, batch_tokens=4096, accumulation=1,
-                         muon=0.005, epochs=6, eval_every=1000, eval_users=2000, patience=20),
-    "gpu": dict(batch_tokens=32768, accumulation=1, epochs=10, eval_every=385, eval_users=2000),
-    "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),
-}
 
 
 @dataclasses.dataclass

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidlab.checks import as_histories, integer
+from sidlab.checks import as_histories, integer, one_of
 from sidlab.map_loss import MapConfig, map_labels
-from sidlab.pruning import one_of
 from sidlab.sids.table import PAD, SEP, SidTable
 
 

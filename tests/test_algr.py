@@ -13,10 +13,11 @@ from conftest import SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sidlab.config import TrainConfig
 from sidlab.data import algr
 from sidlab.decoding import recommend
 from sidlab.metrics import rank_of_target
-from sidlab.training import TrainConfig, train
+from sidlab.training import train
 from sidlab.windows import leave_one_out
 
 

@@ -11,11 +11,12 @@ import pytest
 from conftest import ROOT
 
 from sidlab import comparison, sweeps
+from sidlab.config import TrainConfig
 from sidlab.data.catalogue import load_catalogue
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig, build_model
+from sidlab.training import build_model
 from sidlab.windows import leave_one_out
 
 METHODS = ["unpadded", "rastp@1/2", "stamp", "rastp-reference", "pool", "sasrec"]

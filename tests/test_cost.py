@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidlab import kernels
 from sidlab.comparison import METHODS, method_config
+from sidlab.config import TrainConfig
 from sidlab.cost import cost, cost_table, recommend_flops
 from sidlab.decoding import recommend
 from sidlab.map_loss import MapConfig
@@ -24,7 +25,7 @@ from sidlab.models import fast, scoring
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig, build_model
+from sidlab.training import build_model
 from sidlab.windows import Collator, LengthBatches, Windows, leave_one_out
 
 RNG = np.random.default_rng(0)

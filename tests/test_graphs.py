@@ -13,13 +13,14 @@ from conftest import CUDA
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils
 
+from sidlab.config import TrainConfig
 from sidlab.data.planted import planted_catalogue
 from sidlab.graphs import GRAPHS, ReplayedPasses, recordable
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.sweeps import sid_table
-from sidlab.training import TrainConfig, train
+from sidlab.training import train
 
 gpu = pytest.mark.skipif(not CUDA, reason="no CUDA device: CUDA graphs have not run")
 PRUNINGS = [None, *(PruningConfig(scorer=name) for name in SCORERS), PruningConfig(unit="item"), PruningConfig(mass=0.5),

@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from sidlab.config import TrainConfig
 from sidlab.data.catalogue import load_catalogue
 from sidlab.decoding import beam_search, encode_histories, items_of_leaves, recommend, score_items
 from sidlab.map_loss import MapConfig
@@ -21,7 +22,7 @@ from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.models.scoring import attention_path, fused_attention
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, SEP, SidTable
-from sidlab.training import TrainConfig, build_model, train
+from sidlab.training import build_model, train
 from sidlab.windows import history_tokens, pad_histories
 
 WIDTHS = (6, 5, 4)

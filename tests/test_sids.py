@@ -14,6 +14,7 @@ from conftest import SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend, score_items
 from sidlab.sids import encoder as encoder_module
@@ -24,7 +25,7 @@ from sidlab.sids.opq import OPQ
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.rqvae import RQVAE
 from sidlab.sids.table import PAD, SidTable
-from sidlab.training import TrainConfig, evaluate, train
+from sidlab.training import evaluate, train
 
 SMALL = {"hidden": (32,), "latent": 8, "steps": 150}  # an RQ-VAE that fits in a blink
 ENCODERS = [ResidualKMeans, RQVAE, OPQ]

@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 
 from sidlab import sweeps
+from sidlab.config import TrainConfig
 from sidlab.data.catalogue import load_catalogue
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig
 
 GRID = [{}, {"pruning.keep": 0.5, "pruning.after_layer": 1}, {"map.steps": 1, "sids.levels": 2, "sids.width": 16}]
 

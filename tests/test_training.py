@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from sidlab import meter as meter_module
 from sidlab import training
+from sidlab.config import PRESETS, TrainConfig
 from sidlab.data.planted import planted_catalogue
 from sidlab.decoding import recommend
 from sidlab.map_loss import MapConfig
@@ -20,7 +21,7 @@ from sidlab.meter import Meter
 from sidlab.metrics import summary
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
-from sidlab.training import PRESETS, TrainConfig, build_model, evaluate, train
+from sidlab.training import build_model, evaluate, train
 from sidlab.windows import Collator, LengthBatches, Windows, leave_one_out
 
 WORLD = planted_catalogue(60, seed=1, shortest=5, longest=9)

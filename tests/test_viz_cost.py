@@ -15,9 +15,9 @@ from conftest import SHARED, connect, needs_shared
 
 from sidlab import calibration
 from sidlab.calibration import Speed, calibrate, one_batch, plain_config, random_table, time_steps
+from sidlab.config import TrainConfig
 from sidlab.cost import cost, recommend_flops
 from sidlab.pruning import PruningConfig, TokenPruner, reference_choice
-from sidlab.training import TrainConfig
 from sidlab.viz import CostCalculator, PaddingExplorer
 from sidlab.viz.cost import (
     ON_BEAUTY,

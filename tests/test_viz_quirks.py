@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, connect
 
+from sidlab.config import TrainConfig
 from sidlab.demo import load
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig, build_model
+from sidlab.training import build_model
 from sidlab.viz import QuirkExplorer
 from sidlab.viz.quirks import EMPTY, FILLED, KEPT, LENGTHS, PRUNED, QUIRKS, Subject, quirk_figure
 

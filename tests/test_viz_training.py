@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from sidlab import viz
+from sidlab.config import TrainConfig
 from sidlab.data.planted import planted_catalogue
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.training import TrainConfig, train
+from sidlab.training import train
 from sidlab.viz import theme, training
 from sidlab.viz.training import TrainingMonitor, looks
 

@@ -26,8 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from sidlab import kernels
+from sidlab.checks import one_of
 from sidlab.models import fast
-from sidlab.pruning import one_of
 from sidlab.saliency import attention_centrality
 
 PATHS = ("auto", "plain", "sdpa")

@@ -10,9 +10,9 @@ import torch
 from scipy.optimize import brentq
 
 from sidlab.calibration import Speed, calibrate, one_batch, plain_config
+from sidlab.config import TrainConfig
 from sidlab.cost import _flops, recommend_flops
 from sidlab.pruning import PruningConfig, kept_count
-from sidlab.training import TrainConfig
 from sidlab.viz.explorer import Explorer
 from sidlab.viz.pruning import table
 from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION

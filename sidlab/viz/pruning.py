@@ -8,11 +8,12 @@ import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
 
+from sidlab.checks import one_of
+from sidlab.config import TrainConfig
 from sidlab.cost import cost
 from sidlab.metrics import rank_of_target
-from sidlab.pruning import POSITIONS, UNITS, PruningConfig, one_of
+from sidlab.pruning import POSITIONS, UNITS, PruningConfig
 from sidlab.saliency import SCORERS
-from sidlab.training import TrainConfig
 from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
 from sidlab.viz.figures import pruning_strip
 from sidlab.viz.theme import SCALE

@@ -13,7 +13,8 @@ import time
 import ipywidgets as widgets
 from transformers import TrainerCallback
 
-from sidlab.training import TrainConfig, TrainResult, train
+from sidlab.config import TrainConfig
+from sidlab.training import TrainResult, train
 from sidlab.viz.explorer import Explorer, write_frames
 from sidlab.viz.figures import learning_curves
 from sidlab.viz.pruning import table as html_table
