@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import TrainerCallback
 
-from sidlab.checks import one_of
+from sidlab.checks import integer, one_of, plain
 from sidlab.pruning import PruningConfig, check_keep
 
 SCHEDULES = ("linear", "cosine", "stage")
@@ -49,12 +49,14 @@ class Strategy:
     every: int = 50
 
     def __post_init__(self):
+        plain(self)
         one_of("kind", self.kind, KINDS)
         check_keep(self.start)
         if not 0 < self.until <= 1:
             raise ValueError(f"until must lie in (0, 1], got {self.until}")
-        if self.bound < 0 or not -1 <= self.threshold <= 1 or self.every < 1:
-            raise ValueError(f"bound must be >= 0, threshold in [-1, 1] and every >= 1, got {self.bound}, {self.threshold}, {self.every}")
+        integer("every", self.every)
+        if not self.bound >= 0 or not -1 <= self.threshold <= 1:
+            raise ValueError(f"bound must be >= 0 and threshold in [-1, 1], got {self.bound} and {self.threshold}")
 
 
 def keep_at(strategy: Strategy, keep: float, progress: float) -> float:
