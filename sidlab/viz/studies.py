@@ -55,7 +55,8 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS),
                 marker_size=9, text=[row["label"] for row in of_line], hovertemplate="%{text}: %{y:.4g}<extra></extra>", row=1, col=place)
     of_settings = sorted(set(places)) if x in ("sids.levels", "pruning.keep", "map.weight") else None
     for place, column in enumerate(panels, start=1):
-        figure.add_hline(first[column], line_dash="dot", line_color=GREY, row=1, col=place)
+        figure.add_hline(first[column], line_dash="dot", line_color=GREY, annotation_text=first["label"], annotation_font_size=11,
+                         annotation_position="bottom right", row=1, col=place)
         figure.update_xaxes(title_text=TITLES.get(x, x), tickvals=of_settings, tickformat=".2~f", row=1, col=place)
         figure.update_yaxes(rangemode="normal" if column == "recall@10" else "tozero", row=1, col=place)
         if column == "recall@10":
@@ -87,7 +88,7 @@ def schedule_figure(settings: dict[str, dict], template: str = "sidlab") -> go.F
 def strata_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
     """Recall@10 of every setting by group of users, from `studies.strata`."""
     sides = list(dict.fromkeys(rows["by"]))
-    figure = make_subplots(1, len(sides), horizontal_spacing=0.08, subplot_titles=[f"by {by}" for by in sides])
+    figure = make_subplots(1, len(sides), horizontal_spacing=0.12, subplot_titles=[f"by {by}" for by in sides])
     for label, (color, symbol, dash) in zip(dict.fromkeys(rows["label"]), itertools.cycle(LOOKS)):
         for place, by in enumerate(sides, start=1):
             part = rows[(rows["label"] == label) & (rows["by"] == by)].to_dict("records")
