@@ -2,8 +2,8 @@
 
 Histories come in the very batches that training cuts, so padding is in the numbers; and as a pruner's number of slots follows from
 lengths and not from scores, they are exact for every scorer. A product [m, k] × [k, n] counts 2mkn; look-ups, norms, softmax,
-dropout, sorting, gathering and the optimiser count nothing. The backward pass counts twice the forward (a fused attention also
-repeats its scores there, which is left out).
+dropout, the sums of scoring, sorting, gathering and the optimiser count nothing. The backward pass counts twice the forward (a fused
+attention also repeats its scores there, which is left out).
 """
 
 import dataclasses
@@ -20,11 +20,10 @@ from sidlab.windows import LengthBatches, UserBatches, Windows
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """`flops`: of a forward pass per window, by part: "encoder" (layers up to the pruner; without one, all), "scoring" (the votes of
-    attention centrality), "behind" (layers behind the pruner), "decoder" (self-attention and feed-forward), "cross" (its attention
-    to the history), "heads", "map". `activation_bytes`: what autograd keeps until the backward pass, in the batch that keeps
-    most. `state_bytes`: parameters, gradients and AdamW's two moments in float32. `slots`, `kept`: mean encoder slots per
-    window before and behind the pruner. `windows`, `batches`: of an epoch."""
+    """`flops`: of a forward pass per window, by part: "encoder" (layers up to the pruner; without one, all), "behind" (layers behind the
+    pruner), "decoder" (self-attention and feed-forward), "cross" (its attention to the history), "heads", "map". `activation_bytes`: what
+    autograd keeps until the backward pass, in the batch that keeps most. `state_bytes`: parameters, gradients and AdamW's two moments in
+    float32. `slots`, `kept`: mean encoder slots per window before and behind the pruner. `windows`, `batches`: of an epoch."""
 
     flops: dict[str, float]
     activation_bytes: int
@@ -35,8 +34,7 @@ class Cost:
     batches: int
 
     forward = property(lambda self: sum(self.flops.values()), doc="FLOPs of the forward pass per window.")
-    # No gradient flows through the scores.
-    training = property(lambda self: 3 * self.forward - 2 * self.flops["scoring"], doc="FLOPs per window, backward pass included.")
+    training = property(lambda self: 3 * self.forward, doc="FLOPs per window, backward pass included.")
     state_bytes = property(lambda self: 16 * self.parameters)
 
 
@@ -76,7 +74,7 @@ def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = 
     slots, d, inner = longest * (len(widths) + config.separators), config.d_model, config.num_heads * config.d_kv
     kept = slots if config.pruning is not None and not config.pruning.at_inference else _kept(config, widths, longest)
     flops, rows = _flops(config, widths, slots, kept), 1
-    total = flops["encoder"] + flops["scoring"] + flops["behind"] + config.num_decoder_layers * 4 * kept * d * inner
+    total = flops["encoder"] + flops["behind"] + config.num_decoder_layers * 4 * kept * d * inner
     for depth, width in enumerate(widths):  # one token a beam; keys and values are in the cache
         layer = _layer(config, 1, depth + 1) + 4 * inner * (d + kept)
         total = total + rows * (config.num_decoder_layers * layer + 2 * d * width)
@@ -139,14 +137,14 @@ def _layer(config, n, keys):
 def _flops(config, widths, slots, kept):
     d, inner, levels, layers = config.d_model, config.num_heads * config.d_kv, len(widths), config.num_decoder_layers
     p, ahead = config.pruning, _ahead(config, widths)
-    before, scores = p.after_layer if p is not None else config.num_layers, p is not None and p.reduce == "select"
+    before = p.after_layer if p is not None else config.num_layers
     if config.arch == "qwen":  # the target's tokens run in the same layers as the history
         slots_all, kept_all = slots + levels, kept + levels
-        return {"encoder": before * _layer(config, slots_all, slots_all), "scoring": 2 * slots**2 * scores,
+        return {"encoder": before * _layer(config, slots_all, slots_all),
                 "behind": (config.num_layers - before) * _layer(config, kept_all, kept_all), "decoder": 0 * slots, "cross": 0 * slots,
                 "heads": 2 * d * sum(widths), "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)))}
-    return {"encoder": before * _layer(config, slots, slots), "scoring": 2 * slots**2 * scores,
-            "behind": (config.num_layers - before) * _layer(config, kept, kept), "decoder": layers * _layer(config, levels, levels),
+    return {"encoder": before * _layer(config, slots, slots), "behind": (config.num_layers - before) * _layer(config, kept, kept),
+            "decoder": layers * _layer(config, levels, levels),
             "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept), "heads": 2 * d * sum(widths),
             "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)))}
 

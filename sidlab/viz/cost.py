@@ -74,7 +74,7 @@ def windows_of_batches(lengths, which: str = "published", seed: int = 0) -> np.n
 def _training_flops(slots, kept, pruning=None):
     """FLOPs of a training step of RASTP's model per window of so many slots, kept behind the pruner: both int64, any shape."""
     flops = _flops(TrainConfig.preset("paper", pruning=pruning, padding="fixed"), WIDTHS, slots, kept)
-    return 3 * sum(flops.values()) - 2 * flops["scoring"]
+    return 3 * sum(flops.values())
 
 
 def padding_rows(batches, keep: float) -> list[dict]:

@@ -106,7 +106,8 @@ def svg(results: dict) -> str:
         out.append(_text(LEFT + max(width, seconds[number - 1] * unit if number else 0) + 10, y + 18, label, 14))
     machine = results["hardware"]
     note = machine["gpu"] or f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    out.append(_text(30, height - 14, f"T5 of the RASTP paper, windows of Amazon Beauty's lengths; ×: against the first bar; {note}", 12, color="#5A5A5A"))
+    foot = f"T5 of the RASTP paper, windows of Amazon Beauty's lengths; ×: against the first bar; {note}"
+    out.append(_text(30, height - 14, foot, 12, color="#5A5A5A"))
     body = "\n".join(out)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img"
  aria-labelledby="title" font-family="{FONT}">
