@@ -223,7 +223,7 @@ def _studies(studies):
         say, seeds = SENTENCES[study["study"]], _count(study["seeds"], "seed")
         labels = {row["label"] for row in study["rows"]}
         missing = [label for label in STUDIES[study["study"]].settings if label not in labels] if study["study"] != "granularity" else []
-        left = f". Not run: {', '.join(f'`{label}`' for label in missing)}" * bool(missing)
+        left = f". Not run: {', '.join(f'`{label}`' for label in missing)}" * bool(missing) + f". {study.get('note', '')}".rstrip(". ")
         lines += [f"* *{study['study']}* on {_name(study)}, {seeds}: {say({row['label']: row for row in study['rows']}, study)}{left}.", "",
                   f"  ![{STUDIES[study['study']].title}, {_name(study)}](studies/{_picture_name(study)})", ""]
     return "\n".join([*lines, ""])
