@@ -44,7 +44,7 @@ class Study:
     x: str | None = None
     large: dict[str, dict] | None = None
     values: dict[str, float] = dataclasses.field(default_factory=dict)
-    pairs: Callable[[dict[str, float]], list[tuple[str, str, dict[str, float]]]] = lambda share: []
+    pairs: Callable[[dict[str, float]], list[tuple[str, str, dict[str, float]]]] = lambda work: []
     quality: bool = True
 
     def settings_for(self, n_items: int) -> dict[str, dict]:

@@ -45,7 +45,8 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS),
     span = max(places, default=0) - min(places, default=0)
     for number, (line, (color, symbol, dash)) in enumerate(zip(lines, itertools.cycle(LOOKS))):
         of_line = sorted((row for row in points if names[row["label"]] == line), key=lambda row: row[x])
-        beside = (number - (len(lines) - 1) / 2) * 0.012 * span  # so that no whisker hides another
+        # So that no whisker hides another; a point alone stands where it was measured.
+        beside = (number - (len(lines) - 1) / 2) * 0.012 * span if len(of_line) > 1 else 0
         for place, column in enumerate(panels, start=1):
             quality = column == "recall@10"
             figure.add_scatter(
