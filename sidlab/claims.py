@@ -107,14 +107,16 @@ def _sides(interval):
 
 def _faster(pairs, least):
     """At least `least` times as fast, for each pair (pruned, base) of methods; and with the study of efficiency, for a third kept. The
-    spread: of the benchmark's rounds the quartiles, of a comparison's seeds all of them, of one seed `SINGLE`.
+    spread: of the benchmark's rounds the quartiles, of three seeds or more all of them, of fewer `SINGLE`.
     Files marked "busy" were measured beside other jobs: their seconds say nothing."""
     def spread(results, row):
         middle = row["seconds_per_1k_windows"]
         if "quartiles" in row:
             return row["quartiles"]
-        of_seeds = [one["seconds_per_1k_windows"] for one in results.get("rows", ()) if one.get("method") == row.get("method", 0)]
-        return (min(of_seeds), max(of_seeds)) if len(of_seeds) > 2 else (middle * (1 - SINGLE / 2), middle * (1 + SINGLE / 2))
+        of_seeds = row.get("seconds_range") or [  # a study's, or a comparison's
+            one["seconds_per_1k_windows"] for one in results["rows"] if one.get("method") == row.get("method", 0)]
+        known = _seeds(results) > 2 and len(of_seeds) > 1
+        return (min(of_seeds), max(of_seeds)) if known else (middle * (1 - SINGLE / 2), middle * (1 + SINGLE / 2))
 
     def check(results):
         tables = {"": _rows(results)}

@@ -164,9 +164,9 @@ def run(name: str, folder, *, dataset: str = "planted", preset: str = "quick", s
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting: its label and settings, "seeds", metrics with intervals over users and seeds, medians of costs, and "difference" of
-    recall@10 to the first setting with its interval ("difference_interval") on the same users and seeds. "curve": validation
-    recall@10 by "updates", its "mean", "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that mean reaches
+    """A row a setting: its label and settings, "seeds", metrics with intervals over users and seeds, medians of costs, "seconds_range"
+    (seconds per 1,000 windows of the fastest and the slowest seed), and "difference" of recall@10 to the first setting with its interval
+    ("difference_interval") on the same users and seeds. "curve": validation recall@10 by "updates", its "mean", "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that mean reaches
     95 % of the first setting's last (None: never). "sids": their number of codes by level and the share of items whose codes others have,
     too. "ended": kept share and layer of each seed's best checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and
     took from its speed."""
@@ -182,7 +182,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         reached = np.flatnonzero(curve >= aim)
         updates = steps[reached[0]] if len(reached) else None
         row = {"label": label, **runs.iloc[0].drop(["label", "seed", "file", *COSTS], errors="ignore").to_dict(), "seeds": len(runs),
-               **metrics_of(ranks), **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs}}
+               **metrics_of(ranks), **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs},
+               "seconds_range": [float(end) for end in runs["seconds_per_1k_windows"].agg(["min", "max"])]}
         first = hits if first is None else first
         test = paired_test(hits, first) if len(rows) else None
         seconds = (runs["train_seconds"] / runs["updates"]).median()

@@ -218,6 +218,11 @@ def test_seconds_of_a_busy_machine_say_nothing_and_those_of_the_study_do():
         row["seconds_per_1k_windows"] = seconds
     finding = claims.judge([busy, rows])[0]
     assert finding["verdict"] == "confirmed" and "1.60 times [1.45, 1.77] as fast" in finding["findings"][0]["figures"]
+    for row, span in zip(rows["rows"], ([1.3, 1.7], [0.9, 1.1])):
+        row["seconds_range"] = span
+    assert "[1.45, 1.77]" in claims.judge([rows | {"seeds": 2}])[0]["findings"][0]["figures"]  # two seeds are no spread
+    finding = claims.judge([rows | {"seeds": 3}])[0]
+    assert finding["verdict"] == "undecided" and "1.60 times [1.18, 1.89] as fast" in finding["findings"][0]["figures"]
     rows["rows"][1]["busy"] = True
     assert claims.judge([rows])[0]["verdict"] == "not run"
     assert claims.judge([study("efficiency", **{"unpruned": 0.4, "keep 0.1": 0.4})])[0]["verdict"] == "not run"
