@@ -166,10 +166,10 @@ def run(name: str, folder, *, dataset: str = "planted", preset: str = "quick", s
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """A row a setting: its label and settings, "seeds", metrics with intervals over users and seeds, medians of costs, "seconds_range"
     (seconds per 1,000 windows of the fastest and the slowest seed), and "difference" of recall@10 to the first setting with its interval
-    ("difference_interval") on the same users and seeds. "curve": validation recall@10 by "updates", its "mean", "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that mean reaches
-    95 % of the first setting's last (None: never). "sids": their number of codes by level and the share of items whose codes others have,
-    too. "ended": kept share and layer of each seed's best checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and
-    took from its speed."""
+    ("difference_interval") on the same users and seeds. "curve": validation recall@10 by "updates", its "mean", "lowest" and "highest"
+    over seeds; "seconds_to_recall": training seconds until that mean reaches 95 % of the first setting's last (None: never). "sids": their
+    number of codes by level and the share of items whose codes others have, too. "ended": kept share and layer of each seed's best
+    checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and took from its speed."""
     rows, first, aim = [], None, None
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
