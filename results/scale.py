@@ -63,7 +63,8 @@ def one(source: str) -> dict:
             row[f"{arch}_ms_per_user_{name}"] = float(np.median(values[1:]))
         for name, pruning in (("all", None), ("third", sidlab.PruningConfig())):
             result.model.set_pruning(pruning)
-            row[f"{arch}_recommend_mb_{name}"] = peak_mb(lambda model=result.model: sidlab.recommend(model, histories, k=10, beam=20))
+            row[f"{arch}_recommend_mb_{name}"] = peak_mb(lambda model=result.model: sidlab.recommend(model, histories, k=10, beam=20),
+                                                          result.model.device.type)
     row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return row
 

@@ -17,10 +17,11 @@ from scipy.optimize import nnls
 
 from sidlab.config import TrainConfig
 from sidlab.cost import Cost, cost
+from sidlab.graphs import ReplayedPasses
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
 from sidlab.training import _use_bf16, build_model
-from sidlab.windows import Collator, Windows
+from sidlab.windows import Collator, Windows, tell_padding
 
 # (d_model, layers, items of history, slots a batch), each timed with and without a pruner: small ones show the fixed prices, large ones
 # the speed of arithmetic, long histories that of memory.
@@ -76,13 +77,21 @@ def stepper(config: TrainConfig, table: SidTable, batch: dict):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, table).train().to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in tell_padding(batch).items()}
 
-    def step() -> float:
-        begin = time.perf_counter()
+    def passes(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=_use_bf16(config)):
             loss = model(**batch).loss
         loss.backward()
+        return (loss.detach(),)
+
+    if device.type == "cuda":  # as `train` does: run once as it is, recorded, and replayed from then on
+        passes = ReplayedPasses(model, passes)
+        passes(batch), passes(batch), optimiser.zero_grad()
+
+    def step() -> float:
+        begin = time.perf_counter()
+        passes(batch)
         optimiser.step()
         optimiser.zero_grad()
         if device.type == "cuda":

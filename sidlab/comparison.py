@@ -147,13 +147,16 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
                                         # It knows nothing of other seeds: of several, only the interval is shown.
                                         "p_value": test.p_value if len(of_method) == 1 else None}
         summary.append(entry)
+    others = ["Other jobs ran on the machine at the same time: the seconds say little."] if any(r["busy"] for r in runs) else []
+    if len(devices := sorted({r["device"] for r in runs})) > 1:
+        others.append(f"The runs were made on {' and '.join(devices)}: their seconds do not compare.")
     return {
         "dataset": str(dataset), "preset": preset, "arch": arch, "hardware": hardware(), "versions": versions(),
         "command": f'make reproduce DATASET={dataset} PRESET={preset} METHODS="{" ".join(names)}" SEEDS={len(runs) // len(names)}'
                    + f" SIDS={sids}" * bool(sids) + f" ARCH={arch}" * (arch != "t5"),
         "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
         "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]],
-    } | ({"busy": "Other jobs ran on the machine at the same time: the seconds say little."} if any(r["busy"] for r in runs) else {})
+    } | ({"busy": " ".join(others)} if others else {})
 
 
 def _baselines(catalogue):

@@ -151,7 +151,7 @@ def _launch(query: Tensor, key: Tensor, lse: Tensor | None, bias: Tensor | None,
     else:
         bias_strides, origin = (bias.stride(0) * (bias.shape[0] > 1), *bias.stride()[1:]), 0
     # As products elsewhere, so that both see the same scores
-    exact = query.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = query.dtype != torch.float32 or not _tf32()
     result = query.new_empty((batch, heads, length) if lse is None else (batch, key.shape[1], length), dtype=torch.float32)
     arguments = (query, key, result if lse is None else lse.contiguous(), bias, mask, segments, *query.stride()[:3], *key.stride()[:3],
                  *bias_strides, origin, *_strides(mask), *_strides(segments), length, scaling)
@@ -170,6 +170,13 @@ def _launch(query: Tensor, key: Tensor, lse: Tensor | None, bias: Tensor | None,
 def _(query, key, lse, *others, **options):
     shape = query.shape[:3] if lse is None else (query.shape[0], query.shape[2])
     return query.new_empty(shape, dtype=torch.float32)
+
+
+def _tf32():
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by the newer switches, of which the older question wants to know nothing
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _strides(flags):

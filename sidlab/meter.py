@@ -6,6 +6,7 @@ import pathlib
 import resource
 import sys
 import time
+import warnings
 
 import torch
 from accelerate import PartialState
@@ -20,23 +21,21 @@ def clock() -> float:
 class Meter:
     """Seconds (see `clock`), peak memory and tokens of the training steps alone.
 
-    Memory on a CPU is the highest resident size of the process above what it was when the meter was made (the libraries
-    alone take hundreds of MB); Linux lets the highest mark be reset, so evaluation does not count.
+    Memory is what was allocated on the GPU, or else the resident size of the process, at its highest above what it was when the meter was
+    made (the libraries alone take hundreds of MB); Linux lets the highest mark be reset, so evaluation does not count.
     """
 
     def __init__(self):
-        self._base = 0.0 if torch.cuda.is_available() else resident_mb("VmRSS")
+        self._base = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else resident_mb("VmRSS")
         self.seconds, self.peak, self.windows = 0.0, 0.0, 0
         self._since = None
-        self._slots = 0
-        self._real, self._kept = [], []
+        self._slots = self._real = self._kept = 0
 
     def count(self, mask, kept):
         """A batch: its mask [B, N], and that of the kept tokens [B, K] or their number, as a tensor."""
         self.windows += len(mask)
         self._slots += mask.numel()
-        self._real.append(mask.sum())  # tensors: no wait for the device here
-        self._kept.append(kept.sum())
+        self._real, self._kept = self._real + mask.sum(), self._kept + kept.sum()  # tensors: no wait for the device here
 
     def resume(self):
         if self._since is None:
@@ -58,7 +57,7 @@ class Meter:
     def totals(self):
         """What all processes counted; seconds and peak are those of the slowest and the largest."""
         own = {"seconds": self.seconds, "peak": self.peak, "windows": self.windows, "slots": self._slots,
-               "real": int(sum(self._real)), "kept": int(sum(self._kept))}
+               "real": int(self._real), "kept": int(self._kept)}
         all_counts = gather_object([own])
         return {name: (max if name in ("seconds", "peak") else sum)(counts[name] for counts in all_counts) for name in own}
 
@@ -67,14 +66,17 @@ class Meter:
         counts = self.totals()
         if PartialState().is_main_process:
             checkpoint.mkdir(parents=True, exist_ok=True)
-            (checkpoint / "meter.json").write_text(json.dumps(counts))
+            (checkpoint / "meter.json").write_text(json.dumps(counts | {"device": device_name()}))
 
     def load(self, checkpoint):
         counts = json.loads((pathlib.Path(checkpoint) / "meter.json").read_text())
+        if counts["device"] != device_name():
+            warnings.warn(f"{checkpoint} was made on {counts['device']}, and this is {device_name()}: seconds and memory are those of both",
+                          stacklevel=2)
         self.seconds, self.peak = counts["seconds"], counts["peak"]
         if PartialState().is_main_process:  # or every process would count them again
             self.windows, self._slots = counts["windows"], counts["slots"]
-            self._real, self._kept = [counts["real"]], [counts["kept"]]
+            self._real, self._kept = counts["real"], counts["kept"]
 
     def timing(self, updates):
         counts = self.totals()
@@ -85,6 +87,11 @@ class Meter:
         counts = self.totals()
         real = counts["real"] or 1
         return {"real_token_fraction": real / max(counts["slots"], 1), "kept_token_fraction": counts["kept"] / real}
+
+
+def device_name() -> str:
+    """The GPU that trains, or "a processor"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a processor"
 
 
 def resident_mb(field):

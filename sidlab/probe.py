@@ -31,6 +31,11 @@ class Pruned(NamedTuple):
     scores: Tensor
 
 
+def on_processor(model):
+    """`model`, or a copy where it stands on a GPU: one history is little work, and all of it is read as numbers."""
+    return model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
+
+
 class Probe:
     """One history (item ids, oldest first; the last `max_items` count) in a `SidT5` that has its table.
 
@@ -46,7 +51,8 @@ class Probe:
     def __init__(self, model, history, truth=None):
         if not hasattr(model, "encoder"):
             raise ValueError(f"a probe opens the encoder of a SidT5, and so do the explorers; got a {type(model).__name__}")
-        self.model, config = model.eval(), model.config
+        self.model, config = on_processor(model).eval(), model.config
+        model = self.model
         self.history = pad_histories([history], config.max_items, table_of(model).n_items)[0]
         self._encoder = copy.deepcopy(model.encoder)  # its own, so that the model's pruning stays as it is
         self.input_ids = history_tokens(self.history[None], model.table, config.separators).to(model.device)  # [1, N]

@@ -72,12 +72,12 @@ def _need(signals: Signals, scorer: str, field: str) -> Tensor:
 
 
 def _random(signals: Signals) -> Tensor:
-    # Drawn on the CPU by position in the history, so that padding on either side draws the same numbers.
+    # Drawn by position in the history, so that padding on either side draws the same numbers.
     positions = _need(signals, "random", "positions")
     if signals.seed is not None:
         return (scramble(scramble(signals.seed)[:, None] + positions) & (2**24 - 1)) / 2**24
     generator = signals.generator
-    device = generator.device if generator is not None else "cpu"
+    device = generator.device if generator is not None else positions.device
     draw = torch.rand(positions.shape, generator=generator, device=device).to(positions.device)
     return draw.gather(1, positions.clamp_min(0))
 

@@ -8,6 +8,7 @@ child process that does one run.
 import argparse
 import ast
 import dataclasses
+import datetime
 import functools
 import gc
 import hashlib
@@ -34,7 +35,7 @@ from sidlab.config import PARTS, TrainConfig
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.files import write, write_json
-from sidlab.meter import Meter
+from sidlab.meter import Meter, device_name
 from sidlab.metrics import bootstrap_interval, ndcg_at, rank_of_target, recall_at
 from sidlab.models.sasrec import SASRec
 from sidlab.sids.table import SidTable
@@ -191,7 +192,7 @@ def run(folder, name: str) -> None:
     catalogue = load_catalogue(one["dataset"])
     result = (_run_sasrec if "sasrec" in one["config"] else _run_model)(one, catalogue, folder, path)
     result["busy"] = hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5  # in the last minute
-    write_json(_file(path, ".json"), {"key": one["key"], **result})
+    write_json(_file(path, ".json"), {"key": one["key"], "device": device_name(), **result})
     row = result["row"]
     say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users, trained {row['train_seconds']:.0f} s")
 
@@ -212,7 +213,8 @@ def launch(arguments) -> None:
         raise ValueError(f"{path}: {sorted(unknown)} are unknown; use {', '.join(known)}")
     if not given.get("output_dir"):
         raise ValueError(f"{path}: output_dir is missing: where checkpoints, model and result go")
-    one, state = known | given, PartialState(cpu=not torch.cuda.is_available())
+    # The others wait for the first process to make SIDs, which takes longer than the 10 minutes that the library allows.
+    one, state = known | given, PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6))
     _check_sids(one["sids"])
     sids = one["sids"] | {name.removeprefix("sids."): value for name, value in one["settings"].items() if name.startswith("sids.")}
     _check_sids(sids)
@@ -328,8 +330,9 @@ def _file(path, suffix):
 
 
 def _key(one, catalogue, table):
-    """What a finished run depends on: changes when the data, the SIDs, the configuration or the code does."""
-    what = [one["config"], catalogue.fingerprint(), table.fingerprint(), _code()]
+    """What a finished run depends on: changes when the data, the SIDs, the configuration or the code does, or where a GPU does what a
+    processor did, for their costs are no one's to compare."""
+    what = [one["config"], catalogue.fingerprint(), table.fingerprint(), _code(), torch.cuda.is_available()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

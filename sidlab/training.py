@@ -169,7 +169,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         trainer.meter.pause()
         if config.strategy is not None:
             _prune_as(model, trainer.state.best_model_checkpoint)
-    model = trainer.model.eval()
+    # Without the library's wrapper of `forward`, which would leave it in mixed precision and all else of the model in float32.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     best = max((e for e in trainer.state.log_history if "eval_recall@5" in e), key=lambda e: e["eval_recall@5"])
     return TrainResult(
         model=model, metrics={k.removeprefix("eval_"): v for k, v in best.items() if "@" in k},
@@ -231,7 +232,7 @@ def _prune_as(model, checkpoint):
 
 
 def _arguments(config, folder, updates, processes, *, keep, progress):
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder), seed=config.seed, per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulation // processes,
         learning_rate=config.learning_rate, weight_decay=config.weight_decay, lr_scheduler_type=config.schedule,
@@ -243,19 +244,20 @@ def _arguments(config, folder, updates, processes, *, keep, progress):
         use_cpu=not torch.cuda.is_available(),  # or bf16 is refused on a CPU, and a Mac takes its GPU, which lacks float64
         disable_tqdm=not progress, report_to=[], remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU; the library would split each batch over all that it sees
+    return arguments
 
 
 def _replays(config, processes):
     """Whether passes come from CUDA graphs: on one GPU, where shapes come back and pruning does not change from update to update."""
-    one_gpu = torch.cuda.device_count() == processes == 1
-    return one_gpu and not config.plain and config.windows == "prefixes" and config.strategy is None
+    return torch.cuda.is_available() and processes == 1 and not config.plain and config.windows == "prefixes" and config.strategy is None
 
 
 def _use_bf16(config):
     if config.precision != "auto":
         return config.precision == "bf16"
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # AMX makes bf16 products several times faster, AVX-512 somewhat; at small sizes the casts cost more than that saves.
     return (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()) and config.d_model >= 128
 
@@ -276,7 +278,7 @@ def _resume_point(folder, config, catalogue, table):
     for path in sorted(checkpoints, key=lambda p: -int(p.name.split("-")[1])):
         try:
             read_json(path / "trainer_state.json", "global_step", "max_steps", "log_history")
-            read_json(path / "meter.json", "seconds", "peak", "windows", "slots", "real", "kept")
+            read_json(path / "meter.json", "seconds", "peak", "windows", "slots", "real", "kept", "device")
         except ValueError as error:
             print(f"{path} is not complete and is passed over: {error}", file=sys.stderr)
             continue

@@ -35,7 +35,7 @@ FULL = [test_t5.HISTORIES[0], test_t5.HISTORIES[0][::-1]]  # as many items as fi
 class NoWaiting(TorchDispatchMode):
     """Notes every operation that makes a GPU tell the processor a value, or the number of elements of a result."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "rand")  # `random` draws on the processor
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ def test_on_a_gpu_training_replays_and_learns_the_same(arch, monkeypatch, tmp_pa
     config = TrainConfig.preset("smoke", arch=arch, precision="fp32", max_updates=60, eval_every=30, accumulation=2, max_items=10,
                                 pruning=PruningConfig(keep=0.5), map=MapConfig())
     found, recorded, seen = {}, [], ReplayedPasses._record
-    monkeypatch.setattr(ReplayedPasses, "_record", lambda self, batch: recorded.append(batch) or seen(self, batch))
+    monkeypatch.setattr(ReplayedPasses, "_record", lambda self, *batch: recorded.append(batch) or seen(self, *batch))
     for name, most in (("replayed", GRAPHS), ("as they are", 0)):
         monkeypatch.setattr("sidlab.graphs.GRAPHS", most)
         found[name] = [entry["main_loss"] for entry in train(config, catalogue, table, progress=False).log if "main_loss" in entry]

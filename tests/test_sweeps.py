@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 from sidlab import sweeps
@@ -72,6 +73,14 @@ def test_other_data_or_settings_make_a_run_anew(finished):
         (one, catalogue, SidTable(table.codes[:, ::-1], width=table.widths[::-1])),
     ):
         assert sweeps._finished(path, sweeps._key(*other)) is None
+
+
+def test_a_gpu_does_not_take_what_a_processor_did(finished, monkeypatch):
+    catalogue = load_catalogue("planted")
+    what = sweeps.spec("planted", TrainConfig.preset("smoke")), catalogue, sweeps.sid_table(catalogue, finished[0])[0]
+    on_cpu = sweeps._key(*what)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sweeps._key(*what) != on_cpu
 
 
 def test_values_with_a_dot_and_seeds_keep_files_of_their_own(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from sidlab import meter as meter_module
 from sidlab import training
 from sidlab.config import PRESETS, TrainConfig
 from sidlab.data.planted import planted_catalogue
-from sidlab.decoding import recommend
+from sidlab.decoding import recommend, score_items
 from sidlab.map_loss import MapConfig
 from sidlab.meter import Meter
 from sidlab.metrics import summary
@@ -162,6 +162,31 @@ def test_plain_attention_and_dropout_give_the_same_model_where_nothing_is_droppe
     assert kinds <= {"torch.nn.modules.dropout"}
     assert [e["loss"] for e in plain.log if "loss" in e] == pytest.approx([e["loss"] for e in ours.log if "loss" in e], rel=1e-3)
     assert plain.tokens == ours.tokens
+
+
+def test_a_model_trained_in_mixed_precision_comes_back_whole():
+    model = run(precision="bf16", max_updates=3).model
+    histories = WORLD.histories[:5]
+    items, scores = recommend(model, histories, k=5, beam=TABLE.n_items)
+    torch.testing.assert_close(score_items(model, histories).gather(1, items - 1), scores, rtol=0, atol=1e-5)
+
+
+def test_one_process_trains_on_one_gpu(monkeypatch):
+    """The library would split each batch over all GPUs that it sees."""
+    def two(arguments):
+        arguments._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(training.TrainingArguments, "_setup_devices", property(two))
+    arguments = training._arguments(config(), "nowhere", 8, 1, keep=False, progress=False)
+    assert arguments.n_gpu == arguments.train_batch_size == 1
+
+
+def test_whoever_resumes_on_another_machine_is_told(tmp_path, monkeypatch):
+    run(tmp_path, max_updates=3)
+    monkeypatch.setattr(meter_module, "device_name", lambda: "NVIDIA H100")
+    with pytest.warns(UserWarning, match="made on a processor, and this is NVIDIA H100"):
+        run(tmp_path, max_updates=3)
 
 
 def test_bf16_is_close_to_fp32():

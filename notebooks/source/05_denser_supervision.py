@@ -345,7 +345,7 @@ curve.pivot(index="step", columns="run", values="main_loss").iloc[::3].style.for
 # fair:
 
 # %%
-after = density(own["MAP"].model.train(), batch)
+after = density(own["MAP"].model.cpu().train(), batch)
 compared = {f"{what}, {when}": values for when, t in (("fresh", before), ("trained", after)) for what, values in (
     ("cosine", t.cosine), ("‖weight · MAP‖ / ‖next item‖", t["‖weight · MAP‖"] / t["‖next item‖"]))}
 pd.DataFrame(compared).drop("MAP head").style.format(precision=2)

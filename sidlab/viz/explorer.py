@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from sidlab.files import write
 from sidlab.models.t5 import SidT5
-from sidlab.probe import Probe
+from sidlab.probe import Probe, on_processor
 from sidlab.viz import theme as themes
 from sidlab.viz.labels import Labels
 
@@ -157,7 +157,7 @@ class HistoryExplorer(Explorer):
         self.histories = [history for history in given if len(history) > 1][: 50 if histories is None else None]
         if not self.histories:
             raise ValueError("no history has two items: one to be read and one to be found")
-        self._probe = functools.lru_cache(8)(self._probe)
+        self.model, self._probe = on_processor(self.model), functools.lru_cache(8)(self._probe)
 
     def _probe(self, user):
         return Probe(self.model, self.histories[user - 1][:-1], self.catalogue.truth)
