@@ -199,7 +199,11 @@ def _step_means(losses, labels):
     return _step_sums(losses, labels) / _step_counts(losses, labels)  # [S], NaN without labels
 
 
-register("map_loss", [(_losses, _labels), (_losses, torch.full_like(_labels, -100))], map_loss, {
+register("map_loss", [(_losses, _labels), (_losses, torch.full_like(_labels, -100)),
+                      (_losses.masked_fill(_labels == -100, torch.nan), _labels)], map_loss, {
+    "0 · NaN is NaN, so multiplying by a mask does not hide what stands there: choose with torch.where.": lambda losses, labels: (
+        (losses * (labels != -100)).sum((0, 2)) / _step_counts(losses, labels).clamp_min(1)).sum()
+        / (_step_counts(losses, labels) > 0).sum().clamp_min(1),
     "This averages over all labels at once, so that later steps, which have fewer, weigh less: average each step, then the steps.": (
         lambda *a: _step_sums(*a).sum() / _step_counts(*a).sum(), lambda *a: _step_sums(*a).sum() / _step_counts(*a).sum().clamp_min(1)),
     "Places without a label (-100) count as a loss of 0: divide by the number of labels.": lambda *a: _step_sums(*a).sum() / a[0].numel(),
@@ -272,13 +276,21 @@ register("attention_flops", [(150, 128), (50, 64)], lambda n, d: 4 * n * n * d, 
 })
 
 
+register("crossover", [(128, 512), (64, 128)], lambda d, f: 2 * d + f, {
+    "The projections are forgotten: they are linear in n, too, 8 · n · d².": lambda d, f: f,
+    "The feed-forward layer is forgotten: it is linear in n, too, 4 · n · d · f.": lambda d, f: 2 * d,
+    "The projections are four products of n · d · d, so 8 · n · d²: divided by 4 · n · d that is 2 · d.": lambda d, f: d + f,
+    "The feed-forward layer has two products of n · d · f, so 4 · n · d · f: divided by 4 · n · d that is f.": lambda d, f: 2 * d + 2 * f,
+})
+
+
 def _lost(lengths, keep, places=lambda keep, real: int(keep * 150 + 1e-6), most=30, each=False):
     real = np.array([5 * min(n, most) for n in lengths])
     lost = np.array([max(0, n - places(keep, n)) for n in real])
     return float((lost / real).mean() if each else lost.sum() / real.sum())
 
 
-register("lost_share", [([5, 8, 14, 45], 1 / 3), ([3, 12, 30], 0.2)], _lost, {
+register("lost_share", [([5, 8, 14, 45], 1 / 3), ([3, 12, 30], 0.2), ([3, 12, 30], 0.25)], _lost, {
     "This keeps a share of each history's own tokens: the published rule takes it of all 150 slots.":
         lambda lengths, keep: _lost(lengths, keep, lambda keep, real: math.ceil(keep * real - 1e-6)),
     "Longer histories are cut to 30 items first.": lambda lengths, keep: _lost(lengths, keep, most=10**6),

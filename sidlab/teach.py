@@ -361,9 +361,10 @@ def _compare(mine, right) -> tuple[str, str, float]:
     difference[np.isnan(difference)] = np.inf  # NaN on one side
     if not difference.any():
         return "exact", "", 0.0
-    if not whole and (difference <= TOLERANCE * np.maximum(1, np.where(np.isfinite(b), np.abs(b), 1))).all():
+    far = difference > (0 if whole else TOLERANCE * np.maximum(1, np.where(np.isfinite(b), np.abs(b), 1)))
+    if not far.any():
         return "close", "", float(difference.max())
-    wrong = np.flatnonzero(difference)
+    wrong = np.flatnonzero(far)
     where = f"{len(wrong)} of {len(b)} numbers differ; the first of them is {got[wrong[0]]}, and {numbers[wrong[0]]} is right."
     return f"max difference {difference.max():.3g}", where, float(difference.max())
 

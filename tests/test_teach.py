@@ -107,6 +107,7 @@ SOLUTIONS = {
     "real_tokens": lambda lengths, max_items, tokens:
         sum(min(n, max_items) * tokens for n in lengths) / (len(lengths) * max_items * tokens),
     "attention_flops": lambda n, d: 2 * (n * d * n) + 2 * (n * n * d),
+    "crossover": lambda d, f: next(n for n in range(1, 10_000) if 4 * n * n * d >= 8 * n * d * d + 4 * n * d * f),
     "lost_share": lambda lengths, keep: 1 - sum(min(5 * n, math.floor(keep * 150 + 1e-6), 150) for n in lengths)
         / sum(min(5 * n, 150) for n in lengths),
     "trie_nodes": lambda codes: [len({tuple(row[: level + 1]) for row in codes.tolist()}) for level in range(codes.shape[1])],
@@ -235,6 +236,10 @@ def test_infinite_and_whole_numbers_are_not_close_to_others():
     teach.register("minus infinity", [()], lambda: [-math.inf, 1.0], {})
     assert teach.check("minus infinity", lambda: [-1e30, 1.0]).verdict == "max difference inf"
     assert teach.check("minus infinity", lambda: [-math.inf, 1.0000001]).verdict == "close"
+    mixed = teach.check("minus infinity", lambda: [-1e30, 1.0000001])
+    assert mixed.hint == "1 of 2 numbers differ; the first of them is -1e+30, and -inf is right."  # not the one that is close
+    teach.register("also", [()], lambda: [1.0, -math.inf], {})
+    assert teach.check("also", lambda: [1.0000001, 0.0]).hint == "1 of 2 numbers differ; the first of them is 0.0, and -inf is right."
     teach.register("big", [()], lambda: 10_000_000, {})
     assert teach.check("big", lambda: 10_000_001).verdict == "max difference 1"
     assert teach.check("big", lambda: 1e7).verdict == "exact"

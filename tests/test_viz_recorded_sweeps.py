@@ -7,9 +7,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 from conftest import ROOT, connect
+from test_viz_recorded import numbered
 
-from sidlab import TrainConfig, load_catalogue
-from sidlab.cost import cost
 from sidlab.viz import DilutionExplorer, MapExplorer
 from sidlab.viz.recorded import dilution_figure, map_figure
 
@@ -21,7 +20,7 @@ TOKEN_RUNS = [("token", steps, weight) for steps in (1, 2) for weight in (0.1, 0
 def fake_row(number):
     """A run as notebooks/record.py writes it; each has numbers of its own."""
     rng = np.random.default_rng(number)
-    row = {"seed": 0, "updates": 190 + number, "seconds_per_1k_windows": float(rng.uniform(0.5, 1.5)), "kept_informative": None}
+    row = {"updates": 190 + number, "mflops": 20.0 + number, "seconds_per_1k_windows": float(rng.uniform(0.5, 1.5))}
     for metric in ("recall@5", "recall@10", "ndcg@5", "ndcg@10"):
         row[metric] = float(rng.uniform(0.3, 0.6))
         row[f"{metric}_interval"] = [row[metric] - 0.021, row[metric] + 0.022]
@@ -31,7 +30,8 @@ def fake_row(number):
 
 
 def fake_data(rows):
-    return {"hardware": {"processor": "an abacus", "gpu": None}, "preset": "quick", "command": "python notebooks/record.py x", "rows": rows}
+    return {"hardware": {"processor": "an abacus", "gpu": None}, "preset": "quick", "command": "python notebooks/record.py x", "seeds": 3,
+            "busy": False, "rows": numbered(rows)}
 
 
 def granularity():
@@ -83,24 +83,21 @@ def test_grid_and_cost_show_every_recorded_run_and_the_cursor_stands_on_the_chos
 def test_text_of_the_granularity_sweep_says_cost_collisions_perplexity_and_tokens():
     text = DilutionExplorer(granularity(), levels=1, width=8, items=10).text.value
     row = next(row for row in granularity()["rows"] if (row["sids.levels"], row["sids.width"]) == (1, 8))
-    lengths = np.concatenate([np.arange(1, len(history) - 2) for history in load_catalogue("planted").histories])  # of all windows
-    mflops = cost(TrainConfig.preset("quick"), (8, 8), lengths).training / 1e6  # one level and the one added
     chosen = [re.findall("<td>(.*?)</td>", line)[1] for line in re.findall("<tr>(.*?)</tr>", text)[1:11]]
     assert chosen == [
         "1 × 8", f"{row['recall@10']:.3f}", f"[{row['recall@10'] - 0.021:.4f}, {row['recall@10'] + 0.022:.4f}]",
-        f"{mflops:.3g}", f"{row['seconds_per_1k_windows']:.3g}",
+        f"{row['mflops']:.3g}", f"{row['seconds_per_1k_windows']:.3g}",
         str(row["updates"]), "3", "30", "100%", "7.5 · (8.5, added against collisions)"]
 
 
-def test_intervals_apart_are_counted():
+def test_clear_differences_are_counted():
     data = granularity()
-    for row in data["rows"]:
-        row["recall@10"], row["recall@10_interval"] = 0.4, [0.38, 0.42]
-    data["rows"][0] |= {"recall@10": 0.3, "recall@10_interval": [0.28, 0.32]}
-    data["rows"][1] |= {"recall@10": 0.35, "recall@10_interval": [0.32, 0.38]}  # touches both sides
-    assert "apart from that of 14 of the other 15" in DilutionExplorer(data, levels=1, width=4).text.value
-    assert "apart from that of 0 of the other 15" in DilutionExplorer(data, levels=1, width=8).text.value
-    assert "apart from that of 1 of the other 15" in DilutionExplorer(data, levels=3, width=8).text.value
+    for number, row in enumerate(data["rows"]):
+        row["recall@10"] = (0.37, 0.39)[number] if number < 2 else 0.4
+    numbered(data["rows"], half=0.015)
+    for levels, width, better, worse in ((1, 4, 0, 15), (1, 8, 1, 0), (3, 8, 1, 0)):
+        text = DilutionExplorer(data, levels=levels, width=width).text.value
+        assert f"it is clearly better than {better} of the other 15 settings, clearly worse than {worse}; the rest is undecided" in text
 
 
 def test_curves_are_the_chosen_runs_and_the_baseline_is_always_shown():
@@ -115,7 +112,10 @@ def test_curves_are_the_chosen_runs_and_the_baseline_is_always_shown():
         assert list(loss_with.x) == run["curve"]["step"] and list(recall_with.x) == run["curve"]["eval_step"]
         assert list(ring.y) == [run["recall@10"]] and dots.y[ring.x[0]] == run["recall@10"] and dots.y[0] == base["recall@10"]
         assert sorted(dots.y) == sorted(row["recall@10"] for row in data["rows"])
-        assert f"{run['recall@10'] - base['recall@10']:+.4f}" in explorer.text.value
+        gain = run["recall@10"] - base["recall@10"]
+        assert f"{gain:+.4f} [{gain - 0.015:+.4f}, {gain + 0.015:+.4f}]" in explorer.text.value
+        said = "clearly better" if gain > 0.015 else "clearly worse" if gain < -0.015 else "undecided"
+        assert f"On the same users and seeds: {said}." in explorer.text.value
     assert recall_without.line.dash != recall_with.line.dash and recall_without.marker.symbol != recall_with.marker.symbol
 
 

@@ -228,6 +228,8 @@ pd.concat({name: t.report(embeddings=x).frame()[["perplexity", "prefixes", "neig
            for name, t in (("residual k-means", table), ("the same codes, dealt at random", dealt))}).round(3)
 
 # %% [markdown]
+# (Where few items share a prefix, few of the ten neighbours can: with four items to a prefix 0.30 is the most there can be, and where every SID is unique it is 0.)
+#
 # Perplexity and the number of different prefixes (on the last level: of different SIDs) are the same to the last digit, and all meaning is gone. **Numbers that count codes cannot see meaning.** Whoever
 # reports only collisions and utilisation has not shown that the SIDs are semantic.
 #
@@ -362,8 +364,7 @@ compared.round(3)
 #
 # <details><summary>Hint</summary>
 #
-# The loop from "More levels", without `kmeans`: nearest code, then subtract. Each level works on what the levels before have left, and `x` must
-# not be changed for the caller.
+# The loop from "More levels", without `kmeans`: nearest code, then subtract. Each level works on what the levels before have left.
 # </details>
 
 # %% tags=["exercise"]

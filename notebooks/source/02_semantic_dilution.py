@@ -425,7 +425,7 @@ def _mean_by_age(values, lengths):
 
 _lengths = np.array([5, 2, 3, 5, 1])
 _values = np.random.default_rng(0).normal(1, 1, (5, 5)) * (np.arange(5) < _lengths[:, None])
-teach.register("mean_by_age", [(_values, _lengths), (_values[:1], _lengths[:1])], _mean_by_age, {
+teach.register("mean_by_age", [(_values, _lengths), (_values[1:3], _lengths[1:3])], _mean_by_age, {
     "This counts from the oldest item: age 1 is the last item of each history.":
         lambda v, n: [float(np.mean([row[a] for row, m in zip(v, n) if m > a])) for a in range(max(n))],
     "Histories that do not reach so far back are counted as zeros.":

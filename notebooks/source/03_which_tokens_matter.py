@@ -156,7 +156,8 @@ explorer
 # * The chosen token, the brand of the oldest item, is the most informative one of this history (the text says how many nats). Read its
 #   places in centrality and importance. Then read by how much the log-probability of the ★ item changes without it.
 # * Go one token to the right, to level 3 of the same item: the kind of thing. It has no star. What does removing it do to the ★ item?
-# * Set *remove* to `its whole item`, then *layer* to 1. How many layers did it take until the brand was known elsewhere?
+# * Set *layer* to 1 and remove `this token`: one layer has handed the brand on to somebody. Then `its whole item`, layers 1 to 4: does
+#   anybody *outside* the item ever know it?
 # * Compare the bars of saliency and centrality. Which of the two decides the order of the product, and which hardly differs between
 #   tokens?
 #
@@ -356,7 +357,7 @@ correlations.rename(columns={"oracle": "the truth", "drop": "drop of the next it
 # compare with `random` and `recent`. A ranking that is right on average can be good enough to prune by, and still be wrong about the
 # token in front of you.
 #
-# ## Third judge: the pruner's own question
+# ## Third judge: behind the pruner's layer
 #
 # Hiding a token at the input is not what a pruner does. It removes a *state* behind a layer, after its neighbours have read it. Same
 # measure, other place:
@@ -390,12 +391,14 @@ print("rastp minus centrality: {:+.3f}, 95 % interval over users {:+.3f} to {:+.
 pd.concat([correlations[["oracle", "effect"]].rename(columns={"oracle": "the truth", "effect": "effect at the input"}), behind], axis=1)
 
 # %% [markdown]
-# Three judges, three columns, and three orders of merit. Look for `oracle`: the truth about the *inputs* is a poor guide to the *states*.
-# Look for `norm`: worse than chance before the first judge, and now? A large state can be one that carries something. And the product:
-# does it beat its factors before the judge who asks what a pruner asks? The line above the table says whether that holds for these users,
-# or could be luck.
+# Compare the orders from column to column: the two judges of the input may agree, the one behind the layer has an order of its own. Look
+# for `oracle`: the truth about the *inputs* is a poor guide to the *states*. Look for `norm`: worse than chance before the first judge,
+# and now? A large state can be one that carries something. And the product: does it beat its factors before this judge? The line above
+# the table says whether that holds for these users, or could be luck.
 #
-# Still, no scorer comes close to 1. [Notebook 4](04_live_pruning.ipynb) prunes by each of them and counts what that costs in recall.
+# Still, no scorer comes close to 1, and this judge takes out **one** token. A pruner takes out two thirds at once, and then it matters
+# whether what stays repeats itself. So its order need not be that of recall: [notebook 4](04_live_pruning.ipynb) prunes by each scorer
+# and counts.
 #
 # ## Three pitfalls
 #
@@ -427,7 +430,7 @@ print(f"{from_padding:.0%} of the attention received comes from padding.")
 print(f"Rank correlation with and without it: {agree:.2f}; of the {third} highest tokens {shared} are the same.")
 
 # %% [markdown]
-# Most votes come from positions that hold nothing, and their number depends on how long the *other* histories are. Without padded voters,
+# Most votes come from positions that hold nothing, and the shorter the history, the more of them: the published code always pads to 30 items. Without padded voters,
 # `clean` is what the probe found for the history alone. [Notebook 7](07_padding_is_not_pruning.ipynb) is about padding.
 #
 # **The front seat.** In a decoder-only model, such as STAMP's Qwen, a token is seen by itself and the tokens *behind* it alone. The first token of a history of n has n voters, the last
@@ -436,20 +439,20 @@ print(f"Rank correlation with and without it: {agree:.2f}; of the {third} highes
 
 # %%
 m = int(np.median([len(history) for history in catalogue.histories]))  # items, so that all histories are of one length
-tokens = history_tokens(np.stack([history[-m:] for history in catalogue.histories if len(history) >= m][:users]), demo.table, model.config.separators)
+batch = history_tokens(np.stack([history[-m:] for history in catalogue.histories if len(history) >= m][:users]), demo.table, model.config.separators)
 causal = build_model(TrainConfig.preset("smoke", arch="qwen", max_items=model.config.max_items, pruning=PruningConfig(keep=1.0)), demo.table).eval()
-by_place = {}
+by_position = {}
 for scorer in ("rastp", "rastp-visible"):
     causal.set_pruning(PruningConfig(keep=1.0, scorer=scorer))
-    score = causal.encode(tokens, torch.ones_like(tokens)).importance
-    by_place[scorer] = (score / score.sum(1, keepdim=True)).mean(0).numpy() * tokens.shape[1]
-go.Figure([go.Scatter(x=np.arange(1, tokens.shape[1] + 1), y=y, name=name, mode="lines", line_color=color, line_dash=dash)
-           for (name, y), color, dash in zip(by_place.items(), (VERMILLION, BLUE), ("solid", "dash"))]).update_layout(
+    score = causal.encode(batch, torch.ones_like(batch)).importance
+    by_position[scorer] = (score / score.sum(1, keepdim=True)).mean(0).numpy() * batch.shape[1]
+go.Figure([go.Scatter(x=np.arange(1, batch.shape[1] + 1), y=y, name=name, mode="lines", line_color=color, line_dash=dash)
+           for (name, y), color, dash in zip(by_position.items(), (VERMILLION, BLUE), ("solid", "dash"))]).update_layout(
     template=template(), height=340, xaxis_title="place in the history, 1 = oldest", yaxis_title="importance ÷ its mean", yaxis_range=[0, None],
     legend={"orientation": "h", "y": 1.15})
 
 # %% [markdown]
-# The plain sum would prune the newest items, which predict best, before the model has learned anything. The normalised one falls far less, but it isn't flat: a query that stands early has few
+# The plain sum would prune the newest items, whatever they hold, before the model has learned anything. The normalised one falls far less, but it isn't flat: a query that stands early has few
 # tokens to share its vote among, so each of them gets more. A trained model can work against either; [the results](../results/README.md) have both scorers on real histories. (What the kit never prunes there: the first token, on which attention rests when it has nothing to look at, and the tokens being predicted.)
 
 # %% [markdown]
@@ -525,7 +528,7 @@ teach.check("importance", my_importance)
 # Attention is a softmax of query · key plus position bias; the sum of a *column* is what a token receives. RASTP multiplies it by the L1
 # norm of the token's state. On this model the score finds more informative input tokens than chance, though fewer than centrality alone,
 # and it agrees only in part with what happens when tokens are taken out. The answer depends on the place: what is informative at the
-# input and what carries the information behind a layer are different tokens, and each judge ranks the scorers in another order. Test a
+# input and what carries the information behind a layer are different tokens, and the judge behind the layer ranks the scorers in another order. Test a
 # scorer by intervention, at the layer where you prune, and against `random`.
 
 # %%
@@ -562,8 +565,8 @@ teach.quiz(
 # %% tags=["record"]
 record = {"attention_difference": float((attention - probe.attention[layer - 1]).abs().max()), "informative": float(informative.mean()),
           "rastp_minus_centrality_behind": test.difference, "from_padding": from_padding,
-          "front": float(by_place["rastp"][:4].mean() / by_place["rastp"][-4:].mean()),
-          "front_visible": float(by_place["rastp-visible"][:4].mean() / by_place["rastp-visible"][-4:].mean())}
+          "front": float(by_position["rastp"][:4].mean() / by_position["rastp"][-4:].mean()),
+          "front_visible": float(by_position["rastp-visible"][:4].mean() / by_position["rastp-visible"][-4:].mean())}
 columns = {"precision": comparison["precision"], "recall": comparison["recall"], "truth": correlations["oracle"],
            "drop": correlations["drop"], "effect": correlations["effect"], "behind": behind}
 record |= {f"{name}_{s}": float(column[s]) for name, column in columns.items() for s in scorers}

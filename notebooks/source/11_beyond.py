@@ -35,7 +35,7 @@ from sidlab import PruningConfig, TrainConfig, teach
 from sidlab.metrics import bootstrap_interval, rank_of_target, recall_at
 from sidlab.sids.fusion import collaborative_embeddings, fuse_codes, fuse_embeddings
 from sidlab.training import evaluate
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, template
+from sidlab.viz.theme import BLUE, GREY, ORANGE, VERMILLION, template
 from sidlab.windows import leave_one_out
 
 
@@ -106,8 +106,8 @@ ranks = {name: evaluate(sidlab.train(config, catalogue, tables[name], progress=F
 
 # %%
 teach.predict("Which IDs recommend best after this training?", max(ranks, key=lambda name: recall_at(ranks[name], 10).mean()), choices=list(ranks),
-              default="joined before the encoder", explain="In the planted world the embeddings say exactly what the items are, so behaviour has little to add. On real data texts say "
-              "less, and the order may be another: give `folder` to see. And mind the intervals below.")
+              default="joined before the encoder", explain="In the planted world the embeddings say exactly what the items are, and behaviour can only take codes away from them: the more items "
+              "share their codes, the more get an added one without meaning (table below). On real data texts say less, and the order may be another: give `folder` to see.")
 
 # %%
 quality["recall@10 [95 %]"] = pd.Series({name: recall(r) for name, r in ranks.items()})
@@ -236,8 +236,8 @@ businesses = pd.Series({name: recall(r) for name, r in by_business.items()}, nam
 businesses
 
 # %% [markdown]
-# The order of the rows says whether a history's other businesses are ballast or context here. A scorer that knows the business of the slot that is to be filled has something to choose by
-# that centrality × saliency has not: those are computed before anybody asks.
+# The order of the rows says whether a history's other businesses are ballast or context here. Whoever knows the business of the slot that is to be filled (here it was looked up in the answer, which
+# no real scorer can) has something to choose by that centrality × saliency has not: those are computed before anybody asks. Mind the intervals: is `own business first` apart from `rastp`?
 
 # %% [markdown]
 # ### Reasoning in several semantic steps
@@ -255,7 +255,7 @@ for name, pruning in (("all tokens", None), ("a third", third)):
 demo.model.set_pruning(None)
 go.Figure([go.Scatter(x=beams, y=y, name=name, mode="lines+markers", line_color=color, line_dash=dash, marker_symbol=symbol, error_y={
     "type": "data", "symmetric": False, "array": [high - mean for mean, (_, high) in zip(y, ends)], "arrayminus": [mean - low for mean, (low, _) in zip(y, ends)]})
-           for (name, (y, ends)), (color, dash, symbol) in zip(curves.items(), ((GREEN, "solid", "circle"), (GREY, "dash", "diamond")))]).update_layout(
+           for (name, (y, ends)), (color, dash, symbol) in zip(curves.items(), ((GREY, "solid", "circle"), (BLUE, "dash", "diamond")))]).update_layout(
     template=template(), height=340, xaxis_title="beams", xaxis_type="log", xaxis_tickvals=beams, xaxis_ticktext=[str(b) for b in beams],
     yaxis_title="recall@1 (the best item found)", legend={"orientation": "h", "y": 1.15})
 
@@ -274,11 +274,12 @@ go.Figure([go.Scatter(x=beams, y=y, name=name, mode="lines+markers", line_color=
 # </details>
 
 # %% tags=["setup"]
-teach.register("same_size", [(np.array([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]]),), (np.array([[100.0], [300.0]]),)],
+teach.register("same_size", [(np.array([[1.0, 2.0], [3.0, 6.0], [5.0, 10.0]]),), (np.array([[100.0], [300.0]]),)],
                lambda x: (x - x.mean(0)) / np.sqrt(((x - x.mean(0)) ** 2).sum(1).mean()), {
     "Each row has been scaled by itself; then all items are equally far from the middle. One number for all rows.":
         lambda x: (x - x.mean(0)) / np.linalg.norm(x - x.mean(0), axis=1, keepdims=True),
     "Not centred: subtract the mean of every column first.": lambda x: x / np.sqrt((x**2).sum(1).mean()),
+    "This subtracts one mean of all numbers: every column has its own.": lambda x: (x - x.mean()) / np.sqrt(((x - x.mean()) ** 2).sum(1).mean()),
 })
 
 # %% tags=["exercise"]
@@ -297,7 +298,7 @@ teach.check("same_size", same_size)
 # ## Summary
 #
 # Sources can be joined before the encoder or given levels of their own; the first code then means what its source says. Behaviour must come from the training part alone. Of the neighbours,
-# differentiable IDs would still learn from pruned tokens, through the layers in front, joint IDs trade one likeness for the other, several businesses need a scorer that knows what is asked, and reasoning in steps
+# differentiable IDs would still learn from pruned tokens, through the layers in front, joint IDs trade one likeness for the other, several businesses may need a scorer that knows what is asked, and reasoning in steps
 # is another way to spend compute that pruning has freed.
 
 # %%

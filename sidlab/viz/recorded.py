@@ -1,25 +1,22 @@
-"""Explorers of recorded sweeps, as notebooks/record.py writes them: nothing is trained, controls move among the runs that were done."""
+"""Explorers of recorded sweeps, as notebooks/record.py writes them: nothing is trained, controls move among the settings that were run."""
 
 import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sidlab.cost import cost
-from sidlab.data.catalogue import load_catalogue
-from sidlab.sweeps import config_with, fitted
 from sidlab.viz.explorer import Explorer, folded
 from sidlab.viz.figures import COST, MEMORY, _error, span
 from sidlab.viz.pruning import table
 from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SCALE, VERMILLION, mark
-from sidlab.windows import Windows, leave_one_out
 
 RECALL = "recall@10"
+BETTER, WORSE, UNDECIDED = "clearly better", "clearly worse", "undecided"
 LEVEL_LOOKS = ((BLUE, "circle", "solid"), (ORANGE, "square", "dash"), (GREEN, "diamond", "dashdot"), (PURPLE, "triangle-up", "longdash"))
 
 
 class Recorded(Explorer):
-    """Base class: together the controls always name one recorded run.
+    """Base class: together the controls always name one recorded setting, whose seeds are pooled in a row.
 
     Args: `data`: a loaded file of notebooks/data; `controls`: {name: (setting, value at the start, description)}, `setting` being a key of
     `data["rows"]`; `theme` as in `Explorer`. Numbers become sliders and words menus, over recorded values only. Where values were not
@@ -53,9 +50,11 @@ class Recorded(Explorer):
         return runs[0]
 
     def _source(self):
-        machine, seeds = self.data["hardware"], len({row["seed"] for row in self.runs})
+        machine, seeds = self.data["hardware"], self.data["seeds"]
+        over = "test users and seeds" if seeds > 1 else "test users: another seed would move the points, too"
+        busy = " Other jobs ran beside: the seconds are rough." if self.data["busy"] else ""
         return (f"<p>Recorded with <code>{self.data['command']}</code> on {machine['gpu'] or machine['processor']}; "
-                f"{seeds} seed{'s' * (seeds > 1)}. The intervals are over test users: another seed would move the points, too.</p>")
+                f"{seeds} seed{'s' * (seeds > 1)}. The intervals are over {over}.{busy}</p>")
 
 
 class DilutionExplorer(Recorded):
@@ -72,19 +71,19 @@ class DilutionExplorer(Recorded):
              "tokens per history", "items that share their codes", "perplexity by level")
 
     def __init__(self, data: dict, *, levels: int = 3, width: int = 8, cost: str = "mflops", items: int = 11, theme: str | None = None):
-        self.items, rows = items, [row for row in data["rows"] if "sids" in row]
-        rows = [row | {"mflops": mflops} for row, mflops in zip(rows, predicted_mflops(data | {"rows": rows}))]
+        self.items = items
         menu = widgets.Dropdown(options=[(title, name) for name, title in self.COSTS.items()], value=cost, description="cost")
-        super().__init__(data | {"rows": rows}, {"levels": ("sids.levels", levels, "levels (L)"),
-                                                 "width": ("sids.width", width, "codes per level (W)")}, theme, cost=menu)
+        super().__init__(data, {"levels": ("sids.levels", levels, "levels (L)"), "width": ("sids.width", width, "codes per level (W)")},
+                         theme, cost=menu)
 
     def draw(self):
         run, field, best = self.run(), self.value("cost"), max(self.runs, key=lambda row: row[RECALL])
-        apart = sum(_apart(row, run) for row in self.runs)
+        said = [_verdict(run, row) for row in self.runs if row is not run]
         text = (f"<p><b>{_size(run)} codes: recall@10 {run[RECALL]:.3f} {span(run, RECALL)} at {run[field]:.3g} {self.COSTS[field]}.</b> "
-                f"Its interval is apart from that of {apart} of the other {len(self.runs) - 1} settings.</p>"
+                f"On the same users and seeds it is {BETTER} than {said.count(BETTER)} of the other {len(said)} settings, {WORSE} than "
+                f"{said.count(WORSE)}; the rest is {UNDECIDED}.</p>"
                 + table(("", "chosen", "best recall recorded"), zip(self._head, self._cells(run), self._cells(best)))
-                + folded(f"All {len(self.runs)} runs as a table", table(self._head, map(self._cells, self.runs))) + self._source())
+                + folded(f"All {len(self.runs)} settings as a table", table(self._head, map(self._cells, self.runs))) + self._source())
         return dilution_figure(self.runs, run, field, self.COSTS[field], self.template), text
 
     def _cells(self, row):
@@ -152,7 +151,8 @@ class MapExplorer(Recorded):
     def draw(self):
         run, base = self.run(), self.baseline
         pair = (base, run)
-        rows = [(f"{metric}, test users", *(f"{row[metric]:.4f} {span(row, metric)}" for row in pair), f"{run[metric] - base[metric]:+.4f}")
+        rows = [(f"{metric}, test users", *(f"{row[metric]:.4f} {span(row, metric)}" for row in pair),
+                 _difference(run, base) if metric == RECALL else f"{run[metric] - base[metric]:+.4f}")
                 for metric in (RECALL, "recall@5", "ndcg@10")]
         losses = [row["curve"]["loss"][-1] for row in pair]
         rows.append(("loss of the next item, last", *(f"{loss:.3f}" for loss in losses), f"{losses[1] - losses[0]:+.3f}"))
@@ -160,19 +160,20 @@ class MapExplorer(Recorded):
         curves = [(title, step, f"{a:.3f}", f"{b:.3f}") for title, at, what in
                   (("validation recall@10", "eval_step", RECALL), ("loss of the next item", "step", "loss"))
                   for step, a, b in zip(base["curve"][at], base["curve"][what], run["curve"][what])]
-        every = [(_map_name(row), f"{row[RECALL]:.4f}", span(row, RECALL), f"{row[COST]:.2f}") for row in [base, *self.runs]]
-        text = (f"<p><b>{_map_name(run)}: recall@10 {run[RECALL]:.3f}, without MAP {base[RECALL]:.3f}.</b> Their 95 % intervals "
-                f"{'are apart' if _apart(run, base) else 'overlap'}.</p>" + table(("", "no MAP", "chosen", "difference"), rows)
+        head = ("setting", "recall@10", "95 % interval", "minus no MAP", "seconds per 1,000")
+        every = [(_map_name(row), f"{row[RECALL]:.4f}", span(row, RECALL), _difference(row, base), f"{row[COST]:.2f}")
+                 for row in [base, *self.runs]]
+        text = (f"<p><b>{_map_name(run)}: recall@10 {run[RECALL]:.3f}, without MAP {base[RECALL]:.3f}.</b> On the same users and seeds: "
+                f"{_verdict(run, base)}.</p>" + table(("", "no MAP", "chosen", "difference"), rows)
                 + folded("Both curves as a table", table(("", "update", "no MAP", "chosen"), curves))
-                + folded(f"All {len(every)} runs as a table", table(("run", "recall@10", "95 % interval", "seconds per 1,000"), every))
-                + self._source())
+                + folded(f"All {len(every)} settings as a table", table(head, every)) + self._source())
         return map_figure(self.runs, base, run, self.template), text
 
 
 def map_figure(runs: list[dict], baseline: dict, chosen: dict, template: str = "sidlab") -> go.Figure:
     """Learning curves of `chosen` and `baseline` above the test recall@10 of all `runs` (rows of map.json) with their intervals."""
     figure = make_subplots(2, 2, specs=[[{}, {}], [{"colspan": 2}, None]], vertical_spacing=0.2, horizontal_spacing=0.1, subplot_titles=(
-        "validation recall@10", "loss of the next item alone", "test recall@10 of every run; band: the interval without MAP"))
+        "validation recall@10", "loss of the next item alone", "test recall@10 of every setting; band: the interval without MAP"))
     for column, (at, what) in enumerate((("eval_step", RECALL), ("step", "loss")), start=1):
         for row, name, look in ((baseline, "no MAP", mark("unpadded")), (chosen, "chosen", mark("map"))):
             figure.add_scatter(
@@ -211,16 +212,15 @@ class FrontierExplorer(Recorded):
     form = ".0%"
     COSTS = {COST: "seconds per 1,000 training windows (measured)", "mflops": "MFLOPs per training window (predicted)",
              MEMORY: "peak memory while training, MB (measured)"}
-    _head = ("scorer", "kept", "recall@10", "95 % interval", "minus unpruned", "intervals", *COSTS.values())
+    _head = ("scorer", "kept", "recall@10", "95 % interval", "minus unpruned", "", *COSTS.values())
 
     def __init__(self, data: dict, *, keep: float = 1 / 3, cost: str = COST, theme: str | None = None):
-        rows = [row | {"mflops": mflops} for row, mflops in zip(data["rows"], predicted_mflops(data))]
-        kinds = [(row.get("pruning.scorer"), row.get("pruning.keep")) for row in rows]
+        kinds = [(row.get("pruning.scorer"), row.get("pruning.keep")) for row in data["rows"]]
         if kinds.count((None, None)) != 1 or len(set(kinds)) < len(kinds):
-            raise ValueError("data must hold one run without pruning and one for each scorer and kept share, as notebooks/record.py writes "
-                             f"them with one seed; got {len(kinds)} runs, {len(set(kinds))} of them different")
-        self.unpruned = rows[kinds.index((None, None))]
-        super().__init__(data | {"rows": rows}, {"keep": ("pruning.keep", keep, "kept share of the tokens")}, theme, cost=widgets.Dropdown(
+            raise ValueError("data must hold one row without pruning and one for each scorer and kept share, as notebooks/record.py writes "
+                             f"them; got {len(kinds)} rows, {len(set(kinds))} of them different")
+        self.unpruned = data["rows"][kinds.index((None, None))]
+        super().__init__(data, {"keep": ("pruning.keep", keep, "kept share of the tokens")}, theme, cost=widgets.Dropdown(
             options=[(title, name) for name, title in self.COSTS.items()], value=cost, description="cost"))
 
     def draw(self):
@@ -228,14 +228,13 @@ class FrontierExplorer(Recorded):
         chosen = [row for row in self.runs if row["pruning.keep"] == keep]
         says = []
         for row in chosen:
-            gain, ratio = row[RECALL] - base[RECALL], row[field] / base[field]
-            says.append(f"<li><b>{row['pruning.scorer']}</b>: recall@10 {abs(gain):.4f} {'lower' if gain < 0 else 'higher'}; the intervals "
-                        f"{'are apart' if _apart(row, base) else 'overlap, which leaves open which is better'}. "
+            ratio = row[field] / base[field]
+            says.append(f"<li><b>{row['pruning.scorer']}</b>: recall@10 {_difference(row, base)}, {_verdict(row, base)}. "
                         f"Cost {abs(ratio - 1):.0%} {'lower' if ratio < 1 else 'higher'}.</li>")
-        text = (f"<p><b>{keep:.0%} of the tokens kept</b> behind the pruner, against the unpruned run with recall@10 {base[RECALL]:.4f} "
-                f"{span(base, RECALL)}. Cost: {self.COSTS[field]}.</p><ul>{''.join(says)}</ul>"
+        text = (f"<p><b>{keep:.0%} of the tokens kept</b> behind the pruner, against nothing pruned with recall@10 {base[RECALL]:.4f} "
+                f"{span(base, RECALL)}, on the same users and seeds. Cost: {self.COSTS[field]}.</p><ul>{''.join(says)}</ul>"
                 + table(self._head, map(self._cells, [base, *chosen]))
-                + folded(f"All {len(self.runs) + 1} runs as a table", table(self._head, map(self._cells, [base, *self.runs])))
+                + folded(f"All {len(self.runs) + 1} settings as a table", table(self._head, map(self._cells, [base, *self.runs])))
                 + self._source())
         return frontier_figure(self.runs, base, keep, field, self.COSTS[field], self.template), text
 
@@ -244,8 +243,7 @@ class FrontierExplorer(Recorded):
         costs = [f"{row[field]:.3g} (× {row[field] / base[field]:.2f})" for field in self.COSTS]
         if row is base:
             return ("unpruned", "100%", *quality, "", "", *costs)
-        return (row["pruning.scorer"], f"{row['pruning.keep']:.0%}", *quality, f"{row[RECALL] - base[RECALL]:+.4f}",
-                "apart" if _apart(row, base) else "overlap", *costs)
+        return (row["pruning.scorer"], f"{row['pruning.keep']:.0%}", *quality, _difference(row, base), _verdict(row, base), *costs)
 
 
 def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, title: str, template: str = "sidlab") -> go.Figure:
@@ -277,19 +275,6 @@ def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, t
     return figure.update_layout(template=template, height=460, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
 
 
-def predicted_mflops(data: dict) -> list[float]:
-    """What training on a window costs by `sidlab.cost`, in MFLOPs, for each row of frontier.json or granularity.json. It has the planted
-    world's lengths, and its tree's widths where a row has no SIDs of its own."""
-    catalogue = load_catalogue("planted")
-    split, planted, out = leave_one_out(catalogue.histories), tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1), []
-    for row in data["rows"]:
-        settings = {key: value for key, value in row.items() if key.startswith("pruning.") and value is not None}
-        config = fitted(config_with(data["preset"], row["seed"], settings), catalogue)
-        widths = tuple(level["width"] for level in row["sids"]["per_level"]) if "sids" in row else planted
-        out.append(cost(config, widths, Windows(split.train, config.max_items, config.windows)).training / 1e6)
-    return out
-
-
 def _size(row):
     return f"{_text(row['sids.levels'])} × {_text(row['sids.width'])}"
 
@@ -308,7 +293,12 @@ def _nearest(options, value):
     return min(options, key=lambda option: option != value if isinstance(value, str) else abs(option - value))
 
 
-def _apart(a, b):
-    """Whether the recall intervals of two rows do not touch."""
-    (low, high), (floor, top) = a[f"{RECALL}_interval"], b[f"{RECALL}_interval"]
-    return high < floor or top < low
+def _verdict(row, other):
+    """On the same users and seeds."""
+    _, low, high = row["against"][other["number"]]
+    return BETTER if low > 0 else WORSE if high < 0 else UNDECIDED
+
+
+def _difference(row, other):
+    test = row["against"][other["number"]]
+    return test and "{:+.4f} [{:+.4f}, {:+.4f}]".format(*test) or "–"

@@ -13,16 +13,16 @@ from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
 from sidlab.viz.explorer import Explorer, folded
 from sidlab.viz.pruning import table
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 
 LEVELS, WIDTHS = 4, (2, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 NODES = 300  # of the tree, at most that many on a level
 LARGE = 2000  # with more items than this a fit takes longer than a blink
-COLORS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY)
+COLORS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY, YELLOW)  # of codes: as many as the planted widths have
 PALE = "#C8C8C8"
 SHAPES = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "triangle-down", "pentagon", "hourglass", "bowtie",
           "hexagram", "triangle-left", "star-diamond", "triangle-right", "hexagon")
-DARK_INK = (ORANGE, SKY, PURPLE)  # the others take white letters
+DARK_INK = (ORANGE, SKY, PURPLE, YELLOW)  # the others take white letters
 SYMBOLS = (*SHAPES, *(f"{shape}-open" for shape in SHAPES))  # 32 codes can be told apart without their colours
 AXES = ("of what is left", "of the embeddings")
 
