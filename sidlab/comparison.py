@@ -3,7 +3,6 @@
 `compare` is what `notebooks/reproduce.ipynb` calls. A run is one (method, seed); see `sweeps` for how it is done and kept.
 """
 
-import dataclasses
 import fractions
 import os
 import pathlib
@@ -19,10 +18,8 @@ from sidlab.baselines import NeighbourTable, Popularity
 from sidlab.config import TrainConfig
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
-from sidlab.map_loss import MapConfig
 from sidlab.metrics import paired_test, rank_of_target, recall_at
-from sidlab.pruning import PruningConfig
-from sidlab.sweeps import COSTS, _code, fitted, metrics_of, run_all, sid_table, spec, write_json
+from sidlab.sweeps import COSTS, _code, config_with, fitted, metrics_of, run_all, sid_table, spec, write_json
 from sidlab.windows import Windows, leave_one_out
 
 METHODS = {
@@ -47,6 +44,9 @@ BASELINES = {
     "neighbours": "what stood next to the history's items in training: a table, no network",
     "bayes": "the best list for one who knows how the planted world works: a ceiling",
 }
+SETTINGS = {  # by name, as in `sweeps.sweep`, where they are not a scorer's name
+    "padded": {"padding": "fixed"}, "unpadded": {}, "rastp-reference": {"padding": "fixed", "pruning.mode": "reference"},
+    "pool": {"pruning.reduce": "pool"}, "map": {"map.steps": 2}, "stamp": {"pruning.scorer": "rastp", "map.steps": 2}}
 PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map", "sasrec"))
 DEFAULT_METHODS = "padded unpadded recent random rastp map stamp sasrec"
 PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir", "sids", "arch")
@@ -103,23 +103,13 @@ def method_config(name: str, preset: str, seed: int, arch: str = "t5") -> TrainC
     base, _, keep = name.partition("@")
     if base not in METHODS:
         raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}")
-    prunes = base in PRUNERS
-    if keep and not (prunes and re.fullmatch(r"\d+(/\d+|\.\d+)?", keep)):
+    if keep and not (base in PRUNERS and re.fullmatch(r"\d+(/\d+|\.\d+)?", keep)):
         raise ValueError(f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or rastp@0.5")
-    base_config = TrainConfig.preset(preset, seed=seed, arch=arch)
     if base == "sasrec":
         short = {"epochs": 1} if preset == "smoke" else {}
-        return {"sasrec": {"max_items": base_config.max_items, "seed": seed, **short}}
-    changes = {}
-    if prunes:
-        share = {"keep": float(fractions.Fraction(keep))} if keep else {}
-        how = {"pool": {"reduce": "pool"}, "rastp-reference": {"mode": "reference"}, "stamp": {}}
-        changes["pruning"] = PruningConfig(**how.get(base, {"scorer": base}), **share)
-    if base in ("map", "stamp"):
-        changes["map"] = MapConfig()
-    if base in ("padded", "rastp-reference"):
-        changes["padding"] = "fixed"
-    return dataclasses.replace(base_config, **changes)
+        return {"sasrec": {"max_items": TrainConfig.preset(preset).max_items, "seed": seed, **short}}
+    share = {"pruning.keep": float(fractions.Fraction(keep))} if keep else {}
+    return config_with(preset, seed, {"arch": arch} | SETTINGS.get(base, {"pruning.scorer": base}) | share)
 
 
 def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch):
