@@ -316,7 +316,18 @@ print("codes in use, by level:", [len(np.unique(column)) for column in revived.T
 print("items by code of level 1:", np.bincount(revived[:, 0], minlength=width))
 
 # %% [markdown]
-# Same network, same losses, same number of steps. The start made the difference. `sidlab.RQVAE` starts like that, too, and adds three things: codebooks that
+# Same network, same losses, same number of steps. But two things changed at once: half of the steps are without codes, and the codebooks start where items are. Which of them made
+# the difference? Each alone, and a third start that has nothing of the items but the *size* of their latents:
+
+# %%
+alone = {"random codes after a free half": train_by_hand(random_start, free=steps // 2), "k-means codes from the first step on": train_by_hand(kmeans_start, free=0),
+         "random codes as large as the latents": train_by_hand(lambda z: torch.randn(levels, width, latent) * z.std(), free=0)}
+pd.DataFrame({name: {"codes of level 1 in use": len(np.unique(codes[:, 0])), "error": lost} for name, (codes, lost) in alone.items()}).T.round(3)
+
+# %% [markdown]
+# A code that lies far from all items wins none of them, whether it is far in direction or in size. (One seed: try another in `train_by_hand`.)
+#
+# `sidlab.RQVAE` starts from k-means after a free half, too, and adds three things: codebooks that
 # follow their latents by moving averages (no gradient), a better gradient than straight-through (the rotation trick,
 # [arXiv 2410.06424](https://arxiv.org/abs/2410.06424)), and a search for dead codes now and then, which are moved to items that are described badly.
 

@@ -296,8 +296,8 @@ pd.DataFrame({name: {"parameters": c.parameters, "MFLOPs per window": c.training
 # %% [markdown]
 # ## What they buy: a recorded sweep
 #
-# Cost is arithmetic. Accuracy has to be measured. These runs were trained with the `quick` preset (a small model, minutes on two cores) and AdamW alone (`muon=None`) on the planted
-# shop: every number of levels with every width, one seed each. Before you look:
+# Cost is arithmetic. Accuracy has to be measured. These models were trained with the `quick` preset (a small model, a minute each) on the planted shop: every number of levels with every width,
+# three seeds each. A point is the mean over seeds. Before you look:
 
 # %%
 data = json.loads(pathlib.Path(recorded).read_text())
@@ -313,12 +313,13 @@ DilutionExplorer(data)
 
 # %% [markdown]
 # **What to look for.**
-# * Go through the levels at `W = 8`, the width of the planted tree, and watch the cursor move right. Does it move up?
+# * Go through the levels at `W = 8`, the width of the planted tree, and watch the cursor. Does it move right with every level? (2 × 8 has a level more, against collisions, so as many tokens as
+#   3 × 8.) Does it move up?
 # * Switch the cost from predicted FLOPs to measured seconds. FLOPs are exact arithmetic; seconds also tell what else
 #   the machine was doing, so trust them only where the order of the points makes sense.
 # * Take `L = 1`: one level of 4 codes leaves 160 items in 4 groups. The table says how many items share their codes,
-#   and how large the added level has to be. It numbers the items of a group, without meaning. Coarse SIDs are not
-#   cheap to learn: they move the difficulty into that number.
+#   and how large the added level has to be. It numbers the items of a group, without meaning: coarse SIDs move the
+#   difficulty into that number. What does it cost in recall?
 # * Compare the perplexity of a level with its width. Unused codes cost parameters and bring nothing.
 #
 # The best that any recommender can reach here is known, too:
@@ -332,42 +333,40 @@ print(f"Bayes-optimal recall@10: {ceiling:.3f}; best of the sweep: {best['recall
 # %% [markdown]
 # ## Reading it honestly
 #
-# Each point is one trained model. Its interval says how far it would move with other *test users*. Which of the steps
-# "one level more" are larger than that?
+# Each point is three trained models. Its interval says how far it would move with other *test users* and other *seeds*. But all models were tested on the same users, so compare
+# them user by user ([notebook 6](06_training_runs.ipynb) shows how): which of the steps "one level more" are clear?
 
 # %%
-interval = {(row["sids.levels"], row["sids.width"]): row["recall@10_interval"] for row in data["rows"]}
-updates = {(row["sids.levels"], row["sids.width"]): row["updates"] for row in data["rows"]}
+row_of = {(row["sids.levels"], row["sids.width"]): row for row in data["rows"]}
 
 
-def apart(a, b):
-    return interval[a][1] < interval[b][0] or interval[b][1] < interval[a][0]
+def step(a, b):
+    change, low, high = row_of[b]["against"][row_of[a]["number"]]  # of recall@10, with its 95 % interval
+    return {"from": "{} × {}".format(*a), "to": "{} × {}".format(*b), "change of recall@10": change, "low": low, "high": high,
+            "clear": "yes" if low > 0 or high < 0 else "no", "updates": f"{row_of[a]['updates']:g} → {row_of[b]['updates']:g}"}
 
 
-steps = pd.DataFrame([{"from": "{} × {}".format(*a), "to": "{} × {}".format(*b), "change of recall@10": recall[b] - recall[a],
-                       "intervals apart": "yes" if apart(a, b) else "no", "updates": f"{updates[a]:g} → {updates[b]:g}"} for a, b in finer])
-steps.style.format({"change of recall@10": "{:+.3f}"}).hide(axis="index")
+steps = pd.DataFrame([step(a, b) for a, b in finer])
+steps.style.format({name: "{:+.3f}" for name in ("change of recall@10", "low", "high")}).hide(axis="index")
 
 # %% [markdown]
 # Four warnings before you conclude anything:
 #
-# * **One seed.** The interval does not hold what another initialisation or another order of batches would do. Steps
-#   whose intervals overlap are undecided, and even one that is apart was seen once. Three seeds are the least for a
-#   claim.
+# * **Three seeds are few.** That is why the intervals are wide; a step whose interval holds 0 is undecided. And of
+#   twelve steps that do nothing at all, one may look clear by chance.
 # * **The updates differ.** All runs saw the same windows, in batches of the same number of *tokens*. Longer SIDs make
 #   fewer windows a batch, so more updates. See the last column: part of a gain can be those.
 # * **The collision level differs.** "1 × 4" has two levels. What changes from left to right is not one thing.
 # * **They are short trainings.** A setting that learns more slowly looks worse here and may win in the end.
 #
 # The paper's finding, non-monotone accuracy, is a statement about its data and its settings. Ours is about this shop,
-# this preset and this seed.
+# this preset and these seeds.
 #
 # ## Repeat it
 #
 # This is all it takes. `sidlab.sweep` trains each setting in a process of its own, keeps the results in a folder and
-# never does a run twice. `preset="quick"`, all levels and widths, `"muon": [None]` and `seeds=3` give you what the recording
-# lacks; on two cores a run takes about a minute. (With Muon, as `quick` has it by itself, all models learn more in the same
-# updates: [the study](studies/granularity.ipynb) has those, with three seeds.) Set
+# never does a run twice. `preset="quick"`, all levels and widths and `seeds=3` made the recording; a run takes about a
+# minute. [The study](studies/granularity.ipynb) does the same for STAMP and for data of your own. Set
 # `repeat = True` to start with two small ones.
 
 # %%
