@@ -87,6 +87,15 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys
     assert recalls[0] == recalls[1]  # a run repeats exactly
 
 
+def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
+    folder, _ = finished
+    runs = {name: json.loads((folder / "runs" / f"{name}-seed0.json").read_text()) for name in METHODS}
+    runs["stamp"] |= {"device": "NVIDIA H100"}
+    monkeypatch.setattr(comparison, "run_all", lambda specs, folder: [run | {"busy": False} for run in runs.values()])
+    told = comparison.compare("planted", "smoke", METHODS, 1, str(folder))["busy"]
+    assert told == "The runs were made on NVIDIA H100 and a processor: their seconds do not compare."
+
+
 def test_a_failing_run_says_so_with_its_output(tmp_path):
     (tmp_path / "runs").mkdir()
     sweeps.write_json(tmp_path / "runs" / "unpadded-seed0.spec", {"dataset": "nowhere", "sids": {}, "config": {}, "key": "",
