@@ -89,7 +89,7 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys
 
 def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
     folder, _ = finished
-    runs = {name: json.loads((folder / "runs" / f"{name}-seed0.json").read_text()) for name in METHODS}
+    runs = {name: json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".json").read_text()) for name in METHODS}
     runs["stamp"] |= {"device": "NVIDIA H100"}
     monkeypatch.setattr(comparison, "run_all", lambda specs, folder: [run | {"busy": False} for run in runs.values()])
     told = comparison.compare("planted", "smoke", METHODS, 1, str(folder))["busy"]
