@@ -110,8 +110,12 @@ def test_curves_are_the_chosen_runs_and_the_baseline_is_always_shown():
         assert list(recall_without.y) == base["curve"]["recall@10"] and list(recall_with.y) == run["curve"]["recall@10"]
         assert list(loss_without.y) == base["curve"]["loss"] and list(loss_with.y) == run["curve"]["loss"]
         assert list(loss_with.x) == run["curve"]["step"] and list(recall_with.x) == run["curve"]["eval_step"]
-        assert list(ring.y) == [run["recall@10"]] and dots.y[ring.x[0]] == run["recall@10"] and dots.y[0] == base["recall@10"]
-        assert sorted(dots.y) == sorted(row["recall@10"] for row in data["rows"])
+        gains = {row["map.unit"]: [] for row in data["rows"][1:]}
+        for row in data["rows"][1:]:
+            gains[row["map.unit"]].append(row["recall@10"] - base["recall@10"])
+        assert list(dots.y) == gains["item"] + gains["token"]
+        assert list(ring.y) == [dots.y[ring.x[0]]] == [run["recall@10"] - base["recall@10"]]
+        np.testing.assert_allclose([dots.error_y.array, dots.error_y.arrayminus], 0.015)
         gain = run["recall@10"] - base["recall@10"]
         assert f"{gain:+.4f} [{gain - 0.015:+.4f}, {gain + 0.015:+.4f}]" in explorer.text.value
         said = "clearly better" if gain > 0.015 else "clearly worse" if gain < -0.015 else "undecided"

@@ -339,8 +339,8 @@ frontier
 # %% [markdown]
 # **What to look for**
 #
-# * Up and left is better: more recall for less. Move the slider down from 70 %. Is `rastp` in the band, the interval of the unpruned run,
-#   at any share? Is another scorer?
+# * Up and left is better: less recall lost, for less. Move the slider down from 70 %. At which share does the interval of `rastp` leave
+#   the dotted line, nothing pruned? That of another scorer?
 # * Compare each scorer with `random` at the same share. That is what choosing is worth.
 # * Is `recent` beaten? This shop was built so that what matters was often last seen far back.
 # * Switch *cost* to predicted MFLOPs. Now all scorers of one share stand on one vertical line. What moves them apart in seconds?

@@ -171,9 +171,9 @@ class MapExplorer(Recorded):
 
 
 def map_figure(runs: list[dict], baseline: dict, chosen: dict, template: str = "sidlab") -> go.Figure:
-    """Learning curves of `chosen` and `baseline` above the test recall@10 of all `runs` (rows of map.json) with their intervals."""
+    """Learning curves of `chosen` and `baseline` above the difference that each of `runs` (rows of map.json) makes in test recall@10."""
     figure = make_subplots(2, 2, specs=[[{}, {}], [{"colspan": 2}, None]], vertical_spacing=0.2, horizontal_spacing=0.1, subplot_titles=(
-        "validation recall@10", "loss of the next item alone", "test recall@10 of every setting; band: the interval without MAP"))
+        "validation recall@10", "loss of the next item alone", "test recall@10 minus that without MAP, same users and seeds"))
     for column, (at, what) in enumerate((("eval_step", RECALL), ("step", "loss")), start=1):
         for row, name, look in ((baseline, "no MAP", mark("unpadded")), (chosen, "chosen", mark("map"))):
             figure.add_scatter(
@@ -184,16 +184,17 @@ def map_figure(runs: list[dict], baseline: dict, chosen: dict, template: str = "
         room = 0.06 * np.ptp(values)
         figure.update_xaxes(title_text="updates", title_standoff=4, row=1, col=column)
         figure.update_yaxes(range=[min(values) - room, max(values) + room], row=1, col=column)
-    ordered = [baseline, *sorted(runs, key=lambda row: (row["map.unit"], row["map.steps"], row["map.weight"]))]
-    look, names = mark("map"), [_map_name(row) for row in ordered]
+    ordered = sorted(runs, key=lambda row: (row["map.unit"], row["map.steps"], row["map.weight"]))
+    names, gains = [_map_name(row) for row in ordered], _gains(ordered, baseline)
     figure.add_scatter(
-        x=list(range(len(ordered))), y=[row[RECALL] for row in ordered], error_y=_error(ordered, RECALL), mode="markers", showlegend=False,
-        marker_symbol=["circle", *[look.symbol] * len(runs)], marker_color=[GREY, *[look.color] * len(runs)], marker_size=9,
-        customdata=names, hovertemplate="%{customdata}: %{y:.4f}<extra></extra>", row=2, col=1)
-    figure.add_scatter(x=[ordered.index(chosen)], y=[chosen[RECALL]], mode="markers", marker_symbol="circle-open", marker_size=22,
+        x=list(range(len(ordered))), y=[one["gain"] for one in gains], error_y=_error(gains, "gain"), mode="markers", showlegend=False,
+        marker_symbol=mark("map").symbol, marker_color=mark("map").color, marker_size=9, customdata=names,
+        hovertemplate="%{customdata}: %{y:+.4f}<extra></extra>", row=2, col=1)
+    place = ordered.index(chosen)
+    figure.add_scatter(x=[place], y=[gains[place]["gain"]], mode="markers", marker_symbol="circle-open", marker_size=22,
                        marker_color=VERMILLION, marker_line_width=3, showlegend=False, hoverinfo="skip", row=2, col=1)
-    low, high = baseline[f"{RECALL}_interval"]
-    figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=2, col=1)
+    figure.add_hline(0, line_color=GREY, line_dash="dot", layer="below", row=2, col=1)
+    figure.update_yaxes(tickformat="+.2f", zeroline=False, row=2, col=1)
     figure.update_xaxes(tickvals=list(range(len(names))), ticktext=[name.replace(", weight", "<br>×") for name in names], tickangle=0,
                         tickfont_size=11, showgrid=False, zeroline=False, range=[-0.6, len(names) - 0.4], row=2, col=1)
     return figure.update_layout(template=template, height=640, margin_t=70,
@@ -247,8 +248,8 @@ class FrontierExplorer(Recorded):
 
 
 def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, title: str, template: str = "sidlab") -> go.Figure:
-    """recall@10 against the cost `field`, called `title`: a line for each scorer through its `runs` (rows of frontier.json), those
-    at `keep` large and with their intervals, and the interval of the `unpruned` run as a band."""
+    """recall@10 minus that of `unpruned`, on the same users and seeds, against the cost `field`, called `title`: a line for each scorer
+    through its `runs` (rows of frontier.json), those at `keep` large and with their intervals."""
     figure = go.Figure()
     for scorer in dict.fromkeys(row["pruning.scorer"] for row in runs):
         of_scorer = sorted((row for row in runs if row["pruning.scorer"] == scorer), key=lambda row: row["pruning.keep"])
@@ -256,22 +257,23 @@ def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, t
         shown = [row for row in of_scorer if row["pruning.keep"] == keep]
         for rows, chosen in ((of_scorer, False), (shown, True)):
             figure.add_scatter(
-                x=[row[field] for row in rows], y=[row[RECALL] for row in rows], name=scorer, legendgroup=scorer, showlegend=chosen,
-                mode="markers" if chosen else "lines+markers", error_y=_error(rows, RECALL) if chosen else None,
+                x=[row[field] for row in rows], y=[one["gain"] for one in _gains(rows, unpruned)], name=scorer, legendgroup=scorer,
+                showlegend=chosen, mode="markers" if chosen else "lines+markers",
+                error_y=_error(_gains(rows, unpruned), "gain") if chosen else None,
                 line={"color": look.color, "dash": look.dash, "width": 1.2}, opacity=1 if chosen else 0.6,
                 marker={"symbol": look.symbol, "color": look.color, "size": 17 if chosen else 7},
                 marker_line={"width": 2 * chosen, "color": GREY},
                 customdata=[f"{row['pruning.keep']:.0%}" for row in rows],
-                hovertemplate=f"{scorer}, %{{customdata}} kept: %{{y:.4f}} at %{{x:.3g}}<extra></extra>")
-    look, (low, high) = mark("unpadded"), unpruned[f"{RECALL}_interval"]
-    figure.add_scatter(x=[unpruned[field]], y=[unpruned[RECALL]], error_y=_error([unpruned], RECALL), mode="markers", name="unpruned",
-                       marker={"symbol": look.symbol, "color": look.color, "size": 13},
-                       hovertemplate="unpruned: %{y:.4f} at %{x:.3g}<extra></extra>")
-    figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below")
-    costs, ends = [row[field] for row in [unpruned, *runs]], [end for row in [unpruned, *runs] for end in row[f"{RECALL}_interval"]]
+                hovertemplate=f"{scorer}, %{{customdata}} kept: %{{y:+.4f}} at %{{x:.3g}}<extra></extra>")
+    look = mark("unpadded")
+    figure.add_scatter(x=[unpruned[field]], y=[0], mode="markers", name="unpruned", hovertemplate="unpruned, at %{x:.3g}<extra></extra>",
+                       marker={"symbol": look.symbol, "color": look.color, "size": 13})
+    figure.add_hline(0, line_color=GREY, line_dash="dot", layer="below")
+    costs, ends = [row[field] for row in [unpruned, *runs]], [0, *(end for one in _gains(runs, unpruned) for end in one["gain_interval"])]
     room = 0.06 * np.ptp(costs) or 0.1 * costs[0]
     figure.update_xaxes(range=[min(costs) - room, max(costs) + room], title_text=title)
-    figure.update_yaxes(range=[min(ends) - 0.01, max(ends) + 0.01], title_text="test recall@10 (band: unpruned)")
+    figure.update_yaxes(range=[min(ends) - 0.01, max(ends) + 0.01], tickformat="+.2f", zeroline=False,
+                        title_text="test recall@10 minus unpruned")
     return figure.update_layout(template=template, height=460, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
 
 
@@ -297,6 +299,11 @@ def _verdict(row, other):
     """On the same users and seeds."""
     _, low, high = row["against"][other["number"]]
     return BETTER if low > 0 else WORSE if high < 0 else UNDECIDED
+
+
+def _gains(rows, base):
+    """Their differences of recall to `base`: {"gain", "gain_interval"} each."""
+    return [{"gain": mean, "gain_interval": ends} for mean, *ends in (row["against"][base["number"]] for row in rows)]
 
 
 def _difference(row, other):
