@@ -55,6 +55,7 @@ class NeighbourTable(Popularity):
 
     def fit(self, train_histories, n_items: int):
         """train_histories: int64 arrays of item ids, each user's part for training (`history[:-2]`); may be empty."""
+        train_histories = list(train_histories)
         super().fit(train_histories, n_items)
         items, lengths = _flat(train_histories, n_items)
         user = np.repeat(np.arange(len(lengths)), lengths)

@@ -23,7 +23,8 @@ class Cost:
     """`flops`: of a forward pass per window, by part: "encoder" (layers up to the pruner; without one, all), "behind" (layers behind the
     pruner), "decoder" (self-attention and feed-forward), "cross" (its attention to the history), "heads", "map". `activation_bytes`: what
     autograd keeps until the backward pass, in the batch that keeps most. `state_bytes`: parameters, gradients and AdamW's two moments in
-    float32. `slots`, `kept`: mean encoder slots per window before and behind the pruner. `windows`, `batches`: of an epoch."""
+    float32 (an upper bound with `muon`, whose matrices have one). `slots`, `kept`: mean encoder slots per window before and behind the
+    pruner. `windows`, `batches`: of an epoch."""
 
     flops: dict[str, float]
     activation_bytes: int
@@ -45,8 +46,10 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
     their lengths alone, int [windows], items of history per window (cut to `max_items`). For the activations: `fused`, whether
     attention runs in a fused kernel where nothing is scored (as on a GPU; on a processor T5's learned position bias forbids it), and
     `bf16`, mixed precision; None: as training would here (`mode="reference"` is modelled as published, unfused in float32). Raises
-    ValueError where training would: `batch_tokens` below one window's slots.
+    ValueError where training would (`batch_tokens` below one window's slots), and for what lengths do not tell: `mass` and `strategy`, by
+    which the model decides what is kept, and the sizes of a `checkpoint`.
     """
+    _check_known(config)
     size, shortest, longest = _batches(config, widths, windows)  # [batches] each
     room = np.full_like(longest, config.max_items) if config.padding == "fixed" else longest  # for so many items
     slots, p = room * (len(widths) + config.separators), config.pruning
@@ -66,11 +69,14 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
 
 def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = None, batch_size: int = 256) -> float:
     """Forward FLOPs per user of `recommend` for histories of `lengths` items; `beam`: default `config.beam`. An upper bound if the
-    catalogue uses fewer first codes than that. Raises ValueError for a decoder-only model, which this does not cover."""
+    catalogue uses fewer first codes than that. Raises ValueError for a decoder-only model, which this does not cover, and as `cost`."""
+    _check_known(config)
     if config.arch != "t5":
         raise ValueError(f'recommend_flops covers arch="t5", got arch={config.arch!r}')
     parts = np.array_split(np.sort(np.minimum(np.asarray(lengths, np.int64), config.max_items)), -(-len(lengths) // batch_size))
     size, longest = np.array([len(part) for part in parts]), np.array([part[-1] for part in parts])
+    if config.pruning is not None and config.pruning.mode == "reference":  # `recommend` pads for it, as published
+        longest = np.full_like(longest, config.max_items)
     slots, d, inner = longest * (len(widths) + config.separators), config.d_model, config.num_heads * config.d_kv
     kept = slots if config.pruning is not None and not config.pruning.at_inference else _kept(config, widths, longest)
     flops, rows = _flops(config, widths, slots, kept), 1
@@ -80,6 +86,13 @@ def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = 
         total = total + rows * (config.num_decoder_layers * layer + 2 * d * width)
         rows = min(beam or config.beam, rows * width)
     return _mean(total, size)
+
+
+def _check_known(config):
+    if config.strategy is not None or (config.pruning is not None and config.pruning.mass is not None):
+        raise ValueError("the cost of strategy and mass does not follow from lengths: the model decides what they keep")
+    if config.checkpoint is not None:
+        raise ValueError(f"checkpoint={config.checkpoint!r} has sizes of its own, which the configuration does not know")
 
 
 def cost_table(configs: dict[str, TrainConfig], widths, windows, **options) -> pd.DataFrame:

@@ -151,7 +151,9 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
     default residual k-means with 3 levels of 256 codes, or as many levels and codes as a planted tree has.
     """
     sids = dict(sids or {})
-    folder = pathlib.Path(folder) / "sids" / hashlib.sha256(json.dumps([sids, catalogue.fingerprint()]).encode()).hexdigest()[:12]
+    made_by = hashlib.sha256(pathlib.Path(sids["file"]).read_bytes()).hexdigest() if "file" in sids else _code()
+    name = hashlib.sha256(json.dumps([sids, catalogue.fingerprint(), made_by]).encode()).hexdigest()[:12]
+    folder = pathlib.Path(folder) / "sids" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "report.json").exists():  # written last

@@ -50,6 +50,12 @@ def test_both_agree_with_dictionaries(train, histories, k, exclude_seen):
         assert items.tolist() == expected
 
 
+def test_a_generator_of_histories_is_read_once():
+    train, history = [np.array([5, 1, 2]), np.array([1, 2])], [np.array([5])]
+    once, often = (NeighbourTable().fit(given, 5).recommend(history, 3) for given in (iter(train), train))
+    assert once.tolist() == often.tolist() == [[1, 2, 5]]
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="1..3, got int64 in 0..2"):
         Popularity().fit([np.array([0, 2])], 3)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidlab import kernels
+from sidlab.adaptive import Strategy
 from sidlab.comparison import METHODS, method_config
 from sidlab.config import TrainConfig
 from sidlab.cost import cost, cost_table, recommend_flops
@@ -169,6 +170,11 @@ def test_flops_of_recommending_are_exact(changes, beam):
     assert round(found * len(HISTORIES)) == counter.get_total_flops()
 
 
+def test_a_reference_model_recommends_from_padded_histories():
+    config = dataclasses.replace(SMALL, pruning=PruningConfig(mode="reference"), padding="fixed", max_items=9)
+    assert recommend_flops(config, TABLE.widths, [2, 3]) == recommend_flops(config, TABLE.widths, [9, 9])
+
+
 def test_parts_add_up_and_only_those_in_use_count():
     lengths = Windows(HISTORIES, 12).lengths
     stamp = cost(dataclasses.replace(SMALL, **CHANGES["stamp"]), TABLE.widths, lengths)
@@ -270,6 +276,18 @@ def test_table_is_relative_to_unpadded():
     assert table["× FLOPs"]["rastp"] < 1 < table["× FLOPs"]["map"] < table["× FLOPs"]["padded"]
     half = cost_table(configs, TABLE.widths, lengths, fused=True, bf16=True)
     assert (half["activations MB"] < table["activations MB"]).all() and (half["× FLOPs"] == table["× FLOPs"]).all()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"pruning": PruningConfig(keep=1.0, mass=0.5)}, "strategy and mass"),
+    ({"pruning": PruningConfig(), "strategy": Strategy(every=10)}, "strategy and mass"),
+    ({"arch": "qwen", "checkpoint": "some/folder"}, "checkpoint='some/folder' has sizes of its own"),
+])
+def test_what_lengths_do_not_tell_is_refused(changes, words):
+    config = dataclasses.replace(SMALL, eval_every=10, **changes)
+    for function in (cost, recommend_flops):
+        with pytest.raises(ValueError, match=words):
+            function(config, TABLE.widths, [3, 12])
 
 
 def test_a_window_longer_than_a_batch_is_refused_as_in_training():

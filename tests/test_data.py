@@ -189,7 +189,7 @@ DIRTY_ITEMS = {
     "categories are not a list of texts": [*ITEMS[:2], {"item_id": 3, "categories": [["A", "B"]]}],
 }
 DIRTY_SEQUENCES = {
-    "an id that is no integer": [*SEQUENCES, "u3 1 two"],
+    "an id that is no integer": [*SEQUENCES, "u3 1_2 3"],  # 12 to Python
     "an item outside 1..3": [*SEQUENCES, "u3 1 4"],
     "empty sequence": [*SEQUENCES, "u3"],
     "duplicate user": [*SEQUENCES, "u1 1 1"],

@@ -109,6 +109,15 @@ def test_recommend_and_recall_are_those_of_the_distribution(small):
     for row, best in zip(p, items):
         assert best.tolist() == sorted(range(1, 21), key=lambda i: -row[i - 1])[:4]
     np.testing.assert_allclose(small.bayes_recall(HISTORIES, k=4), np.take_along_axis(p, items - 1, 1).sum(axis=1))
+    many = [HISTORIES[i % len(HISTORIES)] for i in range(150)]  # more than are looked at together
+    assert small.recommend(many, k=4).tolist() == [items[i % len(HISTORIES)].tolist() for i in range(150)]
+    assert small.recommend([], k=4).shape == (0, 4) and small.bayes_recall([], k=4).shape == (0,)
+
+
+def test_thousands_of_clicks_on_one_brand_are_still_numbers(small):
+    few, many = small.next_item([[1] * 60, [1] * 5000])
+    np.testing.assert_allclose(many.sum(), 1)
+    np.testing.assert_allclose(few, many, atol=1e-9)  # the favourite is certain by then
 
 
 @pytest.fixture(scope="module")

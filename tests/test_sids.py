@@ -128,6 +128,8 @@ def test_encoder_errors_say_what_is_wrong(cls, tmp_path):
     for call in (lambda e: e.encode(x), lambda e: e.decode(np.zeros((1, 1), int)), lambda e: e.save(tmp_path)):
         with pytest.raises(RuntimeError, match=f"this {cls.__name__} has no codebooks yet: call fit"):
             call(make(cls))
+    with pytest.raises(ValueError, match="seed must lie below 2..31 − levels, got 2147483647"):
+        make(cls, seed=2**31 - 1)
     with pytest.raises(ValueError, match="width 64 needs .* got 60"):
         make(cls, width=64).fit(x)
     for bad in (np.nan, np.inf, 1e15, np.finfo(np.float32).min):
@@ -439,6 +441,9 @@ def test_the_report_measures_reconstruction_by_level():
         assert rows[level]["reconstruction_error"] == pytest.approx(want, rel=1e-5)
     assert 0 < rows[1]["reconstruction_error"] < rows[0]["reconstruction_error"] < 1
     assert rows[2]["reconstruction_error"] is None
+    zeros = np.zeros((8, 3), np.float32)
+    flat = ResidualKMeans(levels=1, width=2).fit(zeros)
+    assert SidTable(flat.encode(zeros), width=2).report(flat, zeros)["per_level"][0]["reconstruction_error"] is None
     with pytest.raises(ValueError, match="encoder without embeddings"):
         SidTable(codes, width=encoder.widths).report(encoder)
     with pytest.raises(ValueError, match=r"one row per item \(60\), got 59"):
@@ -553,6 +558,7 @@ def test_a_published_table_is_read_in_any_order(tmp_path):
     [
         ("1 2 3\n2 x 3\n", "line 2: expected `item_id c1 c2 …`"),
         ("1 2 3\n\n", "line 2: expected"),
+        ("1 2 1_3\n", "line 1: expected"),
         ("1 2 3\n2\n", "line 2: expected a new item id"),
         ("1 2 3\n1 2 3\n", "line 2: expected a new item id"),
         ("0 2 3\n", "line 1: expected a new item id"),

@@ -127,6 +127,8 @@ def test_published_sids_from_a_file(tmp_path):
     for _ in range(2):  # made, then read
         table, report = sweeps.sid_table(catalogue, tmp_path, sids)
         assert table.codes[17].tolist() == [1, 1] and report["unique_sids"] == catalogue.n_items
+    (tmp_path / "sids.txt").write_text("".join(reversed([f"{161 - int(line.split()[0])} {line.split(' ', 1)[1]}" for line in lines])))
+    assert sweeps.sid_table(catalogue, tmp_path, sids)[0].codes[17].tolist() == [8, 14], "the file has changed, so has the table"
 
 
 def test_a_sid_file_of_another_catalogue_is_refused_before_anything_is_trained(tmp_path, monkeypatch):

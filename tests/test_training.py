@@ -530,6 +530,9 @@ def test_muon_has_the_matrices_inside_the_layers_and_adamw_the_rest(arch):
     assert muon == {name for name in inside if "relative_attention_bias" not in name}
     assert {"shared.weight", "model.embed_tokens.weight"} & adamw and not any("map_head" in name for name in muon)
     assert sorted({group["lr"] for group in optimiser.param_groups}) == [0.001, 0.02]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # a head of its own, as some checkpoints have
+    adamw = training.MuonAdamW(model, 0.02, 0.001, 0.1).parts[0]
+    assert id(model.lm_head.weight) in {id(p) for group in adamw.param_groups for p in group["params"]}
 
 
 def test_a_killed_run_with_muon_goes_on_as_if_nothing_had_happened(tmp_path):

@@ -315,6 +315,7 @@ DilutionExplorer(data)
 # **What to look for.**
 # * Go through the levels at `W = 8`, the width of the planted tree, and watch the cursor. Does it move right with every level? (2 × 8 has a level more, against collisions, so as many tokens as
 #   3 × 8.) Does it move up?
+# * And at `W = 4`, with too few codes? At `W = 16`, with too many?
 # * Switch the cost from predicted FLOPs to measured seconds. FLOPs are exact arithmetic; seconds also tell what else
 #   the machine was doing, so trust them only where the order of the points makes sense.
 # * Take `L = 1`: one level of 4 codes leaves 160 items in 4 groups. The table says how many items share their codes,
@@ -350,7 +351,8 @@ steps = pd.DataFrame([step(a, b) for a, b in finer])
 steps.style.format({name: "{:+.3f}" for name in ("change of recall@10", "low", "high")}).hide(axis="index")
 
 # %% [markdown]
-# Four warnings before you conclude anything:
+# Where a step is clear, it goes up while the SIDs are coarse and down where they are finer than the shop's own tree, 8 × 8 × 4: accuracy is not monotone in granularity, as STAMP says.
+# Whether the reason is *dilution* is another question. Four warnings before you conclude anything:
 #
 # * **Three seeds are few.** That is why the intervals are wide; a step whose interval holds 0 is undecided. And of
 #   twelve steps that do nothing at all, one may look clear by chance.
@@ -485,6 +487,7 @@ record = {
     "centrality_agreement": float(agreement["centrality"]), "norm_agreement": float(agreement["norm"]),
     "labels_per_100_tokens": sparsity,
     "flops_factor": float(flops(5, 256, windows.lengths) / flops(2, 256, windows.lengths)),
-    "recorded_runs": len(data["rows"]), "steps_that_rise": rises, "ceiling": ceiling,
+    "recorded_runs": len(data["rows"]), "steps_that_rise": rises,
+    "clear_up": int((steps["low"] > 0).sum()), "clear_down": int((steps["high"] < 0).sum()), "ceiling": ceiling,
 }
 teach.record(record)

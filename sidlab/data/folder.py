@@ -154,7 +154,7 @@ def _read_sequences(path, n_items, dirt):
     for line_number, line in _lines(path):
         try:
             user, *ids = line.decode().split() or [""]
-            ids = [int(item) for item in ids]
+            ids = [int(item.replace("_", "?")) for item in ids]  # Python reads 1_2 as 12
         except ValueError:  # bad UTF-8, too
             dirt.add("an id that is no integer", path, line_number, line)
             continue

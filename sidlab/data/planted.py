@@ -64,11 +64,15 @@ class PlantedTruth:
 
     def recommend(self, histories, k: int = 10) -> np.ndarray:
         """The Bayes-optimal list: the k most probable item ids given each history, int64 [U, k]."""
-        return np.argsort(-self.next_item(histories), axis=1, kind="stable")[:, :k] + 1
+        return np.concatenate([np.argsort(-p, axis=1, kind="stable")[:, :k] + 1 for p in self._by_rows(histories)])
 
     def bayes_recall(self, histories, k: int = 10) -> np.ndarray:
         """The probability that the next item is among the k most probable ones: the best expected recall@k, float64 [U]."""
-        return np.sort(self.next_item(histories), axis=1)[:, ::-1][:, :k].sum(axis=1)
+        return np.concatenate([np.sort(p, axis=1)[:, ::-1][:, :k].sum(axis=1) for p in self._by_rows(histories)])
+
+    def _by_rows(self, histories, size=64):
+        """`next_item` of a few histories at a time: of all at once, a large catalogue would take tens of GB."""
+        return (self.next_item(histories[start : start + size]) for start in range(0, max(len(histories), 1), size))
 
     def informative(self, histories) -> np.ndarray:
         """Which tokens are informative: bool [U, M, 3], left-aligned. True where the conditional mutual information with the
@@ -122,7 +126,8 @@ class PlantedTruth:
     def _brand(self, counts):
         """Brand counts per department [..., D, S] → the probability of the next click's brand there [..., D, S]."""
         other = (1 - self.loyalty) / (counts.shape[-1] - 1)
-        favourite = self.brand_prior * (self.loyalty / other) ** counts
+        log = np.log(self.brand_prior) + counts * np.log(self.loyalty / other)  # hundreds of clicks on one brand would overflow
+        favourite = np.exp(log - log.max(axis=-1, keepdims=True))
         favourite /= favourite.sum(axis=-1, keepdims=True)
         return other + (self.loyalty - other) * favourite
 

@@ -28,6 +28,8 @@ class SidEncoder:
                    for name, value in options.items()}
         self.levels, self.seed = integer("levels", levels), integer("seed", seed, least=0)
         self.widths = as_widths(width, self.levels)
+        if self.seed + self.levels >= 2**31:  # faiss counts so far, and every level has a seed of its own
+            raise ValueError(f"seed must lie below 2**31 − levels, got {self.seed}")
         self._parameters = {"levels": self.levels, "width": self.widths, "seed": self.seed, **options}
         vars(self).update(options)
 

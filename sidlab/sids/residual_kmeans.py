@@ -21,7 +21,7 @@ class ResidualKMeans(SidEncoder):
 
     Args: `levels` L; `width`: codes per level, an int or one int per level (`widths` afterwards); `seed`: equal seeds
     give equal codebooks; `iterations` of k-means per level. Beyond 256 embeddings per code, a level learns from a random
-    subset of that size, so that `fit` needs hardly any memory besides its input, which may be a memory map.
+    subset of that size, so that `fit` needs hardly any memory besides its input, which may be a float32 memory map.
 
     After fit: `codebooks_`, L float32 arrays [W_l, d]; an embedding is decoded as the sum of its centroids. Where a level
     has no more distinct residuals than codes, they become the codebook, and codes left over stand for zero (no

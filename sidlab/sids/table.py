@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sidlab.sids.encoder import checked, load_arrays, save_arrays
+from sidlab.sids.encoder import CHUNK, checked, load_arrays, save_arrays
 from sidlab.sids.trie import Trie, as_codes
 
 PAD, BOS, SEP = 0, 1, 2
@@ -128,9 +128,12 @@ class SidTable:
             if encoder is not None:
                 row["reconstruction_error"] = None
                 if level <= self.base_levels:
-                    x = np.asarray(embeddings, np.float64)
-                    error = x - encoder.decode(self.codes[:, :level])
-                    row["reconstruction_error"] = float((error**2).sum() / (x**2).sum())
+                    error = size = 0.0
+                    for start in range(0, self.n_items, CHUNK):
+                        x = np.asarray(embeddings[start : start + CHUNK], np.float64)
+                        error += float(((x - encoder.decode(self.codes[start : start + CHUNK, :level])) ** 2).sum())
+                        size += float((x**2).sum())
+                    row["reconstruction_error"] = error / size if size else None
             per_level.append(row)
         return SidReport(
             n_items=self.n_items,
@@ -180,7 +183,7 @@ class SidTable:
         for number, line in enumerate(lines, start=1):
             where, got = f"{path}, line {number}", f"got {line.rstrip()!r}"
             try:
-                item, *sid = map(int, line.split())
+                item, *sid = map(int, line.replace("_", "?").split())  # Python reads 1_2 as 12
             except ValueError:
                 raise ValueError(f"{where}: expected `item_id c1 c2 …` (integers), {got}") from None
             if item < 1 or item in rows or not sid:

@@ -73,8 +73,9 @@ class TrainingMonitor(Explorer):
                 run.clear()
             self.start_button.disabled, self.stop_button.disabled = True, False
             self.refresh()
-            self._thread = threading.Thread(target=self._work, args=(todo,), name="sidlab training", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, args=(todo,), name="sidlab training", daemon=True)
+            thread.start()
+            self._thread = thread  # now that `wait` can join it
 
     def stop(self) -> None:
         """End training after the update in progress; returns at once."""
