@@ -339,10 +339,11 @@ frontier
 # %% [markdown]
 # **What to look for**
 #
-# * Up and left is better: less recall lost, for less. Move the slider down from 70 %. At which share does the interval of `rastp` leave
-#   the dotted line, nothing pruned? That of another scorer?
+# * Up and left is better: less recall lost, for less. Move the slider down from 70 %. Does the interval of any scorer reach the dotted
+#   line, nothing pruned, at any share? What would you have to save for that loss to be worth it?
 # * Compare each scorer with `random` at the same share. That is what choosing is worth.
-# * Is `recent` beaten? This shop was built so that what matters was often last seen far back.
+# * Where is `rastp` ahead of `recent`, and where behind? This shop was built so that what matters was often last seen far back. But where
+#   hardly anything may stay, the newest items are a safe choice.
 # * Switch *cost* to predicted MFLOPs. Now all scorers of one share stand on one vertical line. What moves them apart in seconds?
 # * Every point is the mean of three seeds. Cover the lines with your hand and look at the intervals of one share only: which order would you bet on?
 
@@ -433,4 +434,7 @@ teach.quiz(
 record = {f"recall_{name}": float(recall_at(of, 10).mean()) for name, of in ranks.items()}
 record |= {f"{name}_minus_unpruned": float(test.difference) for name, test in tests.items()}
 record |= {"runs": len(results), "updates": results["unpruned"].timing["updates"]}
+of = {(row["pruning.scorer"], row["pruning.keep"]): row for row in recorded["rows"]}  # what the questions of section 8 rest on
+record |= {f"rastp_minus_recent_at_{keep}": of["rastp", keep]["against"][of["recent", keep]["number"]][0] for keep in (0.1, 0.5)}
+record |= {"recorded_reaching_unpruned": sum(row["against"][0][2] >= 0 for row in recorded["rows"][1:])}
 teach.record(record)
