@@ -114,7 +114,7 @@ def _faster(pairs, least):
         if "quartiles" in row:
             return row["quartiles"]
         of_seeds = row.get("seconds_range") or [  # a study's, or a comparison's
-            one["seconds_per_1k_windows"] for one in results["rows"] if one.get("method") == row.get("method", 0)]
+            one["seconds_per_1k_windows"] for one in results.get("rows", ()) if one.get("method") == row.get("method", 0)]
         known = _seeds(results) > 2 and len(of_seeds) > 1
         return (min(of_seeds), max(of_seeds)) if known else (middle * (1 - SINGLE / 2), middle * (1 + SINGLE / 2))
 
