@@ -23,9 +23,9 @@ from sidlab.sids.table import SidTable
 from sidlab.training import _use_bf16, build_model
 from sidlab.windows import Collator, Windows, tell_padding
 
-# (d_model, layers, items of history, slots a batch), each timed with and without a pruner: small ones show the fixed prices, large ones
-# the speed of arithmetic, long histories that of memory.
-SIZES = ((32, 4, 10, 256), (32, 2, 60, 1024), (64, 4, 10, 1024), (64, 2, 60, 1024), (128, 3, 20, 1024))
+# (d_model, layers, items of history, slots a batch), each timed with and without a pruner: small ones show the fixed prices, long histories
+# the speed of memory, wide models that of arithmetic (without the widest, one coefficient would do for both, and the other come out as 0).
+SIZES = ((32, 4, 10, 256), (32, 2, 60, 1024), (64, 4, 10, 1024), (64, 2, 60, 1024), (128, 3, 20, 1024), (256, 2, 10, 512))
 GPU_SIZES = ((64, 4, 10, 1024), (128, 2, 60, 32768), (256, 4, 10, 32768), (256, 2, 100, 65536), (512, 4, 30, 65536))
 LEVELS, WIDTH = 3, 64  # of the SIDs of the timed models
 

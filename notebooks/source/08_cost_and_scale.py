@@ -101,8 +101,8 @@ print(f"{speed.device}, calibrated in {time.perf_counter() - begin:.0f} s, the f
 (1000 * speed.steps[["measured", "fitted"]]).round(1).join(speed.steps.drop(columns=["measured", "fitted"]))  # milliseconds
 
 # %% [markdown]
-# Run this cell twice before you believe the split: the sum is measured, but in these ten steps FLOPs and memory traffic grow together, so which of them a millisecond
-# belongs to hardly is.
+# Run this cell twice before you believe the split: the sum is measured, but FLOPs and memory traffic mostly grow together, so which of them a millisecond belongs to is
+# known less well.
 #
 # A fit that is good on its own points shows little, too. So predict steps that were **not** timed: other widths, other depths, other lengths.
 
