@@ -129,7 +129,7 @@ def test_it_is_the_centrality_of_the_plain_path(backend):
         torch.testing.assert_close(kernels.column_sums(queries, key, bias=by_distance, mask=mask, backend=backend), expected, **NEAR)
 
 
-def test_tf32_may_be_switched_on_by_either_switch(monkeypatch):
+def test_tf32_may_be_switched_on_by_either_switch():
     query, key = tensors(1, 2, 20, 8)
     expected = kernels.column_sums(query, key, backend="triton")
     before = torch.backends.cuda.matmul.fp32_precision
