@@ -17,7 +17,8 @@ from sidlab.viz.studies import strata_figure, study_figure
 
 HERE = pathlib.Path(__file__).parent
 README, PAGE = HERE.parent / "README.md", HERE / "README.md"
-COSTS = (("seconds_per_1k_windows", "#.3g"), ("peak_memory_mb", ",.0f"), ("kept_token_fraction", ".0%"))
+COSTS = {"s per 1,000 windows": ("seconds_per_1k_windows", "#.3g"), "MB": ("peak_memory_mb", ",.0f"),
+         "tokens kept": ("kept_token_fraction", ".0%")}
 SECTION = re.compile(r"(<!-- results: made by results/show.py -->\n).*?(<!-- end of results -->)", re.DOTALL)
 METHODS = ("rastp", "rastp-visible", "recent", "stamp", "map")  # whose difference to the unpruned model it tells
 
@@ -28,8 +29,8 @@ Made by `python results/show.py` from the files in this folder; commands are run
 `source .venv/bin/activate`.
 
 R, N: recall and NDCG at 5 or 10. A window is a history with the item that follows. Of a third a little more is kept, since each history's
-share is rounded up. `bayes` is the best list for one who knows the planted world; the other methods are in the [README](../README.md). MB
-on a processor is resident memory, which repeats badly: compare memory in the benchmark or on a GPU.
+share is rounded up. `bayes` is the best list for one who knows the planted world; the other methods are in the [README](../README.md).
+Memory is told of GPUs: on a processor it is that of the process, and repeats badly.
 """
 STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 95 %; preset `{}`, {}:
 `mkdir -p runs && papermill notebooks/studies/NAME.ipynb runs/NAME.ipynb --cwd . -k python3 -p dataset FOLDER -p seeds N`.
@@ -125,10 +126,11 @@ def _finding(name, studies):
 
 
 def _comparison(results):
+    costs_of = {name: cost for name, cost in COSTS.items() if name != "MB" or results["hardware"]["gpu"]}
     rows = []
     for row in results["summary"]:
         interval = "[{:.4f}, {:.4f}]".format(*row["recall@10_interval"])
-        costs = [f"{row[field]:{form}}" if row.get(field) else "–" for field, form in COSTS]
+        costs = [f"{row[field]:{form}}" if row.get(field) else "–" for field, form in costs_of.values()]
         quality = [f"{row['recall@5']:.4f}", f"{row['recall@10']:.4f} {interval}", f"{row['ndcg@10']:.4f}"]
         rows.append("| " + " | ".join([row["method"], *quality, *costs]) + " |")
     updates = max((row["updates"] for row in results["rows"] if row.get("updates")), default=0)
@@ -136,8 +138,9 @@ def _comparison(results):
     setting = (f"**{_name(results)}, preset `{results['preset']}`**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
                f"at most {updates:,} updates; {_machine(results['hardware'])}, torch {results['versions']['torch']}:")
     remarks = [line for key in ("busy", "note") if key in results for line in (results[key], "")]
-    head = ["| method | R@5 | R@10 [95 %] | N@10 | s per 1,000 windows | MB | tokens kept |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([setting, f"`{results['command']}`", "", *head, *rows, "", *remarks, *_same_model(results)])
+    head = ["method", "R@5", "R@10 [95 %]", "N@10", *costs_of]
+    return "\n".join([setting, f"`{results['command']}`", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows, "", *remarks,
+                      *_same_model(results)])
 
 
 def _same_model(results):
