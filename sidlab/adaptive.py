@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import TrainerCallback
 
-from sidlab.checks import integer, one_of, plain
+from sidlab.checks import integer, number, one_of, plain
 from sidlab.pruning import PruningConfig, check_keep
 
 SCHEDULES = ("linear", "cosine", "stage")
@@ -52,6 +52,8 @@ class Strategy:
         plain(self)
         one_of("kind", self.kind, KINDS)
         check_keep(self.start)
+        for name in ("until", "bound", "threshold"):
+            number(name, getattr(self, name))
         if not 0 < self.until <= 1:
             raise ValueError(f"until must lie in (0, 1], got {self.until}")
         integer("every", self.every)

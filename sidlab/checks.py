@@ -1,5 +1,7 @@
 """What callers give, in the form that the rest counts on, or an error that names the parameter."""
 
+import dataclasses
+import numbers
 import operator
 
 import numpy as np
@@ -22,10 +24,21 @@ def integer(name: str, value, least: int = 1) -> int:
 
 
 def plain(config) -> None:
-    """NumPy's numbers in a dataclass, frozen or not, become Python's: JSON and the libraries know no others."""
-    for name, value in vars(config).items():
+    """NumPy's numbers in a dataclass, frozen or not, become Python's: JSON and the libraries know no others. TypeError where a field of
+    True and False holds something else."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         if isinstance(value, np.generic):
-            object.__setattr__(config, name, value.item())
+            value = value.item()
+            object.__setattr__(config, field.name, value)
+        if field.type is bool and not isinstance(value, bool):
+            raise TypeError(f"{field.name} must be True or False, got {value!r}")
+
+
+def number(name: str, value) -> None:
+    """TypeError where `value` is no number."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def as_histories(histories) -> list[np.ndarray]:

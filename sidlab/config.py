@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-import numbers
 import typing
 
-from sidlab.adaptive import Strategy
-from sidlab.checks import integer, one_of, plain
+from sidlab.adaptive import SCHEDULES, Strategy
+from sidlab.checks import integer, number, one_of, plain
 from sidlab.map_loss import MapConfig
 from sidlab.models import qwen as sid_qwen
 from sidlab.models.sid import check_after_layer
@@ -87,11 +86,15 @@ class TrainConfig:
                 continue
             if int in kinds:
                 object.__setattr__(self, field.name, integer(field.name, value, least=0 if field.name == "seed" else 1))
-            elif float in kinds and not isinstance(value, numbers.Real):
-                raise TypeError(f"{field.name} must be a number, got {value!r}")
+            elif float in kinds:
+                number(field.name, value)
         if not 0 < self.epochs < math.inf or not 0 <= self.warmup <= 1:
             raise ValueError("epochs must be above 0 and finite, and warmup, a share of the updates, in [0, 1]; "
                              f"got {self.epochs} and {self.warmup}")
+        for name, below in (("dropout", 1), ("weight_decay", math.inf), ("learning_rate", math.inf), ("muon", math.inf)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < below or name == "muon" and value == 0:
+                raise ValueError(f"{name} must be from 0 and below {below}{' (above 0, or None)' * (name == 'muon')}, got {value}")
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.pruning is not None and self.pruning.mode == "reference" and self.padding != "fixed":
@@ -101,7 +104,7 @@ class TrainConfig:
                 raise ValueError(f'strategy changes pruning, other than mode="reference"; got pruning={self.pruning}')
             if self.pruning.reduce == "pool" and self.strategy.kind == "settled-layer":
                 raise ValueError('strategy.kind="settled-layer" compares scores, and reduce="pool" has none')
-            if self.eval_every % self.strategy.every:
+            if self.strategy.kind not in SCHEDULES and self.eval_every % self.strategy.every:
                 raise ValueError(f"eval_every={self.eval_every} must be a multiple of strategy.every={self.strategy.every}")
         if self.checkpoint is not None and self.arch != "qwen":
             raise ValueError(f'checkpoint={self.checkpoint!r} needs arch="qwen", got arch={self.arch!r}')

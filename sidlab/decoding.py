@@ -38,7 +38,7 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
         for chunk in np.array_split(order, -(-len(order) // batch_size)) if len(order) else ():
             part = [histories[i] for i in chunk]
             seen = pad_histories(part, max(len(h) for h in part), table.n_items) if exclude_seen else None
-            width = beam or max(k, 10) + (max(len(set(h.tolist())) for h in part) if exclude_seen else 0)
+            width = torch.tensor([beam or max(k, 10) + (len(set(h.tolist())) if exclude_seen else 0) for h in part])  # [B]
             leaves, leaf_scores = beam_search(model, encode_histories(model, part, truth), width)
             found, score = items_of_leaves(table.trie_on(model.device), leaves, leaf_scores, k, seen)
             items[chunk], scores[chunk] = found.cpu(), score.cpu()
@@ -77,12 +77,14 @@ def _inputs(model, histories, truth):
 
 
 @torch.no_grad()
-def beam_search(model, encoded, beam: int) -> tuple[Tensor, Tensor]:
+def beam_search(model, encoded, beam: int | Tensor) -> tuple[Tensor, Tensor]:
     """Trie leaves int64 [B, b] and log-probabilities float32 [B, b], best first, b ≤ `beam`; −inf marks an empty place. `encoded`: what
-    `encode_histories` returns."""
+    `encode_histories` returns; `beam`: the width, one for all rows or int64 [B]."""
     table = table_of(model)
     trie = table.trie_on(model.device)
     search, batch = model.search(encoded), len(encoded.attention_mask)
+    beam = torch.as_tensor(beam).expand(batch)
+    widest, beam = int(beam.max()), beam.to(model.device).unsqueeze(-1)  # [B, 1]
     nodes = torch.zeros(batch, 1, dtype=torch.long, device=model.device)  # every search starts at the root
     scores = torch.zeros(batch, 1, device=model.device)
     tokens, parents = torch.full((batch, 1), BOS, device=model.device), None
@@ -90,7 +92,8 @@ def beam_search(model, encoded, beam: int) -> tuple[Tensor, Tensor]:
         log_p = model.level_logits(search.step(tokens, parents), depth).float().log_softmax(-1)  # [B, b, W]
         codes, children, valid = trie.children(depth, nodes)  # [B, b, C] each
         grown = (scores.unsqueeze(-1) + log_p.gather(-1, codes)).masked_fill(~valid, -torch.inf).flatten(1)  # [B, b·C]
-        scores, choice = grown.topk(min(beam, grown.shape[1]), dim=1)  # [B, b']
+        scores, choice = grown.topk(min(widest, grown.shape[1]), dim=1)  # [B, b']
+        scores = scores.masked_fill(torch.arange(scores.shape[1], device=model.device) >= beam, -torch.inf)  # as if each row were alone
         parents = choice // codes.shape[-1]
         nodes = children.flatten(1).gather(1, choice)
         tokens = codes.flatten(1).gather(1, choice) + offset

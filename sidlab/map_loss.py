@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidlab.checks import integer, one_of, plain
+from sidlab.checks import integer, number, one_of, plain
 
 UNITS = ("item", "token")
 
@@ -34,14 +34,16 @@ class MapConfig:
         plain(self)
         one_of("unit", self.unit, UNITS)
         object.__setattr__(self, "steps", integer("steps", self.steps))
-        if not self.weight >= 0 or not 0 < self.decay <= 1:
-            raise ValueError(f"weight must be >= 0 and decay in (0, 1], got {self.weight} and {self.decay}")
+        for name in ("weight", "decay"):
+            number(name, getattr(self, name))
+        if not 0 <= self.weight < torch.inf or not 0 < self.decay <= 1:
+            raise ValueError(f"weight must be >= 0 and finite and decay in (0, 1], got {self.weight} and {self.decay}")
 
 
 class MapHead(nn.Module):
     """The shared projection: decoder states [B, L, d] → states of the steps [B, S, L, d].
 
-    Plain parameters and no child modules: the model draws them in a fork of the random state (`models.t5`), so that a model
+    Plain parameters and no child modules: the model draws them in a fork of the random state (`models.sid`), so that a model
     with the head starts from the same weights as one without.
     """
 

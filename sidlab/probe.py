@@ -2,7 +2,7 @@
 
 The encoder runs once, unpruned, and leaves its hidden states and attention. Pruning behind some layer then needs only the layers
 behind it and the decoder, which is what lets an explorer follow a slider. What comes out is what `recommend` gives for the same
-model with the same `PruningConfig`.
+model with the same `PruningConfig` (and `at_inference`, which a probe does not ask for).
 """
 
 import copy
@@ -99,6 +99,8 @@ class Probe:
         """
         if pruning is not None and pruning.mode == "reference":
             raise ValueError('a probe shows one history without padding, and mode="reference" prunes a share of the padded length')
+        if len(without) and (pruning is None or pruning.reduce != "select"):
+            raise ValueError(f'without needs pruning with reduce="select", got pruning={pruning}')
         encoder, out = self._encoder, PrunedEncoderOutput(attention_mask=self.mask)
         encoder.set_pruning(pruning)
         if pruning is None:

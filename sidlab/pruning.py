@@ -128,7 +128,8 @@ class TokenPruner(nn.Module):
         width = mask.shape[1]
         if slots is None or self.mass is not None:
             from_shape = self.unit == "token" and protect is None and self.mass is None
-            slots = max(math.ceil(self.keep * width - 1e-6), min(width, 1)) if from_shape else int(kept.sum(1).max()) if len(kept) else 0
+            slots = math.ceil(self.keep * width - 1e-6) if from_shape else int(kept.sum(1).max()) if len(kept) else 0
+            slots = max(slots, min(width, 1))  # one also for rows of nothing but padding: no layer behind takes less
         # The n-th kept token of a row goes to slot n; one slot more takes all that is dropped.
         slot = torch.where(kept, kept.cumsum(1) - 1, slots).clamp_max(slots)  # [B, N]
         places = torch.arange(width, device=mask.device).expand_as(slot)

@@ -4,6 +4,7 @@ import os
 import pathlib
 import sys
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data not fo
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # here, before a test imports anything that imports triton
+hypothesis.settings.register_profile("sidlab", deadline=None)  # other work on the machine is no failure
+hypothesis.settings.load_profile("sidlab")
 
 
 def pytest_report_header():

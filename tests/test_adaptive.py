@@ -22,7 +22,6 @@ from sidlab.windows import Collator, Windows, leave_one_out
 # --- Schedules
 
 
-@settings(deadline=None)
 @given(st.sampled_from(("linear", "cosine", "stage")), st.floats(0.05, 1), st.floats(0.05, 1), st.floats(0.1, 1))
 def test_schedules_go_from_start_to_keep_and_never_back(kind, start, keep, until):
     strategy = Strategy(kind, start=start, until=until)
@@ -62,7 +61,7 @@ def test_training_follows_its_schedule_and_keeps_what_it_ended_with(arch):
 # --- Ratios by row
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(1, 4), st.integers(1, 9), st.floats(0.05, 1), st.floats(0.1, 1), st.integers(0, 10**6))
 def test_mass_keeps_the_smallest_set_that_holds_it(batch, width, mass, keep, seed):
     rng = np.random.default_rng(seed)
@@ -229,7 +228,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, name):
     (lambda: TrainConfig(strategy=Strategy()), "strategy changes pruning"),
     (lambda: TrainConfig(strategy=Strategy("settled-layer"), pruning=PruningConfig(reduce="pool")), 'reduce="pool" has none'),
     (lambda: run(strategy=Strategy("loss-gap", every=8), pruning=PruningConfig(), eval_every=8), "never reached in 8 updates"),
-    (lambda: TrainConfig(strategy=Strategy(every=30), pruning=PruningConfig()), "eval_every=100 must be a multiple of strategy.every=30"),
+    (lambda: TrainConfig(strategy=Strategy("loss-gap", every=30), pruning=PruningConfig()),
+     "eval_every=100 must be a multiple of strategy.every=30"),
 ])
 def test_bad_settings_say_what_is_right(make, message):
     with pytest.raises(ValueError, match=message):

@@ -46,7 +46,7 @@ def test_the_real_sample_reads_whole():
         assert history.min() >= 0 and history.max() < 8192 and answer.shape == (3,)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.tuples(*[st.integers(0, 8191)] * 3), min_size=2, max_size=12), min_size=1, max_size=5), st.sampled_from(",\t"))
 def test_rows_come_back_as_they_were_written(tmp_path_factory, sequences, delimiter):
     path = tmp_path_factory.mktemp("rows") / "rows.csv"
@@ -169,7 +169,7 @@ READ = {"rows.csv.gz": lambda path: [(history.tolist(), answer.tolist()) for his
         "items.csv.gz": lambda path: [(item, codes.tolist()) for item, codes in zip(*algr.read_items(path, width=64))]}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_one_dirty_line_anywhere_costs_itself_alone_and_is_named(written, tmp_path_factory, data):
     """A damaged item before, between or behind the others of a history or an answer, a damaged code, a quote anywhere, a line cut off."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, needs_shared
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -101,7 +101,6 @@ def test_variants_take_turns_and_the_first_round_does_not_count():
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=9), st.floats(0.1, 10))
-@settings(deadline=None)
 def test_ratio_and_its_interval(over, factor):
     over = np.array(over)
     value, (low, high) = timing.ratio(over, over * factor)

@@ -142,7 +142,7 @@ def configurations(draw):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(configurations(), st.lists(st.integers(2, 13), min_size=1, max_size=20))
 def test_flops_slots_and_parameters_are_the_model_s(config, sizes):
     assert_counts(config, [RNG.integers(1, 101, n) for n in sizes])

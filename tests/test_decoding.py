@@ -118,13 +118,24 @@ def test_sharers_follow_one_another_by_id():
 
 
 @given(st.permutations(range(5)), st.integers(1, 6))
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6, derandomize=True)
 def test_order_and_batch_size_do_not_matter(order, batch_size):
     model = build(SidTable(CODES, (5, 4, 3)), PruningConfig(after_layer=1))
     items, scores = recommend(model, HISTORIES, k=8)
     again, again_scores = recommend(model, [HISTORIES[i] for i in order], k=8, batch_size=batch_size)
     assert torch.equal(again, items[list(order)])
     torch.testing.assert_close(again_scores, scores[list(order)], **CLOSE)
+
+
+def test_company_changes_nothing_where_seen_items_are_left_out():
+    codes = np.random.default_rng(1).permutation(list(itertools.product(range(30), range(8), range(8))))[:1500]
+    table = SidTable(codes, (30, 8, 8))
+    for seed in range(3):
+        model = build(table, seed=seed, embedding_init=1.0, max_items=8)
+        with torch.no_grad():  # a wider beam finds what a narrow one leaves behind: later levels decide
+            model.shared.weight[33:].mul_(2.5), model.shared.weight[3:33].mul_(0.2)
+        alone, together = (recommend(model, rows, exclude_seen=True)[0][0] for rows in ([[5, 6]], [[5, 6], np.arange(1, 41)]))
+        assert torch.equal(alone, together)
 
 
 def test_only_the_last_items_count_and_the_rest_may_be_anything_iterable(model):
@@ -150,7 +161,7 @@ def test_the_model_is_left_as_it_was(model):
     model.eval()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(0, 6), st.randoms(use_true_random=False))
 def test_of_many_that_share_a_sid_the_first_unseen_ones_are_taken(k, seen_count, random):
     codes = np.array([[random.randrange(2), random.randrange(2)] for _ in range(30)])

@@ -79,14 +79,14 @@ def assert_right(case, backend, block):
     torch.testing.assert_close(found.double(), oracle(query, key, **options), **NEAR)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(cases(longest=30), st.sampled_from((1, 7, 16, None)))
 def test_chunks_equal_the_whole_matrix(case, block):
     assert_right(case, "torch", block)
 
 
 @compiled
-@settings(deadline=None, max_examples=200 if CUDA else 12)
+@settings(max_examples=200 if CUDA else 12)
 @given(cases(longest=200 if CUDA else 35))
 def test_the_kernel_equals_the_whole_matrix(case):
     assert_right(case, "triton", 16)

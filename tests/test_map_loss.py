@@ -81,6 +81,7 @@ def test_head_is_one_projection_for_all_steps():
         (lambda: MapConfig(steps="2"), "steps must be an integer, got '2'"),
         (lambda: MapConfig(weight=-0.1), "got -0.1 and 1.0"),
         (lambda: MapConfig(weight=math.nan), "weight must be >= 0 .* got nan and 1.0"),
+        (lambda: MapConfig(weight=math.inf), "weight must be >= 0 and finite .* got inf and 1.0"),
         (lambda: MapConfig(decay=0.0), "got 0.3 and 0.0"),
         (lambda: MapConfig(decay=1.5), "got 0.3 and 1.5"),
         (lambda: MapConfig(unit="level"), "unit='level' is unknown; use one of 'item', 'token'"),

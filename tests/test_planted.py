@@ -83,7 +83,7 @@ def test_next_item_agrees_with_enumeration(small):
 
 
 @given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=4), min_size=1, max_size=2))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_histories_agree_with_enumeration(small, histories):
     np.testing.assert_allclose(small.next_item(histories), [next_by_hand(small, [h]) for h in histories], atol=1e-12)
 

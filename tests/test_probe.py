@@ -100,6 +100,9 @@ def test_without_takes_tokens_out(world):
     model, catalogue = world
     probe = Probe(model, catalogue.histories[4])
     config = PruningConfig(keep=1.0, after_layer=2)
+    for nothing in (None, PruningConfig(reduce="pool")):
+        with pytest.raises(ValueError, match='without needs pruning with reduce="select"'):
+            probe.prune(nothing, without=[0])
     out = probe.prune(config, without=[0, 5])
     assert (~out.kept).nonzero().flatten().tolist() == [0, 5] and out.attention.shape[-1] == len(probe.tokens) - 2
     assert not torch.allclose(out.scores, probe.prune(config).scores), "what is gone is not seen any more"

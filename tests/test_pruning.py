@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sidlab.pruning import PruningConfig, TokenPruner, kept_count, pool_tokens, reference_choice
@@ -142,7 +142,6 @@ def test_bad_input_is_named(make, message):
         make()
 
 
-@settings(deadline=None)  # the first comparison loads much
 @given(rows(), st.sampled_from([0.1, 1 / 3, 0.5, 0.8, 1.0]))
 def test_pooling_averages_even_bins_of_neighbours(case, keep):
     mask = case[0]

@@ -2,9 +2,12 @@
 
 import dataclasses
 import itertools
+import sys
+import unittest.mock
 
 import numpy as np
 import pytest
+import test_t5
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -176,7 +179,7 @@ def test_map_reaches_every_weight_and_its_labels_are_predicted_by_level(unit):
 # --- What is kept
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=5), st.sampled_from((0.01, 0.2, 1 / 3, 0.7)), st.integers(1, 4), st.integers(0, 99))
 def test_the_first_token_stays_and_the_share_comes_on_top(lengths, keep, layer, seed):
     rng = np.random.default_rng(seed)
@@ -441,13 +444,14 @@ def test_an_own_scorer_sees_the_history_alone():
     assert model.encode(**batch()).positions[0].tolist() == [0, *range(24, 32)]
 
 
-def test_fused_scoring_of_a_grouped_causal_layer_is_the_plain_one():
+@pytest.mark.parametrize("start", [0, 2])  # behind a prompt the history begins later
+def test_fused_scoring_of_a_grouped_causal_layer_is_the_plain_one(start):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 9, 16) for heads in (4, 2, 2))
     mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 3 + [1] * 2])
     module = build().model.layers[0].self_attn
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
-    history = slice(0, 7)
+    history = slice(start, 7)
     options = dict(dropout=0.0, scaling=0.25, position_bias=None, token_mask=mask, causal=True, history=history)
     output, centrality = fused_attention(module, query, key, value, causal, **options)
     weights = (query @ key.repeat_interleave(2, 1).mT * 0.25).masked_fill(~causal, -torch.inf).softmax(-1)
@@ -456,3 +460,32 @@ def test_fused_scoring_of_a_grouped_causal_layer_is_the_plain_one():
     torch.testing.assert_close(centrality, votes, **CLOSE)
     assert attention_path(build(PruningConfig(after_layer=1))) == "layer 1, which scores: plain attention; the others: sdpa"
     assert attention_path(build()) == "all layers: sdpa; none scores"
+
+
+@pytest.mark.parametrize("prompt", [None, [18, 19, 20]])
+def test_both_paths_score_alike_behind_a_prompt(prompt):
+    model, found = build(PruningConfig(), text_vocab=5, prompt=prompt), {}
+    for path in ("plain", "sdpa"):
+        model.model.scoring_path = path
+        found[path] = model.model(**batch(), tail=model.shifted(LABELS)).centrality
+    torch.testing.assert_close(found["sdpa"], found["plain"], **CLOSE)
+
+
+@pytest.mark.parametrize("arch", [test_t5, sys.modules[__name__]])
+@pytest.mark.parametrize("way", [*WAYS.values(), PruningConfig(keep=1, mass=0.5), PruningConfig(1, 0.01, unit="item")])
+def test_rows_of_one_length_need_no_mask(arch, way):
+    rows = [np.random.default_rng(i).integers(1, 51, 5) for i in range(4)]
+    model, inputs = arch.build(way).train(), arch.batch(rows) | {"labels": LABELS}
+    torch.testing.assert_close(model(**inputs, padded=False).loss, model(**inputs).loss, **CLOSE)
+
+
+@pytest.mark.parametrize("arch", [test_t5, sys.modules[__name__]])
+def test_what_does_not_prune_does_not_score_and_eager_attention_shows_every_layer(arch):
+    model, inputs = arch.build(PruningConfig(at_inference=False)), arch.batch() | {"labels": LABELS}
+    assert attention_path(model) == "all layers: sdpa; none scores"
+    with unittest.mock.patch("sidlab.models.scoring.attention_centrality", side_effect=AssertionError("scored")):
+        expected = model(**inputs).logits
+        model.set_attn_implementation("eager")
+        out = model(**inputs, output_attentions=True)
+    torch.testing.assert_close(out.logits, expected, **CLOSE)
+    assert len(out.encoder_attentions if arch is test_t5 else out.attentions) == 4

@@ -382,7 +382,7 @@ def test_without_collisions_no_level_is_added():
     assert table.levels == 2 and table.widths == (4, 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=40),
     st.sampled_from(["extend", "share"]),

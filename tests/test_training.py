@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from sidlab import meter as meter_module
 from sidlab import training
+from sidlab.adaptive import Strategy
 from sidlab.config import PRESETS, TrainConfig
 from sidlab.data.planted import planted_catalogue
 from sidlab.decoding import recommend, score_items
@@ -496,6 +497,13 @@ def test_presets_take_changes():
         (lambda: config(learning_rate="1e-3"), "learning_rate must be a number, got '1e-3'"),
         (lambda: config(batch_tokens=None), "batch_tokens must be an integer, got None"),
         (lambda: config(pruning={"keep": 0.5}), "pruning must be a PruningConfig or None, got {'keep': 0.5}"),
+        (lambda: config(plain="no"), "plain must be True or False, got 'no'"),
+        (lambda: config(pruning=PruningConfig(at_inference="no")), "at_inference must be True or False, got 'no'"),
+        (lambda: config(map=MapConfig(weight="0.3")), "weight must be a number, got '0.3'"),
+        (lambda: config(strategy=Strategy(until=None)), "until must be a number, got None"),
+        (lambda: config(dropout=np.nan), "dropout must be from 0 and below 1, got nan"),
+        (lambda: config(weight_decay=-1), "weight_decay must be from 0 and below inf, got -1"),
+        (lambda: config(muon=0.0), "muon must be .* above 0, or None.* got 0.0"),
         (lambda: config(epochs=-1), "epochs must be above 0"),
         (lambda: config(warmup=100), r"warmup, a share of the updates, in \[0, 1\]; got .* and 100"),
         *((lambda name=name: config(**{name: 0}), f"{name} must be at least 1, got 0") for name in (

@@ -35,7 +35,7 @@ def catalogues(draw):
     return np.array(rows), widths
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(catalogues())
 def test_nodes_children_and_items_equal_the_dictionary(catalogue):
     codes, widths = catalogue
@@ -61,7 +61,7 @@ def test_nodes_children_and_items_equal_the_dictionary(catalogue):
     assert items.shape[-1] == trie.max_items == max(map(len, groups)) and not items[~valid].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(catalogues(), st.data())
 def test_find_equals_the_dictionary(catalogue, data):
     codes, widths = catalogue

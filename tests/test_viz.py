@@ -281,7 +281,7 @@ def test_cost_bars_are_relative_to_unpadded_and_claims_to_padded():
     assert alone.data[0].x[0] == 1 and "× recent" in alone.layout.annotations[0].text
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_pruning_strip_marks_every_token_without_colour(m, levels, random):
     cells = [(i, v) for i in range(m) for v in range(levels)]

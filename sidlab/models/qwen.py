@@ -91,6 +91,12 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
     check = staticmethod(check)
     attentions = property(lambda self: [layer.self_attn for layer in self.layers])
 
+    def padded_behind(self, padded: bool) -> bool:
+        # The sink comes on top of whole items only where its own is not among them (it has no say in that), so rows of one length may
+        # differ by one.
+        sink_on_top = self.pruning is not None and self.pruning.unit == "item" and not self.config.prompt
+        return super().padded_behind(padded) or sink_on_top
+
     @capture_outputs
     def forward(self, input_ids=None, attention_mask=None, tail=None, past_key_values=None, truth=None, padded=True, **kwargs):
         """`input_ids` int64 [B, N], the histories; `attention_mask` [B, N] (default: not PAD); `tail` int64 [B, T], what follows them;
@@ -145,8 +151,7 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
         if mask is None or mask.ndim == 2:
             causal = create_causal_mask(config=self.config, inputs_embeds=hidden, attention_mask=mask, past_key_values=None)
         rotation = self.rotary_emb(hidden, places)
-        if self.config._attn_implementation == "eager":
-            record = record and record | {"path": "plain"}
+        record = record | {"eager": self.config._attn_implementation == "eager"}
         for layer in layers:
             scores = layer.self_attn.config is not self.config
             hidden = layer(hidden, attention_mask=causal, position_ids=places, past_key_values=cache, use_cache=cache is not None,

@@ -35,16 +35,19 @@ SCORED = "sidlab_scored"  # the name of `scored_attention` in the library
 
 
 def scored_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, record=None,
-                     token_mask=None, history=slice(None), reference=False, path="plain", **kwargs):
+                     token_mask=None, history=slice(None), reference=False, path="plain", eager=False, **kwargs):
     """Attention that also leaves the centrality of its clean, pre-dropout weights in the dict `record`: what the tokens in the slice
     `history` receive from one another. With `reference` that of the weights after dropout, to which padded queries contribute. Where
     `record` asks for it, the weights themselves as well. `path`: how it is computed; what `reference` and `record` ask for needs the
-    plain one. Without `record` nothing is scored."""
+    plain one. Without `record` nothing is scored. `eager`: weights are given back, and dropout is PyTorch's own, as in the library's
+    attention of that name."""
     causal = module.is_causal and query.shape[2] > 1
-    if record is None:
+    if record is None and not eager:
         return fast.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs)
     one_of("scoring_path", path, PATHS)
-    if path == "auto":
+    if eager:
+        path = "plain"
+    elif path == "auto":
         path = choose_path(query.device, query.dtype, query.shape[1], query.shape[3], causal)
     if path != "plain":
         output, record["centrality"] = fused_attention(
@@ -54,12 +57,12 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     if key.shape[1] != query.shape[1]:
         key, value = fast.same_heads(query, key, value)
     clean = fast.masked_softmax(query, key, attention_mask, scaling, position_bias, causal)
-    # The published code keeps PyTorch's own dropout.
-    weights = F.dropout(clean, dropout, module.training) if reference else fast.dropout(clean.to(value.dtype), dropout, module.training)
-    votes = (weights if reference else clean).detach()[:, :, history, history]
-    record["centrality"] = attention_centrality(votes, token_mask[:, history], reference)  # [B, N]
-    if record.get("keep_attention"):
-        record["attention"] = clean.detach()
+    weights = (F.dropout if eager else fast.dropout)(clean.to(value.dtype), dropout, module.training)
+    if record is not None:
+        votes = (weights if reference else clean).detach()[:, :, history, history]
+        record["centrality"] = attention_centrality(votes, token_mask[:, history], reference)  # [B, N]
+        if record.get("keep_attention"):
+            record["attention"] = clean.detach()
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -87,10 +90,10 @@ def fused_attention(module, query: Tensor, key: Tensor, value: Tensor, attention
     """
     scaling = 1.0 if scaling is None else scaling
     output, _ = fast.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias)
-    if causal:  # what comes behind the history sees it, and does not vote
-        query, key, token_mask = query[:, :, history], key[:, :, history], token_mask[:, history]
+    if causal:  # what comes behind the history sees it, and does not vote; what stands in front of it sees, and votes for, itself alone
+        query, key, token_mask = query[:, :, : history.stop], key[:, :, : history.stop], token_mask[:, : history.stop]
     bias = None if position_bias is None else kernels.by_distance(position_bias)
-    return output, kernels.column_sums(query, key, scaling=scaling, bias=bias, mask=token_mask, causal=causal)
+    return output, kernels.column_sums(query, key, scaling=scaling, bias=bias, mask=token_mask, causal=causal)[:, history]
 
 
 @functools.cache
@@ -140,7 +143,7 @@ def attention_path(model) -> str:
     dropout = (model.config.attention_dropout if causal else model.config.dropout_rate) if model.training else 0.0
     if others == "sidlab":  # as `fast.attention` decides
         others = "written out, dropout by bytes" if dropout > 0 and device.type == "cpu" else "sdpa"
-    if stack.pruning is None or stack.pruning.reduce != "select":
+    if stack.pruning is None or stack.pruning.reduce != "select" or not (model.training or stack.pruning.at_inference):
         return f"all layers: {others}; none scores"
     path = stack.scoring_path
     if stack.pruning.mode == "reference" or others == "eager":

@@ -131,7 +131,9 @@ class PrunedStack(LibraryInit):
         out.centrality, out.saliency = centrality, semantic_saliency(signals.hidden) * tokens
         if pruning.mode == "reference":
             return reference_choice(hidden, tokens, out.importance, pruning.keep)
-        if pruning.protect_separators and levels is not None:
+        if pruning.protect_separators:
+            if levels is None:
+                raise ValueError("protect_separators=True needs input_ids, which say where the separators are; got inputs_embeds")
             protect = levels == len(self.config.widths)
         elif sink and pruning.unit == "token":  # so that the number of slots still follows from the shape alone
             slots = min(max(math.ceil(pruning.keep * tokens.shape[1] - 1e-6), 1) + 1, tokens.shape[1])

@@ -95,16 +95,14 @@ class PrunedEncoder(PrunedStack, T5Stack):
         out = PrunedEncoderOutput(attention_mask=attention_mask)
         hidden = self.dropout(inputs_embeds)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask if padded else None)
-        bias = None
+        bias, eager = None, reference or self.config._attn_implementation == "eager"
         for number, block in enumerate(self.block, start=1):
-            scoring = pruning is not None and number == pruning.after_layer
-            selects = self.pruning and self.pruning.reduce == "select" and number == self.pruning.after_layer
-            plain = reference or self.config._attn_implementation == "eager"
-            record = {"record": {}, "token_mask": attention_mask, "reference": reference,
-                      "path": "plain" if plain else self.scoring_path} if selects else {}
-            hidden, bias, _ = block(hidden, mask, bias, **record, **kwargs)
-            if scoring:
-                centrality = record["record"]["centrality"] if selects else None
+            ours = {"eager": eager} if block.layer[0].SelfAttention.config is not self.config else {}  # for `scored_attention`
+            if ours and pruning is not None:
+                ours |= {"record": {}, "token_mask": attention_mask, "reference": reference, "path": self.scoring_path}
+            hidden, bias, _ = block(hidden, mask, bias, **ours, **kwargs)
+            if pruning is not None and number == pruning.after_layer:
+                centrality = ours["record"]["centrality"] if ours else None
                 hidden, bias, mask = self.prune(hidden, bias, centrality, input_ids, truth, out, padded)
         out.last_hidden_state = self.dropout(self.final_layer_norm(hidden))
         return out
