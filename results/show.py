@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sidlab.claims import evidence, judge
+from sidlab.config import TrainConfig
 from sidlab.papers import published
 from sidlab.studies import STUDIES
 from sidlab.viz.studies import strata_figure, study_figure
@@ -35,7 +36,7 @@ Memory is told of GPUs: on a processor it is that of the process, and repeats ba
 STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 95 %; preset `{}`, {}:
 `mkdir -p runs && papermill notebooks/studies/NAME.ipynb runs/NAME.ipynb --cwd . -k python3 -p dataset FOLDER -p seeds N`.
 The dotted line and the grey band of a figure are the first setting and its interval. "Clearly" rests on the same users compared in pairs,
-so bars may overlap; of one seed, it holds for that seed. Levels: a further code that tells colliding items apart is not counted. *fast* has
+so bars may overlap; of one seed, it holds for that seed. Of twenty pairs without a difference one comes out "clearly", too. Levels: a further code that tells colliding items apart is not counted. *fast* has
 a model of its own (d_model 128, dropout 0.1, at most 400 updates), not comparable with the others.
 """
 CLAIMS_HEAD = """**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs
@@ -59,8 +60,8 @@ def section() -> str:
     ours = [_by_method(results)["unpadded"]["recall@10"] for results in comparisons if _name(results).startswith("amazon-beauty")]
     head = f"""Test recall@10 of the unpruned model, the changes to it with their 95 % intervals (over users, and over seeds where there are
 several: one seed says nothing of the next), and how many times as fast `rastp` trains; `planted` is synthetic. What an item-to-item
-table reaches is beside it. –: not run, or timed beside other jobs. Published unpruned models of this kind (TIGER) reach
-{theirs.min():.4f} to {theirs.max():.4f} on Beauty, those here {min(ours):.4f} to {max(ours):.4f}: what pruning costs a fully trained
+table reaches is beside it. –: not run, or timed beside other jobs; \\*: see its note in results/README.md. Published unpruned models
+of this kind (TIGER) reach {theirs.min():.4f} to {theirs.max():.4f} on Beauty, those here {min(ours):.4f} to {max(ours):.4f}: what pruning costs a fully trained
 model stays open. Every table, command and machine, and a verdict on each claim of both papers, is in
 [results/README.md](results/README.md).
 """
@@ -94,8 +95,9 @@ def _differences(comparisons):
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for results in comparisons:
         rows = _by_method(results)
-        cells = [_name(results) + f", `{results['preset']}`" + ", published SIDs" * ("SIDS=" in results["command"]),
-                 str(rows["unpadded"]["seeds"]), f"{rows['unpadded']['recall@10']:.4f}"]
+        marks = ", published SIDs" * ("SIDS=" in results["command"]) + "\\*" * ("note" in results)
+        cells = [_name(results) + f", `{results['preset']}`" + marks, str(rows["unpadded"]["seeds"]),
+                 f"{rows['unpadded']['recall@10']:.4f}"]
         for name in names:
             test = rows.get(name, {}).get("versus_unpadded")
             cells.append("{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"]) if test else "–")
@@ -146,7 +148,7 @@ def _comparison(results):
 def _same_model(results):
     """`padded` and `unpadded` without dropout are one model in the same batches; how far apart they come out is a measure of chance."""
     rows = {row["method"]: row for row in results["summary"]}
-    if results["preset"] == "paper" or not {"padded", "unpadded"} <= rows.keys():
+    if TrainConfig.preset(results["preset"]).dropout or not {"padded", "unpadded"} <= rows.keys():
         return []
     of_seed = {row["seed"]: row["recall@10"] for row in results["rows"] if row["method"] == "unpadded"}
     apart = [f"{abs(row['recall@10'] - of_seed[row['seed']]):.4f}" for row in results["rows"] if row["method"] == "padded"]
@@ -206,6 +208,7 @@ def picture(study: dict) -> go.Figure:
               else study_figure(pd.DataFrame(study["rows"]), STUDIES[study["study"]].x,
                                 STUDIES[study["study"]].panels(study["hardware"]["gpu"] is not None)))
     title = f"{STUDIES[study['study']].title}: {_name(study)}, preset {study['preset']}, {_count(study['seeds'], 'seed')}"
+    title += "; seconds beside other jobs" * ("groups" not in study and any(row.get("busy") for row in study["rows"]))
     return figure.update_layout(title={"text": title, "font_size": 16}, width=900, margin_t=80)
 
 

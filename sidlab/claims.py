@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from sidlab.comparison import DEFAULT_METHODS, compare
-from sidlab.files import write_json
+from sidlab.files import reading, write_json
 from sidlab.papers import METRICS, PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, published
 
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
@@ -203,10 +203,10 @@ def _too_low_hurts(results, rows):
 
 @_study("layer-ratio")
 def _two_thirds_go(results, rows):
-    """Behind some layer: STAMP doesn't say which. That with the best recall is judged."""
+    """Behind some layer: STAMP doesn't say which. That with the best recall on validation users is judged."""
     third = [row for label, row in rows.items() if label.endswith("keep 0.33")]
     if third:
-        best = max(third, key=lambda row: row["difference"])
+        best = max(third, key=lambda row: max(row["curve"]["mean"]))
         verdict = _not_worse(best["difference_interval"], rows["unpruned"]["recall@10"])
         yield _quality(results, verdict, f"{best['label']} (the best of {len(third)} layers) − unpruned: {_difference(best)}")
 
@@ -303,7 +303,10 @@ def evidence(*folders) -> list[dict]:
     for folder in folders:
         for path in sorted(pathlib.Path(folder).rglob("*.json")):
             if path.name.endswith(("results.json", "study.json", "bench.json")) or path.parent.name in ("results", "studies"):
-                content = json.loads(path.read_text())
+                with reading(path):
+                    content = json.loads(path.read_text())
+                if not isinstance(content, dict):  # as that of notebooks/run.py
+                    continue
                 look = content.get("only") or "--quick" in content.get("command", "")
                 if content.keys() & {"summary", "study", "targets"} and not look:
                     key = content.get("command") or str([content.get(k) or "" for k in ("study", "dataset", "preset", "arch", "sids")])

@@ -64,6 +64,8 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     names = methods.split() if isinstance(methods, str) else list(methods)
     if not names or int(seeds) < 1:
         raise ValueError(f"give at least one method and one seed, got methods={methods!r} and seeds={seeds!r}")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"methods={methods!r} names {', '.join(twice)} twice")
     runs = [(name, seed) for seed in range(int(seeds)) for name in names]  # seeds outside: a comparison cut short compares
     if sids and not os.path.isfile(sids):
         raise ValueError(f"sids={sids!r} is no file; give a published table with a line `item_id c1 c2 …` per item, or leave it out")
@@ -135,7 +137,7 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
             test = paired_test(*(np.array([recall_at(r, 10) for r in ranks[m]]) for m in (name, "unpadded")))
             entry["versus_unpadded"] = {"difference": test.difference, "interval": list(test.interval),
                                         # It knows nothing of other seeds: of several, only the interval is shown.
-                                        "p_value": test.p_value if len(of_method) == 1 else None}
+                                        "p_value": test.p_value if len(of_method) == len(ranks["unpadded"]) == 1 else None}
         summary.append(entry)
     others = ["Other jobs ran on the machine at the same time: the seconds say little."] if any(r["busy"] for r in runs) else []
     if len(devices := sorted({r["device"] for r in runs})) > 1:

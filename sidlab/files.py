@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import uuid
 
 from safetensors import SafetensorError
 
@@ -12,7 +13,7 @@ def write(path, content: str | bytes) -> pathlib.Path:
     """Writes `content` beside `path`, in a folder that is made where need be, and renames it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # threads and machines may share a process id
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)
     return path

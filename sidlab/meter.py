@@ -90,8 +90,8 @@ class Meter:
 
 
 def device_name() -> str:
-    """The GPU that trains, or "a processor"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a processor"
+    """The GPU that trains, or "a processor" and its threads, by which `clock` differs."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a processor (threads: {torch.get_num_threads()})"
 
 
 def resident_mb(field):

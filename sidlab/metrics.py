@@ -6,6 +6,7 @@ Every user has one target (leave-one-out). `U` users, `S` seeds, `k` recommended
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 _CELLS = 2**22  # random numbers held at a time: 32 MB
 
@@ -47,9 +48,10 @@ def bootstrap_interval(values, level: float = 0.95, resamples: int = 1000, seed:
 
     Users are drawn with replacement. With S > 1 (rows of the same users) another seed is another model: each draw is moved by Student's t
     with S − 1 degrees of freedom times the standard error over seeds. Drawing a handful of seeds with replacement instead shows too
-    little of their spread (of three, hardly more than a third of the width). What of that spread is noise of single users is taken off
-    it, for the drawing of users shows that already. Ranking metrics take few different values, so one multinomial draw of how often
-    each occurs stands for drawing U users: the same distribution, in bounded memory.
+    little of their spread (of three, hardly more than a third of the width). That spread holds the noise of user and seed together, so it
+    is taken off the draws of users, of which there are many; taken off the few seeds, it would often leave nothing of their spread.
+    Ranking metrics take few different values, so one multinomial draw of how often each occurs stands for drawing U users: the
+    same distribution, in bounded memory.
     """
     values = _checked_values(values, "values")
     if not 0 < level < 1 or resamples < 1:
@@ -63,18 +65,20 @@ def bootstrap_interval(values, level: float = 0.95, resamples: int = 1000, seed:
         means.append(users @ distinct.mean(axis=0) / n_users)
     means = np.concatenate(means)
     if n_seeds > 1:
-        means += rng.standard_t(n_seeds - 1, resamples) * _error_over_seeds(values)
+        places = (rng.permutation(resamples) + 0.5) / resamples  # evenly, for the tails are long
+        of_seed, middle = values.mean(axis=1), values.mean()
+        means = middle + (means - middle) * _share_of_users(values)
+        means += stdtrit(n_seeds - 1, places) * of_seed.std(ddof=1) / n_seeds**0.5
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _error_over_seeds(values):
-    """Standard error of the mean of `values` [S, U] from the spread of seeds, without the part that is noise of user and seed together."""
-    n_seeds, n_users = values.shape
-    of_seed = values.mean(axis=1)
-    noise = values - of_seed[:, None] - values.mean(axis=0) + values.mean()
-    noise = (noise**2).sum() / max(1, (n_seeds - 1) * (n_users - 1))
-    return max(0.0, of_seed.var(ddof=1) - noise / n_users) ** 0.5 / n_seeds**0.5
+def _share_of_users(values):
+    """What of the spread of users' means in `values` [S, U] is not noise of user and seed together, as a share of standard deviations."""
+    n_seeds, of_user = len(values), values.mean(axis=0)
+    noise = values - values.mean(axis=1, keepdims=True) - of_user + values.mean()
+    noise, spread = (noise**2).sum() / (n_seeds - 1) / n_seeds, ((of_user - of_user.mean()) ** 2).sum()
+    return max(0.0, 1 - noise / spread) ** 0.5 if spread else 0.0
 
 
 class PairedTest(NamedTuple):

@@ -169,11 +169,13 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     ("difference_interval") on the same users and seeds. "curve": validation recall@10 by "updates", its "mean", "lowest" and "highest"
     over seeds; "seconds_to_recall": training seconds until that mean reaches 95 % of the first setting's last (None: never). "sids": their
     number of codes by level and the share of items whose codes others have, too. "ended": kept share and layer of each seed's best
-    checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and took from its speed."""
-    rows, first, aim = [], None, None
+    checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and took from its speed, or the runs were made on
+    several devices."""
+    rows, first, aim, devices = [], None, None, set()
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
         ranks = np.array([one["ranks"] for one in found])  # [S, U]
+        devices |= {one["device"] for one in found}
         hits = _hits(found)
         length = min(len(one["curve"]["recall@10"]) for one in found)  # a seed may have stopped early
         curves = np.array([one["curve"]["recall@10"][:length] for one in found])  # [S, evaluations]
@@ -181,7 +183,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         aim = 0.95 * curve[-1] if aim is None else aim
         reached = np.flatnonzero(curve >= aim)
         updates = steps[reached[0]] if len(reached) else None
-        row = {"label": label, **runs.iloc[0].drop(["label", "seed", "file", *COSTS], errors="ignore").to_dict(), "seeds": len(runs),
+        of_runs = ["label", "seed", "file", "kept_informative", *COSTS]
+        row = {"label": label, **runs.iloc[0].drop(of_runs, errors="ignore").to_dict(), "seeds": len(runs),
                **metrics_of(ranks), **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs},
                "seconds_range": [float(end) for end in runs["seconds_per_1k_windows"].agg(["min", "max"])]}
         first = hits if first is None else first
@@ -192,7 +195,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
                 "difference_interval": test and list(test.interval), "sids": found[0]["sids"],
                 "ended": [one.get("ended") for one in found], "busy": any(one["busy"] for one in found)}
         rows.append(row)
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    return frame.assign(busy=frame["busy"] | (len(devices) > 1))
 
 
 def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:

@@ -91,7 +91,7 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
 
 def config_with(preset: str, seed: int, settings: dict) -> TrainConfig:
     """A preset with settings by name; "pruning.keep" sets a field of a part, which is then switched on."""
-    valid, fields = {f.name for f in dataclasses.fields(TrainConfig)}, {}
+    valid, fields = {f.name for f in dataclasses.fields(TrainConfig)} - {"seed"}, {}  # seeds are counted, not set
     valid |= {f"{name}.{f.name}" for name, part in PARTS.items() for f in dataclasses.fields(part)}
     if unknown := settings.keys() - valid:
         raise ValueError(f"settings {sorted(unknown)} are unknown; use {', '.join(sorted(valid))}, or sids.{', sids.'.join(SIDS)}")
@@ -116,6 +116,8 @@ def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None) -> 
 def _check_sids(sids):
     if not isinstance(sids, dict) or set(sids) - set(SIDS):
         raise ValueError(f"sids={sids!r} must hold some of {', '.join(SIDS)}, as {{name: value}}")
+    if "file" in sids and {"encoder", "levels"} & set(sids):
+        raise ValueError(f"sids={sids!r}: a published file has its own levels and needs no encoder; leave them out, or the file")
 
 
 def run_all(specs: dict[str, dict], folder):
@@ -136,7 +138,10 @@ def run_all(specs: dict[str, dict], folder):
         with FileLock(_file(path, ".lock")):  # another sweep in this folder may be at the same run: then its result is taken
             result = _finished(path, key)
             if result is None:
-                write_json(_file(path, ".spec"), one | {"key": key, "code": _code()})
+                stamp = _file(path, ".spec")
+                if stamp.exists() and json.loads(stamp.read_text())["key"] != key:  # a killed run of other data, settings or code
+                    shutil.rmtree(path, ignore_errors=True)
+                write_json(stamp, one | {"key": key, "code": _code()})
                 result = _run_child(folder, name, f"[{number}/{len(specs)}] {name}")
                 fresh, spent = fresh + 1, time.monotonic() - begin
                 print(f"[{number}/{len(specs)}] {spent:.0f} s so far, at most about {spent / fresh * (len(specs) - number):.0f} s left",
@@ -193,7 +198,7 @@ def run(folder, name: str) -> None:
         raise RuntimeError("the package has changed since this sweep began: start it again")
     catalogue = load_catalogue(one["dataset"])
     result = (_run_sasrec if "sasrec" in one["config"] else _run_model)(one, catalogue, folder, path)
-    result["busy"] = hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5  # in the last minute
+    result["busy"] = result.get("busy", False) or _busy()
     write_json(_file(path, ".json"), {"key": one["key"], "device": device_name(), **result})
     row = result["row"]
     say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users, trained {row['train_seconds']:.0f} s")
@@ -265,7 +270,8 @@ def _truth_for(config, catalogue):
 def _run_model(one, catalogue, folder, path):
     table, report = sid_table(catalogue, folder, one["sids"])
     config = fitted(TrainConfig.from_dict(one["config"]), catalogue)
-    result = train(config, catalogue, table, output_dir=path, progress=False, callbacks=[_Progress()])
+    progress = _Progress()
+    result = train(config, catalogue, table, output_dir=path, progress=False, callbacks=[progress])
     histories, targets = leave_one_out(catalogue.histories).cases("test")
     begin = time.perf_counter()
     ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=_truth_for(config, catalogue))
@@ -284,7 +290,7 @@ def _run_model(one, catalogue, folder, path):
     pruning, agreement = result.model.pruning, [e["agreement"] for e in result.log if "agreement" in e]
     ended = pruning and {"keep": pruning.keep, "after_layer": pruning.after_layer, "layers": result.model.stack.config.num_hidden_layers,
                          "agreement": agreement[0] if agreement else None}
-    return {"row": row, "curve": curve, "ranks": ranks.tolist(), "sids": sids, "ended": ended}
+    return {"row": row, "curve": curve, "ranks": ranks.tolist(), "sids": sids, "ended": ended, "busy": progress.busy}
 
 
 @torch.no_grad()
@@ -334,7 +340,11 @@ def _file(path, suffix):
 def _key(one, catalogue, table):
     """What a finished run depends on: changes when the data, the SIDs, the configuration or the code does, or where a GPU does what a
     processor did, for their costs are no one's to compare."""
-    what = [one["config"], catalogue.fingerprint(), table.fingerprint(), _code(), torch.cuda.is_available()]
+    pretrained = one["config"].get("checkpoint")
+    files = sorted(pathlib.Path(pretrained).glob("*")) if pretrained and os.path.isdir(pretrained) else []
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    what = [one["config"], files, catalogue.fingerprint(), table.fingerprint(), _code(), torch.__version__, transformers.__version__,
+            torch.cuda.is_available()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -382,8 +392,18 @@ def _run_child(folder, name, label):
     return json.loads(_file(path, ".json").read_text())
 
 
+def _busy():
+    """Whether other jobs ran in the last minute."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5
+
+
 class _Progress(TrainerCallback):
+    """Tells how far training is, and `busy`: whether other jobs ran beside."""
+
+    busy = False
+
     def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.busy = self.busy or _busy()
         loss = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), float("nan"))
         say(f"update {state.global_step}/{state.max_steps}, loss {loss:.3f}, validation recall@10 {metrics['eval_recall@10']:.4f}")
 

@@ -338,8 +338,11 @@ class _SidTrainer(Trainer):
         self.meter.save(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
+    def get_batch_samples(self, *args, **kwargs):
+        self.meter.resume()  # an update begins; a strategy looks at its probe behind this
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.meter.resume()
         if self.passes is None:
             self.passes = functools.partial(self._passes, model)
             if self.replay:

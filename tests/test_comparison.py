@@ -93,7 +93,7 @@ def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
     runs["stamp"] |= {"device": "NVIDIA H100"}
     monkeypatch.setattr(comparison, "run_all", lambda specs, folder: [run | {"busy": False} for run in runs.values()])
     told = comparison.compare("planted", "smoke", METHODS, 1, str(folder))["busy"]
-    assert told == "The runs were made on NVIDIA H100 and a processor: their seconds do not compare."
+    assert told.startswith("The runs were made on NVIDIA H100 and a processor (threads: ") and "do not compare" in told
 
 
 def test_a_failing_run_says_so_with_its_output(tmp_path):

@@ -259,7 +259,8 @@ def test_nothing_run_smoke_and_what_cannot_be_run_are_told_apart():
 
 def study(name, **values):
     rows = [{"label": label, "recall@10": value, "recall@10_interval": [value - 0.01, value + 0.01], "difference": value - 0.4,
-             "difference_interval": [value - 0.41, value - 0.39], "kept_token_fraction": 0.3} for label, value in values.items()]
+             "difference_interval": [value - 0.41, value - 0.39], "kept_token_fraction": 0.3,
+             "curve": {"mean": [value]}} for label, value in values.items()]
     return {"study": name, "dataset": "planted", "preset": "quick", "seeds": 2, "arch": "t5", "rows": rows,
             "hardware": {"processor": "p", "gpu": None, "threads": 1}}
 

@@ -19,8 +19,8 @@ GUIDE = {
     "recall@10": """the share of test users whose next item, which no method saw, is among the ten recommended ones.
         NDCG@10 also rewards a high place in the list.""",
     "interval": """with other users and other seeds the mean would have come out a little different; 95 of 100 such
-        repetitions would land about here. Three seeds say little about how much seeds differ, so the uncertainty is at
-        least this large. Where two intervals overlap, the difference is the sharper question.""",
+        repetitions would land about here. Few seeds say little about how much seeds differ, which makes it wide; one says
+        nothing, and its interval is over users alone. Where two intervals overlap, the difference is the sharper question.""",
     "difference and p": """each method against `unpadded` on the same users, in recall@10. If the interval holds 0, do
         not call either better. With one seed there is also p: how often a difference as large would come about by chance,
         were the two trained models equally good. Of other seeds neither it nor its interval knows anything.""",
@@ -122,8 +122,9 @@ def _run(results):
     rows = "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>\n" for name, value in facts.items() if value)
     command = _text(results.get("command") or "unknown")
     smoke = "<p><strong>The preset smoke only shows that everything runs. Its numbers mean nothing.</strong></p>\n"
+    busy = f"<p><strong>{_text(results['busy'])}</strong></p>\n" if results.get("busy") else ""
     facts = f"<dl>\n{rows}<dt>Command</dt><dd><code>{command}</code></dd>\n</dl>"
-    return smoke + facts if results["preset"] == "smoke" else facts
+    return smoke * (results["preset"] == "smoke") + busy + facts
 
 
 def _summary_table(results):
