@@ -36,8 +36,9 @@ Memory is told of GPUs: on a processor it is that of the process, and repeats ba
 STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 95 %; preset `{}`, {}:
 `mkdir -p runs && papermill notebooks/studies/NAME.ipynb runs/NAME.ipynb --cwd . -k python3 -p dataset FOLDER -p seeds N`.
 The dotted line and the grey band of a figure are the first setting and its interval. "Clearly" rests on the same users compared in pairs,
-so bars may overlap; of one seed, it holds for that seed. Of twenty pairs without a difference one comes out "clearly", too. Levels: a further code that tells colliding items apart is not counted. *fast* has
-a model of its own (d_model 128, dropout 0.1, at most 400 updates), not comparable with the others.
+so bars may overlap; of one seed, it holds for that seed. Of twenty pairs without a difference one comes out "clearly", too. Levels: a
+further code that tells colliding items apart is not counted. *fast* has a model of its own (d_model 128, dropout 0.1, at most 400
+updates), not comparable with the others.
 """
 CLAIMS_HEAD = """**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs
 comparisons with the paper preset and writes a page with the commands). *Not confirmed*: the interval contradicts the
@@ -61,8 +62,8 @@ def section() -> str:
     head = f"""Test recall@10 of the unpruned model, the changes to it with their 95 % intervals (over users, and over seeds where there are
 several: one seed says nothing of the next), and how many times as fast `rastp` trains; `planted` is synthetic. What an item-to-item
 table reaches is beside it. –: not run, or timed beside other jobs; \\*: see its note in results/README.md. Published unpruned models
-of this kind (TIGER) reach {theirs.min():.4f} to {theirs.max():.4f} on Beauty, those here {min(ours):.4f} to {max(ours):.4f}: what pruning costs a fully trained
-model stays open. Every table, command and machine, and a verdict on each claim of both papers, is in
+of this kind (TIGER) reach {theirs.min():.4f} to {theirs.max():.4f} on Beauty, those here {min(ours):.4f} to {max(ours):.4f}: what
+pruning costs a fully trained model stays open. Every table, command and machine, and a verdict on each claim of both papers, is in
 [results/README.md](results/README.md).
 """
     return "\n".join([head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
