@@ -263,5 +263,5 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
                 if inside.any():
                     values = hits[:, inside]
                     rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()), "recall@10": float(values.mean()),
-                                 "recall@10_interval": list(bootstrap_interval(values))})
+                                 "recall@10_interval": np.clip(bootstrap_interval(values), 0, 1).tolist()})
     return pd.DataFrame(rows)
