@@ -2,6 +2,7 @@
 exported explorer opened from disk without a network."""
 
 import contextlib
+import os
 import re
 import shutil
 import socket
@@ -46,7 +47,8 @@ def lab(tmp_path_factory):
             [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--ServerApp.port={port}",
              "--ServerApp.port_retries=0", "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}",
              "--LabApp.expose_app_in_browser=True"],
-            stdout=log, stderr=subprocess.STDOUT)
+            stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | {"JUPYTER_CONFIG_DIR": str(folder / "config")})  # not the tabs and the theme that are open elsewhere
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(120):
