@@ -60,11 +60,11 @@ def section() -> str:
     theirs = published("amazon-beauty").query("method == 'TIGER'")["recall@10"]
     ours = [_by_method(results)["unpadded"]["recall@10"] for results in comparisons if _name(results).startswith("amazon-beauty")]
     head = f"""Test recall@10 of the unpruned model, the changes to it with their 95 % intervals (over users, and over seeds where there are
-several: one seed says nothing of the next, two say little), and how many times as fast `rastp` trains; `planted` is synthetic. What an item-to-item
-table reaches is beside it. –: not run, or timed beside other jobs; \\*: see its note in results/README.md. Published unpruned models
-of this kind (TIGER) reach {theirs.min():.4f} to {theirs.max():.4f} on Beauty, those here {min(ours):.4f} to {max(ours):.4f}: what
-pruning costs a fully trained model stays open. Every table, command and machine, and a verdict on each claim of both papers, is in
-[results/README.md](results/README.md).
+several: one seed says nothing of the next, two say little), and how many times as fast `rastp` trains; `planted` is synthetic. What an
+item-to-item table reaches is beside it. –: not run, or timed beside other jobs; \\*: see its note in results/README.md. Published
+unpruned models of this kind (TIGER) reach {theirs.min():.4f} to {theirs.max():.4f} on Beauty, those here {min(ours):.4f} to
+{max(ours):.4f}: what pruning costs a fully trained model stays open. Every table, command and machine, and a verdict on each claim of
+both papers, is in [results/README.md](results/README.md).
 """
     return "\n".join([head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
 
