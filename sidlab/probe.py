@@ -95,7 +95,8 @@ class Probe:
         """Prune as `pruning` says (None: not at all) and recommend.
 
         `without`: positions of tokens that are taken out first, so that they neither are kept nor reach any layer behind (the layers up
-        to the pruner have seen them). Needs `pruning` with reduce="select". Raises ValueError as the pruning layer does.
+        to the pruner have seen them). Needs `pruning` with reduce="select". Of fewer than `k` items all come. Raises ValueError as the
+        pruning layer does.
         """
         if pruning is not None and pruning.mode == "reference":
             raise ValueError('a probe shows one history without padding, and mode="reference" prunes a share of the padded length')
@@ -118,6 +119,7 @@ class Probe:
             states, _, attention = self._run(hidden[:, :used], bias[..., :used, :used], layer)
         out.last_hidden_state = encoder.final_layer_norm(states[-1])
         leaves, scores = beam_search(self.model, out, beam or max(k, 10))
+        k = min(k, self.model.table.n_items)
         items, scores = items_of_leaves(self.model.table.trie_on(self.model.device), leaves, scores, k)
         kept = torch.ones_like(self.tokens, dtype=torch.bool)
         if pruning is not None:

@@ -103,6 +103,8 @@ def test_without_takes_tokens_out(world):
     for nothing in (None, PruningConfig(reduce="pool")):
         with pytest.raises(ValueError, match='without needs pruning with reduce="select"'):
             probe.prune(nothing, without=[0])
+    n_items = probe.model.table.n_items
+    assert sorted(probe.prune(config, k=n_items + 5, beam=n_items).items.tolist()) == list(range(1, n_items + 1))
     out = probe.prune(config, without=[0, 5])
     assert (~out.kept).nonzero().flatten().tolist() == [0, 5] and out.attention.shape[-1] == len(probe.tokens) - 2
     assert not torch.allclose(out.scores, probe.prune(config).scores), "what is gone is not seen any more"

@@ -392,6 +392,9 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
                                  num_key_value_heads=1)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a 'qwen2'; SidQwen takes Qwen3"):
         SidQwen.from_checkpoint(str(tmp_path), TABLE)
+    library_model(build()).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="has no tokenizer that reads prompt='next'"):
+        SidQwen.from_checkpoint(str(tmp_path / "bare"), TABLE, prompt="next")
 
 
 # --- Saving, settings, errors

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.subplots import make_subplots
 
-from sidlab.viz.explorer import Explorer, sync, write_frames
+from sidlab.viz.explorer import Explorer, _Figure, sync, write_frames
 
 
 class Squares(Explorer):
@@ -160,3 +160,17 @@ def test_latency_is_measured_in_a_process_of_its_own():
     head, row = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     name, *numbers = row.split()
     assert name == "MapExplorer" and len(numbers) == 6 and all(float(number) > 0 for number in numbers) and "p95 (ms)" in head
+
+
+def test_a_figure_reaches_the_browser_whole(monkeypatch):
+    opened = []
+    monkeypatch.setattr(go.FigureWidget, "open", lambda self: opened.append((len(self._widget_data), bool(self._widget_layout))))
+    _Figure(go.Figure(go.Scatter(x=[1]), {"title": {"text": "one"}}))
+    assert opened == [(1, True)]
+
+
+def test_following_leaves_the_width_to_the_browser():
+    widget = _Figure(go.Figure(go.Scatter(x=[1])))
+    widget.layout.autosize = True  # as the browser reports it
+    sync(widget, go.Figure(go.Scatter(x=[2])))
+    assert widget.layout.autosize is True and list(widget.data[0].x) == [2]

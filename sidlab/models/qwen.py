@@ -213,6 +213,8 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
             raise ValueError(f"checkpoint={checkpoint!r} can't be loaded: {error}\nIt must be a local folder with a Qwen3 model, or a name "
                              "on the Hugging Face hub and a network. Without one: `hf download NAME --local-dir FOLDER` elsewhere, and "
                              "give FOLDER") from error
+        if prompt and not text:
+            raise ValueError(f"checkpoint={checkpoint!r} has no tokenizer that reads prompt={prompt!r}; save the checkpoint's there, too")
         own = {name: value for name, value in theirs.to_dict().items() if name not in ("model_type", "architectures", "vocab_size")}
         first = 3 + sum(table.widths)
         prompt_ids = [first + token for token in text] if text else None

@@ -182,7 +182,18 @@ def folded(summary: str, content: str) -> str:
 
 
 class _Figure(go.FigureWidget):
-    """Sends an update in two messages, not four: the edit ids travel within the update as well."""
+    """Opens once and whole: a view that the browser draws before traces and layout are there stays empty. Sends an update in two messages,
+    not four: the edit ids travel within the update as well."""
+
+    def __init__(self, figure):
+        self._whole = False
+        super().__init__(figure)
+        self._whole = True
+        self.open()
+
+    def open(self):
+        if self._whole:
+            super().open()
 
     def send_state(self, key=None):
         if key not in ("_last_layout_edit_id", "_last_trace_edit_id"):
@@ -197,7 +208,7 @@ def sync(widget: go.FigureWidget, figure: go.Figure) -> None:
     with widget.batch_update():
         for part, wanted in [*zip(widget.data, figure.data), (widget.layout, figure.layout)]:
             before, after = dict(_leaves(part.to_plotly_json())), dict(_leaves(wanted.to_plotly_json()))
-            for path in before.keys() - after.keys() - {"uid"}:
+            for path in before.keys() - after.keys() - {"uid", "autosize"}:  # these are the browser's; without autosize no width follows
                 part[path] = None
             for path, value in after.items():
                 if path not in before or not _same(before[path], value):

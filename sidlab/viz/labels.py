@@ -10,9 +10,11 @@ class Labels(anywidget.AnyWidget):
 
     _esm = """
     export default { render({ model, el }) {
+      const sizes = new ResizeObserver(() => window.dispatchEvent(new Event("resize")));  // a sidebar opens: the window stays
       const name = () => {
         const explorer = el.closest(".sidlab-explorer, .sidlab-question");
         if (!explorer) return;
+        sizes.observe(explorer);
         for (const handle of explorer.querySelectorAll(".noUi-handle")) {
           const row = handle.closest(".widget-inline-hbox");
           handle.setAttribute("aria-label", row?.querySelector(".widget-label")?.textContent ?? "");
@@ -27,7 +29,7 @@ class Labels(anywidget.AnyWidget):
       };
       const timer = setInterval(name, 500);
       name();
-      return () => clearInterval(timer);
+      return () => { clearInterval(timer); sizes.disconnect(); };
     } }
     """
     heading = traitlets.Unicode().tag(sync=True)
