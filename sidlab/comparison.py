@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 
 import numpy as np
 import pandas as pd
@@ -144,8 +145,9 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
         others.append(f"The runs were made on {' and '.join(devices)}: their seconds do not compare.")
     return {
         "dataset": str(dataset), "preset": preset, "arch": arch, "hardware": hardware(), "versions": versions(),
-        "command": f'make reproduce DATASET={dataset} PRESET={preset} METHODS="{" ".join(names)}" SEEDS={len(runs) // len(names)}'
-                   + f" SIDS={sids}" * bool(sids) + f" ARCH={arch}" * (arch != "t5"),
+        "command": f'make reproduce DATASET={shlex.quote(str(dataset))} PRESET={preset} METHODS="{" ".join(names)}" '
+                   + f"SEEDS={len(runs) // len(names)}"
+                   + f" SIDS={shlex.quote(str(sids))}" * bool(sids) + f" ARCH={arch}" * (arch != "t5"),
         "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
         "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]],
     } | ({"busy": " ".join(others)} if others else {})

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import typing
 
+from transformers import SchedulerType
+
 from sidlab.adaptive import SCHEDULES, Strategy
 from sidlab.checks import integer, number, one_of, plain
 from sidlab.map_loss import MapConfig
@@ -75,7 +77,7 @@ class TrainConfig:
     def __post_init__(self):
         plain(self)
         for name, valid in (("arch", ("t5", "qwen")), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
-                            ("precision", ("auto", "fp32", "bf16"))):
+                            ("precision", ("auto", "fp32", "bf16")), ("schedule", [one.value for one in SchedulerType])):
             one_of(name, getattr(self, name), valid)
         for name, part in PARTS.items():
             if not isinstance(getattr(self, name), part | None):
@@ -93,8 +95,8 @@ class TrainConfig:
                              f"got {self.epochs} and {self.warmup}")
         for name, below in (("dropout", 1), ("weight_decay", math.inf), ("learning_rate", math.inf), ("muon", math.inf)):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < below or name == "muon" and value == 0:
-                raise ValueError(f"{name} must be from 0 and below {below}{' (above 0, or None)' * (name == 'muon')}, got {value}")
+            if value is not None and not 0 <= value < below:
+                raise ValueError(f"{name} must be from 0 and below {below}, got {value}")
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.pruning is not None and self.pruning.mode == "reference" and self.padding != "fixed":

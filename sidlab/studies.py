@@ -16,7 +16,7 @@ import pandas as pd
 
 from sidlab.comparison import hardware, versions
 from sidlab.data.catalogue import load_catalogue
-from sidlab.metrics import bootstrap_interval, paired_test, recall_at
+from sidlab.metrics import paired_test, recall_at
 from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 from sidlab.pruning import PruningConfig
 from sidlab.sweeps import COSTS, metrics_of, sweep, write_json
@@ -256,12 +256,12 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
     of_target = np.array(["head", "middle", "tail"])[third[targets]]
     rows = []
     for label, runs in frame.groupby("label", sort=False):
-        hits = _hits(_results(runs))
+        ranks = np.array([one["ranks"] for one in _results(runs)])  # [S, U]
         for by, groups in (("history length", of_length), ("target popularity", of_target)):
             for group in dict.fromkeys(("short", "middle", "long") if by == "history length" else ("head", "middle", "tail")):
                 inside = groups == group
                 if inside.any():
-                    values = hits[:, inside]
-                    rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()), "recall@10": float(values.mean()),
-                                 "recall@10_interval": np.clip(bootstrap_interval(values), 0, 1).tolist()})
+                    found = metrics_of(ranks[:, inside])
+                    rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()),
+                                 **{name: found[name] for name in ("recall@10", "recall@10_interval")}})
     return pd.DataFrame(rows)

@@ -63,6 +63,9 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
 
     >>> sweep({"pruning.keep": [1/3, 2/3], "pruning.after_layer": [1, 2, 3]}, "runs/layers")  # doctest: +SKIP
     """
+    for name, values in grid.items() if isinstance(grid, dict) else ():
+        if isinstance(values, str) or not np.iterable(values):
+            raise ValueError(f"a grid holds lists of values, {{name: [value, …]}}; got {values!r} for {name}")
     settings = list(grid) if not isinstance(grid, dict) else [dict(zip(grid, v)) for v in itertools.product(*grid.values())]
     if not settings or int(seeds) < 1:
         raise ValueError(f"give at least one setting and one seed, got grid={grid!r} and seeds={seeds!r}")
@@ -338,8 +341,8 @@ def _file(path, suffix):
 
 
 def _key(one, catalogue, table):
-    """What a finished run depends on: changes when the data, the SIDs, the configuration or the code does, or where a GPU does what a
-    processor did, for their costs are no one's to compare."""
+    """What a finished run depends on: changes when the data, the SIDs, the configuration, a pretrained folder's files, the code or the
+    libraries do, or where a GPU does what a processor did, for their costs are no one's to compare."""
     pretrained = one["config"].get("checkpoint")
     files = sorted(pathlib.Path(pretrained).glob("*")) if pretrained and os.path.isdir(pretrained) else []
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

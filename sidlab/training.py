@@ -147,7 +147,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
             data_collator=lambda indices: tell_padding(collator(indices)), batches=batches, cases=_eval_cases(split, config),
             beam=config.beam, truth=truth, meter=meter, replay=_replays(config, processes), callbacks=callbacks,
-            optimizers=(MuonAdamW(model, config.muon, config.learning_rate, config.weight_decay) if config.muon else None, None),
+            optimizers=(None if config.muon is None else MuonAdamW(model, config.muon, config.learning_rate, config.weight_decay), None),
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
@@ -315,7 +315,7 @@ class _SidTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        self.meter.pause()  # until the next training step
+        self.meter.pause()  # until the next update begins
         ranks = self._ranks()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(ranks).items()}
         self.log(metrics)

@@ -87,9 +87,24 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys
     assert recalls[0] == recalls[1]  # a run repeats exactly
 
 
+def stored(folder):
+    return {name: json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".json").read_text()) for name in METHODS}
+
+
+def test_p_is_told_of_single_seeds_and_other_jobs_are_told_on_the_page(finished, monkeypatch):
+    folder, results = finished
+    assert all(row["versus_unpadded"]["p_value"] > 0 for row in results["summary"] if row["method"] != "unpadded")
+    runs = [run | {"busy": True} for run in stored(folder).values()]
+    monkeypatch.setattr(comparison, "run_all", lambda specs, folder: runs * 2)
+    results = comparison.compare("planted", "smoke", METHODS, 2, str(folder))
+    assert {row["method"]: row["versus_unpadded"]["p_value"] for row in results["summary"] if row["versus_unpadded"]} == dict.fromkeys(
+        [*METHODS[1:], "popularity", "neighbours", "bayes"])
+    assert results["busy"].startswith("Other jobs ran") and results["busy"] in (folder / "index.html").read_text()
+
+
 def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
     folder, _ = finished
-    runs = {name: json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".json").read_text()) for name in METHODS}
+    runs = stored(folder)
     runs["stamp"] |= {"device": "NVIDIA H100"}
     monkeypatch.setattr(comparison, "run_all", lambda specs, folder: [run | {"busy": False} for run in runs.values()])
     told = comparison.compare("planted", "smoke", METHODS, 1, str(folder))["busy"]
@@ -129,6 +144,7 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
         (dict(methods="rastp@2"), "must lie in"),
         (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, long, gpu, paper"),
         (dict(dataset="beauty"), "no catalogue 'beauty'"),
+        (dict(methods="rastp unpadded rastp"), "names rastp twice"),
         (dict(seeds=0), "one method and one seed"),
         (dict(methods=""), "give at least one method"),
         (dict(sids="nowhere.txt.gz"), "sids='nowhere.txt.gz' is no file; give a published table"),

@@ -64,6 +64,16 @@ def test_a_study_runs_pools_its_seeds_and_writes_what_it_found(ran):
     assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) == 2
 
 
+def test_runs_of_two_devices_are_told(ran, tmp_path):
+    frame = studies.run("strata", ran / "out", preset="smoke", seeds=2, only=2)
+    files = [tmp_path / str(number) for number in range(len(frame))]
+    for last, busy in (("a processor", False), ("NVIDIA H100", True)):
+        for file, made in zip(files, frame["file"]):
+            device = last if file == files[-1] else "a processor"
+            file.write_text(json.dumps(json.loads(pathlib.Path(made).read_text()) | {"busy": False, "device": device}))
+        assert studies.summarise(frame.assign(file=files))["busy"].tolist() == [busy] * 2
+
+
 def test_schedules_are_shown_before_the_runs_and_pairs_behind_them(ran):
     parameters = dict(preset="smoke", seeds=1, only=2, output_dir=str(ran / "out"))
     papermill.execute_notebook(ROOT / "notebooks/studies/adaptive.ipynb", ran / "adaptive.ipynb", parameters, kernel_name="python3",
@@ -279,6 +289,8 @@ def test_studies_are_judged():
     assert found["Too low a retention ratio hurts."] == "confirmed"
     assert found["Up to two thirds of the tokens can go without a loss of accuracy."] == "confirmed"
     assert found["Centrality × saliency finds the tokens that matter: better than a random third."] == "confirmed"
+    ratio["rows"][2]["curve"] = {"mean": [0.5]}  # the layer that validation users would choose is judged, though it loses on the test
+    assert verdicts(ratio)["Up to two thirds of the tokens can go without a loss of accuracy."] == "not confirmed"
     # What begins with most tokens is not what the paper claims.
     assert next(v for c, v in found.items() if c.startswith("A ratio that changes")) == "not confirmed"
     dilution = "Accuracy moves non-monotonically as SIDs get finer (Semantic Dilution Effect)."

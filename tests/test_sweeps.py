@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import time
+import types
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from conftest import ROOT
 from sidlab import sweeps
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import load_catalogue
+from sidlab.files import write
 from sidlab.sids.table import SidTable
 
 GRID = [{}, {"pruning.keep": 0.5, "pruning.after_layer": 1}, {"map.steps": 1, "sids.levels": 2, "sids.width": 16}]
@@ -81,6 +83,52 @@ def test_a_gpu_does_not_take_what_a_processor_did(finished, monkeypatch):
     on_cpu = sweeps._key(*what)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert sweeps._key(*what) != on_cpu
+
+
+def test_other_libraries_and_other_pretrained_weights_make_a_run_anew(finished, monkeypatch, tmp_path):
+    catalogue = load_catalogue("planted")
+    table, _ = sweeps.sid_table(catalogue, finished[0])
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"one")
+    one = sweeps.spec("planted", TrainConfig.preset("smoke", arch="qwen", checkpoint=str(tmp_path)))
+    keys = [sweeps._key(one, catalogue, table)]
+    weights.write_bytes(b"another")
+    keys.append(sweeps._key(one, catalogue, table))
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    keys.append(sweeps._key(one, catalogue, table))
+    assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("code", ["the same", "other"])
+def test_a_killed_run_goes_on_where_the_code_is_the_same_alone(tmp_path, monkeypatch, code):
+    left = tmp_path / "runs" / "seed0" / "checkpoint-10"
+    found = []
+
+    def child(folder, name, label):
+        found.append(left.exists())
+        left.mkdir(parents=True, exist_ok=True)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(sweeps, "_run_child", child)
+    for version in ("the same", code):
+        monkeypatch.setattr(sweeps, "_code", lambda version=version: version)
+        with pytest.raises(RuntimeError, match="killed"):
+            sweeps.sweep([{}], tmp_path, preset="smoke", seeds=1)
+    assert found == [False, code == "the same"]
+
+
+def test_a_run_is_busy_if_any_of_its_evaluations_was(monkeypatch):
+    progress, state = sweeps._Progress(), types.SimpleNamespace(log_history=[], global_step=1, max_steps=3)
+    for load, busy in ((0.0, False), (9.0, True), (0.0, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0), raising=False)
+        progress.on_evaluate(None, state, None, {"eval_recall@10": 0.5})
+        assert progress.busy == busy
+
+
+def test_threads_that_write_one_file_leave_it_whole(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: write(tmp_path / "one", str(n) * 100), [1, 2] * 200))
+    assert (tmp_path / "one").read_text() in ("1" * 100, "2" * 100) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_values_with_a_dot_and_seeds_keep_files_of_their_own(tmp_path, monkeypatch):
@@ -167,6 +215,9 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
         (dict(grid=[{}], seeds=0), "at least one setting and one seed"),
         (dict(grid=[{}], dataset="nowhere"), "no catalogue 'nowhere'"),
         (dict(grid=[{}], preset="fast"), "preset='fast' is unknown"),
+        (dict(grid={"pruning.keep": 0.3}), r"a grid holds lists of values, .* got 0.3 for pruning.keep"),
+        (dict(grid=[{"seed": 1}]), r"settings \['seed'\] are unknown"),
+        (dict(grid=[{"sids.file": "sids.txt", "sids.levels": 2}]), "a published file has its own levels"),
         (dict(grid=[{"sids.encoder": "vq"}]), "sids.encoder='vq' is unknown; use one of residual-kmeans"),
     ],
 )

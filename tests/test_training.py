@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from sidlab import meter as meter_module
 from sidlab import training
-from sidlab.adaptive import Strategy
+from sidlab.adaptive import AdaptPruning, Strategy
 from sidlab.config import PRESETS, TrainConfig
 from sidlab.data.planted import planted_catalogue
 from sidlab.decoding import recommend, score_items
@@ -180,6 +180,15 @@ def test_the_meter_holds_nothing_of_a_batch():
         meter.count(mask, mask[:, :2])
     assert alive() <= before
     assert meter.tokens() == {"real_token_fraction": 1, "kept_token_fraction": 0.4}
+
+
+def test_what_a_strategy_spends_on_its_probe_is_metered(monkeypatch):
+    running, probes, pause, resume = [False], [], Meter.pause, Meter.resume
+    monkeypatch.setattr(Meter, "pause", lambda self: running.__setitem__(0, False) or pause(self))
+    monkeypatch.setattr(Meter, "resume", lambda self: running.__setitem__(0, True) or resume(self))
+    monkeypatch.setattr(AdaptPruning, "within_bound", lambda self: probes.append(running[0]) or 0.5)
+    run(strategy=Strategy("loss-gap", every=2), pruning=PruningConfig(keep=0.5), max_updates=6, eval_every=2)
+    assert probes == [True, True]  # at updates 2 and 4, right behind an evaluation
 
 
 def test_a_model_trained_in_mixed_precision_comes_back_whole():
@@ -503,7 +512,8 @@ def test_presets_take_changes():
         (lambda: config(strategy=Strategy(until=None)), "until must be a number, got None"),
         (lambda: config(dropout=np.nan), "dropout must be from 0 and below 1, got nan"),
         (lambda: config(weight_decay=-1), "weight_decay must be from 0 and below inf, got -1"),
-        (lambda: config(muon=0.0), r"muon must be from 0 and below inf \(above 0, or None\), got 0.0"),
+        (lambda: config(muon=np.inf), "muon must be from 0 and below inf, got inf"),
+        (lambda: config(schedule="foo"), "schedule='foo' is unknown; use one of 'linear', 'cosine'"),
         (lambda: config(epochs=-1), "epochs must be above 0"),
         (lambda: config(warmup=100), r"warmup, a share of the updates, in \[0, 1\]; got .* and 100"),
         *((lambda name=name: config(**{name: 0}), f"{name} must be at least 1, got 0") for name in (

@@ -139,7 +139,7 @@ def test_following_equals_a_fresh_one(world, explorer):
 def test_tokens_are_named_by_item_and_level(world, explorer):
     title = world.catalogue.items.title[world.catalogue.histories[0][1] - 1]
     labels = [label for label, _ in explorer.controls["token"].options]
-    assert labels[5] == f"item 2, {title}: level 2" and labels[7] == f"item 2, {title}: separator"
+    assert labels[5] == f"item 2, level 2: {title}" and labels[7] == f"item 2, separator: {title}"
     assert explorer.text.value.startswith(f"<p><b>{labels[5]}: ")
 
 

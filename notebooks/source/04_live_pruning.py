@@ -163,7 +163,8 @@ summary.round(3)
 everybody = leave_one_out(catalogue.histories).cases("test")
 test = paired_test(*(hits(PruningConfig(keep=keep, scorer=scorer), everybody) for scorer in ("norm", "rastp")))
 print(f"{len(everybody[1]):,} users: norm − rastp {test.difference:+.3f}, 95 % interval {test.interval[0]:+.3f} to {test.interval[1]:+.3f}")
-study = {row["label"]: row for row in json.loads(pathlib.Path("../results/studies/strategies-planted.json").read_text())["rows"]}
+stored = pathlib.Path(sidlab.__file__).parents[1] / "results"  # wherever this notebook lies
+study = {row["label"]: row for row in json.loads((stored / "studies/strategies-planted.json").read_text())["rows"]}
 for name in ("norm", "rastp"):
     print("{seeds} models trained with {label}: recall@10 {recall:.3f}, 95 % interval {ends[0]:.3f} to {ends[1]:.3f}".format(
         **study[name], recall=study[name]["recall@10"], ends=study[name]["recall@10_interval"]))

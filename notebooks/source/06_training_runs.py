@@ -183,7 +183,8 @@ beauty = sidlab.papers.published("amazon-beauty")
 import json
 import pathlib
 
-ours = {row["method"]: row["recall@10"] for row in json.loads(pathlib.Path("../results/amazon-beauty-long.json").read_text())["summary"]}
+stored = pathlib.Path(sidlab.__file__).parents[1] / "results"  # wherever this notebook lies
+ours = {row["method"]: row["recall@10"] for row in json.loads((stored / "amazon-beauty-long.json").read_text())["summary"]}
 added = pd.DataFrame([{"method": name, "source": "this kit, minutes on one core", "recall@10": ours[name]} for name in ("neighbours", "sasrec", "unpadded")])
 pd.concat([beauty[["method", "source", "recall@10"]], added], ignore_index=True).sort_values("recall@10")
 

@@ -57,7 +57,7 @@ class AttentionExplorer(HistoryExplorer):
     def _options(self, user):
         probe, levels = self._probe(user), _level_names(self.model)
         titles = self.titles(probe.history)
-        return [(f"item {m + 1}, {titles[m]}: {levels[level]}", place)
+        return [(f"item {m + 1}, {levels[level]}: {titles[m]}", place)
                 for place, (m, level) in enumerate(zip(probe.item_index.tolist(), probe.levels.tolist()))]
 
     def _other_tokens(self, change):
