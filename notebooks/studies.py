@@ -98,7 +98,8 @@ def notebook(name: str) -> str:
             f"```\nmkdir -p runs\npapermill notebooks/studies/{name}.ipynb runs/{name}.ipynb --cwd . -k python3 -p dataset planted "
             "-p seeds 3\n```\n\n"
             f"*What the papers say.* {study.published}\n\n*How to read it.* Intervals are over test users and seeds; "
-            "with one seed they know nothing of other seeds. \"Against the first\" compares with the first setting on the same users and "
+            "with one seed they know nothing of other seeds, with more the noise of seeds is estimated from all settings together, as if "
+            "it were alike in all. \"Against the first\" compares with the first setting on the same users and "
             "seeds: if its interval holds 0, do not call either better. Costs are medians, measured in training.")
     cells = [new_markdown_cell(text), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
              new_code_cell(CHECK.format(name=name))]

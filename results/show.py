@@ -36,9 +36,10 @@ Memory is told of GPUs: on a processor it is that of the process, and repeats ba
 STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 95 %; preset `{}`, {}:
 `mkdir -p runs && papermill notebooks/studies/NAME.ipynb runs/NAME.ipynb --cwd . -k python3 -p dataset FOLDER -p seeds N`.
 The dotted line and the grey band of a figure are the first setting and its interval. "Clearly" rests on the same users compared in pairs,
-so bars may overlap; of one seed, it holds for that seed. Of twenty pairs without a difference one comes out "clearly", too. Levels: a
-further code that tells colliding items apart is not counted. *fast* has a model of its own (d_model 128, dropout 0.1, at most 400
-updates), not comparable with the others.
+so bars may overlap; of one seed, it holds for that seed. Behind ± stands how far one seed moves recall, a standard
+deviation estimated from all settings of a study together, on which its intervals rest; without it they rest on each setting's own
+seeds, and are wider. Of twenty pairs without a difference one comes out "clearly", too. Levels: a further code that tells colliding
+items apart is not counted. *fast* has a model of its own (d_model 128, dropout 0.1, at most 400 updates), not comparable with the others.
 """
 CLAIMS_HEAD = """**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs
 comparisons with the paper preset and writes a page with the commands). *Not confirmed*: the interval contradicts the
@@ -227,7 +228,8 @@ def _studies(studies):
     first = studies[0]
     lines = [STUDIES_HEAD.format(first["preset"], _machine(first["hardware"]))]
     for study in studies:
-        say, seeds = SENTENCES[study["study"]], _count(study["seeds"], "seed")
+        say, noise = SENTENCES[study["study"]], study.get("seed_noise")
+        seeds = _count(study["seeds"], "seed") + (f" (± {noise['deviation']:.2g})" if noise else "")
         labels = {row["label"] for row in study["rows"]}
         missing = [label for label in STUDIES[study["study"]].settings if label not in labels] if study["study"] != "granularity" else []
         left = f". Not run: {', '.join(f'`{label}`' for label in missing)}" * bool(missing) + f". {study.get('note', '')}".rstrip(". ")

@@ -43,13 +43,45 @@ def summary(ranks, ks=(5, 10)) -> dict:
             for name, metric in (("recall", recall_at), ("ndcg", ndcg_at)) for k in ks}
 
 
-def bootstrap_interval(values, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+class SeedNoise(NamedTuple):
+    """How much a mean over users moves from seed to seed."""
+
+    deviation: float  # standard, of one seed
+    freedom: float  # the degrees of freedom that it was estimated with
+
+
+def pooled_seed_noise(means) -> tuple[SeedNoise, SeedNoise]:
+    """What several settings tell together of seeds, of which there are few: two seeds of one setting leave a single degree of freedom.
+
+    `means`: [K, S], a mean over users for each of K settings and S > 1 seeds, the same ones for all. It is assumed that seeds move all
+    settings alike much, by a part that settings share and one that is each one's own (two-way analysis of variance without replication).
+    Returns the noise of a setting (freedom by Satterthwaite 1946), and that of what settings do not share: a difference of two has
+    √2 times that. Of one setting there is nothing of the latter.
+    """
+    means = np.asarray(means, np.float64)
+    if means.ndim != 2 or means.shape[0] < 1 or means.shape[1] < 2:
+        raise ValueError(f"means must be [K, S] with at least one setting and two seeds, got shape {means.shape}")
+    n_settings, n_seeds = means.shape
+    of_seed = means.mean(axis=0) - means.mean()
+    own = means - means.mean(axis=1, keepdims=True) - of_seed
+    shared = (of_seed**2).sum() / (n_seeds - 1)
+    freedom = (n_settings - 1) * (n_seeds - 1)
+    own = (own**2).sum() / freedom if freedom else 0.0
+    part = own * (1 - 1 / n_settings)
+    spread = shared**2 / (n_seeds - 1) + (part**2 / freedom if freedom else 0.0)
+    both = (shared + part) ** 2 / spread if spread else n_seeds - 1
+    return SeedNoise((shared + part) ** 0.5, both), SeedNoise(own**0.5, freedom)
+
+
+def bootstrap_interval(values, level: float = 0.95, resamples: int = 1000, seed: int = 0,
+                       noise: SeedNoise | None = None) -> tuple[float, float]:
     """(low, high): percentile bootstrap interval of the mean of `values` [U] or [S, U] (Efron and Tibshirani 1993).
 
     Users are drawn with replacement. With S > 1 (rows of the same users) another seed is another model: each draw is moved by Student's t
     with S − 1 degrees of freedom times the standard error over seeds. Drawing a handful of seeds with replacement instead shows too
     little of their spread (of three, hardly more than a third of the width). That spread holds the noise of user and seed together, so it
     is taken off the draws of users, of which there are many; taken off the few seeds, it would often leave nothing of their spread.
+    `noise`: what other settings tell of seeds, too (`pooled_seed_noise`); by default these rows alone tell it.
     Ranking metrics take few different values, so one multinomial draw of how often each occurs stands for drawing U users: the
     same distribution, in bounded memory.
     """
@@ -66,9 +98,9 @@ def bootstrap_interval(values, level: float = 0.95, resamples: int = 1000, seed:
     means = np.concatenate(means)
     if n_seeds > 1:
         places = (rng.permutation(resamples) + 0.5) / resamples  # evenly, for the tails are long
-        of_seed, middle = values.mean(axis=1), values.mean()
+        noise, middle = noise or SeedNoise(values.mean(axis=1).std(ddof=1), n_seeds - 1), values.mean()
         means = middle + (means - middle) * _share_of_users(values)
-        means += stdtrit(n_seeds - 1, places) * of_seed.std(ddof=1) / n_seeds**0.5
+        means += stdtrit(noise.freedom, places) * noise.deviation / n_seeds**0.5
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -87,10 +119,11 @@ class PairedTest(NamedTuple):
     p_value: float
 
 
-def paired_test(a, b, resamples: int = 10000, seed: int = 0) -> PairedTest:
+def paired_test(a, b, resamples: int = 10000, seed: int = 0, noise: SeedNoise | None = None) -> PairedTest:
     """Do two methods differ on the same users? Per-user values `a`, `b`: [U] or [S, U] (same users, same seeds).
 
-    difference: mean of a − b. interval: its 95 % bootstrap interval over users (and seeds). p_value: two-sided
+    difference: mean of a − b. interval: its 95 % bootstrap interval over users (and seeds; `noise`: that of the difference, as in
+    `bootstrap_interval`). p_value: two-sided
     sign-flip permutation test on the per-user differences, averaged over seeds first: (1 + flips at least as extreme)
     / (1 + resamples). It asks about these trained models; only the interval asks about other seeds, so it can
     include 0 where p is small.
@@ -99,7 +132,7 @@ def paired_test(a, b, resamples: int = 10000, seed: int = 0) -> PairedTest:
     if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
         raise ValueError(f"a and b must hold the same users (and seeds), got [S, U] = {a.shape} and {b.shape}")
     differences = a - b  # [S, U]
-    interval = bootstrap_interval(differences, resamples=resamples, seed=seed)
+    interval = bootstrap_interval(differences, resamples=resamples, seed=seed, noise=noise)
     sizes, counts = np.unique(np.abs(differences.mean(axis=0)), return_counts=True)  # [D]: flips leave sizes alone
     sizes, counts = sizes[sizes > 0], counts[sizes > 0]
     observed = abs(differences.mean(axis=0).sum())

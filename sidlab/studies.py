@@ -2,7 +2,8 @@
 
 A study is run by a notebook of its own (`notebooks/studies/NAME.ipynb`, made by `notebooks/studies.py`): `run` does what is not done
 yet and `summarise` pools the seeds of a setting. Every point has an interval over users and seeds, its cost, and its difference to the
-first setting. Studies in one folder share the settings that they have in common.
+first setting. How much seeds move a result is estimated from all settings of a study together, since each alone has few seeds. Studies
+in one folder share the settings that they have in common.
 """
 
 import dataclasses
@@ -16,10 +17,10 @@ import pandas as pd
 
 from sidlab.comparison import hardware, versions
 from sidlab.data.catalogue import load_catalogue
-from sidlab.metrics import paired_test, recall_at
+from sidlab.metrics import SeedNoise, paired_test, pooled_seed_noise, recall_at
 from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 from sidlab.pruning import PruningConfig
-from sidlab.sweeps import COSTS, metrics_of, sweep, write_json
+from sidlab.sweeps import COSTS, METRICS, metrics_of, per_user, sweep, write_json
 from sidlab.windows import leave_one_out
 
 KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
@@ -172,6 +173,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and took from its speed, or the runs were made on
     several devices."""
     rows, first, aim, devices = [], None, None, set()
+    noise, noise_of_difference = _noise(_ranks(frame).values())
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
         ranks = np.array([one["ranks"] for one in found])  # [S, U]
@@ -185,10 +187,10 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         updates = steps[reached[0]] if len(reached) else None
         of_runs = ["label", "seed", "file", "kept_informative", *COSTS]
         row = {"label": label, **runs.iloc[0].drop(of_runs, errors="ignore").to_dict(), "seeds": len(runs),
-               **metrics_of(ranks), **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs},
+               **metrics_of(ranks, noise), **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs},
                "seconds_range": [float(end) for end in runs["seconds_per_1k_windows"].agg(["min", "max"])]}
         first = hits if first is None else first
-        test = paired_test(hits, first) if len(rows) else None
+        test = paired_test(hits, first, noise=noise_of_difference(2)) if len(rows) else None
         seconds = (runs["train_seconds"] / runs["updates"]).median()
         row |= {"curve": {"updates": steps, "mean": curve.tolist(), "lowest": curves.min(0).tolist(), "highest": curves.max(0).tolist()},
                 "seconds_to_recall": updates and float(updates * seconds), "difference": test and test.difference,
@@ -203,14 +205,32 @@ def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """The pairs of a study (its field `pairs`) on the same users and seeds: rows "label", "against", "difference" of recall@10 and
     "difference_interval". Empty for a study without."""
     hits, work, rows = {}, {}, []
+    _, noise_of_difference = _noise(_ranks(frame).values())
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
         hits[label] = _hits(found)
         work[label] = float(np.mean([_work(one["ended"], kept) for one, kept in zip(found, runs["kept_token_fraction"])]))
     for label, against, other in STUDIES[name].pairs(work):
-        test = paired_test(hits[label], sum(weight * hits[one] for one, weight in other.items()))
+        squares = 1 + sum(weight**2 for weight in other.values())
+        test = paired_test(hits[label], sum(weight * hits[one] for one, weight in other.items()), noise=noise_of_difference(squares))
         rows.append({"label": label, "against": against, "difference": test.difference, "difference_interval": list(test.interval)})
     return pd.DataFrame(rows, columns=["label", "against", "difference", "difference_interval"])
+
+
+def _ranks(frame):
+    """{label: ranks of its runs [S, U]}."""
+    return {label: np.array([one["ranks"] for one in _results(runs)]) for label, runs in frame.groupby("label", sort=False)}
+
+
+def _noise(ranks):
+    """What all settings, each with its ranks [S, U], tell together of seeds: {metric: that of a setting}, and that of a difference of
+    recall@10 in which settings have weights whose squares add up to the argument. Of one seed: None each."""
+    means = [{name: values.mean(axis=1) for name, values in per_user(of_setting).items()} for of_setting in ranks]
+    if min(len(one["recall@10"]) for one in means) < 2:
+        return None, lambda squares: None
+    found = {name: pooled_seed_noise([one[name] for one in means]) for name in METRICS}
+    own = found["recall@10"][1]
+    return {name: both for name, (both, _) in found.items()}, lambda squares: SeedNoise(own.deviation * squares**0.5, own.freedom)
 
 
 def _work(ended, kept):
@@ -231,11 +251,13 @@ def _hits(results):
 
 def save(name: str, frame: pd.DataFrame, folder, *, dataset: str, preset: str, seeds: int, arch: str, sids: str, only: int | None) -> None:
     """Write NAME-study.json into `folder`: where and how the runs of `frame` were made (arguments as in `run`), and all that is said of
-    them here. Copied into results/studies/ it is part of the results' pages."""
+    them here; "seed_noise": how much seeds move recall@10 (`metrics.SeedNoise`), None of one seed. Copied into results/studies/ it is
+    part of the results' pages."""
+    noise, _ = _noise(_ranks(frame).values())
     parts = {"rows": summarise(frame), "versus": versus(name, frame)} | ({"groups": strata(frame, dataset)} if name == "strata" else {})
     write_json(pathlib.Path(folder) / f"{name}-study.json", {
         "study": name, "dataset": str(dataset), "preset": preset, "seeds": int(seeds), "arch": arch, "sids": sids, "only": only or 0,
-        "hardware": hardware(), "versions": versions(),
+        "hardware": hardware(), "versions": versions(), "seed_noise": noise and noise["recall@10"]._asdict(),
         **{part: json.loads(rows.to_json(orient="records")) for part, rows in parts.items()}})
 
 
@@ -254,14 +276,15 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
     third = np.empty(len(count), np.int64)
     third[order] = np.minimum(before * 3, 2).astype(np.int64)
     of_target = np.array(["head", "middle", "tail"])[third[targets]]
-    rows = []
-    for label, runs in frame.groupby("label", sort=False):
-        ranks = np.array([one["ranks"] for one in _results(runs)])  # [S, U]
-        for by, groups in (("history length", of_length), ("target popularity", of_target)):
-            for group in dict.fromkeys(("short", "middle", "long") if by == "history length" else ("head", "middle", "tail")):
-                inside = groups == group
-                if inside.any():
-                    found = metrics_of(ranks[:, inside])
+    rows, of_label = [], _ranks(frame)
+    for by, groups, names in (("history length", of_length, ("short", "middle", "long")),
+                              ("target popularity", of_target, ("head", "middle", "tail"))):
+        for group in names:
+            inside = groups == group
+            if inside.any():
+                noise, _ = _noise([ranks[:, inside] for ranks in of_label.values()])
+                for label, ranks in of_label.items():
+                    found = metrics_of(ranks[:, inside], noise)
                     rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()),
                                  **{name: found[name] for name in ("recall@10", "recall@10_interval")}})
     return pd.DataFrame(rows)

@@ -313,14 +313,20 @@ def kept_informative(model, truth, histories, batch_size: int = 256) -> dict:
     return {"precision": both / max(kept_total, 1), "recall": both / max(informative_total, 1)}
 
 
-def metrics_of(ranks) -> dict:
-    """Recall and NDCG at 5 and 10 of ranks int [U] (or [S, U], one row a seed), each with its interval."""
+def metrics_of(ranks, noise: dict | None = None) -> dict:
+    """Recall and NDCG at 5 and 10 of ranks int [U] (or [S, U], one row a seed), each with its interval. `noise`: that of seeds, by name of
+    the metric, where other settings tell of it."""
     out = {}
-    for name, (function, k) in METRICS.items():
-        values = np.array([function(of_seed, k) for of_seed in np.atleast_2d(ranks)])
+    for name, values in per_user(ranks).items():
         out[name] = float(values.mean())
-        out[f"{name}_interval"] = np.clip(bootstrap_interval(values), 0, 1).tolist()  # of two seeds it may reach beyond
+        interval = bootstrap_interval(values, noise=noise and noise[name])
+        out[f"{name}_interval"] = np.clip(interval, 0, 1).tolist()  # of two seeds it may reach beyond
     return out
+
+
+def per_user(ranks) -> dict:
+    """{name of a metric: float64 [S, U]} of ranks int [U] or [S, U]."""
+    return {name: np.array([function(of_seed, k) for of_seed in np.atleast_2d(ranks)]) for name, (function, k) in METRICS.items()}
 
 
 def say(text: str) -> None:

@@ -79,6 +79,58 @@ def test_interval_over_seeds_and_users_holds_the_mean_as_often_as_it_says(n_seed
     assert held >= 0.92 * 400, held / 400  # of two seeds it may hold more
 
 
+def two_way_noise(rng, n_settings, n_seeds, shared, own):
+    return rng.normal(0, shared, (1, n_seeds)) + rng.normal(0, own, (n_settings, n_seeds))
+
+
+def test_noise_of_one_setting_and_of_two_is_that_of_students_tests():
+    rng = np.random.default_rng(0)
+    one = rng.normal(0.3, 0.05, (1, 4))
+    both, _ = metrics.pooled_seed_noise(one)
+    assert both == pytest.approx((one.std(ddof=1), 3))
+    two = rng.normal(0.3, 0.05, (2, 4))
+    _, own = metrics.pooled_seed_noise(two)
+    assert own == pytest.approx(((two[0] - two[1]).std(ddof=1) / 2**0.5, 3))
+
+
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 10**6))
+def test_pooled_noise_is_the_mean_variance_and_the_residual_of_least_squares(n_settings, n_seeds, seed):
+    means = two_way_noise(np.random.default_rng(seed), n_settings, n_seeds, 0.02, 0.03) + np.arange(n_settings)[:, None]
+    both, own = metrics.pooled_seed_noise(means)
+    assert both.deviation == pytest.approx(means.var(axis=1, ddof=1).mean() ** 0.5)
+    assert n_seeds - 1 - 1e-9 <= both.freedom <= n_settings * (n_seeds - 1) + 1e-9
+    setting, of_seed = np.indices(means.shape).reshape(2, -1)
+    design = np.hstack([np.eye(n_settings)[setting], np.eye(n_seeds)[of_seed]])
+    left = means.ravel() - design @ np.linalg.lstsq(design, means.ravel(), rcond=None)[0]
+    assert own == pytest.approx(((left @ left / own.freedom) ** 0.5, len(left) - np.linalg.matrix_rank(design)))
+    moved = metrics.pooled_seed_noise(means + np.random.default_rng(seed).normal(0, 1, (1, n_seeds)))[1]
+    assert moved == pytest.approx(own), "what all settings share is in no difference"
+
+
+def test_equal_seeds_have_no_noise():
+    both, own = metrics.pooled_seed_noise(np.full((3, 2), 0.25))
+    assert both == (0, 1) and own == (0, 2)
+    values = np.tile(some_values(200), (2, 1))
+    assert metrics.bootstrap_interval(values, noise=both) == metrics.bootstrap_interval(values)
+
+
+@pytest.mark.parametrize("shared, own", [(0.0, 0.03), (0.03, 0.03), (0.05, 0.01)])
+def test_intervals_with_pooled_noise_hold_the_mean_as_often_as_they_say(shared, own):
+    rng, held, widths = np.random.default_rng(1), np.zeros(2), np.zeros((2, 2))
+    for _ in range(400):
+        seeds = two_way_noise(rng, 12, 2, shared, own)
+        values = rng.normal(0, 0.2, 100) + seeds[:2, :, None] + rng.normal(0, 0.2, (2, 2, 100))  # two of the settings: [2, S, U]
+        means = np.vstack([values.mean(axis=2), seeds[2:] + rng.normal(0, 0.02, (10, 2))])
+        both, noise = metrics.pooled_seed_noise(means)
+        noise = metrics.SeedNoise(2**0.5 * noise.deviation, noise.freedom)
+        for place, (of, told) in enumerate([(values[0], both), (values[0] - values[1], noise)]):
+            pooled, alone = metrics.bootstrap_interval(of, noise=told), metrics.bootstrap_interval(of)
+            held[place] += pooled[0] <= 0 <= pooled[1]
+            widths[place] += pooled[1] - pooled[0], alone[1] - alone[0]
+    assert (held >= 0.92 * 400).all() and held[1] <= 0.98 * 400, held / 400
+    assert widths[1, 0] < widths[1, 1] / 2  # of two seeds alone a difference is hardly known
+
+
 def test_memory_chunks_do_not_change_the_interval(monkeypatch):
     values = some_values(500)
     whole = metrics.bootstrap_interval(values, resamples=4000)
@@ -135,6 +187,8 @@ def test_p_values_are_uniform_when_nothing_differs():
         (lambda: metrics.bootstrap_interval([1, np.nan]), "finite"),
         (lambda: metrics.bootstrap_interval(np.ones((2, 2, 2))), "shape"),
         (lambda: metrics.bootstrap_interval([1.0], level=95), "level"),
+        (lambda: metrics.pooled_seed_noise([[0.1], [0.2]]), "two seeds"),
+        (lambda: metrics.pooled_seed_noise([0.1, 0.2]), "shape"),
         (lambda: metrics.paired_test([1, 2], [1, 2, 3]), "same users"),
         (lambda: metrics.paired_test(np.ones((2, 3)), np.ones((3, 3))), "seeds"),
     ],

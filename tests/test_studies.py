@@ -1,5 +1,6 @@
 """The sweeps of the papers, their notebooks, and the verdicts on the papers' claims."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -14,7 +15,8 @@ from conftest import ROOT
 from sidlab import claims, studies
 from sidlab.comparison import compare
 from sidlab.data.catalogue import load_catalogue
-from sidlab.sweeps import METRICS, config_with
+from sidlab.metrics import paired_test, pooled_seed_noise, recall_at
+from sidlab.sweeps import COSTS, METRICS, config_with
 from sidlab.viz.studies import curves_figure, schedule_figure, strata_figure, study_figure
 from sidlab.windows import leave_one_out
 
@@ -59,9 +61,33 @@ def test_a_study_runs_pools_its_seeds_and_writes_what_it_found(ran):
     hits = {of_seed: sorted(float(((r > 0) & (r <= 10)).mean()) for r in ranks[of_seed]) for of_seed in ranks}
     assert sum(row["recall@10"] for row in study["rows"]) == pytest.approx((sum(hits[0]) + sum(hits[1])) / 2)
     assert study["rows"][0]["difference"] is None
+    means = np.array([[((r > 0) & (r <= 10)).mean() for r in ranks[of_seed]] for of_seed in ranks]).T  # [K, S]
+    assert study["seed_noise"] == pytest.approx(pooled_seed_noise(means)[0]._asdict())
     assert study["rows"][1]["difference"] == pytest.approx(study["rows"][1]["recall@10"] - study["rows"][0]["recall@10"])
     outputs = [output for cell in nbformat.read(ran / "run.ipynb", 4).cells for output in cell.get("outputs", [])]
     assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) == 2
+
+
+def test_noise_of_seeds_is_estimated_from_all_settings(tmp_path, monkeypatch):
+    """Five settings of one quality and two seeds: each alone knows little of seeds, together they know more, and alike."""
+    rng, rows = np.random.default_rng(3), []
+    for label in "abcde":
+        for seed in (0, 1):
+            hits = rng.random(4000) < 0.3 + rng.normal(0, 0.02)
+            file = tmp_path / f"{label}{seed}.json"
+            file.write_text(json.dumps({"ranks": hits.astype(int).tolist(), "curve": {"recall@10": [0.3], "eval_step": [1]}, "sids": {},
+                                        "ended": None, "busy": False, "device": "a processor"}))
+            rows.append({"label": label, "seed": seed, "file": file, **dict.fromkeys(COSTS, 1.0)})
+    frame = pd.DataFrame(rows)
+    of_label = {label: [recall_at(json.loads(file.read_text())["ranks"], 10) for file in part["file"]]
+                for label, part in frame.groupby("label")}
+    alone = [np.ptp(paired_test(of_label[label], of_label["a"]).interval) for label in "bcde"]
+    together = [np.ptp(interval) for interval in studies.summarise(frame)["difference_interval"][1:]]
+    assert max(together) < min(alone) / 2 and max(together) < 1.2 * min(together)
+    pairs = [("b", "a", {"a": 1}), ("b", "c and d", {"c": 0.5, "d": 0.5})]
+    monkeypatch.setitem(studies.STUDIES, "strata", dataclasses.replace(studies.STUDIES["strata"], pairs=lambda work: pairs))
+    of_one, of_mean = (np.ptp(interval) for interval in studies.versus("strata", frame)["difference_interval"])
+    assert of_one == pytest.approx(together[0]) and of_mean / of_one == pytest.approx((1.5 / 2) ** 0.5, rel=0.1)
 
 
 def test_runs_of_two_devices_are_told(ran, tmp_path):
