@@ -16,7 +16,8 @@ How a source is written:
   "exercise" that defines a function. Its solution stands between the lines `### BEGIN SOLUTION` and
   `### END SOLUTION`, indented like the code; the student finds `raise NotImplementedError("your turn")` in their place. The next code
   cell is tagged "check" and calls `teach.check("name", function)`. What comes after must not need the student's function.
-* At the end stand `## Summary`, one `teach.quiz` of five questions and `## Links` to papers and code.
+* At the end stand `## Summary`, one `teach.quiz` of five questions, whose cell JupyterLab shows folded up, since it holds the answers, and
+  `## Links` to papers and code.
 * The last code cell is tagged "record" and passes a dict of numbers to `teach.record`: what run.py asserts on.
 * No LaTeX, since pages render offline: formulas are unicode in code blocks. No `Output` widgets and no `interact`, which keep errors to
   themselves.
@@ -110,6 +111,8 @@ def notebook(stem, cells) -> str:
     for place, cell in enumerate(cells):
         new = new_code_cell if cell.cell_type == "code" else new_markdown_cell
         metadata = {"tags": tags(cell)} if tags(cell) else {}
+        if cell.cell_type == "code" and "teach.quiz(" in cell.source:
+            metadata["jupyter"] = {"source_hidden": True}
         out.cells.append(new(cell.source, id=f"{stem}-{place:02}", metadata=metadata))
     nbformat.validate(out)
     return nbformat.writes(out) + "\n"

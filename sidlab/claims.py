@@ -74,7 +74,7 @@ def _found(results, verdict, figures):
     if "targets" in results:
         where = f"the benchmark, {machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)"
         return Finding(verdict, figures, "benchmark", where, results["command"])
-    data = pathlib.PurePath(results["dataset"]).name
+    data = _name(results["dataset"])
     where = (f"{data}, {results.get('arch', 't5')}, preset {results['preset']}, "
              f"{_seeds(results)} seed(s), "
              f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)")
@@ -318,11 +318,11 @@ def evidence(*folders) -> list[dict]:
 def beside_published(files: list[dict]) -> list[dict]:
     """Published rows of each data set, with ours of the same method: {"dataset", "method", "source", metrics, "METRIC_interval"}."""
     rows = []
-    run = [pathlib.PurePath(results["dataset"]).name for results in files if "summary" in results]
+    run = [_name(results["dataset"]) for results in files if "summary" in results]
     for name in dict.fromkeys([*run, *PUBLISHED]):
         rows += [{"dataset": name, **row} for row in published(name).to_dict("records")]
         for results in files:
-            if "summary" in results and pathlib.PurePath(results["dataset"]).name == name:
+            if "summary" in results and _name(results["dataset"]) == name:
                 source = f"here: {results.get('arch', 't5')}, preset {results['preset']}"
                 fields = [*METRICS, *(f"{metric}_interval" for metric in METRICS)]
                 rows += [{"dataset": name, "method": row["method"], "source": source, **{field: row[field] for field in fields}}
@@ -349,14 +349,22 @@ def main(arguments=None) -> None:
             methods = [name for name in args.methods.split() if arch == "t5" or name != "rastp-reference"]
             if arch == "qwen" and args.methods == METHODS:
                 methods.append("rastp-visible")
-            folder = output / f"{pathlib.PurePath(dataset).name}-{args.preset}-{arch}"
+            folder = output / f"{_name(dataset)}-{args.preset}-{arch}"
             compare(dataset, args.preset, methods, args.seeds, str(folder), args.sids, arch=arch)
     files = evidence(*args.evidence, output)
     claims, rows = judge(files), beside_published(files)
     write_json(output / "claims.json", {"claims": claims, "published": rows})
     write_claims(claims, rows, output / "index.html")
-    print(*(f"{claim['verdict']:18} {claim['paper']}: {claim['claim']}" for claim in claims), sep="\n")
+    for claim in claims:
+        own = "; ".join(f"{name}: {claim['verdicts'][name]}" for name in map(_name, args.datasets) if name in claim["verdicts"])
+        print(f"{claim['verdict']:18} {claim['paper']}: {claim['claim']}{own and f' ({own})'}")
+    if args.datasets and args.preset == "smoke":
+        print("Runs with the preset smoke are too short to judge anything by: these verdicts rest on the other files.")
     print(f"{len(files)} files of evidence; {output / 'index.html'}")
+
+
+def _name(dataset):
+    return pathlib.PurePath(dataset).name
 
 
 def _difference(row):

@@ -26,17 +26,18 @@ from sidlab.viz.labels import Labels
 
 TOLERANCE = 1e-5  # of the right number, or of 1 where that is less
 
-_guesses: list[tuple[bool, float]] = []  # right?, stated confidence in 0..1
-_intervals: list[bool] = []  # did it hold the truth?
+_guesses: dict[str, tuple[bool, float]] = {}  # by question: right?, stated confidence in 0..1
+_intervals: dict[str, bool] = {}  # did it hold the truth?
 _checks: list[dict] = []
 
 
 def score() -> dict:
     """The predictions of this session: `choices` committed, `right` among them, `mean_confidence` as stated (0..1, None without
-    choices), `ranges` committed, and how many held the truth (`inside`; of 80 % ranges it should be four fifths)."""
-    return {"choices": len(_guesses), "right": sum(right for right, _ in _guesses),
-            "mean_confidence": sum(sure for _, sure in _guesses) / len(_guesses) if _guesses else None,
-            "ranges": len(_intervals), "inside": sum(_intervals)}
+    choices), `ranges` committed, and how many held the truth (`inside`; of 80 % ranges it should be four fifths). A question that is
+    answered again, its truth known, counts as it was answered first."""
+    return {"choices": len(_guesses), "right": sum(right for right, _ in _guesses.values()),
+            "mean_confidence": sum(sure for _, sure in _guesses.values()) / len(_guesses) if _guesses else None,
+            "ranges": len(_intervals), "inside": sum(_intervals.values())}
 
 
 def checks() -> list[dict]:
@@ -108,7 +109,8 @@ class Prediction(widgets.VBox):
         super().__init__()
         if (choices is None) == (range is None):
             raise ValueError(f"give either choices or range, got choices={choices!r} and range={range!r}")
-        self._truth, self._choices, self._unit, self._explain = truth, choices and list(choices), unit, explain
+        self._question, self._truth, self._choices = question, truth, choices and list(choices)
+        self._unit, self._explain = unit, explain
         self.committed, self.confidence = False, None
         if choices is not None:
             self._check_choices(default)
@@ -184,12 +186,12 @@ class Prediction(widgets.VBox):
         if self._choices is not None:
             guess, sure = self._choices[self.answer.value], self.confidence.value
             right = bool(guess == truth)
-            _guesses.append((right, sure / 100))
+            _guesses.setdefault(self._question, (right, sure / 100))
             verdict, said, was = ("✓ Right." if right else "✗ Wrong."), f"You said “{guess}” ({sure} % sure)", f"“{truth}”"
         else:
             low, high = self.answer.value
             right = bool(low <= truth <= high)
-            _intervals.append(right)
+            _intervals.setdefault(self._question, right)
             verdict = "✓ Inside your range." if right else "✗ Outside your range."
             said, was = f"You said {_number(low)} to {_number(high)}", _number(truth)
         unit = f" {self._unit}" if self._unit else ""

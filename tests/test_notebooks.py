@@ -110,6 +110,8 @@ def test_notebook_is_valid_and_holds_no_outputs(path):
     assert len(set(ids)) == len(ids)
     for cell in notebook["cells"]:
         assert not cell.get("outputs") and cell.get("execution_count") is None, cell["id"]
+        folded = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
+        assert folded == ("teach.quiz(" in "".join(cell["source"]) and cell["cell_type"] == "code"), cell["id"]
 
 
 @each_notebook

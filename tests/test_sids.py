@@ -553,6 +553,13 @@ def test_a_published_table_is_read_in_any_order(tmp_path):
         assert shared.codes.tolist() == [[0, 3], [7, 1], [7, 1]]
 
 
+def test_a_published_table_is_as_wide_as_its_highest_code_needs(tmp_path):
+    for highest, width in ((3, 256), (255, 256), (256, 257), (4095, 4096)):
+        (tmp_path / "sids.txt").write_text(f"1 0 {highest}\n2 1 2\n")
+        table = SidTable.from_file(tmp_path / "sids.txt", collisions="share")
+        assert table.widths == (width, width) and table.codes[0, 1] == highest
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -564,7 +571,8 @@ def test_a_published_table_is_read_in_any_order(tmp_path):
         ("0 2 3\n", "line 1: expected a new item id"),
         ("1 2 3\n2 4\n", "line 2: item 2 has 1 codes, the lines before have 2"),
         ("1 2 3\n4 4 4\n", "2 of the items 1..4 are missing, the first is item 2"),
-        ("1 2 3\n2 2 256\n", "item 2 has code 256 at level 2"),
+        ("1 2 3\n2 2 65536\n", "item 2 has code 65536 at level 2"),
+        ("1 2 3\n2 2 -1\n", "item 2 has code -1 at level 2"),
         ("", "no items"),
     ],
 )

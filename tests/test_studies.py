@@ -389,10 +389,11 @@ def test_finer_sids_for_large_catalogues():
     assert studies.STUDIES["map"].settings_for(12_000) == studies.STUDIES["map"].settings
 
 
-def test_the_page_is_written_from_the_files_and_names_the_commands(tmp_path, monkeypatch):
+def test_the_page_is_written_from_the_files_and_names_the_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     claims.main(["planted", "--preset", "smoke", "--seeds", "1", "--methods", "unpadded rastp", "--arch", "qwen", "--output",
                  str(tmp_path / "paper"), "--evidence"])
+    assert "smoke are too short to judge anything by" in capsys.readouterr().out
     page, found = (tmp_path / "paper" / "index.html").read_text(), json.loads((tmp_path / "paper" / "claims.json").read_text())
     assert {claim["verdict"] for claim in found["claims"]} == {"not run", "not testable here"}  # smoke says nothing
     files = claims.evidence(tmp_path / "paper")

@@ -331,15 +331,19 @@ def test_range_is_committed_by_the_button():
 def test_score_runs_over_all_predictions():
     assert teach.score() == {"choices": 0, "right": 0, "mean_confidence": None, "ranges": 0, "inside": 0}
     for guess, sure in ((0, 50), (1, 90), (0, 100), (0, 60)):
-        asked = teach.predict("?", 5, choices=[5, 6])
+        asked = teach.predict(f"{sure}?", 5, choices=[5, 6])
         asked.answer.value, asked.confidence.value = guess, sure
         asked.commit.click()
     for low, high in ((0, 0.4), (0.5, 0.5), (0.6, 1)):
-        asked = teach.predict("?", 0.5, range=(0, 1))
+        asked = teach.predict(f"{low}?", 0.5, range=(0, 1))
         asked.answer.value = (low, high)
         asked.commit.click()
     assert teach.score() == {"choices": 4, "right": 3, "mean_confidence": 0.75, "ranges": 3, "inside": 1}
     assert "So far: 3 of 4 right, mean stated confidence 75 %; 1 of 3 of your 80 % ranges held the truth." in asked.result.value
+    again = teach.predict("90?", 5, choices=[5, 6])  # its cell once more: the truth is known by now
+    again.answer.value = 0
+    again.commit.click()
+    assert "✓ Right" in again.result.value and teach.score()["right"] == 3 and teach.score()["choices"] == 4
     teach.reset()
     assert teach.score()["choices"] == teach.score()["ranges"] == 0
 
@@ -349,7 +353,7 @@ def test_unattended_runs_commit_the_default(monkeypatch):
     right = teach.predict("?", lambda: "b", choices=["a", "b"], default="b")
     inside = teach.predict("?", lambda: np.float32(0.31), range=(0, 1), default=(0.3, 0.32))
     assert "You said “b” (50 % sure)" in right.result.value and "You said 0.3 to 0.32; the truth is 0.31" in inside.result.value
-    first, middle = teach.predict("?", "b", choices=["a", "b"]), teach.predict("?", 9, range=(0, 8))
+    first, middle = teach.predict("First?", "b", choices=["a", "b"]), teach.predict("Middle?", 9, range=(0, 8))
     assert "You said “a”" in first.result.value and "You said 2 to 6; the truth is 9" in middle.result.value
     assert teach.score() == {"choices": 2, "right": 1, "mean_confidence": 0.5, "ranges": 2, "inside": 1}
 

@@ -1,8 +1,10 @@
 """The monitor shows what training logs, stops it when told, loses no error, and sends little."""
 
+import dataclasses
 import json
 import re
 import threading
+import time
 
 import pytest
 import torch
@@ -122,6 +124,28 @@ def test_an_error_reaches_the_reader_and_whoever_waits():
     assert "&lt;narrow&gt;" in monitor.text.value and "<narrow>" not in monitor.text.value
     with pytest.raises(ValueError, match="batch_tokens=4"):
         monitor.wait()
+
+
+def test_a_monitor_that_is_started_stops_the_one_before(monkeypatch):
+    inside, most = [], []
+
+    def counted(config, *args, **kwargs):
+        inside.append(config)
+        most.append(len(inside))
+        try:
+            return train(config, *args, **kwargs)
+        finally:
+            inside.remove(config)
+
+    monkeypatch.setattr(training, "train", counted)
+    long = {name: dataclasses.replace(CONFIGS["unpruned"], max_updates=100_000) for name in ("one", "another")}
+    first, second = TrainingMonitor(long, WORLD, TABLE), TrainingMonitor(CONFIGS, WORLD, TABLE)
+    first.start()
+    while not inside:
+        time.sleep(0.01)
+    assert list(second.wait()) == list(CONFIGS) and set(second.states.values()) == {"done"}
+    assert not first.running and first.states == {"one": "stopped", "another": "waiting"} and not first.start_button.disabled
+    assert max(most) == 1
 
 
 def test_an_interrupt_stops_training():

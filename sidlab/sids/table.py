@@ -168,8 +168,9 @@ class SidTable:
         return table
 
     @classmethod
-    def from_file(cls, path, width=256, collisions: str = "extend") -> "SidTable":
-        """Reads a published table: a line `item_id c1 c2 …` per item, ids 1..n in any order; gzip if named .gz.
+    def from_file(cls, path, width=None, collisions: str = "extend") -> "SidTable":
+        """Reads a published table: a line `item_id c1 c2 …` per item, ids 1..n in any order; gzip if named .gz. `width`: 256, or as
+        the highest code needs, up to 65,536.
 
         A line that is not of this form, a missing item or a code outside its width is a ValueError that says where.
         """
@@ -198,8 +199,9 @@ class SidTable:
         if missing:
             first = next(item for item in range(1, max(rows)) if item not in rows)
             raise ValueError(f"{path}: {missing} of the items 1..{max(rows)} are missing, the first is item {first}")
+        codes = np.array([rows[item] for item in range(1, len(rows) + 1)])
         try:
-            return cls(np.array([rows[item] for item in range(1, len(rows) + 1)]), width, collisions)
+            return cls(codes, width or min(max(256, int(codes.max()) + 1), 2**16), collisions)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

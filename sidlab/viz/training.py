@@ -29,11 +29,13 @@ class TrainingMonitor(Explorer):
 
     "Start" (or `start()`) trains what is not done yet; "Stop" (or `stop()`) ends training after the update in progress. A stopped run
     that has been evaluated keeps its best checkpoint so far, another one leaves nothing; "Start" trains both anew. `wait()` starts if
-    need be, blocks until training ends and returns `results`. Where a run fails, the reader sees why and `wait()` raises it.
+    need be, blocks until training ends and returns `results`. One monitor trains at a time: to start another, as by running its cell
+    again, stops the one before. Where a run fails, the reader sees why and `wait()` raises it.
     Attributes: `results` {name: `TrainResult`} so far, `states` {name: "waiting", "training", "done", "stopped" or "failed"}.
     """
 
     heading = "Training runs side by side"
+    _starting, _last = threading.Lock(), None  # of all monitors: the one started last
 
     def __init__(self, configs: dict[str, TrainConfig], catalogue, table, *, theme: str | None = None):
         if not configs:
@@ -41,7 +43,7 @@ class TrainingMonitor(Explorer):
         self.catalogue, self.table = catalogue, table
         self._runs = {name: _Run(name, config) for name, config in configs.items()}
         self._thread, self._error, self._drawn, self._points = None, None, -PAUSE, None
-        self._starting, self._stopping = threading.Lock(), threading.Event()
+        self._stopping = threading.Event()
         super().__init__({}, theme=theme)
         self.start_button = widgets.Button(description="Start", icon="play", tooltip="train what is not done yet")
         self.stop_button = widgets.Button(description="Stop", icon="stop", tooltip="end training after this update", disabled=True)
@@ -63,7 +65,7 @@ class TrainingMonitor(Explorer):
 
     def start(self) -> None:
         """Train in the background what is not done; returns at once. Does nothing while training runs."""
-        with self._starting:  # JupyterLab may handle a click in one thread while `wait` starts in another
+        with TrainingMonitor._starting:  # JupyterLab may handle a click in one thread while `wait` starts in another
             todo = [run for run in self._runs.values() if run.state != "done"]
             if self.running or not todo:
                 return
@@ -73,7 +75,10 @@ class TrainingMonitor(Explorer):
                 run.clear()
             self.start_button.disabled, self.stop_button.disabled = True, False
             self.refresh()
-            thread = threading.Thread(target=self._work, args=(todo,), name="sidlab training", daemon=True)
+            before, TrainingMonitor._last = TrainingMonitor._last, self
+            if before is not None and before.running:
+                before.stop()
+            thread = threading.Thread(target=self._work, args=(todo, before and before._thread), name="sidlab training", daemon=True)
             thread.start()
             self._thread = thread  # now that `wait` can join it
 
@@ -97,9 +102,11 @@ class TrainingMonitor(Explorer):
             raise self._error
         return self.results
 
-    def _work(self, todo):
-        """The thread: every run, and whatever happens the buttons as they should be."""
+    def _work(self, todo, before):
+        """The thread: once that of another monitor has ended, every run, and whatever happens the buttons as they should be."""
         try:
+            if before is not None:
+                before.join()
             for run in todo:
                 if self._stopping.is_set():
                     break
