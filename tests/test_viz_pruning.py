@@ -61,6 +61,9 @@ def test_strip_heatmap_and_list_are_what_recommend_gives(world, values):
     assert (cells == wanted).all()
     assert titles == catalogue.items.title[items[0].numpy() - 1].tolist()
     assert f"<b>{len(stay)} of {len(history) * LEVELS} tokens kept.</b>" in explorer.text.value
+    place, target = explorer.pruned.items.tolist(), int(explorer.histories[explorer.value("user") - 1][-1])
+    found = f"place {place.index(target) + 1}" if target in place else "not in the list"
+    assert explorer.figure.layout.title.text.startswith(f"{len(stay)} of {len(history) * LEVELS} tokens kept; next item: {found} (")
 
 
 def test_heatmaps_are_the_mean_over_heads(world):

@@ -82,10 +82,15 @@ class PruningExplorer(HistoryExplorer):
         user, pruning = self.value("user"), self.pruning()
         probe, full = self._probe(user), self._full(user, pruning.after_layer)
         self.pruned, self.milliseconds = self._timed(user, pruning)
-        figure = pruning_figure(probe, self.pruned, self.titles(probe.history), pruning.after_layer, self.template)
-        return figure, self._text(probe, self.pruned, pruning, full, int(self.histories[user - 1][-1]))
+        kept, target = int(self.pruned.kept.sum()), int(self.histories[user - 1][-1])
+        places = rank_of_target(np.array([full[0], self.pruned.items.numpy()]), np.array([target] * 2))
+        found = ["not in the list" if place == 0 else f"place {place}" for place in places]
+        # Above the figure, since the list itself stands below it, where a small screen does not show it beside the slider.
+        title = f"{kept} of {len(probe.tokens)} tokens kept; next item: {found[1]} (unpruned: {found[0]})"
+        figure = pruning_figure(probe, self.pruned, self.titles(probe.history), pruning.after_layer, self.template, title)
+        return figure, self._text(probe, self.pruned, pruning, full, target, found)
 
-    def _text(self, probe, pruned, pruning, full, target):
+    def _text(self, probe, pruned, pruning, full, target, found):
         (full, milliseconds), ours, theirs = full, self._cost(len(probe.history), pruning), self._cost(len(probe.history), None)
         kept, n = int(pruned.kept.sum()), len(probe.tokens)
         meter = table(("meter", "pruned", "unpruned", "ratio"), [
@@ -94,13 +99,11 @@ class PruningExplorer(HistoryExplorer):
                 ("MFLOPs to train on it", "{:.1f}", ours.training / 1e6, theirs.training / 1e6),
                 ("MB of activations", "{:.2f}", ours.activation_bytes / 2**20, theirs.activation_bytes / 2**20),
                 ("ms from there to the list, noisy", "{:.0f}", self.milliseconds, milliseconds))])
-        places = rank_of_target(np.array([full, pruned.items.numpy()]), np.array([target] * 2))
         rows = []
         for place, (item, title) in enumerate(zip(pruned.items.tolist(), self.titles(pruned.items.tolist())), start=1):
             before = int(np.flatnonzero(full == item)[0]) + 1 if item in full else None
             rows.append((place, f"★ {title}" if item == target else title, moved(before, place)))
         left = [t for i, t in zip(full.tolist(), self.titles(full.tolist())) if i not in pruned.items.tolist()]
-        found = ["not in the list" if p == 0 else f"place {p}" for p in places]
         truth = ""
         if probe.truth is not None:
             informative = probe.truth.numpy() > 0
@@ -118,10 +121,11 @@ class PruningExplorer(HistoryExplorer):
                 f"<div>{meter}{folded('Kept tokens as a table', table(('item', 'kept'), by_item))}</div></div>")
 
 
-def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab") -> go.Figure:
+def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab", title: str = "") -> go.Figure:
     """A history as tokens, kept and pruned, above the attention (mean over heads) of the scoring layer and of the layer behind it.
 
-    Args: `probe`: a `Probe`; `pruned`: what its `prune` returned; `titles` of the history's items; `layer`: the scoring one, from 1.
+    Args: `probe`: a `Probe`; `pruned`: what its `prune` returned; `titles` of the history's items; `layer`: the scoring one, from 1;
+    `title` of the figure.
     """
     model, levels = probe.model, _level_names(probe.model)
     shape, n = (len(probe.history), len(levels)), len(probe.tokens)
@@ -155,7 +159,8 @@ def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab") 
     ticks = {"tickvals": list(range(0, n, len(levels))), "ticktext": [str(m + 1) for m in range(shape[0])], "showgrid": False,
              "zeroline": False}
     layout = {
-        "template": template, "barmode": "overlay", "height": 750, "margin": {"l": 40, "r": 20, "t": 30, "b": 40}, "uirevision": "same",
+        "template": template, "barmode": "overlay", "height": 780, "margin": {"l": 40, "r": 20, "t": 60, "b": 40}, "uirevision": "same",
+        "title": {"text": title, "x": 0, "xref": "paper", "y": 1, "pad": {"t": 10}, "yanchor": "top", "font": {"size": 15}},
         "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
         "xaxis": x | {"title": None, "anchor": "y", "ticktext": [f"{m}. {text}" for m, text in enumerate(x["ticktext"], start=1)]},
         "yaxis": y | {"domain": [bottom, 1], "anchor": "x"}, "annotations": [],
