@@ -58,7 +58,8 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     """Train and test every method with every seed; write `results.json` and `index.html` into `output_dir`; return the results.
 
     Args: `dataset`: what `load_catalogue` takes; `preset`: of `TrainConfig`; `methods`: names of `METHODS`, separated by spaces or
-    in a list; a pruning method may carry its kept share, as in "rastp@1/2" (default 1/3); `seeds`: how many, from 0 on;
+    in a list, or "module:function", an own scorer (see `saliency.named_scorer`); a pruning method may carry its kept share, as in
+    "rastp@1/2" (default 1/3); `seeds`: how many, from 0 on;
     `output_dir`: default runs/<dataset>-<preset>; `sids`: a published SID file (default: `sweeps.sid_table`'s choice); `arch`: "t5" or
     "qwen", decoder-only. Raises ValueError naming what is valid before anything is trained.
     """
@@ -104,9 +105,9 @@ def predicted_and_measured(results: dict) -> pd.DataFrame:
 def method_config(name: str, preset: str, seed: int, arch: str = "t5") -> TrainConfig | dict:
     """The configuration of a method: `preset` and what the method changes of it; for "sasrec" what `sweeps.spec` takes."""
     base, _, keep = name.partition("@")
-    if base not in METHODS:
-        raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}")
-    if keep and not (base in PRUNERS and re.fullmatch(r"\d+(/\d+|\.\d+)?", keep)):
+    if base not in METHODS and ":" not in base:
+        raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}, or an own scorer as module:function")
+    if keep and not ((base in PRUNERS or ":" in base) and re.fullmatch(r"\d+(/\d+|\.\d+)?", keep)):
         raise ValueError(f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or rastp@0.5")
     if base == "sasrec":
         short = {"epochs": 1} if preset == "smoke" else {}

@@ -39,7 +39,7 @@ class PruningConfig:
     """What to prune, where and by which score.
 
     `after_layer`: counted from 1; pruning happens behind this layer and scores come from it. `keep`: the kept fraction, in
-    (0, 1]. `scorer`: a name in `saliency.SCORERS` or a callable (a callable cannot be saved with a model). `unit`: "token" or
+    (0, 1]. `scorer`: a name in `saliency.SCORERS`, "module:function", or a callable (which a model is saved without). `unit`: "token" or
     "item" (whole items). `protect_separators`: keep every separator, on top. `positions`: position information behind the
     pruner: "original" (places in the full history), "compact" (places among the kept) or "none" (as the published code does
     by accident). `at_inference`: prune there too, as the published code does. `reduce`: "select" tokens, or "pool": average
@@ -71,7 +71,7 @@ class PruningConfig:
             for name in ("unit", "protect_separators", "mass", *(["positions", "reduce"] if self.mode == "reference" else [])):
                 if getattr(self, name) != getattr(PruningConfig, name):
                     raise ValueError(f"{which} knows no {name}={getattr(self, name)!r}; leave it out")
-        if not callable(self.scorer):
+        if not callable(self.scorer) and ":" not in str(self.scorer):
             one_of("scorer", self.scorer, tuple(SCORERS))
         if not isinstance(self.after_layer, numbers.Integral) or self.after_layer < 1:
             raise ValueError(f"after_layer is an integer and counted from 1, got {self.after_layer!r}")

@@ -7,11 +7,15 @@ RASTP (arXiv 2511.16943) and STAMP's SAP (arXiv 2604.05329) score token i after 
     saliency(i)   = ‖hidden state of i‖₁                        (`semantic_saliency`)
 
 Unlike the published code, only real queries vote and the attention is the clean one (before dropout). A scorer is any callable
-from `Signals` to a float tensor [B, N]; `SCORERS` holds the named ones. Everything here runs under `no_grad`: which tokens are
-kept is a choice, not something gradients flow through.
+from `Signals` to a float tensor [B, N]; `SCORERS` holds the named ones, and "module:function" names one of your own. Everything here
+runs under `no_grad`: which tokens are kept is a choice, not something gradients flow through.
 """
 
+import contextlib
 import dataclasses
+import importlib
+import inspect
+import sys
 from collections.abc import Callable
 
 import torch
@@ -103,19 +107,38 @@ SCORERS: dict[str, Callable[[Signals], Tensor]] = {
 }
 
 
+def named_scorer(name: str) -> Callable[[Signals], Tensor]:
+    """The scorer of this name: one of `SCORERS`, or "module:function", which is imported. ValueError where there is none."""
+    if name in SCORERS:
+        return SCORERS[name]
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise ValueError(f"scorer={name!r} is unknown; use one of {', '.join(SCORERS)}, or module:function or a callable")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"scorer={name!r}: {error}; the module's file must lie in this folder or on PYTHONPATH") from error
+
+
+def own_source(scorer: str | Callable) -> str | None:
+    """The text that tells two versions of an own scorer apart: of its module, where it has a name; None for those of `SCORERS`, and for
+    what has no source."""
+    if isinstance(scorer, str) and scorer not in SCORERS:
+        named_scorer(scorer)
+        scorer = sys.modules[scorer.partition(":")[0]]
+    with contextlib.suppress(OSError, TypeError):
+        return None if isinstance(scorer, str) else inspect.getsource(scorer)
+
+
 @torch.no_grad()
 def token_importance(signals: Signals, scorer: str | Callable[[Signals], Tensor] = "rastp") -> Tensor:
     """How much each token is worth keeping: float32 [B, N], −inf where the mask is 0.
 
-    Args: `scorer`: a name in `SCORERS`, or any callable from `Signals` to a float tensor [B, N].
-    Raises ValueError for an unknown name, a signal that is missing, or a callable's result of the wrong shape or with NaN for a token.
+    Args: `scorer`: a name as in `named_scorer`, or any callable from `Signals` to a float tensor [B, N].
+    Raises ValueError for an unknown name, a signal that is missing, or an own scorer's result of the wrong shape or with NaN for a token.
     """
-    if isinstance(scorer, str):
-        if scorer not in SCORERS:
-            raise ValueError(f"scorer={scorer!r} is unknown; use one of {', '.join(SCORERS)} or a callable")
-        score = SCORERS[scorer](signals)
-    else:
-        score = scorer(signals)
+    score = (named_scorer(scorer) if isinstance(scorer, str) else scorer)(signals)
+    if scorer not in SCORERS:
         if not isinstance(score, Tensor) or score.shape != signals.mask.shape:
             got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise ValueError(f"the scorer must return a tensor of shape {tuple(signals.mask.shape)} ([B, N]), got {got}")

@@ -38,6 +38,7 @@ from sidlab.files import write, write_json
 from sidlab.meter import Meter, device_name
 from sidlab.metrics import bootstrap_interval, ndcg_at, rank_of_target, recall_at
 from sidlab.models.sasrec import SASRec
+from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.table import SidTable
 from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
@@ -110,7 +111,9 @@ def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None) -> 
     _check_sids(sids or {})
     if isinstance(config, TrainConfig):
         if config.pruning is not None and callable(config.pruning.scorer):
-            raise ValueError("a run in a process of its own takes a scorer by name; train() takes any callable")
+            raise ValueError("a run in a process of its own takes a scorer by name, also as module:function; train() takes any callable")
+        if config.pruning is not None:
+            named_scorer(config.pruning.scorer)
         config = config.to_dict()
     folder = dataset != "planted" and os.path.isdir(dataset)
     return {"dataset": os.path.abspath(dataset) if folder else dataset, "sids": sids or {}, "config": config}
@@ -131,7 +134,7 @@ def run_all(specs: dict[str, dict], folder):
         raise ValueError(f"two runs would share a file: {sorted(p.name for p in paths.values())}")
     catalogues = {dataset: load_catalogue(dataset) for dataset in {one["dataset"] for one in specs.values()}}
     for one in specs.values():  # everything that may be refused is, before anything is trained
-        if "oracle" in json.dumps(one["config"]) and catalogues[one["dataset"]].truth is None:
+        if '"oracle"' in json.dumps(one["config"]) and catalogues[one["dataset"]].truth is None:
             raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
         sid_table(catalogues[one["dataset"]], folder, one["sids"])
     for number, (name, one) in enumerate(specs.items(), start=1):
@@ -347,12 +350,13 @@ def _file(path, suffix):
 
 
 def _key(one, catalogue, table):
-    """What a finished run depends on: changes when the data, the SIDs, the configuration, a pretrained folder's files, the code or the
-    libraries do, or where a GPU does what a processor did, for their costs are no one's to compare."""
+    """What a finished run depends on: changes when the data, the SIDs, the configuration, a pretrained folder's files, the code, an own
+    scorer's or the libraries do, or where a GPU does what a processor did, for their costs are no one's to compare."""
     pretrained = one["config"].get("checkpoint")
     files = sorted(pathlib.Path(pretrained).glob("*")) if pretrained and os.path.isdir(pretrained) else []
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    what = [one["config"], files, catalogue.fingerprint(), table.fingerprint(), _code(), torch.__version__, transformers.__version__,
+    own = [source for source in [own_source((one["config"].get("pruning") or {}).get("scorer", "rastp"))] if source]
+    what = [one["config"], *own, files, catalogue.fingerprint(), table.fingerprint(), _code(), torch.__version__, transformers.__version__,
             torch.cuda.is_available()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -8,7 +8,6 @@ and the meter, which counts training time and memory without evaluation and savi
 import contextlib
 import dataclasses
 import functools
-import inspect
 import json
 import math
 import os
@@ -43,6 +42,7 @@ from sidlab.models import fast
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.muon import MuonAdamW
+from sidlab.saliency import own_source
 from sidlab.sids.table import SidTable
 from sidlab.windows import Collator, LengthBatches, UserBatches, Windows, leave_one_out, tell_padding
 
@@ -265,9 +265,8 @@ def _use_bf16(config):
 def _resume_point(folder, config, catalogue, table):
     """The newest checkpoint in `folder` whose state and meter can be read, or None; refuses another run's folder."""
     what = {"config": config.to_dict(), "catalogue": catalogue.fingerprint(), "table": table.fingerprint()}
-    if config.pruning is not None and callable(config.pruning.scorer):
-        with contextlib.suppress(OSError, TypeError):  # a callable without source is known by its name alone
-            what["scorer"] = inspect.getsource(config.pruning.scorer)
+    if config.pruning is not None and (source := own_source(config.pruning.scorer)):  # without one it is known by its name alone
+        what["scorer"] = source
     stamp = folder / "run.json"
     if stamp.exists():
         if read_json(stamp) != json.loads(json.dumps(what)):

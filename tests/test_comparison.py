@@ -91,6 +91,12 @@ def stored(folder):
     return {name: json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".json").read_text()) for name in METHODS}
 
 
+def test_an_own_scorer_is_a_method():
+    assert comparison.method_config("my_scorer:oldest@1/2", "smoke", 3).pruning == PruningConfig(scorer="my_scorer:oldest", keep=0.5)
+    with pytest.raises(ValueError, match="method 'rasp' is unknown; .* or an own scorer as module:function"):
+        comparison.method_config("rasp", "smoke", 0)
+
+
 def test_p_is_told_of_single_seeds_and_other_jobs_are_told_on_the_page(finished, monkeypatch):
     folder, results = finished
     assert all(row["versus_unpadded"]["p_value"] > 0 for row in results["summary"] if row["method"] != "unpadded")

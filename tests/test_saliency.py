@@ -1,9 +1,11 @@
 """The saliency scorer against loops written out by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from sidlab.saliency import SCORERS, Signals, attention_centrality, semantic_saliency, token_importance
+from sidlab.saliency import SCORERS, Signals, attention_centrality, own_source, semantic_saliency, token_importance
 
 
 def _signals(seed=0, b=3, n=7, d=5):
@@ -110,10 +112,24 @@ def test_random_by_row_seed_is_uniform_and_knows_no_other_row():
     assert torch.corrcoef(several).fill_diagonal_(0).abs().max() < 0.2
 
 
+def test_an_own_scorer_has_a_name_and_a_source(tmp_path, monkeypatch):
+    text = "from sidlab.saliency import SCORERS\n\n\ndef twice(s):\n    return 2 * SCORERS['norm'](s)\n"
+    (tmp_path / "scorers_of_a_test.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    s = _signals()
+    assert torch.equal(token_importance(s, "scorers_of_a_test:twice"), 2 * token_importance(s, "norm"))
+    assert own_source("scorers_of_a_test:twice") == text and own_source("rastp") is None
+    assert own_source(_signals).startswith("def _signals") and own_source(len) is None
+    with pytest.raises(ValueError, match="NaN"):
+        token_importance(dataclasses.replace(s, hidden=s.hidden * float("nan")), "scorers_of_a_test:twice")
+
+
 @pytest.mark.parametrize(
     "scorer, message",
     [
         ("saliency", "unknown; use one of rastp"),
+        ("nowhere:score", "scorer='nowhere:score': No module named 'nowhere'; the module's file must lie in this folder"),
+        ("builtins:id", "got int"),
         ("oracle", "only the planted catalogue"),
         (lambda s: s.hidden, r"shape \(3, 7\)"),
         (lambda s: s.centrality * float("nan"), "NaN"),

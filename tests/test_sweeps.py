@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import sys
 import time
 import types
 
@@ -97,6 +98,26 @@ def test_other_libraries_and_other_pretrained_weights_make_a_run_anew(finished, 
     monkeypatch.setattr(torch, "__version__", "9.9")
     keys.append(sweeps._key(one, catalogue, table))
     assert len(set(keys)) == 3
+
+
+OLDEST = "def oldest(signals):\n    return -signals.positions\n"
+
+
+def test_an_own_scorer_takes_part_by_name_and_is_done_again_when_its_module_changes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_scorer.py").write_text(OLDEST)
+    monkeypatch.chdir(tmp_path)  # a module beside the notebook, for this process and the run's
+    monkeypatch.syspath_prepend(tmp_path)
+    grid = [{"pruning.scorer": name} for name in ("my_scorer:oldest", "recent")]
+    frame = sweeps.sweep(grid, "out", preset="smoke", seeds=1)
+    oldest, recent = (json.loads(pathlib.Path(file).read_text())["ranks"] for file in frame["file"])
+    assert oldest != recent
+    capsys.readouterr()
+    for text, again in ((OLDEST, False), (OLDEST.replace("-", ""), True)):
+        (tmp_path / "my_scorer.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "my_scorer")
+        changed = sweeps.sweep(grid, "out", preset="smoke", seeds=1)
+        assert ("is done again" in capsys.readouterr().out) == again
+    assert json.loads(pathlib.Path(changed["file"][0]).read_text())["ranks"] == recent, "now it is the newest that it keeps"
 
 
 @pytest.mark.parametrize("code", ["the same", "other"])
@@ -215,6 +236,8 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
         (dict(grid=[{}], seeds=0), "at least one setting and one seed"),
         (dict(grid=[{}], dataset="nowhere"), "no catalogue 'nowhere'"),
         (dict(grid=[{}], preset="fast"), "preset='fast' is unknown"),
+        (dict(grid={"pruning.scorer": ["nowhere:score"]}), "scorer='nowhere:score': No module named 'nowhere'; the module's file must"),
+        (dict(grid={"pruning.scorer": ["json:score"]}), "scorer='json:score': module 'json' has no attribute 'score'"),
         (dict(grid={"pruning.keep": 0.3}), r"a grid holds lists of values, .* got 0.3 for pruning.keep"),
         (dict(grid=[{"seed": 1}]), r"settings \['seed'\] are unknown"),
         (dict(grid=[{"sids.file": "sids.txt", "sids.levels": 2}]), "a published file has its own levels"),

@@ -300,6 +300,7 @@ board
 # * Is the kept share really equal? The column says so.
 # * Does it hold at `keep = 1 / 3`? On real data? A scorer that wins only on the world that it was made for is a finding about that world.
 # * `sidlab.sweep` runs a grid of settings with several seeds, each in a process of its own; `make reproduce METHODS="…"` makes the full comparison.
+#   Your scorer takes part by the name of a file: `mine.py` beside the notebook, or in the folder in which you call make, with a function `score` is `"mine:score"`.
 #
 # A scorer that loses is worth writing down as well: what did you expect, and what happened instead?
 

@@ -136,7 +136,7 @@ def _summary_table(results):
     body = []
     for row in rows:
         name, _, keep = row["method"].partition("@")
-        meaning = (METHODS | BASELINES).get(name, "") + (f"; {keep} of them" if keep else "")
+        meaning = (METHODS | BASELINES).get(name, "own scorer" * (":" in name)) + (f"; {keep} of them" if keep else "")
         cells = [f"<b>{_text(row['method'])}</b><small>{_text(meaning)}</small>", _number(row.get("seeds"), "d")]
         cells += [f"{row[metric]:.4f}<small>{figures.span(row, metric)}</small>" for metric in METRICS]
         cells += [_versus(row.get("versus_unpadded")), _ratio(row, base, COST, "#.3g"),

@@ -165,11 +165,11 @@ def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab", 
         "xaxis": x | {"title": None, "anchor": "y", "ticktext": [f"{m}. {text}" for m, text in enumerate(x["ticktext"], start=1)]},
         "yaxis": y | {"domain": [bottom, 1], "anchor": "x"}, "annotations": [],
     }
-    for number, domain, title in ((2, [0, 0.46], f"attention in layer {layer}, before"), (3, [0.54, 1], behind)):
+    for number, domain, name in ((2, [0, 0.46], f"attention in layer {layer}, before"), (3, [0.54, 1], behind)):
         across, down = {"range": [-0.5, n - 0.5], "domain": domain}, {"range": [n - 0.5, -0.5], "domain": [0, top]}
         layout[f"xaxis{number}"] = ticks | across | {"anchor": f"y{number}", "title": {"text": "looked at, by item"}}
         layout[f"yaxis{number}"] = ticks | down | {"anchor": f"x{number}", "title": {"text": "looking, by item" if number == 2 else ""}}
-        layout["annotations"].append({"text": title, "x": sum(domain) / 2, "y": top + 0.005, "xref": "paper", "yref": "paper",
+        layout["annotations"].append({"text": name, "x": sum(domain) / 2, "y": top + 0.005, "xref": "paper", "yref": "paper",
                                       "xanchor": "center", "yanchor": "bottom", "showarrow": False, "font": {"size": 14}})
     return go.Figure([*strip.data, texts, *maps], layout)
 
