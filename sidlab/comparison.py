@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from sidlab.baselines import NeighbourTable, Popularity
+from sidlab.checks import integer
 from sidlab.config import TrainConfig
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
@@ -64,11 +65,12 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     "qwen", decoder-only. Raises ValueError naming what is valid before anything is trained.
     """
     names = methods.split() if isinstance(methods, str) else list(methods)
-    if not names or int(seeds) < 1:
-        raise ValueError(f"give at least one method and one seed, got methods={methods!r} and seeds={seeds!r}")
+    if not names:
+        raise ValueError(f"give at least one method, got methods={methods!r}")
+    seeds = integer("seeds", seeds)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"methods={methods!r} names {', '.join(twice)} twice")
-    runs = [(name, seed) for seed in range(int(seeds)) for name in names]  # seeds outside: a comparison cut short compares
+    runs = [(name, seed) for seed in range(seeds) for name in names]  # seeds outside: a comparison cut short compares
     if sids and not os.path.isfile(sids):
         raise ValueError(f"sids={sids!r} is no file; give a published table with a line `item_id c1 c2 …` per item, or leave it out")
     source = {"file": os.path.abspath(sids)} if sids else {}

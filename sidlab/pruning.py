@@ -63,6 +63,7 @@ class PruningConfig:
     def __post_init__(self):
         plain(self)
         _check_choice(self.keep, self.unit, self.mass)
+        object.__setattr__(self, "keep", float(self.keep))  # a Fraction, say, which JSON does not know
         one_of("positions", self.positions, POSITIONS)
         one_of("reduce", self.reduce, REDUCTIONS)
         one_of("mode", self.mode, MODES)

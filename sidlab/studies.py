@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from sidlab.checks import integer
 from sidlab.comparison import hardware, versions
 from sidlab.data.catalogue import load_catalogue
 from sidlab.metrics import SeedNoise, paired_test, pooled_seed_noise, recall_at
@@ -158,10 +159,12 @@ def run(name: str, folder, *, dataset: str = "planted", preset: str = "quick", s
     """
     if name not in STUDIES:
         raise ValueError(f"study {name!r} is unknown; use one of {', '.join(STUDIES)}")
+    if only is not None:
+        integer("only", only)
     shared = ({"arch": arch} if arch != "t5" else {}) | ({"sids.file": str(pathlib.Path(sids).absolute())} if sids else {})
     settings = dict(list(STUDIES[name].settings_for(load_catalogue(dataset).n_items).items())[:only])
     frame = sweep([shared | setting for setting in settings.values()], folder, dataset=dataset, preset=preset, seeds=seeds)
-    return frame.assign(label=list(settings) * int(seeds))
+    return frame.assign(label=list(settings) * seeds)
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:

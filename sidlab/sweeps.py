@@ -31,6 +31,7 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 import sidlab
+from sidlab.checks import integer
 from sidlab.config import PARTS, TrainConfig
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
@@ -68,10 +69,11 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
         if isinstance(values, str) or not np.iterable(values):
             raise ValueError(f"a grid holds lists of values, {{name: [value, …]}}; got {values!r} for {name}")
     settings = list(grid) if not isinstance(grid, dict) else [dict(zip(grid, v)) for v in itertools.product(*grid.values())]
-    if not settings or int(seeds) < 1:
-        raise ValueError(f"give at least one setting and one seed, got grid={grid!r} and seeds={seeds!r}")
+    if not settings:
+        raise ValueError(f"give at least one setting, got grid={grid!r}")
+    seeds = integer("seeds", seeds)
     rows, specs = [], {}
-    for seed in range(int(seeds)):
+    for seed in range(seeds):
         for setting in settings:
             name = "-".join([*(f"{key}={_short(value)}" for key, value in setting.items()), f"seed{seed}"])
             sids = {key.removeprefix("sids."): value for key, value in setting.items() if key.startswith("sids.")}

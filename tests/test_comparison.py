@@ -151,7 +151,7 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
         (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, long, gpu, paper"),
         (dict(dataset="beauty"), "no catalogue 'beauty'"),
         (dict(methods="rastp unpadded rastp"), "names rastp twice"),
-        (dict(seeds=0), "one method and one seed"),
+        (dict(seeds=0), "seeds must be at least 1, got 0"),
         (dict(methods=""), "give at least one method"),
         (dict(sids="nowhere.txt.gz"), "sids='nowhere.txt.gz' is no file; give a published table"),
     ],

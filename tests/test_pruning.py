@@ -1,6 +1,8 @@
 """The pruning layer against a plain Python oracle, over random shapes, masks and ties."""
 
+import json
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -82,6 +84,11 @@ def test_slots_come_from_the_shape_in_token_mode(n, keep):
 )
 def test_kept_count(n, keep, expected):
     assert kept_count(torch.tensor([n]), keep).item() == expected
+
+
+def test_a_share_of_any_number_type_is_written_as_json():
+    assert PruningConfig(keep=Fraction(1, 3)) == PruningConfig(keep=1 / 3)
+    assert json.loads(json.dumps(PruningConfig(keep=Fraction(1, 2)).to_dict()))["keep"] == 0.5
 
 
 def test_equal_scores_keep_the_lowest_positions():

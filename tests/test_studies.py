@@ -129,6 +129,8 @@ def test_groups_cover_all_users_and_average_to_the_whole(ran):
 def test_an_unknown_study_or_parameter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="study 'layers' is unknown; use one of strategies, layer-ratio"):
         studies.run("layers", tmp_path)
+    with pytest.raises(ValueError, match="only must be at least 1, got -1"):
+        studies.run("map", tmp_path, only=-1)
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter epochs; use dataset"):
         papermill.execute_notebook(ROOT / "notebooks/studies/map.ipynb", tmp_path / "x.ipynb", {"epochs": 3}, kernel_name="python3",
                                    cwd=str(ROOT), progress_bar=False)

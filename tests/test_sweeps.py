@@ -233,7 +233,8 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
         (dict(grid={"pruning.keep": [0.5, 2]}), "must lie in"),
         (dict(grid={"seed": []}), "at least one setting"),
         (dict(grid=[{"dropout": 0.1}, {"dropout": 0.1}]), "dropout=0.1-seed0 twice"),
-        (dict(grid=[{}], seeds=0), "at least one setting and one seed"),
+        (dict(grid=[{}], seeds=0), "seeds must be at least 1, got 0"),
+        (dict(grid=[{}], seeds=1.9), "seeds must be an integer, got 1.9"),
         (dict(grid=[{}], dataset="nowhere"), "no catalogue 'nowhere'"),
         (dict(grid=[{}], preset="fast"), "preset='fast' is unknown"),
         (dict(grid={"pruning.scorer": ["nowhere:score"]}), "scorer='nowhere:score': No module named 'nowhere'; the module's file must"),
@@ -246,7 +247,7 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
 )
 def test_bad_sweeps_stop_before_anything_is_trained(arguments, message, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         sweeps.sweep(**dict(folder=tmp_path / "out", preset="smoke") | arguments)
     assert not (tmp_path / "out" / "runs").exists()
 

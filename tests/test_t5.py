@@ -370,6 +370,9 @@ def test_map_adds_its_weighted_loss():
     steps = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
     torch.testing.assert_close(out.map_loss, map_loss(steps, labels, 0.5), **CLOSE)
     torch.testing.assert_close(out.loss, out.main_loss + 0.7 * out.map_loss, **CLOSE)
+    for wrong in (labels[:, :1], labels[:, :, :2], labels[:3]):
+        with pytest.raises(ValueError, match=r"map_labels must be \[4, 2, 3\]"):
+            model(**batch(), labels=LABELS, map_labels=wrong)
 
 
 def test_map_of_the_token_unit_predicts_the_levels_that_follow():

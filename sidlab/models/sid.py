@@ -209,6 +209,9 @@ class SidModel(LibraryInit):
         out.main_loss = losses.sum() / (labels != -100).sum().clamp_min(1)
         out.loss = out.main_loss * share
         if self.map_head is not None and map_labels is not None:
+            wanted = (len(labels), self.map_config.steps, labels.shape[1])
+            if map_labels.shape != wanted:
+                raise ValueError(f"map_labels must be {list(wanted)} ([B, S, L], S being map.steps), got {tuple(map_labels.shape)}")
             states = self.map_head(hidden)  # [B, S, L, d]
             by_item = self.map_config.unit == "item"
             steps = [self._token_losses(states[:, s], map_labels[:, s], shift=0 if by_item else s + 1)
