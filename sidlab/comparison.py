@@ -106,10 +106,10 @@ def predicted_and_measured(results: dict) -> pd.DataFrame:
 
 def method_config(name: str, preset: str, seed: int, arch: str = "t5") -> TrainConfig | dict:
     """The configuration of a method: `preset` and what the method changes of it; for "sasrec" what `sweeps.spec` takes."""
-    base, _, keep = name.partition("@")
+    base, at, keep = name.partition("@")
     if base not in METHODS and ":" not in base:
         raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}, or an own scorer as module:function")
-    if keep and not ((base in PRUNERS or ":" in base) and re.fullmatch(r"\d+(/\d+|\.\d+)?", keep)):
+    if at and not ((base in PRUNERS or ":" in base) and re.fullmatch(r"\d+(/0*[1-9]\d*|\.\d+)?", keep)):
         raise ValueError(f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or rastp@0.5")
     if base == "sasrec":
         short = {"epochs": 1} if preset == "smoke" else {}

@@ -125,6 +125,8 @@ def test_exported_page_holds_a_frame_a_value_and_needs_no_network(tmp_path):
     assert [frame[0] for frame in explorer.frames("kind")] == ["up", "down"]
     with pytest.raises(ValueError, match="control='m' is unknown"):
         explorer.export(tmp_path / "y.html", "m")
+    with pytest.raises(ValueError, match="values must hold at least one value of 'n'"):
+        explorer.export(tmp_path / "y.html", "n", [])
     assert not list(tmp_path.glob("**/.*")), "nothing half-written is left"
 
 

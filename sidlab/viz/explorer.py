@@ -99,6 +99,8 @@ class Explorer(widgets.VBox):
         widget = self.controls[control]
         if values is None:
             values = [v for _, v in widget._options_full] if hasattr(widget, "_options_full") else _steps(widget)
+        if not len(values):
+            raise ValueError(f"values must hold at least one value of {control!r}, got {values!r}")
         before, self._quiet, out = widget.value, True, []
         try:
             for value in values:
