@@ -199,3 +199,7 @@ def test_without_a_truth_and_with_wrong_arguments(world):
     assert explorer.figure.layout.template.layout.paper_bgcolor == "#14171A"
     with pytest.raises(ValueError, match="model and catalogue"):
         AttentionExplorer(world.model)
+    for name, value, of in (("layer", 5, "layer must lie in 1..4"), ("head", 9, "head must lie in 0..4"),
+                            ("token", 999, "token must lie in 0"), ("remove", "all", "remove='all' is unknown; use one of 'nothing'")):
+        with pytest.raises(ValueError, match=of):
+            AttentionExplorer(world.model, bare, **{name: value})

@@ -133,7 +133,7 @@ def test_own_scorers_join_the_menu_and_their_errors_are_shown_and_raised(world):
 @pytest.mark.parametrize("arguments, message", [
     ({"scorer": "rasp"}, "scorer='rasp' is unknown; use one of 'rastp'"), ({"unit": "items"}, "unit='items' is unknown"),
     ({"user": 60}, r"user must lie in 1..30, got 60"), ({"keep": 33}, "keep must lie in 0.05..1, got 33"),
-    ({"layer": 9}, "layer must lie in 1..4"),
+    ({"layer": 9}, "layer must lie in 1..4"), ({"histories": [[1, 2], [3, 999]]}, r"item ids in 1..\d+, got \[3, 999\]"),
 ])
 def test_what_the_controls_do_not_have_is_refused(world, arguments, message):
     with pytest.raises(ValueError, match=message):

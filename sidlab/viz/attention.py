@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from torch.nn.functional import max_pool2d
 
+from sidlab.checks import one_of
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality, semantic_saliency
 from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
@@ -33,8 +34,12 @@ class AttentionExplorer(HistoryExplorer):
     def __init__(self, model=None, catalogue=None, *, histories=None, theme=None, user=1, layer=2, head=0, token=1, remove="this token"):
         self.take(model, catalogue, histories)
         within("user", user, 1, len(self.histories))
+        within("layer", layer, 1, self.model.config.num_layers)
+        within("head", head, 0, self.model.config.num_heads)
+        one_of("remove", remove, REMOVALS)
         self._without, config = functools.lru_cache(256)(self._without), self.model.config
         users = widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user")
+        within("token", token, 0, len(self._options(user)) - 1)
         self._tokens = widgets.SelectionSlider(options=self._options(user), value=token, description="token", layout={"width": "560px"})
         users.observe(self._other_tokens, "value")  # before all other observers, so that these find the tokens of this user
         super().__init__({

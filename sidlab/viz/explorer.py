@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from sidlab.checks import as_histories
 from sidlab.files import write
 from sidlab.models.t5 import SidT5
 from sidlab.probe import Probe, on_processor
@@ -159,6 +160,9 @@ class HistoryExplorer(Explorer):
         self.histories = [history for history in given if len(history) > 1][: 50 if histories is None else None]
         if not self.histories:
             raise ValueError("no history has two items: one to be read and one to be found")
+        for history in as_histories(self.histories):
+            if history.min() < 1 or history.max() > self.catalogue.n_items:
+                raise ValueError(f"a history must hold item ids in 1..{self.catalogue.n_items}, got {history.tolist()}")
         self.model, self._probe = on_processor(self.model), functools.lru_cache(8)(self._probe)
 
     def _probe(self, user):
