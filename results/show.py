@@ -37,9 +37,10 @@ STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 9
 `mkdir -p runs && papermill notebooks/studies/NAME.ipynb runs/NAME.ipynb --cwd . -k python3 -p dataset FOLDER -p seeds N`.
 The dotted line and the grey band of a figure are the first setting and its interval. "Clearly" rests on the same users compared in pairs,
 so bars may overlap; of one seed, it holds for that seed. Behind ± stands how far one seed moves recall, a standard
-deviation estimated from all settings of a study together, on which its intervals rest; without it they rest on each setting's own
-seeds, and are wider. Of twenty pairs without a difference one comes out "clearly", too. Levels: a further code that tells colliding
-items apart is not counted. *fast* has a model of its own (d_model 128, dropout 0.1, at most 400 updates), not comparable with the others.
+deviation estimated from all settings of a study together: intervals rest on it, those of differences on the part of it that settings do
+not share. Where it is missing, several seeds speak for their own setting alone, which makes intervals wider. Of twenty pairs without a
+difference one comes out "clearly", too. Levels: a further code that tells colliding items apart is not counted. *fast* has a model of
+its own (d_model 128, dropout 0.1, at most 400 updates), not comparable with the others.
 """
 CLAIMS_HEAD = """**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs
 comparisons with the paper preset and writes a page with the commands). *Not confirmed*: the interval contradicts the

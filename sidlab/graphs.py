@@ -19,7 +19,7 @@ def recordable(pruning: PruningConfig | None) -> bool:
     """Whether a model that prunes so never waits for the device in a training pass: not where the number of slots is read from the scores.
     An own scorer may do anything."""
     return pruning is None or (pruning.unit == "token" and not pruning.protect_separators and pruning.mass is None
-                               and pruning.scorer in SCORERS)
+                               and isinstance(pruning.scorer, str) and pruning.scorer in SCORERS)
 
 
 class ReplayedPasses:

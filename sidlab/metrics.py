@@ -56,7 +56,8 @@ def pooled_seed_noise(means) -> tuple[SeedNoise, SeedNoise]:
     `means`: [K, S], a mean over users for each of K settings and S > 1 seeds, the same ones for all. It is assumed that seeds move all
     settings alike much, by a part that settings share and one that is each one's own (two-way analysis of variance without replication).
     Returns the noise of a setting (freedom by Satterthwaite 1946), and that of what settings do not share: a difference of two has
-    √2 times that. Of one setting there is nothing of the latter.
+    √2 times that. Of one setting there is nothing of the latter. Differences are exact; a setting's own 95 % interval holds in 88 to 93 %
+    of cases only where two or three seeds move all settings together by much more than each alone.
     """
     means = np.asarray(means, np.float64)
     if means.ndim != 2 or means.shape[0] < 1 or means.shape[1] < 2:
@@ -88,6 +89,8 @@ def bootstrap_interval(values, level: float = 0.95, resamples: int = 1000, seed:
     values = _checked_values(values, "values")
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"level must be in (0, 1) and resamples at least 1, got {level} and {resamples}")
+    if noise is not None and noise.freedom <= 0:
+        raise ValueError(f"noise has no degree of freedom: of one setting there is no difference, got {noise}")
     rng = np.random.default_rng(seed)
     n_seeds, n_users = values.shape
     distinct, counts = np.unique(values, axis=1, return_counts=True)  # [S, D], [D]

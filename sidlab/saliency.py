@@ -114,10 +114,17 @@ def named_scorer(name: str) -> Callable[[Signals], Tensor]:
     module, _, function = name.partition(":")
     if not (module and function):
         raise ValueError(f"scorer={name!r} is unknown; use one of {', '.join(SCORERS)}, or module:function or a callable")
+    if module == "own":
+        raise ValueError(f"scorer={name!r} stands for a callable that could not be saved; a module needs another name than own")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), function)
+    except ImportError as error:
         raise ValueError(f"scorer={name!r}: {error}; the module's file must lie in this folder or on PYTHONPATH") from error
+    except AttributeError as error:
+        raise ValueError(f"scorer={name!r}: {error} (if it was added since the import, restart the kernel)") from error
+    if not callable(found):
+        raise TypeError(f"scorer={name!r} must be a function from Signals to a tensor [B, N], got {found!r}")
+    return found
 
 
 def own_source(scorer: str | Callable) -> str | None:
@@ -138,7 +145,7 @@ def token_importance(signals: Signals, scorer: str | Callable[[Signals], Tensor]
     Raises ValueError for an unknown name, a signal that is missing, or an own scorer's result of the wrong shape or with NaN for a token.
     """
     score = (named_scorer(scorer) if isinstance(scorer, str) else scorer)(signals)
-    if scorer not in SCORERS:
+    if not (isinstance(scorer, str) and scorer in SCORERS):
         if not isinstance(score, Tensor) or score.shape != signals.mask.shape:
             got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise ValueError(f"the scorer must return a tensor of shape {tuple(signals.mask.shape)} ([B, N]), got {got}")

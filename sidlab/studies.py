@@ -176,7 +176,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and took from its speed, or the runs were made on
     several devices."""
     rows, first, aim, devices = [], None, None, set()
-    noise, noise_of_difference = _noise(_ranks(frame).values())
+    noise, noise_of_difference = _noise(frame)
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
         ranks = np.array([one["ranks"] for one in found])  # [S, U]
@@ -208,7 +208,7 @@ def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """The pairs of a study (its field `pairs`) on the same users and seeds: rows "label", "against", "difference" of recall@10 and
     "difference_interval". Empty for a study without."""
     hits, work, rows = {}, {}, []
-    _, noise_of_difference = _noise(_ranks(frame).values())
+    _, noise_of_difference = _noise(frame)
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
         hits[label] = _hits(found)
@@ -225,11 +225,23 @@ def _ranks(frame):
     return {label: np.array([one["ranks"] for one in _results(runs)]) for label, runs in frame.groupby("label", sort=False)}
 
 
-def _noise(ranks):
+def _apart(frame):
+    """Without the settings that prune in training only: each is one model with the one that always prunes, and tells no more of seeds."""
+    always = frame[frame["pruning.at_inference"].ne(False)] if "pruning.at_inference" in frame else frame
+    return always if len(always) else frame
+
+
+def _noise(frame):
+    """`_noise_of` the ranks of a study's runs."""
+    return _noise_of(_ranks(_apart(frame)).values())
+
+
+def _noise_of(ranks):
     """What all settings, each with its ranks [S, U], tell together of seeds: {metric: that of a setting}, and that of a difference of
-    recall@10 in which settings have weights whose squares add up to the argument. Of one seed: None each."""
+    recall@10 in which settings have weights whose squares add up to the argument. Of one seed, or one setting: None each."""
+    ranks = list(ranks)
     means = [{name: values.mean(axis=1) for name, values in per_user(of_setting).items()} for of_setting in ranks]
-    if min(len(one["recall@10"]) for one in means) < 2:
+    if len(ranks) < 2 or min(map(len, ranks)) < 2:
         return None, lambda squares: None
     found = {name: pooled_seed_noise([one[name] for one in means]) for name in METRICS}
     own = found["recall@10"][1]
@@ -256,7 +268,7 @@ def save(name: str, frame: pd.DataFrame, folder, *, dataset: str, preset: str, s
     """Write NAME-study.json into `folder`: where and how the runs of `frame` were made (arguments as in `run`), and all that is said of
     them here; "seed_noise": how much seeds move recall@10 (`metrics.SeedNoise`), None of one seed. Copied into results/studies/ it is
     part of the results' pages."""
-    noise, _ = _noise(_ranks(frame).values())
+    noise, _ = _noise(frame)
     parts = {"rows": summarise(frame), "versus": versus(name, frame)} | ({"groups": strata(frame, dataset)} if name == "strata" else {})
     write_json(pathlib.Path(folder) / f"{name}-study.json", {
         "study": name, "dataset": str(dataset), "preset": preset, "seeds": int(seeds), "arch": arch, "sids": sids, "only": only or 0,
@@ -279,13 +291,13 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
     third = np.empty(len(count), np.int64)
     third[order] = np.minimum(before * 3, 2).astype(np.int64)
     of_target = np.array(["head", "middle", "tail"])[third[targets]]
-    rows, of_label = [], _ranks(frame)
+    rows, of_label, apart = [], _ranks(frame), _apart(frame)["label"].unique()
     for by, groups, names in (("history length", of_length, ("short", "middle", "long")),
                               ("target popularity", of_target, ("head", "middle", "tail"))):
         for group in names:
             inside = groups == group
             if inside.any():
-                noise, _ = _noise([ranks[:, inside] for ranks in of_label.values()])
+                noise, _ = _noise_of([of_label[label][:, inside] for label in apart])
                 for label, ranks in of_label.items():
                     found = metrics_of(ranks[:, inside], noise)
                     rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()),

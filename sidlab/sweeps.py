@@ -50,6 +50,7 @@ COSTS = ("train_seconds", "seconds_per_1k_windows", "real_token_fraction", "kept
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
 BESIDE = ("bench", "calibration", "claims", "comparison", "cost", "demo", "exercises", "papers", "probe", "studies", "teach", "timing",
           "viz")
+CHANGED = "the package or the scorer's module has changed since this sweep began: start it again"
 SIDS = ("encoder", "levels", "width", "collisions", "file")
 
 
@@ -115,6 +116,8 @@ def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None) -> 
         if config.pruning is not None and callable(config.pruning.scorer):
             raise ValueError("a run in a process of its own takes a scorer by name, also as module:function; train() takes any callable")
         if config.pruning is not None:
+            if config.pruning.scorer.startswith("__main__:"):
+                raise ValueError(f"scorer={config.pruning.scorer!r}: a run in a process of its own finds functions in files alone")
             named_scorer(config.pruning.scorer)
         config = config.to_dict()
     folder = dataset != "planted" and os.path.isdir(dataset)
@@ -139,8 +142,11 @@ def run_all(specs: dict[str, dict], folder):
         if '"oracle"' in json.dumps(one["config"]) and catalogues[one["dataset"]].truth is None:
             raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
         sid_table(catalogues[one["dataset"]], folder, one["sids"])
+    versions = {name: _version(one["config"]) for name, one in specs.items()}
     for number, (name, one) in enumerate(specs.items(), start=1):
         catalogue = catalogues[one["dataset"]]
+        if _version(one["config"]) != versions[name]:
+            raise RuntimeError(CHANGED)
         path, key = paths[name], _key(one, catalogue, sid_table(catalogue, folder, one["sids"])[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_file(path, ".lock")):  # another sweep in this folder may be at the same run: then its result is taken
@@ -149,7 +155,7 @@ def run_all(specs: dict[str, dict], folder):
                 stamp = _file(path, ".spec")
                 if stamp.exists() and json.loads(stamp.read_text())["key"] != key:  # a killed run of other data, settings or code
                     shutil.rmtree(path, ignore_errors=True)
-                write_json(stamp, one | {"key": key, "code": _code()})
+                write_json(stamp, one | {"key": key, "code": versions[name]})
                 result = _run_child(folder, name, f"[{number}/{len(specs)}] {name}")
                 fresh, spent = fresh + 1, time.monotonic() - begin
                 print(f"[{number}/{len(specs)}] {spent:.0f} s so far, at most about {spent / fresh * (len(specs) - number):.0f} s left",
@@ -202,8 +208,8 @@ def run(folder, name: str) -> None:
     transformers.logging.disable_progress_bar()
     path = _path(folder, name)
     one = json.loads(_file(path, ".spec").read_text())
-    if one["code"] != _code():
-        raise RuntimeError("the package has changed since this sweep began: start it again")
+    if one["code"] != _version(one["config"]):
+        raise RuntimeError(CHANGED)
     catalogue = load_catalogue(one["dataset"])
     result = (_run_sasrec if "sasrec" in one["config"] else _run_model)(one, catalogue, folder, path)
     result["busy"] = result.get("busy", False) or _busy()
@@ -357,10 +363,15 @@ def _key(one, catalogue, table):
     pretrained = one["config"].get("checkpoint")
     files = sorted(pathlib.Path(pretrained).glob("*")) if pretrained and os.path.isdir(pretrained) else []
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    own = [source for source in [own_source((one["config"].get("pruning") or {}).get("scorer", "rastp"))] if source]
-    what = [one["config"], *own, files, catalogue.fingerprint(), table.fingerprint(), _code(), torch.__version__, transformers.__version__,
-            torch.cuda.is_available()]
+    what = [one["config"], files, catalogue.fingerprint(), table.fingerprint(), _version(one["config"]), torch.__version__,
+            transformers.__version__, torch.cuda.is_available()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _version(config):
+    """`_code`, and the text of an own scorer's module."""
+    own = own_source((config.get("pruning") or {}).get("scorer", "rastp"))
+    return _code() if own is None else f"{_code()} {hashlib.sha256(own.encode()).hexdigest()}"
 
 
 @functools.cache

@@ -114,8 +114,9 @@ def test_equal_seeds_have_no_noise():
     assert metrics.bootstrap_interval(values, noise=both) == metrics.bootstrap_interval(values)
 
 
-@pytest.mark.parametrize("shared, own", [(0.0, 0.03), (0.03, 0.03), (0.05, 0.01)])
-def test_intervals_with_pooled_noise_hold_the_mean_as_often_as_they_say(shared, own):
+@pytest.mark.parametrize("shared, own, least", [(0.0, 0.03, 0.93), (0.03, 0.03, 0.92), (0.1, 0.01, 0.88)])
+def test_intervals_with_pooled_noise_hold_the_mean_as_often_as_they_say(shared, own, least):
+    """`least`, for a setting's own: where seeds move all settings together, two of them tell too little."""
     rng, held, widths = np.random.default_rng(1), np.zeros(2), np.zeros((2, 2))
     for _ in range(400):
         seeds = two_way_noise(rng, 12, 2, shared, own)
@@ -127,7 +128,7 @@ def test_intervals_with_pooled_noise_hold_the_mean_as_often_as_they_say(shared, 
             pooled, alone = metrics.bootstrap_interval(of, noise=told), metrics.bootstrap_interval(of)
             held[place] += pooled[0] <= 0 <= pooled[1]
             widths[place] += pooled[1] - pooled[0], alone[1] - alone[0]
-    assert (held >= 0.92 * 400).all() and held[1] <= 0.98 * 400, held / 400
+    assert held[0] >= least * 400 and 0.93 * 400 <= held[1] <= 0.98 * 400, held / 400
     assert widths[1, 0] < widths[1, 1] / 2  # of two seeds alone a difference is hardly known
 
 
@@ -188,6 +189,7 @@ def test_p_values_are_uniform_when_nothing_differs():
         (lambda: metrics.bootstrap_interval(np.ones((2, 2, 2))), "shape"),
         (lambda: metrics.bootstrap_interval([1.0], level=95), "level"),
         (lambda: metrics.pooled_seed_noise([[0.1], [0.2]]), "two seeds"),
+        (lambda: metrics.bootstrap_interval([[0.1], [0.2]], noise=metrics.pooled_seed_noise([[0.1, 0.2]])[1]), "no degree of freedom"),
         (lambda: metrics.pooled_seed_noise([0.1, 0.2]), "shape"),
         (lambda: metrics.paired_test([1, 2], [1, 2, 3]), "same users"),
         (lambda: metrics.paired_test(np.ones((2, 3)), np.ones((3, 3))), "seeds"),

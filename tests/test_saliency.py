@@ -112,6 +112,16 @@ def test_random_by_row_seed_is_uniform_and_knows_no_other_row():
     assert torch.corrcoef(several).fill_diagonal_(0).abs().max() < 0.2
 
 
+@dataclasses.dataclass
+class Mix:
+    """A scorer with a parameter, which has no hash."""
+
+    weight: float
+
+    def __call__(self, signals):
+        return self.weight * signals.centrality
+
+
 def test_an_own_scorer_has_a_name_and_a_source(tmp_path, monkeypatch):
     text = "from sidlab.saliency import SCORERS\n\n\ndef twice(s):\n    return 2 * SCORERS['norm'](s)\n"
     (tmp_path / "scorers_of_a_test.py").write_text(text)
@@ -120,6 +130,7 @@ def test_an_own_scorer_has_a_name_and_a_source(tmp_path, monkeypatch):
     assert torch.equal(token_importance(s, "scorers_of_a_test:twice"), 2 * token_importance(s, "norm"))
     assert own_source("scorers_of_a_test:twice") == text and own_source("rastp") is None
     assert own_source(_signals).startswith("def _signals") and own_source(len) is None
+    assert torch.equal(token_importance(s, Mix(0.5)), (0.5 * s.centrality).masked_fill(s.mask == 0, -torch.inf))
     with pytest.raises(ValueError, match="NaN"):
         token_importance(dataclasses.replace(s, hidden=s.hidden * float("nan")), "scorers_of_a_test:twice")
 

@@ -70,10 +70,10 @@ def test_a_study_runs_pools_its_seeds_and_writes_what_it_found(ran):
 
 def test_noise_of_seeds_is_estimated_from_all_settings(tmp_path, monkeypatch):
     """Five settings of one quality and two seeds: each alone knows little of seeds, together they know more, and alike."""
-    rng, rows = np.random.default_rng(3), []
+    rng, rows, users = np.random.default_rng(3), [], len(load_catalogue("planted").histories)
     for label in "abcde":
         for seed in (0, 1):
-            hits = rng.random(4000) < 0.3 + rng.normal(0, 0.02)
+            hits = rng.random(users) < 0.3 + rng.normal(0, 0.02)
             file = tmp_path / f"{label}{seed}.json"
             file.write_text(json.dumps({"ranks": hits.astype(int).tolist(), "curve": {"recall@10": [0.3], "eval_step": [1]}, "sids": {},
                                         "ended": None, "busy": False, "device": "a processor"}))
@@ -82,8 +82,17 @@ def test_noise_of_seeds_is_estimated_from_all_settings(tmp_path, monkeypatch):
     of_label = {label: [recall_at(json.loads(file.read_text())["ranks"], 10) for file in part["file"]]
                 for label, part in frame.groupby("label")}
     alone = [np.ptp(paired_test(of_label[label], of_label["a"]).interval) for label in "bcde"]
-    together = [np.ptp(interval) for interval in studies.summarise(frame)["difference_interval"][1:]]
+    rows = studies.summarise(frame)
+    together = [np.ptp(interval) for interval in rows["difference_interval"][1:]]
+    for metric in ("recall@5", "recall@10", "ndcg@10"):
+        widths = [np.ptp(interval) for interval in rows[f"{metric}_interval"]]
+        assert max(widths) < 1.2 * min(widths), metric
     assert max(together) < min(alone) / 2 and max(together) < 1.2 * min(together)
+    for (_, group), part in studies.strata(frame, "planted").groupby(["by", "group"]):
+        widths = [np.ptp(interval) for interval in part["recall@10_interval"]]
+        assert len(widths) == 5 and max(widths) < 1.3 * min(widths), group
+    twin = frame[frame["label"] == "e"].assign(label="e, in training only", **{"pruning.at_inference": False})
+    assert studies.summarise(pd.concat([frame, twin]))["difference_interval"][:5].tolist() == rows["difference_interval"].tolist()
     pairs = [("b", "a", {"a": 1}), ("b", "c and d", {"c": 0.5, "d": 0.5})]
     monkeypatch.setitem(studies.STUDIES, "strata", dataclasses.replace(studies.STUDIES["strata"], pairs=lambda work: pairs))
     of_one, of_mean = (np.ptp(interval) for interval in studies.versus("strata", frame)["difference_interval"])

@@ -119,6 +119,14 @@ def test_an_own_scorer_takes_part_by_name_and_is_done_again_when_its_module_chan
         assert ("is done again" in capsys.readouterr().out) == again
     assert json.loads(pathlib.Path(changed["file"][0]).read_text())["ranks"] == recent, "now it is the newest that it keeps"
 
+    def edited(folder, name, label):
+        (tmp_path / "my_scorer.py").write_text(OLDEST)
+        return {"row": {}, "ranks": []}
+
+    monkeypatch.setattr(sweeps, "_run_child", edited)
+    with pytest.raises(RuntimeError, match="the scorer's module has changed since this sweep began"):
+        sweeps.sweep({"pruning.scorer": ["my_scorer:oldest"]}, "other", preset="smoke", seeds=2)
+
 
 @pytest.mark.parametrize("code", ["the same", "other"])
 def test_a_killed_run_goes_on_where_the_code_is_the_same_alone(tmp_path, monkeypatch, code):
@@ -214,7 +222,7 @@ def test_a_sid_file_of_another_catalogue_is_refused_before_anything_is_trained(t
 
 def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatch):
     settings = [{"max_updates": 2, "eval_every": 2}]
-    with monkeypatch.context() as changed, pytest.raises(RuntimeError, match="the package has changed since this sweep began"):
+    with monkeypatch.context() as changed, pytest.raises(RuntimeError, match="has changed since this sweep began"):
         changed.setattr(sweeps, "_code", lambda: "another")  # the child finds the present one
         sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
     sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
@@ -238,7 +246,10 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
         (dict(grid=[{}], dataset="nowhere"), "no catalogue 'nowhere'"),
         (dict(grid=[{}], preset="fast"), "preset='fast' is unknown"),
         (dict(grid={"pruning.scorer": ["nowhere:score"]}), "scorer='nowhere:score': No module named 'nowhere'; the module's file must"),
-        (dict(grid={"pruning.scorer": ["json:score"]}), "scorer='json:score': module 'json' has no attribute 'score'"),
+        (dict(grid={"pruning.scorer": ["json:score"]}), "module 'json' has no attribute 'score' .*restart the kernel"),
+        (dict(grid={"pruning.scorer": ["math:pi"]}), "scorer='math:pi' must be a function from Signals"),
+        (dict(grid={"pruning.scorer": ["own:score"]}), "a module needs another name than own"),
+        (dict(grid={"pruning.scorer": ["__main__:exit"]}), "finds functions in files alone"),
         (dict(grid={"pruning.keep": 0.3}), r"a grid holds lists of values, .* got 0.3 for pruning.keep"),
         (dict(grid=[{"seed": 1}]), r"settings \['seed'\] are unknown"),
         (dict(grid=[{"sids.file": "sids.txt", "sids.levels": 2}]), "a published file has its own levels"),

@@ -13,7 +13,7 @@ import plotly.io as pio
 from plotly.subplots import make_subplots
 
 from sidlab.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
-from sidlab.viz.theme import BLUE, GREY, ORANGE, VERMILLION, mark
+from sidlab.viz.theme import BLUE, GREY, ORANGE, VERMILLION, looks
 
 COST, MEMORY = "seconds_per_1k_windows", "peak_memory_mb"
 
@@ -36,19 +36,25 @@ def span(row: dict, metric: str) -> str:
     return "[{:.4f}, {:.4f}]".format(*_interval(row, metric)) if row.get(f"{metric}_interval") else ""
 
 
+def _marks(results):
+    """{method: its mark}, the same in all figures of these results."""
+    names = list(dict.fromkeys(row["method"] for part in ("summary", "curves") for row in results.get(part, ())))
+    return dict(zip(names, looks(names)))
+
+
 def quality(results: dict, template: str = "sidlab") -> go.Figure:
     """recall@10 and ndcg@10 of every method: mean and 95 % interval, single seeds as dots, published numbers hollow."""
     rows, paper = results["summary"], published(results["dataset"])
     names = [row["method"] for row in rows]
     places = list(range(len(rows)))
-    looks = [mark(name) for name in names]
+    marks = _marks(results)
     seeds = [row for row in results["rows"] if row["seed"] is not None and row["method"] in names]
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=("recall@10", "ndcg@10"))
     for column, metric in enumerate(("recall@10", "ndcg@10"), start=1):
         common = {"mode": "markers", "showlegend": column == 1, "row": 1, "col": column}
         figure.add_scatter(
             x=[row[metric] for row in rows], y=places, error_x=_error(rows, metric), name="mean and 95 % interval",
-            marker_symbol=[look.symbol for look in looks], marker_color=[look.color for look in looks], marker_size=11,
+            marker_symbol=[marks[name].symbol for name in names], marker_color=[marks[name].color for name in names], marker_size=11,
             marker_line_width=1, marker_line_color=GREY, legendgroup="mean",
             customdata=[[row["method"], span(row, metric)] for row in rows],
             hovertemplate="%{customdata[0]}: %{x:.4f} %{customdata[1]}<extra></extra>", **common)
@@ -87,9 +93,9 @@ def quality_cost(results: dict, template: str = "sidlab") -> go.Figure:
     reference(results)  # raises where nothing has a cost
     costs = np.log10([row[COST] for row in with_cost(results)])
     low, high = _window(results, "recall@10")
-    figure, lines = go.Figure(), 0
+    figure, lines, marks = go.Figure(), 0, _marks(results)
     for row in results["summary"]:
-        name, value, look = row["method"], row["recall@10"], mark(row["method"])
+        name, value, look = row["method"], row["recall@10"], marks[row["method"]]
         if row.get(COST):
             figure.add_scatter(
                 x=[row[COST]], y=[value], error_y=_error([row], "recall@10"), name=name, mode="markers+text",
@@ -117,9 +123,9 @@ def learning_curves(results: dict, template: str = "sidlab") -> go.Figure:
     if not results.get("curves"):
         raise ValueError("results hold no curves")
     titles = ("validation recall@10", "training loss")
-    figure, seen = make_subplots(1, 2, horizontal_spacing=0.09, subplot_titles=titles), set()
+    figure, seen, marks = make_subplots(1, 2, horizontal_spacing=0.09, subplot_titles=titles), set(), _marks(results)
     for curve in results["curves"]:
-        name, look = curve["method"], mark(curve["method"])
+        name, look = curve["method"], marks[curve["method"]]
         common = {"name": name, "legendgroup": name, "line_color": look.color, "line_dash": look.dash,
                   "line_width": 1.8, "opacity": 0.85, "row": 1,
                   "hovertemplate": f"{name}, seed {curve['seed']}, update %{{x}}: %{{y:.4f}}<extra></extra>"}

@@ -57,6 +57,17 @@ def mark(method: str) -> Mark:
     return look
 
 
+def looks(names) -> list[Mark]:
+    """A mark for each of the names in one figure: its own, or if it has none, one that no other has (first come, first served)."""
+    known = {name: mark(name) for name in names if name.partition("@")[0] in MARKS}
+    spare = iter([look for look in (MARKS["unpadded"], *MARKS.values()) if look not in known.values()])
+    made = {}  # the first spare one stands in the list twice
+    for name in names:
+        if name not in known:
+            made[name] = next((look for look in spare if look not in made.values()), mark(name))
+    return [(known | made)[name] for name in names]
+
+
 def _template(ink, paper, grid):
     axis = {"gridcolor": grid, "linecolor": GREY, "zerolinecolor": grid, "ticks": "outside", "tickcolor": GREY,
             "automargin": True}

@@ -18,7 +18,7 @@ from sidlab.training import TrainResult, train
 from sidlab.viz.explorer import Explorer, write_frames
 from sidlab.viz.figures import learning_curves
 from sidlab.viz.pruning import table as html_table
-from sidlab.viz.theme import MARKS, mark
+from sidlab.viz.theme import looks
 
 PAUSE = 0.5  # seconds between two pictures
 clock = time.monotonic
@@ -29,8 +29,8 @@ class TrainingMonitor(Explorer):
 
     "Start" (or `start()`) trains what is not done yet; "Stop" (or `stop()`) ends training after the update in progress. A stopped run
     that has been evaluated keeps its best checkpoint so far, another one leaves nothing; "Start" trains both anew. `wait()` starts if
-    need be, blocks until training ends and returns `results`. One monitor trains at a time: to start another, as by running its cell
-    again, stops the one before. Where a run fails, the reader sees why and `wait()` raises it.
+    need be, blocks until training ends and returns `results`. One monitor trains at a time: to start another (of the same cell, run
+    again, say) stops the one before. Where a run fails, the reader sees why and `wait()` raises it.
     Attributes: `results` {name: `TrainResult`} so far, `states` {name: "waiting", "training", "done", "stopped" or "failed"}.
     """
 
@@ -233,16 +233,3 @@ class _Watch(TrainerCallback):
 
 class _Stopped(Exception):
     """Stopped before the first evaluation."""
-
-
-def looks(names) -> list:
-    """A mark for each name: its own, or if it has none, one that no other has (first come, first served)."""
-    names = list(names)
-    spare = iter([MARKS["unpadded"], *MARKS.values()])
-    taken = {MARKS[name] for name in names if name in MARKS}
-    out = []
-    for name in names:
-        look = MARKS[name] if name in MARKS else next((look for look in spare if look not in taken), mark(name))
-        taken.add(look)
-        out.append(look)
-    return out
