@@ -424,6 +424,16 @@ def test_the_page_is_written_from_the_files_and_names_the_commands(tmp_path, mon
     assert "make reproduce t5" in page and ".0648" in page and "✓ confirmed" in page and "<script" not in page
 
 
+def test_evidence_passes_over_other_files_and_names_a_damaged_one(tmp_path):
+    for content in ([], {"summary_of": "something else"}, {"summary": [], "command": "make", "rows": []}):
+        (tmp_path / f"{len(list(tmp_path.iterdir()))}-results.json").write_text(json.dumps(content))
+    (tmp_path / "other.json").write_text("{")
+    assert claims.evidence(tmp_path) == [{"summary": [], "command": "make", "rows": []}]
+    (tmp_path / "cut-study.json").write_text('{"study": "ma')
+    with pytest.raises(ValueError, match="cut-study.json"):
+        claims.evidence(tmp_path)
+
+
 def test_the_comparison_takes_a_decoder_only_model(tmp_path):
     results = compare("planted", "smoke", "unpadded rastp-visible stamp", 1, str(tmp_path), arch="qwen")
     rows = {row["method"]: row for row in results["summary"]}
