@@ -60,11 +60,8 @@ def mark(method: str) -> Mark:
 def looks(names) -> list[Mark]:
     """A mark for each of the names in one figure: its own, or if it has none, one that no other has (first come, first served)."""
     known = {name: mark(name) for name in names if name.partition("@")[0] in MARKS}
-    spare = iter([look for look in (MARKS["unpadded"], *MARKS.values()) if look not in known.values()])
-    made = {}  # the first spare one stands in the list twice
-    for name in names:
-        if name not in known:
-            made[name] = next((look for look in spare if look not in made.values()), mark(name))
+    spare = (look for look in dict.fromkeys([MARKS["unpadded"], *MARKS.values()]) if look not in known.values())
+    made = {name: next(spare, mark(name)) for name in dict.fromkeys(names) if name not in known}
     return [(known | made)[name] for name in names]
 
 
