@@ -57,7 +57,7 @@ def pooled_seed_noise(means) -> tuple[SeedNoise, SeedNoise]:
     settings alike much, by a part that settings share and one that is each one's own (two-way analysis of variance without replication).
     Returns the noise of a setting (freedom by Satterthwaite 1946), and that of what settings do not share: a difference of two has
     √2 times that. Of one setting there is nothing of the latter. Differences are exact; a setting's own 95 % interval holds in 88 to 93 %
-    of cases only where two or three seeds move all settings together by much more than each alone.
+    of cases only where two or three seeds move all settings together by much more than each alone. ValueError for other shapes.
     """
     means = np.asarray(means, np.float64)
     if means.ndim != 2 or means.shape[0] < 1 or means.shape[1] < 2:

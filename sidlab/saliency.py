@@ -108,7 +108,8 @@ SCORERS: dict[str, Callable[[Signals], Tensor]] = {
 
 
 def named_scorer(name: str) -> Callable[[Signals], Tensor]:
-    """The scorer of this name: one of `SCORERS`, or "module:function", which is imported. ValueError where there is none."""
+    """The scorer of this name: one of `SCORERS`, or "module:function", which is imported. ValueError where there is none,
+    TypeError where it is no function."""
     if name in SCORERS:
         return SCORERS[name]
     module, _, function = name.partition(":")
