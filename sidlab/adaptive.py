@@ -51,7 +51,7 @@ class Strategy:
     def __post_init__(self):
         plain(self)
         one_of("kind", self.kind, KINDS)
-        check_keep(self.start)
+        check_keep(self.start, "start")
         for name in ("until", "bound", "threshold"):
             number(name, getattr(self, name))
         if not 0 < self.until <= 1:

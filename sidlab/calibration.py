@@ -18,6 +18,7 @@ from scipy.optimize import nnls
 from sidlab.config import TrainConfig
 from sidlab.cost import Cost, cost
 from sidlab.graphs import ReplayedPasses
+from sidlab.meter import device_name
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
 from sidlab.training import _use_bf16, build_model
@@ -135,6 +136,4 @@ def calibrate(sizes=None, rounds: int = 5) -> Speed:
     coefficients = nnls(terms / scale / measured[:, None], np.ones(len(measured)))[0] / scale
     fitted = terms @ coefficients
     steps = pd.DataFrame([*cases], columns=["d_model", "layers", "items", "slots", "pruned"]).assign(measured=measured, fitted=fitted)
-    threads = torch.get_num_threads()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"processor, {threads} thread{'s' * (threads > 1)}"
-    return Speed(*coefficients.tolist(), float(np.abs(fitted / measured - 1).max()), device, steps)
+    return Speed(*coefficients.tolist(), float(np.abs(fitted / measured - 1).max()), device_name(), steps)

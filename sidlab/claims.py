@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 
 from sidlab.comparison import DEFAULT_METHODS, compare
 from sidlab.files import reading, write_json
-from sidlab.papers import METRICS, PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, published
+from sidlab.metrics import METRICS
+from sidlab.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, published
 
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
 MARGIN = 0.05  # of the unpruned recall
@@ -29,24 +30,12 @@ CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, UNTESTABLE = "confirmed", "not confirmed
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """`verdict` on a claim in one run, the `figures` it rests on, the `data` set ("benchmark": none), `where` they were measured and the
-    `command` that makes them."""
-
-    verdict: str
-    figures: str
-    data: str
-    where: str
-    command: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Claim:
-    """`check` yields the findings in one file of results; `missing` says why there may be none."""
+    """`check` yields the findings in one file of results (`_found`); `missing` says why there may be none."""
 
     paper: str
     text: str
-    check: Callable[[dict], Iterator[Finding]]
+    check: Callable[[dict], Iterator[dict]]
     missing: str
 
 
@@ -70,10 +59,11 @@ def _seeds(results):
 
 
 def _found(results, verdict, figures):
+    """A finding: `verdict` on a claim in one run, the `figures` it rests on, the data set, where it was measured and by which command."""
     machine = results["hardware"]
     if "targets" in results:
         where = f"the benchmark, {machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)"
-        return Finding(verdict, figures, "benchmark", where, results["command"])
+        return {"verdict": verdict, "figures": figures, "data": "benchmark", "where": where, "command": results["command"]}
     data = _name(results["dataset"])
     where = (f"{data}, {results.get('arch', 't5')}, preset {results['preset']}, "
              f"{_seeds(results)} seed(s), "
@@ -82,7 +72,7 @@ def _found(results, verdict, figures):
     parameters = " ".join(f"-p {name} {results[name]}" for name in names if results.get(name))
     study = results.get("study")
     command = results.get("command") or f"papermill notebooks/studies/{study}.ipynb runs/{study}.ipynb --cwd . -k python3 {parameters}"
-    return Finding(verdict, figures, data, where, command)
+    return {"verdict": verdict, "figures": figures, "data": data, "where": where, "command": command}
 
 
 def _quality(results, verdict, figures):
@@ -157,29 +147,21 @@ def _less_memory(method, base, least):
     return check
 
 
-def _kept(*methods):
+def _against(verdict, *methods):
+    """`verdict`: of the interval of a difference to the unpruned recall@10, and that."""
     def check(results):
         rows = _rows(results)
         for method in methods:
             test = rows.get(method, {}).get("versus_unpadded")
             if test:
-                yield _quality(results, _not_worse(test["interval"], rows["unpadded"]["recall@10"]),
-                               f"{method} − unpadded, recall@10: {_signed(test['difference'])} {_span(test['interval'])}, "
-                               f"of {rows['unpadded']['recall@10']:.4f}")
+                base = rows["unpadded"]["recall@10"]
+                yield _quality(results, verdict(test["interval"], base), f"{method} − unpadded, recall@10: "
+                               f"{_signed(test['difference'])} {_span(test['interval'])}, of {base:.4f}")
     return check
 
 
 def _not_worse(interval, base):
     return REFUTED if interval[1] < 0 else CONFIRMED if interval[0] >= -MARGIN * base else UNDECIDED
-
-
-def _better(method):
-    def check(results):
-        test = _rows(results).get(method, {}).get("versus_unpadded")
-        if test:
-            yield _quality(results, _sides(test["interval"]),
-                           f"{method} − unpadded, recall@10: {_signed(test['difference'])} {_span(test['interval'])}")
-    return check
 
 
 def _study(name):
@@ -242,7 +224,7 @@ def _stages_help(results, rows):
 
 def _decoder_only(results):
     if results.get("arch") == "qwen":
-        yield from _kept("rastp", "stamp")(results)
+        yield from _against(_not_worse, "rastp", "stamp")(results)
         yield from _faster([("rastp", "unpadded"), ("stamp", "unpadded")], STAMP_CLAIMS["speedup"][0])(results)
 
 
@@ -254,7 +236,8 @@ CLAIMS = (
     Claim("RASTP", f"Training takes {RASTP_CLAIMS['time_saved']:.1%} less time ({RASTP_CLAIMS['speedup']} times as fast).",
           _t5(_faster([("rastp-reference", "padded"), ("rastp", "unpadded")], RASTP_CLAIMS["speedup"])),
           "needs `padded` and `rastp-reference`, or `unpadded` and `rastp`"),
-    Claim("RASTP", "Quality is kept or slightly better.", _t5(_kept("rastp", "rastp-reference")), "needs `unpadded` and `rastp`"),
+    Claim("RASTP", "Quality is kept or slightly better.", _t5(_against(_not_worse, "rastp", "rastp-reference")),
+          "needs `unpadded` and `rastp`"),
     Claim("RASTP", "A ratio that changes with the stage of learning helps (a summary of the paper; its code has none).", _stages_help,
           "needs the study `adaptive`"),
     Claim("both", "Centrality × saliency finds the tokens that matter: better than a random third.", _choice_matters,
@@ -264,8 +247,8 @@ CLAIMS = (
     Claim("STAMP", "Training takes {:.1%}–{:.1%} less memory.".format(*STAMP_CLAIMS["memory_saved"]),
           _less_memory("stamp", "unpadded", STAMP_CLAIMS["memory_saved"][0]),
           "needs `unpadded` and `stamp` on a GPU"),
-    Claim("STAMP", "Quality is kept or better.", _kept("stamp"), "needs `unpadded` and `stamp`"),
-    Claim("STAMP", "MAP alone beats the baseline.", _better("map"), "needs `unpadded` and `map`"),
+    Claim("STAMP", "Quality is kept or better.", _against(_not_worse, "stamp"), "needs `unpadded` and `stamp`"),
+    Claim("STAMP", "MAP alone beats the baseline.", _against(lambda interval, base: _sides(interval), "map"), "needs `unpadded` and `map`"),
     Claim("STAMP", "Up to two thirds of the tokens can go without a loss of accuracy.", _two_thirds_go, "needs the study `layer-ratio`"),
     Claim("STAMP", "Too low a retention ratio hurts.", _too_low_hurts, "needs the study `layer-ratio`"),
     Claim("STAMP", "Accuracy moves non-monotonically as SIDs get finer (Semantic Dilution Effect).", _dilution,
@@ -282,11 +265,11 @@ def judge(files: list[dict]) -> list[dict]:
     out = []
     for claim in CLAIMS:
         findings = [finding for results in files if results.get("preset") != "smoke" for finding in claim.check(results)]
-        of_data = {data: _verdict(finding.verdict for finding in findings if finding.data == data)
-                   for data in dict.fromkeys(finding.data for finding in findings)}
-        verdict = _verdict(finding.verdict for finding in findings) or (UNTESTABLE if claim.check is _nothing else NOT_RUN)
+        of_data = {data: _verdict(finding["verdict"] for finding in findings if finding["data"] == data)
+                   for data in dict.fromkeys(finding["data"] for finding in findings)}
+        verdict = _verdict(finding["verdict"] for finding in findings) or (UNTESTABLE if claim.check is _nothing else NOT_RUN)
         out.append({"paper": claim.paper, "claim": claim.text, "verdict": verdict, "verdicts": of_data,
-                    "findings": [dataclasses.asdict(finding) for finding in findings], "missing": claim.missing})
+                    "findings": findings, "missing": claim.missing})
     return out
 
 

@@ -71,8 +71,6 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"methods={methods!r} names {', '.join(twice)} twice")
     runs = [(name, seed) for seed in range(seeds) for name in names]  # seeds outside: a comparison cut short compares
-    if sids and not os.path.isfile(sids):
-        raise ValueError(f"sids={sids!r} is no file; give a published table with a line `item_id c1 c2 …` per item, or leave it out")
     source = {"file": os.path.abspath(sids)} if sids else {}
     specs = {f"{name}-seed{seed}": spec(dataset, method_config(name, preset, seed, arch), source) for name, seed in runs}
     folder = pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}" + f"-{arch}" * (arch != "t5"))

@@ -4,14 +4,15 @@ import dataclasses
 import math
 import typing
 
-from transformers import SchedulerType
-
 from sidlab.adaptive import SCHEDULES, Strategy
 from sidlab.checks import integer, number, one_of, plain
 from sidlab.map_loss import MapConfig
 from sidlab.models import qwen as sid_qwen
 from sidlab.models.sid import check_after_layer
 from sidlab.pruning import PruningConfig
+
+# Hugging Face's names of those that need no further arguments
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class TrainConfig:
     lengths; several processes share them, so it must be a multiple of their number); or "contiguous", drawn as published, where
     `batch_tokens` means nothing (`windows.UserBatches`); `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`, the
     published way, in the same batches); `bucketing`: windows of similar length share a batch (False: any, then padded to the longest).
-    Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all updates) and `schedule` (a Hugging Face name); with
+    Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all updates) and `schedule` (one of `SCHEDULERS`); with
     `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
     Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),
     stopping after `patience` evaluations without a better recall@5.
@@ -77,7 +78,7 @@ class TrainConfig:
     def __post_init__(self):
         plain(self)
         for name, valid in (("arch", ("t5", "qwen")), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
-                            ("precision", ("auto", "fp32", "bf16")), ("schedule", [one.value for one in SchedulerType])):
+                            ("precision", ("auto", "fp32", "bf16")), ("schedule", SCHEDULERS)):
             one_of(name, getattr(self, name), valid)
         for name, part in PARTS.items():
             if not isinstance(getattr(self, name), part | None):
@@ -121,9 +122,8 @@ class TrainConfig:
     def preset(cls, name: str, **overrides) -> "TrainConfig":
         """"smoke" (seconds, only shows that everything runs), "quick" (minutes on two cores), "long" (for real data, half an hour a
         run on one core), "gpu" (the paper's model on every prefix, a minute a run) or "paper" (RASTP's configuration as far as it is
-        published; see papers.py), with any field overridden."""
-        if name not in PRESETS:
-            raise ValueError(f"preset={name!r} is unknown; use one of {', '.join(PRESETS)}")
+        published), with any field overridden."""
+        one_of("preset", name, PRESETS)
         return cls(**PRESETS[name] | overrides)
 
     def to_dict(self) -> dict:

@@ -254,13 +254,3 @@ def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused,
     heads_read = (2 * (1 + len(ahead)) if bf16 else 0) + (8 + 2 * w * len(ahead) if ahead else 0)
     total = total + m * (12 * d + 4) + levels * d * heads_read
     return total + 4 * (sum(widths) + sum(map(sum, ahead)))
-
-
-if __name__ == "__main__":
-    import sys
-
-    if sys.argv[1:2] != ["bench"]:
-        sys.exit("usage: python -m sidlab.cost bench [options]; see python -m sidlab.bench --help")
-    from sidlab.bench import main
-
-    main(sys.argv[2:])

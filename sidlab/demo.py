@@ -6,7 +6,6 @@ In every update another scorer keeps another share of the tokens behind another 
 a model that has seen the like. It trains on ten times the users that `load` shows, in the same world.
 """
 
-import dataclasses
 import pathlib
 from typing import NamedTuple
 
@@ -68,7 +67,7 @@ def build(folder=FOLDER, *, n_users: int = 20_000, **overrides) -> None:
     config = TrainConfig.preset("quick", **{"max_updates": 3000, "batch_tokens": 4096, "accumulation": 1, "epochs": 100, "eval_every": 500,
                                             "eval_users": 1000, "pruning": PruningConfig()} | overrides)
     result = train(config, catalogue, table, callbacks=[AnyPruning(config.seed)])
-    result.model.set_pruning(dataclasses.replace(config.pruning, scorer="rastp"))
+    result.model.set_pruning(config.pruning)
     result.model.save_pretrained(folder)
     encoder.save(folder)
 

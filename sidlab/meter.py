@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import resource
 import sys
 import time
 import warnings
@@ -26,7 +25,7 @@ class Meter:
     """
 
     def __init__(self):
-        self._base = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else resident_mb("VmRSS")
+        self._base = memory_mb(torch.cuda.is_available())
         self.seconds, self.peak, self.windows = 0.0, 0.0, 0
         self._since = None
         self._slots = self._real = self._kept = 0
@@ -40,10 +39,7 @@ class Meter:
     def resume(self):
         if self._since is None:
             self._since = clock()
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            elif os.access("/proc/self/clear_refs", os.W_OK):
-                pathlib.Path("/proc/self/clear_refs").write_text("5")
+            reset_highest_mb(torch.cuda.is_available())
 
     def pause(self):
         if self._since is not None:
@@ -51,8 +47,7 @@ class Meter:
                 torch.cuda.synchronize()
             self.seconds += clock() - self._since
             self._since = None
-            peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident_mb("VmHWM")
-            self.peak = max(self.peak, peak - self._base)
+            self.peak = max(self.peak, highest_mb(torch.cuda.is_available()) - self._base)
 
     def totals(self):
         """What all processes counted; seconds and peak are those of the slowest and the largest."""
@@ -94,10 +89,34 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a processor (threads: {torch.get_num_threads()})"
 
 
-def resident_mb(field):
-    """Resident memory of this process in MB: "VmRSS" now, "VmHWM" at its highest (everywhere but on Linux, both the highest)."""
+def memory_mb(gpu: bool) -> float:
+    """MB in use: allocated on the GPU, or resident in this process (everywhere but on Linux, that at its highest)."""
+    return torch.cuda.memory_allocated() / 2**20 if gpu else _resident_mb("VmRSS")
+
+
+def highest_mb(gpu: bool) -> float:
+    """The same at its highest since `reset_highest_mb`; waits for the GPU."""
+    if gpu:
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20 if gpu else _resident_mb("VmHWM")
+
+
+def reset_highest_mb(gpu: bool) -> None:
+    """Begin `highest_mb` anew, where that can be done; waits for the GPU."""
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident_mb(field):
     status = pathlib.Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

@@ -35,12 +35,19 @@ def ndcg_at(ranks, k: int) -> np.ndarray:
     return np.where(_found(ranks, k), 1 / np.log2(1 + np.maximum(ranks, 1)), 0.0)
 
 
-def summary(ranks, ks=(5, 10)) -> dict:
+METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}
+
+
+def per_user(ranks) -> dict:
+    """{name of a metric: float64 [S, U]} of ranks int [U] or [S, U]."""
+    return {name: np.array([function(of_seed, k) for of_seed in np.atleast_2d(ranks)]) for name, (function, k) in METRICS.items()}
+
+
+def summary(ranks) -> dict:
     """Means over users: {"recall@5": …, "recall@10": …, "ndcg@5": …, "ndcg@10": …}."""
     if np.size(ranks) == 0:
         raise ValueError("ranks must hold at least one user")
-    return {f"{name}@{k}": float(metric(ranks, k).mean())
-            for name, metric in (("recall", recall_at), ("ndcg", ndcg_at)) for k in ks}
+    return {name: float(values.mean()) for name, values in per_user(ranks).items()}
 
 
 class SeedNoise(NamedTuple):

@@ -8,10 +8,8 @@ class MuonAdamW(torch.optim.Optimizer):
     position biases among it. `muon` and `learning_rate`: their initial learning rates."""
 
     def __init__(self, model, muon: float, learning_rate: float, weight_decay: float):
-        kinds = {kind: {id(module.weight) for module in model.modules() if isinstance(module, kind)}
-                 for kind in (torch.nn.Linear, torch.nn.Embedding)}
-        inside = kinds[torch.nn.Linear] - kinds[torch.nn.Embedding]  # an output head that is tied to the embeddings is none,
-        inside -= {id(model.get_output_embeddings().weight)}  # nor is one that isn't
+        inside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+        inside -= {id(model.get_output_embeddings().weight)}  # tied to the embeddings or not
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices, others = [p for p in trained if id(p) in inside], [p for p in trained if id(p) not in inside]
         self.parts = (torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay, fused=True),

@@ -1,4 +1,4 @@
-"""Published numbers that a comparison shows beside its own, each with its source; and what the papers leave unknown.
+"""Published numbers that a comparison shows beside its own, each with its source.
 
 Leave-one-out on the Amazon 2014 5-core sets. Nobody published a deviation or an interval. The spread between honest
 reproductions of TIGER is larger than any gain the pruning papers report, so read a difference to these rows with care.
@@ -8,7 +8,7 @@ import pathlib
 
 import pandas as pd
 
-METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+from sidlab.metrics import METRICS
 
 _TIGER = "paper (arXiv 2305.05065)"
 _BASE = "RASTP's baseline (arXiv 2511.16943)"
@@ -50,30 +50,6 @@ STAMP_CLAIMS = {"source": "STAMP, arXiv 2604.05329", "speedup": (1.23, 1.38), "m
 
 # An unadvertised comparison in the history of RASTP's code, Beauty, recall@5: nothing done, and pooled to a third after layer 1, 2, 3.
 RASTP_POOLING = {"none": .0427, 1: .0374, 2: .0400, 3: .0385}
-
-STAMP_UNKNOWN = (
-    "every value of its tables",
-    "the number of auxiliary steps",
-    "the weight of the auxiliary loss",
-    "the grid of retention ratios",
-    "the settings of SID granularity",
-    "the norm in its semantic saliency (taken as L1, as in RASTP)",
-    "the size of its Qwen (likely 0.5 B)",
-)
-
-# As its code and scripts have it; `TrainConfig.preset("paper")` follows this as far as it can.
-RASTP_CONFIGURATION = {
-    "model": {"arch": "t5", "num_layers": 4, "num_decoder_layers": 4, "d_model": 128, "num_heads": 6, "d_kv": 64,
-              "d_ff": 1024, "ffn_hidden_layers": 2, "dropout": .15, "separators": True, "user_token": False},
-    "history": {"max_items": 30, "levels": 4, "slots": 150},
-    "batches": {"users": 32, "windows_at_most": 512, "accumulation": 16},
-    "optimiser": {"name": "Adam", "learning_rate": 1e-3, "weight_decay": 1e-4, "precision": "fp32"},
-    "validation": {"every_updates": 100, "patience": 10, "metric": "recall@5"},
-    "decoding": {"beam": 10, "constrained": False},
-    "sids": {"encoder": "Flan-T5-XL, mean-pooled, 2048-d", "levels": 3, "width": 256, "deduplication_digit": True},
-    "pruning": {"after_layer": 2, "keep": 1 / 3},
-    "seeds": (999, 1024, 2025),
-}
 
 
 def published(dataset: str) -> pd.DataFrame:

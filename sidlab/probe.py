@@ -71,20 +71,16 @@ class Probe:
         """Blocks `first`, `first` + 1, … of the encoder: the states before and after each, the position bias, and the attention."""
         states, attention = [hidden], []
         mask = create_bidirectional_mask(config=self._encoder.config, inputs_embeds=hidden, attention_mask=self.mask[:, : hidden.shape[1]])
+        scored = copy.copy(self._encoder.config)
+        scored._attn_implementation = SCORED
         for block in self._encoder.block[first:]:
-            block.layer[0].SelfAttention.config = self._scored
+            block.layer[0].SelfAttention.config = scored
             record = {"keep_attention": True}
             hidden, bias, _ = block(hidden, mask, bias, record=record, token_mask=self.mask[:, : hidden.shape[1]])
             states.append(hidden)
             attention.append(record["attention"][0])
         shape = (0, self.model.config.num_heads, *(2 * [hidden.shape[1]]))
         return states, bias, torch.stack(attention) if attention else hidden.new_zeros(shape)
-
-    @property
-    def _scored(self):
-        config = copy.copy(self._encoder.config)
-        config._attn_implementation = SCORED
-        return config
 
     def centrality(self, layer: int) -> Tensor:
         """Attention that each token receives in `layer` (from 1): float32 [N]."""

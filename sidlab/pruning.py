@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidlab.checks import one_of, plain
+from sidlab.checks import integer, one_of, plain
 from sidlab.saliency import SCORERS
 
 UNITS = ("token", "item")
@@ -74,8 +74,7 @@ class PruningConfig:
                     raise ValueError(f"{which} knows no {name}={getattr(self, name)!r}; leave it out")
         if not callable(self.scorer) and ":" not in str(self.scorer):
             one_of("scorer", self.scorer, tuple(SCORERS))
-        if not isinstance(self.after_layer, numbers.Integral) or self.after_layer < 1:
-            raise ValueError(f"after_layer is an integer and counted from 1, got {self.after_layer!r}")
+        object.__setattr__(self, "after_layer", integer("after_layer", self.after_layer))
 
     def to_dict(self) -> dict:
         """JSON-ready; a callable scorer becomes "own:<name>"."""
@@ -223,9 +222,9 @@ def _top(score: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(taken).scatter(1, order, taken)
 
 
-def check_keep(keep):
+def check_keep(keep, name="keep"):
     if not isinstance(keep, numbers.Real) or not 0 < keep <= 1:
-        raise ValueError(f"keep is the kept fraction and must lie in (0, 1], got {keep!r}")
+        raise ValueError(f"{name} is the kept fraction and must lie in (0, 1], got {keep!r}")
 
 
 def _check_choice(keep, unit, mass):

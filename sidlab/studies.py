@@ -15,13 +15,13 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from sidlab.checks import integer
+from sidlab.checks import integer, one_of
 from sidlab.comparison import hardware, versions
 from sidlab.data.catalogue import load_catalogue
-from sidlab.metrics import SeedNoise, paired_test, pooled_seed_noise, recall_at
+from sidlab.metrics import METRICS, SeedNoise, paired_test, per_user, pooled_seed_noise
 from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 from sidlab.pruning import PruningConfig
-from sidlab.sweeps import COSTS, METRICS, metrics_of, per_user, sweep, write_json
+from sidlab.sweeps import COSTS, metrics_of, sweep, write_json
 from sidlab.windows import leave_one_out
 
 KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
@@ -157,8 +157,7 @@ def run(name: str, folder, *, dataset: str = "planted", preset: str = "quick", s
 
     `sids`: a published SID file; `only`: the first settings, for a quick look. Raises ValueError for an unknown study.
     """
-    if name not in STUDIES:
-        raise ValueError(f"study {name!r} is unknown; use one of {', '.join(STUDIES)}")
+    one_of("study", name, STUDIES)
     if only is not None:
         integer("only", only)
     shared = ({"arch": arch} if arch != "t5" else {}) | ({"sids.file": str(pathlib.Path(sids).absolute())} if sids else {})
@@ -261,7 +260,7 @@ def _results(runs):
 
 def _hits(results):
     """Whether each user's item is among ten: [S, U]."""
-    return np.array([recall_at(np.array(one["ranks"]), 10) for one in results])
+    return per_user([one["ranks"] for one in results])["recall@10"]
 
 
 def save(name: str, frame: pd.DataFrame, folder, *, dataset: str, preset: str, seeds: int, arch: str, sids: str, only: int | None) -> None:

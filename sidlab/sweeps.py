@@ -31,20 +31,19 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 import sidlab
-from sidlab.checks import integer
+from sidlab.checks import integer, one_of
 from sidlab.config import PARTS, TrainConfig
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.files import write, write_json
 from sidlab.meter import Meter, device_name
-from sidlab.metrics import bootstrap_interval, ndcg_at, rank_of_target, recall_at
+from sidlab.metrics import bootstrap_interval, per_user, rank_of_target
 from sidlab.models.sasrec import SASRec
 from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.table import SidTable
 from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
 
-METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}
 COSTS = ("train_seconds", "seconds_per_1k_windows", "real_token_fraction", "kept_token_fraction", "peak_memory_mb",
          "evaluation_seconds", "windows", "updates")
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
@@ -76,7 +75,8 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
     rows, specs = [], {}
     for seed in range(seeds):
         for setting in settings:
-            name = "-".join([*(f"{key}={_short(value)}" for key, value in setting.items()), f"seed{seed}"])
+            setting = {key: value.item() if isinstance(value, np.generic) else value for key, value in setting.items()}
+            name = "-".join([pathlib.Path(dataset).name, preset, *(f"{k}={_short(v)}" for k, v in setting.items()), f"seed{seed}"])
             sids = {key.removeprefix("sids."): value for key, value in setting.items() if key.startswith("sids.")}
             config = config_with(preset, seed, {key: value for key, value in setting.items() if not key.startswith("sids.")})
             if name in specs:
@@ -84,15 +84,11 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
             specs[name] = spec(dataset, config, sids)
             rows.append({**setting, "seed": seed, "file": str(_file(_path(folder, name), ".json"))})
 
-    def keep(results):
-        frame = pd.DataFrame([row | result["row"] for row, result in zip(rows, results)])
+    done = []
+    for row, result in zip(rows, run_all(specs, folder)):
+        done.append(row | result["row"])
+        frame = pd.DataFrame(done)
         write(pathlib.Path(folder) / "rows.csv", frame.to_csv(index=False))
-        return frame
-
-    results = []
-    for result in run_all(specs, folder):
-        results.append(result)
-        frame = keep(results)
     return frame
 
 
@@ -104,6 +100,8 @@ def config_with(preset: str, seed: int, settings: dict) -> TrainConfig:
         raise ValueError(f"settings {sorted(unknown)} are unknown; use {', '.join(sorted(valid))}, or sids.{', sids.'.join(SIDS)}")
     for key, value in settings.items():
         head, _, tail = key.partition(".")
+        if head in fields and not (tail and isinstance(fields[head], dict)):
+            raise ValueError(f"settings hold both {head!r} and one of its parts, in {sorted(settings)}: give one of them")
         fields[head] = fields.get(head, {}) | {tail: value} if tail else value
     return TrainConfig.preset(preset, seed=seed, **{k: PARTS[k](**v) if isinstance(v, dict) else v for k, v in fields.items()})
 
@@ -129,6 +127,9 @@ def _check_sids(sids):
         raise ValueError(f"sids={sids!r} must hold some of {', '.join(SIDS)}, as {{name: value}}")
     if "file" in sids and {"encoder", "levels"} & set(sids):
         raise ValueError(f"sids={sids!r}: a published file has its own levels and needs no encoder; leave them out, or the file")
+    if "file" in sids and not os.path.isfile(sids["file"]):
+        raise ValueError(f"sids={sids['file']!r} is no file; give a published table with a line `item_id c1 c2 …` per item, or leave it "
+                         "out")
 
 
 def run_all(specs: dict[str, dict], folder):
@@ -138,16 +139,16 @@ def run_all(specs: dict[str, dict], folder):
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"two runs would share a file: {sorted(p.name for p in paths.values())}")
     catalogues = {dataset: load_catalogue(dataset) for dataset in {one["dataset"] for one in specs.values()}}
-    for one in specs.values():  # everything that may be refused is, before anything is trained
-        if '"oracle"' in json.dumps(one["config"]) and catalogues[one["dataset"]].truth is None:
-            raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
-        sid_table(catalogues[one["dataset"]], folder, one["sids"])
-    versions = {name: _version(one["config"]) for name, one in specs.items()}
-    for number, (name, one) in enumerate(specs.items(), start=1):
+    keys, versions = {}, {name: _version(one["config"]) for name, one in specs.items()}
+    for name, one in specs.items():  # everything that may be refused is, before anything is trained
         catalogue = catalogues[one["dataset"]]
+        if '"oracle"' in json.dumps(one["config"]) and catalogue.truth is None:
+            raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
+        keys[name] = _key(one, catalogue, sid_table(catalogue, folder, one["sids"])[0])
+    for number, (name, one) in enumerate(specs.items(), start=1):
         if _version(one["config"]) != versions[name]:
             raise RuntimeError(CHANGED)
-        path, key = paths[name], _key(one, catalogue, sid_table(catalogue, folder, one["sids"])[0])
+        path, key = paths[name], keys[name]
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_file(path, ".lock")):  # another sweep in this folder may be at the same run: then its result is taken
             result = _finished(path, key)
@@ -192,8 +193,7 @@ def _make_sids(catalogue, folder, sids):
         width = sids.get("width") or (
             tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1) if planted else min(256, max(2, catalogue.n_items // 8)))
         name = sids.get("encoder", "residual-kmeans")
-        if name not in ENCODERS:
-            raise ValueError(f"sids.encoder={name!r} is unknown; use one of {', '.join(ENCODERS)}")
+        one_of("sids.encoder", name, ENCODERS)
         encoder = getattr(sidlab, ENCODERS[name])(levels=sids.get("levels", 3), width=width, seed=0).fit(catalogue.embeddings)
         table = SidTable(encoder.encode(catalogue.embeddings), width=width, collisions=collisions)
         report = table.report(encoder, catalogue.embeddings)
@@ -314,13 +314,10 @@ def kept_informative(model, truth, histories, batch_size: int = 256) -> dict:
     for begin in range(0, len(histories), batch_size):
         part = [h[-model.config.max_items :] for h in histories[begin : begin + batch_size]]
         out = encode_histories(model, part, truth)
-        shape = out.importance.shape
-        kept = torch.zeros(shape, dtype=torch.bool)
-        rows, slots = out.attention_mask.bool().nonzero(as_tuple=True)
-        kept[rows, out.positions[rows, slots]] = True
-        informative = truth_tokens(truth.informative(part), model.table.levels, model.config.separators, shape) > 0
+        kept = out.attention_mask.bool().cpu()  # [B, K]
+        informative = truth_tokens(truth.informative(part), model.table.levels, model.config.separators, out.importance.shape) > 0
         kept_total, informative_total = kept_total + kept.sum().item(), informative_total + informative.sum().item()
-        both += (kept & informative).sum().item()
+        both += (informative.gather(1, out.positions.cpu()) & kept).sum().item()
     return {"precision": both / max(kept_total, 1), "recall": both / max(informative_total, 1)}
 
 
@@ -335,22 +332,20 @@ def metrics_of(ranks, noise: dict | None = None) -> dict:
     return out
 
 
-def per_user(ranks) -> dict:
-    """{name of a metric: float64 [S, U]} of ranks int [U] or [S, U]."""
-    return {name: np.array([function(of_seed, k) for of_seed in np.atleast_2d(ranks)]) for name, (function, k) in METRICS.items()}
-
-
 def say(text: str) -> None:
     """A progress line, marked so that the parent process passes it on."""
     print(f"» {text}", flush=True)
 
 
 def _short(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _path(folder, name):
-    return pathlib.Path(folder) / "runs" / re.sub(r"[^\w.=@+-]+", "-", name)
+    name = re.sub(r"[^\w.=@+-]+", "-", name)
+    if len(name) > 180:  # a file's name has 255 at most, with what is put behind
+        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return pathlib.Path(folder) / "runs" / name
 
 
 def _file(path, suffix):
@@ -376,12 +371,16 @@ def _version(config):
 
 @functools.cache
 def _code():
-    """A digest of the parts of this package that a run goes through, comments and layout aside: rounding differs between versions, and a
-    table of old and new runs would compare that too."""
+    """A digest of the parts of this package that a run goes through, comments, docstrings and layout aside: rounding differs between
+    versions, and a table of old and new runs would compare that too."""
     home, digest = pathlib.Path(sidlab.__file__).parent, hashlib.sha256()
     for path in sorted(home.rglob("*.py")):
         if path.relative_to(home).parts[0].removesuffix(".py") not in BESIDE:
-            digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                    del node.body[0]
+            digest.update(ast.dump(tree).encode())
     return digest.hexdigest()
 
 

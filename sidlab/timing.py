@@ -21,7 +21,7 @@ from sidlab.calibration import random_table
 from sidlab.config import TrainConfig
 from sidlab.decoding import recommend
 from sidlab.graphs import ReplayedPasses
-from sidlab.meter import clock, resident_mb
+from sidlab.meter import clock, highest_mb, memory_mb, reset_highest_mb
 from sidlab.models.t5 import DeepFeedForward
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
@@ -31,6 +31,7 @@ from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad
 # Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.
 BEAUTY = (22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989, 2550, 2189, 1927, 1720, 1507, 1366, 1248, 1136, 1019, 935, 869,
           796, 722, 661, 607, 563, 519, 481, 451, 8550)
+LENGTHS = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)  # ascending
 WIDTHS = (256, 256, 256, 10)  # RASTP's; the width of its de-duplication digit is not published, and its head is under 0.1 % of the cost
 PUBLISHED = TrainConfig.preset("paper", windows="prefixes", padding="fixed", precision="fp32", plain=True)
 OURS = dataclasses.replace(PUBLISHED, padding="batch", precision="auto", plain=False)
@@ -113,11 +114,10 @@ def beauty_batches(config: TrainConfig, count: int):
     """`count` batches of an epoch over Beauty, evenly spaced from the shortest windows to the longest: (items of history of each batch's
     windows, batches of the epoch, share of its slots that are real). All batches have the same number of slots, so the seconds of
     these, times batches of the epoch over `count`, are those of an epoch."""
-    lengths = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)  # ascending
-    cuts = LengthBatches(lengths, len(WIDTHS) + config.separators, config.batch_tokens).cuts
+    cuts = LengthBatches(LENGTHS, len(WIDTHS) + config.separators, config.batch_tokens).cuts
     spaced = ((np.arange(count) + 0.5) / count * (len(cuts) - 1)).astype(int)
-    real = lengths.sum() / (np.diff(cuts) * lengths[cuts[1:] - 1]).sum()
-    return [lengths[cuts[b] : cuts[b + 1]] for b in spaced], len(cuts) - 1, float(real)
+    real = LENGTHS.sum() / (np.diff(cuts) * LENGTHS[cuts[1:] - 1]).sum()
+    return [LENGTHS[cuts[b] : cuts[b + 1]] for b in spaced], len(cuts) - 1, float(real)
 
 
 def time_beauty(variants: dict[str, Variant], batch_tokens: int, count: int, rounds: int, device="cpu"):
@@ -181,18 +181,11 @@ def in_child(function, *arguments):
 
 def peak_mb(function, device: str = "cpu") -> float:
     """By how many MB the memory at its highest, while `function` runs, lies above that before: allocated on a GPU, else the resident memory
-    of this process (Linux)."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - base) / 2**20
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    base = resident_mb("VmRSS")
+    of this process, which Linux alone tells."""
+    reset_highest_mb(gpu := device == "cuda")
+    base = memory_mb(gpu)
     function()
-    return resident_mb("VmHWM") - base
+    return highest_mb(gpu) - base
 
 
 def training_peak(variant: Variant, size: int, device: str = "cpu") -> float:
@@ -241,8 +234,7 @@ def dict_trie(table) -> dict:
 def time_recommend(n_items, users: int, beam: int, rounds: int, device: str = "cpu", *, library: bool = False) -> dict:
     """Seconds per user of `recommend` for catalogues of `n_items` (a sequence); with `library` also of Hugging Face's own constrained
     beam search over a dict of dicts, as "library", for the first."""
-    lengths = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)
-    lengths = lengths[((np.arange(users) + 0.5) / users * len(lengths)).astype(int)]
+    lengths = LENGTHS[((np.arange(users) + 0.5) / users * len(LENGTHS)).astype(int)]
     functions, rng = {}, np.random.default_rng(0)
     for n in n_items:
         table = random_table(n, 3, 256)

@@ -116,7 +116,7 @@ def test_report_says_what_is_met_short_and_skipped():
     report.target("b", 2.9, None, at_least=3)
     report.target("c", 1.1, None, at_most=1.05)
     report.skip("d", "≥ 6", "no CUDA device here")
-    assert [t["verdict"] for t in report.targets] == ["met", "short", "short", "skipped"]
+    assert [t["verdict"] for t in report.targets] == ["met", "short", "short", "skipped: no CUDA device here"]
     assert all(list(t) == ["figure", "target", "value", "spread", "verdict"] for t in report.targets)
     lines = report.lines()
     assert "2 – 4" in lines[1] and lines[4].endswith("skipped: no CUDA device here")

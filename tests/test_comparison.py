@@ -148,7 +148,7 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
         (dict(methods="map@1/2"), "only a pruning method takes a kept share"),
         (dict(methods="rastp@2"), "must lie in"),
         *((dict(methods=f"rastp@{keep}"), "takes a kept share, written as in rastp@1/2") for keep in ("", "1/0", "much", "1/2/3")),
-        (dict(preset="fast"), "preset='fast' is unknown; use one of smoke, quick, long, gpu, paper"),
+        (dict(preset="fast"), "preset='fast' is unknown; use one of 'smoke', 'quick', 'long', 'gpu', 'paper'"),
         (dict(dataset="beauty"), "no catalogue 'beauty'"),
         (dict(methods="rastp unpadded rastp"), "names rastp twice"),
         (dict(seeds=0), "seeds must be at least 1, got 0"),

@@ -15,8 +15,8 @@ from conftest import ROOT
 from sidlab import claims, studies
 from sidlab.comparison import compare
 from sidlab.data.catalogue import load_catalogue
-from sidlab.metrics import paired_test, pooled_seed_noise, recall_at
-from sidlab.sweeps import COSTS, METRICS, config_with
+from sidlab.metrics import METRICS, paired_test, pooled_seed_noise, recall_at
+from sidlab.sweeps import COSTS, config_with
 from sidlab.viz.studies import curves_figure, schedule_figure, strata_figure, study_figure
 from sidlab.windows import leave_one_out
 
@@ -136,7 +136,7 @@ def test_groups_cover_all_users_and_average_to_the_whole(ran):
 
 
 def test_an_unknown_study_or_parameter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="study 'layers' is unknown; use one of strategies, layer-ratio"):
+    with pytest.raises(ValueError, match="study='layers' is unknown; use one of 'strategies', 'layer-ratio'"):
         studies.run("layers", tmp_path)
     with pytest.raises(ValueError, match="only must be at least 1, got -1"):
         studies.run("map", tmp_path, only=-1)

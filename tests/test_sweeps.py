@@ -1,6 +1,7 @@
 """Sweeps: names of settings, child processes, resuming, what is refused before anything is trained."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
@@ -45,7 +46,7 @@ def test_a_row_a_run_with_its_settings(finished):
 
 def test_the_sids_are_those_of_the_setting(finished):
     folder, _ = finished
-    two = SidTable.load(folder / "runs" / "map.steps=1-sids.levels=2-sids.width=16-seed0")
+    two = SidTable.load(folder / "runs" / "planted-smoke-map.steps=1-sids.levels=2-sids.width=16-seed0")
     assert two.base_levels == 2 and two.widths[:2] == (16, 16)
     _, report = sweeps.sid_table(load_catalogue("planted"), folder, {"levels": 2, "width": 16})
     assert report["per_level"][1]["reconstruction_error"] < 0.5 and len(list(folder.glob("sids/*/"))) == 2
@@ -60,7 +61,7 @@ def test_a_finished_sweep_trains_nothing_and_a_longer_one_only_what_is_new(finis
     result = json.loads(pathlib.Path(frame["file"][0]).read_text())
     monkeypatch.setattr(sweeps, "_run_child", lambda folder, name, label: asked.append(name) or result)
     longer = sweeps.sweep({"pruning.keep": [0.5, 0.7], "pruning.after_layer": [1]}, folder, preset="smoke", seeds=1)
-    assert asked == ["pruning.keep=0.7-pruning.after_layer=1-seed0"] and len(longer) == 2
+    assert asked == ["planted-smoke-pruning.keep=0.7-pruning.after_layer=1-seed0"] and len(longer) == 2
 
 
 def test_other_data_or_settings_make_a_run_anew(finished):
@@ -68,7 +69,7 @@ def test_other_data_or_settings_make_a_run_anew(finished):
     catalogue = load_catalogue("planted")
     table, _ = sweeps.sid_table(catalogue, folder)
     one = sweeps.spec("planted", TrainConfig.preset("smoke"))
-    path = sweeps._path(folder, "seed0")
+    path = sweeps._path(folder, "planted-smoke-seed0")
     assert sweeps._finished(path, sweeps._key(one, catalogue, table)) is not None
     for other in (
         (sweeps.spec("planted", TrainConfig.preset("smoke", d_ff=32)), catalogue, table),
@@ -130,7 +131,7 @@ def test_an_own_scorer_takes_part_by_name_and_is_done_again_when_its_module_chan
 
 @pytest.mark.parametrize("code", ["the same", "other"])
 def test_a_killed_run_goes_on_where_the_code_is_the_same_alone(tmp_path, monkeypatch, code):
-    left = tmp_path / "runs" / "seed0" / "checkpoint-10"
+    left = tmp_path / "runs" / "planted-smoke-seed0" / "checkpoint-10"
     found = []
 
     def child(folder, name, label):
@@ -193,7 +194,7 @@ def test_two_sweeps_at_once_in_one_folder_share_the_work(tmp_path, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         frames = list(pool.map(lambda keep: sweeps.sweep({"pruning.keep": [0.5, keep]}, tmp_path, preset="smoke", seeds=1), (0.2, 0.7)))
     assert [len(frame) for frame in frames] == [2, 2]
-    assert sorted(trained) == ["pruning.keep=0.2-seed0", "pruning.keep=0.5-seed0", "pruning.keep=0.7-seed0"]
+    assert sorted(trained) == [f"planted-smoke-pruning.keep={keep}-seed0" for keep in (0.2, 0.5, 0.7)]
 
 
 def test_published_sids_from_a_file(tmp_path):
@@ -233,6 +234,35 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
         sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
 
 
+def test_a_sweep_takes_arrays_and_any_number_of_settings(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweeps, "_run_child", lambda folder, name, label: asked.append(sweeps._path(folder, name)) or {"row": {}})
+    frame = sweeps.sweep({"sids.levels": np.arange(1, 3), "learning_rate": [1e-3, 1.00001e-3]}, tmp_path, preset="smoke", seeds=1)
+    assert frame["sids.levels"].tolist() == [1, 1, 2, 2] and len(set(asked)) == 4
+    fields = {f.name: f.default for f in dataclasses.fields(TrainConfig) if isinstance(f.default, int | float)} | {"weight_decay": 0.01}
+    names = [dict(fields, warmup=warmup) for warmup in (0.01, 0.02)]
+    for name in names:
+        name.pop("seed")
+    sweeps.sweep(names, tmp_path, preset="smoke", seeds=1)
+    assert len(set(asked)) == 6 and all(len(path.name) < 200 for path in asked)
+
+
+def test_results_of_another_preset_in_the_same_folder_are_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "_run_child", lambda folder, name, label: {"row": {}})
+    files = [sweeps.sweep([{}], tmp_path, preset=preset, seeds=1)["file"][0] for preset in ("smoke", "quick")]
+    assert files[0] != files[1]
+
+
+def test_a_docstring_makes_no_other_version_of_the_code(tmp_path, monkeypatch):
+    (tmp_path / "__init__.py").write_text("")
+    monkeypatch.setattr(sweeps.sidlab, "__file__", str(tmp_path / "__init__.py"))
+    digests = []
+    for text in ('def f():\n    """One."""\n    return 1', 'def f():\n    """Other."""\n    return 1  # one', "def f():\n    return 2"):
+        (tmp_path / "part.py").write_text(text)
+        digests.append(sweeps._code.__wrapped__())
+    assert digests[0] == digests[1] != digests[2]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -253,7 +283,9 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
         (dict(grid={"pruning.keep": 0.3}), r"a grid holds lists of values, .* got 0.3 for pruning.keep"),
         (dict(grid=[{"seed": 1}]), r"settings \['seed'\] are unknown"),
         (dict(grid=[{"sids.file": "sids.txt", "sids.levels": 2}]), "a published file has its own levels"),
-        (dict(grid=[{"sids.encoder": "vq"}]), "sids.encoder='vq' is unknown; use one of residual-kmeans"),
+        (dict(grid={"sids.file": ["nowhere.txt"]}), "sids='nowhere.txt' is no file; give a published table"),
+        (dict(grid=[{"pruning": None, "pruning.keep": 0.5}]), "settings hold both 'pruning' and one of its parts"),
+        (dict(grid=[{"sids.encoder": "vq"}]), "sids.encoder='vq' is unknown; use one of 'residual-kmeans'"),
     ],
 )
 def test_bad_sweeps_stop_before_anything_is_trained(arguments, message, tmp_path, monkeypatch):

@@ -486,6 +486,16 @@ def test_saving_and_loading_gives_the_same_recommendations(tmp_path, pruning, dr
     assert torch.equal(loaded.generate(**batch(), num_beams=3), model.generate(**batch(), num_beams=3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_saved_model_recommends_in_half_precision(dtype, tmp_path):
+    model = build(PruningConfig(keep=0.5))
+    model.save_pretrained(tmp_path)
+    half = SidT5.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    full, found = recommend(model, HISTORIES, k=50), recommend(half, HISTORIES, k=50)
+    assert (torch.corrcoef(torch.stack([scores.gather(1, items.argsort(1)).flatten() for items, scores in (full, found)]))[0, 1] > 0.95)
+
+
 def test_leaving_out_the_map_head_keeps_the_type_and_draws_nothing(tmp_path):
     model = build(map_config=MapConfig()).bfloat16()
     before = torch.random.get_rng_state()

@@ -497,7 +497,7 @@ def test_presets_take_changes():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: TrainConfig.preset("slow"), "preset='slow' is unknown; use one of smoke, quick, long, gpu, paper"),
+        (lambda: TrainConfig.preset("slow"), "preset='slow' is unknown; use one of 'smoke', 'quick', 'long', 'gpu', 'paper'"),
         (lambda: config(arch="gpt"), "arch='gpt' is unknown; use one of 't5'"),
         (lambda: config(padding="left"), "padding='left' is unknown; use one of 'batch', 'fixed'"),
         (lambda: config(precision="fp16"), "precision='fp16' is unknown"),
@@ -514,6 +514,7 @@ def test_presets_take_changes():
         (lambda: config(weight_decay=-1), "weight_decay must be from 0 and below inf, got -1"),
         (lambda: config(muon=np.inf), "muon must be from 0 and below inf, got inf"),
         (lambda: config(schedule="foo"), "schedule='foo' is unknown; use one of 'linear', 'cosine'"),
+        (lambda: config(schedule="warmup_stable_decay"), "schedule='warmup_stable_decay' is unknown"),
         (lambda: config(epochs=-1), "epochs must be above 0"),
         (lambda: config(warmup=100), r"warmup, a share of the updates, in \[0, 1\]; got .* and 100"),
         *((lambda name=name: config(**{name: 0}), f"{name} must be at least 1, got 0") for name in (
@@ -523,7 +524,7 @@ def test_presets_take_changes():
         (lambda: config(arch="qwen", d_kv=15), 'd_kv=15 must be even with arch="qwen"'),
         (lambda: config(num_heads=4, num_kv_heads=3), "num_kv_heads=3 must divide num_heads=4"),
         (lambda: PruningConfig(keep="1/3"), r"must lie in \(0, 1\], got '1/3'"),
-        (lambda: PruningConfig(after_layer=1.5), "after_layer is an integer and counted from 1, got 1.5"),
+        (lambda: PruningConfig(after_layer=1.5), "after_layer must be an integer, got 1.5"),
         (lambda: PruningConfig(scorer=None), "scorer=None is unknown; use one of 'rastp'"),
         (lambda: train(config(), "planted", TABLE), "train takes a Catalogue .* got a str and a SidTable"),
         (lambda: build_model(config(), TABLE).set_pruning({"keep": 0.5}), "pruning must be a PruningConfig or None"),

@@ -24,7 +24,6 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-import warnings
 
 import numpy as np
 import pandas as pd
@@ -72,8 +71,7 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     for asin, line_number in zip(asins, first_lines, strict=True):
         if asin not in described:
             dirt.add("item without metadata", reviews, line_number, asin.encode(errors="replace"))
-    if dirt.kinds:
-        warnings.warn(f"dirty lines in {folder}: {dirt}", stacklevel=3)
+    dirt.warn(folder)
     rows = [(item_id, *described.get(asin, (None, None, [], None))) for item_id, asin in enumerate(asins, start=1)]
     items = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).astype({"item_id": np.int64})
     user_ids = [user_names[user] for user in known_users]

@@ -27,7 +27,8 @@ class Catalogue:
     truth: what a synthetic world knows about itself; None for real data.
     dirty: what the reader had to skip or repair, `{kind: {"count": int, "first": "file line n: what"}}`.
     embeddings: float32 [n_items, d], row 0 is item 1. Where none are given, they are computed from `text` when first
-        read (`sidlab.data.text`), with `text_encoder` if that is given; ValueError then, if no item has a text.
+        read (`sidlab.data.text`), with `text_encoder` if that is given; ValueError then, if no item has a text. In
+        `dataclasses.replace` give `embeddings=None`, or what was computed counts as given.
     """
 
     name: str

@@ -26,6 +26,7 @@ import zlib
 import numpy as np
 import pandas as pd
 
+from sidlab.checks import one_of
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
 from sidlab.files import write
 
@@ -34,8 +35,7 @@ class Dirt:
     """Counts dirty lines by kind, or stops at the first."""
 
     def __init__(self, on_dirty):
-        if on_dirty not in ("warn", "raise"):
-            raise ValueError(f"on_dirty must be 'warn' or 'raise', got {on_dirty!r}")
+        one_of("on_dirty", on_dirty, ("warn", "raise"))
         self.on_dirty, self.kinds = on_dirty, {}
 
     def add(self, kind, path, line_number, line):

@@ -47,10 +47,6 @@ class PlantedTruth:
     loyalty: float
     noise: float
 
-    @property
-    def levels(self) -> int:
-        return self.tree.shape[1]
-
     def next_item(self, histories) -> np.ndarray:
         """The exact distribution of the next item given each history alone: float64 [U, n_items] (column 0 is item 1)."""
         state = self._filter(histories)
@@ -90,7 +86,7 @@ class PlantedTruth:
         items = _pad(histories)
         state = self._filter(histories)
         n_dep = len(self.step)
-        out = np.zeros((*items.shape, self.levels))
+        out = np.zeros((*items.shape, self.tree.shape[1]))
         user, place = np.nonzero((items > 0) & (self.tree[items - 1, 0] < n_dep))  # every real click: R of them
         if len(user) == 0:
             return out

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
@@ -108,11 +108,6 @@ def masked_softmax(query, key, attention_mask, scaling=None, position_bias=None,
     return torch.softmax(scores, dim=-1, dtype=torch.float32)
 
 
-def same_heads(query, key, value):
-    """Grouped keys and values [B, Hkv, M, dk], a copy for each of the query's heads: [B, H, M, dk]."""
-    return (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-
-
 def sdpa(module, query, key, value, attention_mask, **kwargs):
     """The library's fused attention. On a GPU without cuDNN's kernel: it makes a new plan for every shape, which takes longer than many a
     batch of that shape."""
@@ -137,8 +132,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         return out.reshape(rows, 1, heads, size), None
     if not module.training or dropout == 0 or not _by_byte(query, dropout):
         return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs)
-    if key.shape[1] != query.shape[1]:
-        key, value = same_heads(query, key, value)
+    key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     weights = masked_softmax(query, key, attention_mask, scaling, position_bias, causal=module.is_causal)
     weights = _Dropout.apply(weights.to(value.dtype), dropout)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), None

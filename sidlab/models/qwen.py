@@ -207,7 +207,7 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
             theirs = AutoConfig.from_pretrained(checkpoint)
             if theirs.model_type != "qwen3":
                 raise ValueError(f"checkpoint={checkpoint!r} is a {theirs.model_type!r}; SidQwen takes Qwen3, such as Qwen/Qwen3-0.6B")
-            source = Qwen3ForCausalLM.from_pretrained(checkpoint, torch_dtype="auto")
+            source = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype="auto")
             text = AutoTokenizer.from_pretrained(checkpoint)(prompt, add_special_tokens=False).input_ids if prompt else None
         except OSError as error:
             raise ValueError(f"checkpoint={checkpoint!r} can't be loaded: {error}\nIt must be a local folder with a Qwen3 model, or a name "

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from sidlab import kernels
@@ -54,8 +55,7 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias,
             token_mask=token_mask, causal=causal, history=history)
         return output, None
-    if key.shape[1] != query.shape[1]:
-        key, value = fast.same_heads(query, key, value)
+    key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     clean = fast.masked_softmax(query, key, attention_mask, scaling, position_bias, causal)
     weights = (F.dropout if eager else fast.dropout)(clean.to(value.dtype), dropout, module.training)
     if record is not None:

@@ -180,7 +180,8 @@ class SidModel(LibraryInit):
         return self.stack.pruning
 
     def set_pruning(self, pruning: PruningConfig | None):
-        """Prune by another configuration, or (None) not at all. Pruning has no parameters, so any trained model can change it."""
+        """Prune by another configuration, or (None) not at all. Pruning has no parameters, so any trained model can change it.
+        Under `mode="reference"` a model that was not built with it keeps its own attention and dropout in the other layers."""
         self.stack.set_pruning(pruning)
         # What `save_pretrained` writes.
         self.config.pruning = self.stack.config.pruning = None if pruning is None else pruning.to_dict()

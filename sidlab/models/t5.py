@@ -162,6 +162,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
 
     config_class = SidT5Config
     stack = property(lambda self: self.encoder)
+    _keep_in_fp32_modules = None  # the library's layer casts for its `wo`; with this one a model in float16 is float16
     # The parent's tying: the heads of the levels are slices of the embedding. These keys come back with `shared`.
     _keys_to_ignore_on_save = list(T5ForConditionalGeneration._tied_weights_keys)
 
@@ -216,11 +217,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
                                            truth=truth, padded=padded, **kwargs)
-        elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = PrunedEncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=attention_mask)
-        # Cross-attention sees the pruned history, and so its mask.
-        seen = getattr(encoder_outputs, "attention_mask", None)
-        seen = attention_mask if seen is None else seen
+        seen = encoder_outputs.attention_mask  # cross-attention sees the pruned history, and so its mask
         if labels is not None and decoder_input_ids is None:
             decoder_input_ids = self.shifted(labels)
         decoded = self.decoder(

@@ -47,7 +47,7 @@ class RQVAE(SidEncoder):
         def sample(encoder):
             return encoder(data[rng.permutation(len(data))[: SAMPLE * width]]).detach().numpy()
 
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(self.seed)
             encoder, decoder = _mlp(sizes), _mlp(sizes[::-1])
             # With the library's eps the rarest codes, their counts fading, would shrink to zero between two uses.

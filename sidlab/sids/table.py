@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sidlab.checks import one_of
 from sidlab.sids.encoder import CHUNK, checked, load_arrays, save_arrays
 from sidlab.sids.trie import Trie, as_codes
 
@@ -49,15 +50,15 @@ class SidTable:
     """
 
     def __init__(self, codes, width=256, collisions: str = "extend"):
-        if collisions not in ("extend", "share"):
-            raise ValueError(f'collisions must be "extend" or "share", got {collisions!r}')
+        one_of("collisions", collisions, ("extend", "share"))
         base, base_widths = as_codes(codes, width)
         self.collisions, self.base_levels = collisions, base.shape[1]
         self._base_trie, self._tries = Trie(base, base_widths), {}
         self.codes, self.widths = base, base_widths
         largest = self._base_trie.max_items
         if collisions == "extend" and largest > 1:
-            self.codes = np.concatenate([base, _rank_in_group(self._base_trie)[:, None]], axis=1)
+            rank = pd.DataFrame(base).groupby(list(range(base.shape[1])), sort=False).cumcount().to_numpy()  # among those with its SID
+            self.codes = np.concatenate([base, rank[:, None]], axis=1)
             self.widths = (*base_widths, largest)
         self.n_items, self.levels = self.codes.shape
         starts = np.cumsum((FIRST_CODE, *self.widths)).tolist()
@@ -234,14 +235,6 @@ def _neighbours(embeddings):
     itself = found == items[:, None]
     itself[~itself.any(axis=1), -1] = True  # crowded out by k + 1 equal ones: the last of them goes
     return items, found[~itself].reshape(-1, k)
-
-
-def _rank_in_group(trie: Trie) -> np.ndarray:
-    """The place of each item among those that share its SID, by item id: int64 [n]."""
-    item, first = trie.item.numpy(), trie.first_item.numpy()
-    rank = np.empty(len(item), np.int64)
-    rank[item - 1] = np.arange(len(item)) - np.repeat(first[:-1], np.diff(first))
-    return rank
 
 
 def _ragged(items, valid):

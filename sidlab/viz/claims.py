@@ -1,7 +1,7 @@
 """The claims page: what both papers claim, the verdict of the runs at hand, and the figures it rests on. One HTML file, no script."""
 
 from sidlab.files import write
-from sidlab.papers import METRICS
+from sidlab.metrics import METRICS
 from sidlab.viz.page import _table, _text, _with_code, document
 
 SIGNS = {"confirmed": "✓", "not confirmed": "✗", "undecided": "?", "mixed": "±", "not run": "…", "not testable here": "–"}

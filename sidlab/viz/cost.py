@@ -10,6 +10,7 @@ import torch
 from scipy.optimize import brentq
 
 from sidlab.calibration import Speed, calibrate, one_batch, plain_config
+from sidlab.checks import one_of
 from sidlab.config import TrainConfig
 from sidlab.cost import _flops, recommend_flops
 from sidlab.pruning import PruningConfig, kept_count
@@ -50,8 +51,7 @@ def windows_of_batches(lengths, which: str = "published", seed: int = 0) -> np.n
 
     `lengths`: items per user, 3 or more; the last two are held out. `which`: "published" (all contiguous stretches, 512 drawn from each
     batch), "prefixes" (each prefix once) or "test" (one history per user, all but its last item)."""
-    if which not in HISTORIES:
-        raise ValueError(f"which={which!r} is unknown; use one of {', '.join(map(repr, HISTORIES))}")
+    one_of("which", which, HISTORIES)
     rng, lengths, items = np.random.default_rng(seed), np.asarray(lengths), np.arange(1, MAX_ITEMS + 1)
     train = rng.permutation(lengths[lengths >= 3])[:, None] - 2
     longer = (train[:, 0] - MAX_ITEMS).clip(min=0)  # prefixes of 30 items and more

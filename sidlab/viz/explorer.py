@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from sidlab.checks import as_histories
+from sidlab.checks import as_histories, one_of
 from sidlab.files import write
 from sidlab.models.t5 import SidT5
 from sidlab.probe import Probe, on_processor
@@ -95,8 +95,7 @@ class Explorer(widgets.VBox):
         """(value as text, figure, text) for each of `values` of one control (default: `exported`, at all its options, or the present
         value and 21 steps)."""
         control = control or self.exported
-        if control not in self.controls:
-            raise ValueError(f"control={control!r} is unknown; use one of {', '.join(self.controls)}")
+        one_of("control", control, self.controls)
         widget = self.controls[control]
         if values is None:
             values = [v for _, v in widget._options_full] if hasattr(widget, "_options_full") else _steps(widget)

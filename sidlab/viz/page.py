@@ -11,7 +11,8 @@ from plotly.offline import get_plotlyjs
 
 from sidlab.comparison import BASELINES, METHODS, predicted_and_measured
 from sidlab.files import write
-from sidlab.papers import METRICS, RASTP_CLAIMS, STAMP_CLAIMS, published
+from sidlab.metrics import METRICS
+from sidlab.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
 from sidlab.viz import figures
 from sidlab.viz.figures import COST, MEMORY
 

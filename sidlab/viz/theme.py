@@ -10,6 +10,8 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from sidlab.checks import one_of
+
 # Okabe and Ito, "Color Universal Design" (2008), and a grey that is legible on white and on near-black.
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
@@ -92,6 +94,5 @@ def template(theme: str | None = None) -> str:
     """The plotly template of a theme; without one, of the theme in use."""
     if theme is None:
         return "sidlab_dark" if pio.templates.default == "sidlab_dark" else "sidlab"
-    if theme not in TEMPLATES:
-        raise ValueError(f"theme={theme!r} is unknown; use one of {', '.join(map(repr, TEMPLATES))}")
+    one_of("theme", theme, TEMPLATES)
     return TEMPLATES[theme]

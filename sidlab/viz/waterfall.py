@@ -51,9 +51,8 @@ def write_page(results: dict, path, studies=()) -> None:
     machine = results["hardware"]
     setting = (f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
                if not machine["gpu"] else f"{machine['gpu']}")
-    reasons = {row["workload"]: row["skipped"] for row in results["rows"] if "skipped" in row}
     targets = [(t["figure"], t["target"], _number(t["value"]), " – ".join(map(_number, t["spread"] or ())),
-                t["verdict"] + (f": {reasons[t['figure']]}" if t["figure"] in reasons else "")) for t in results["targets"]]
+                t["verdict"]) for t in results["targets"]]
     measured = [row for row in results["rows"] if "seconds_per_1k_windows" in row]
     rows = [(row["workload"], row["variant"], _number(row["seconds_per_1k_windows"]), _number(row["gflops_per_1k_windows"]),
              _number(row["achieved_gflops_per_second"]), _number(row["activation_mb_predicted"]), _number(row["peak_mb"]),
