@@ -41,7 +41,7 @@ help:
 	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python notebooks/build.py)"
 	@echo "make site       run all notebooks and render them to build/site/, which opens from disk"
 	@echo "make demo-model train the bundled demo model again; make record: the recorded sweeps of the notebooks"
-	@echo "make bench      measure this machine: a table of targets, runs/bench/ with page, JSON and image; a short form: QUICK=--quick"
+	@echo "make bench      measure this machine: a table of targets, runs/bench/ with page and JSON; a short form: QUICK=--quick"
 	@echo "make bench-gpu  the same on a CUDA device, after the tests of its kernels"
 	@echo "make clean      remove .venv, build products and caches; runs/ stays"
 
@@ -91,15 +91,13 @@ record: $(READY)
 	$(BIN)/python notebooks/record.py
 
 bench: $(READY)
-	@mkdir -p runs/bench
-	$(BIN)/python -m sidlab.bench $(QUICK) --json runs/bench/bench.json --page runs/bench/index.html --svg runs/bench/waterfall.svg
+	$(BIN)/python -m sidlab.bench $(QUICK) --json runs/bench/bench.json --page runs/bench/index.html
 
 # Asks for the device first, so that a machine without one says so at once.
 bench-gpu: $(READY)
 	@$(BIN)/python -m sidlab.bench --gpu --check
-	@mkdir -p runs/bench-gpu
 	$(BIN)/python -m pytest -q tests/test_kernels.py tests/test_graphs.py
-	$(BIN)/python -m sidlab.bench --gpu --json runs/bench-gpu/bench.json --page runs/bench-gpu/index.html --svg runs/bench-gpu/waterfall.svg
+	$(BIN)/python -m sidlab.bench --gpu --json runs/bench-gpu/bench.json --page runs/bench-gpu/index.html
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .ruff_cache

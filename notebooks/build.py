@@ -23,7 +23,6 @@ How a source is written:
   themselves.
 """
 
-import os
 import pathlib
 import re
 import sys
@@ -31,6 +30,8 @@ import sys
 import jupytext
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from sidlab.files import write
 
 HERE = pathlib.Path(__file__).resolve().parent
 STUB = 'raise NotImplementedError("your turn")'
@@ -40,6 +41,7 @@ import pathlib
 if pathlib.Path.cwd().name == "solutions":
     os.chdir("..")  # where the notebook without solutions runs: its files are found from there"""
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+SOLUTION = re.compile(rf"^([ \t]*){BEGIN}[ \t]*\n(.*?)^[ \t]*{END}[ \t]*$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^(```+|~~~+).*?^\1[ \t]*$|(`+)(?!`).*?(?<!`)\2(?!`)", re.MULTILINE | re.DOTALL)  # of markdown: blocks and `spans`
 LATEX = re.compile(r"\$\$|(?<!\\)\$[^$\n]+\$|\\\\[(\[]|\\begin\{")
 HIDES_ERRORS = re.compile(r"\b(?:Output|interact|interactive|interact_manual|interactive_output)\s*\(")
@@ -53,11 +55,7 @@ class SourceError(ValueError):
 def main():
     notebooks, errors = build(HERE / "source")
     for name, text in notebooks.items():
-        path = HERE / name
-        path.parent.mkdir(exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(beside, path)
+        write(HERE / name, text)
     print(f"{len(notebooks)} notebooks written")
     sys.exit("\n".join(map(str, errors)) if errors else 0)
 
@@ -126,8 +124,7 @@ def without_solution(cell):
     """The cell with its solutions replaced by stubs."""
     if "exercise" not in tags(cell):
         return cell
-    stub = re.compile(rf"^([ \t]*){BEGIN}[ \t]*\n.*?^[ \t]*{END}[ \t]*$", re.MULTILINE | re.DOTALL)
-    return new_code_cell(stub.sub(lambda found: found[1] + STUB, cell.source), metadata=cell.metadata)
+    return new_code_cell(SOLUTION.sub(lambda found: found[1] + STUB, cell.source), metadata=cell.metadata)
 
 
 def relink(text: str, change) -> str:
@@ -151,19 +148,11 @@ def one_folder_down(cell):
 
 def solutions(cell) -> list[list[str]]:
     """The lines of each solution of a cell, without indentation, empty lines and comments. ValueError where the markers do not pair up."""
-    found, inside = [], None
-    for line in map(str.strip, cell.source.splitlines()):
-        if line in (BEGIN, END) and (line == BEGIN) == (inside is not None):
-            raise ValueError(f"{line!r} without its partner")
-        if line == BEGIN:
-            inside = []
-        elif line == END:
-            found, inside = [*found, inside], None
-        elif inside is not None:
-            inside.append(line)
-    if inside is not None:
-        raise ValueError(f"{BEGIN!r} without its partner")
-    return [_statements(lines) for lines in found]
+    rest = SOLUTION.sub(lambda found: found[2], cell.source)
+    for marker in (BEGIN, END):
+        if marker in rest:
+            raise ValueError(f"{marker!r} without its partner")
+    return [_statements(found[2].splitlines()) for found in SOLUTION.finditer(cell.source)]
 
 
 def check(name, cells) -> None:

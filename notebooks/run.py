@@ -101,15 +101,11 @@ def _run_one(path, setting, output, environment, keep_widgets):
         problems = [f"papermill ended with {process.returncode}; see {log.name}"]
     recorded = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if not problems:
-        problems = judge(recorded, setting.get("expect", {}), _tagged(notebook, "check"))
+        problems = judge(recorded, setting.get("expect", {}), sum("check" in cell.metadata.get("tags", []) for cell in notebook.cells))
     if not keep_widgets and notebook.metadata.pop("widgets", None):
         nbformat.write(notebook, executed)
     return {"notebook": path.stem, "seconds": round(seconds, 1), "peak_mb": round(peak, 1), "cells": len(notebook.cells),
             "metrics": recorded.get("metrics", {}), "problems": problems}
-
-
-def _tagged(notebook, tag):
-    return sum(tag in cell.metadata.get("tags", []) for cell in notebook.cells)
 
 
 def _watch(process, limit):

@@ -27,10 +27,10 @@ from nbconvert import HTMLExporter
 from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 from plotly.offline import get_plotlyjs
 
+from sidlab.files import write
 from sidlab.viz import theme
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
 AS_IT_IS = {".html", ".svg", ".png", ".json"}  # files that a browser shows; others get the ending .txt
 
@@ -79,8 +79,10 @@ def main():
 def render(notebooks, executed, output) -> pathlib.Path:
     """Render the folder `notebooks` as pages in `output`, with outputs from the notebooks in `executed`; returns the index page.
 
-    ValueError if a page links to what is no file."""
+    ValueError if a page links to what is no file, or `output` holds something else than a site."""
     notebooks, executed, output = (pathlib.Path(folder).resolve() for folder in (notebooks, executed, output))
+    if output.exists() and any(output.iterdir()) and not (output / "figures.js").exists():
+        raise ValueError(f"output={str(output)!r} holds something else than a site, which would be lost; give an empty or a new folder")
     shutil.rmtree(output, ignore_errors=True)
     root, index = notebooks.parent, notebooks / "README.md"
     ours = [*notebooks.glob("*.ipynb"), *notebooks.glob("solutions/*.ipynb"), *notebooks.glob("studies/*.ipynb")]
@@ -91,8 +93,7 @@ def render(notebooks, executed, output) -> pathlib.Path:
     dark = next(path for folder in exporter.template_paths if (path := pathlib.Path(folder) / "static" / "theme-dark.css").exists())
     for path, page in pages.items():
         if path.suffix == ".md":
-            text = path.read_text(encoding="utf-8") if path.exists() else contents(pages)
-            notebook = new_notebook(cells=[new_markdown_cell(text)])
+            notebook = new_notebook(cells=[new_markdown_cell(path.read_text(encoding="utf-8"))])
         else:
             ran = executed / path.relative_to(notebooks)
             notebook = nbformat.read(ran if ran.exists() else path, as_version=4)
@@ -113,21 +114,9 @@ def render(notebooks, executed, output) -> pathlib.Path:
     return output / pages[index]
 
 
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
 def title(notebook):
     """The first heading that begins a cell."""
     return next(filter(None, (build.title([cell]) for cell in notebook.cells)), None)
-
-
-def contents(pages):
-    """The index where there is no README.md."""
-    found = [(path, title(nbformat.read(path, as_version=4))) for path in sorted(pages) if path.suffix == ".ipynb"]
-    lines = [f"* [{name or path.stem}]({path.name})" for path, name in found if path.parent.name != "solutions"]
-    return "\n".join(["# The course", "", *lines])
 
 
 def link(target, path, pages, root, output):
@@ -163,22 +152,20 @@ def without_kernel(notebook):
 def figure_html(figure, name):
     """A plotly figure, {"data", "layout"}, as an element named `name`, drawn by figures.js."""
     label = (figure["layout"].get("title") or {}).get("text") or "Figure"
-    content = {key: figure[key] for key in ("data", "layout", "frames") if key in figure}
+    content = {key: figure[key] for key in ("data", "layout") if key in figure}
     content["layout"] = {key: value for key, value in content["layout"].items() if key != "template"}
     script = json.dumps(content).replace("</", "<\\/")  # or a text could end the script
     return f'<div id="{name}" role="img" aria-label="{html.escape(label)}"></div>\n<script>show("{name}", {script});</script>'
 
 
 def widget_html(name, models):
-    """A widget as text: containers by their children, choices as lists, other controls by label and value.
-
-    A bare FigureWidget only says where to see it: its state in a notebook is that of its birth."""
+    """A widget as text: containers by their children, choices as lists, other controls by label and value."""
     model = models.get(name.removeprefix("IPY_MODEL_"), {"model_name": "", "state": {}})
     kind, state = model["model_name"], model["state"]
     label, value = html.escape(state.get("description") or ""), state.get("value")
     if "children" in state:
         return "<div>" + "".join(widget_html(child, models) for child in state["children"]) + "</div>"
-    if kind in ("HTMLModel", "HTMLMathModel"):
+    if kind == "HTMLModel":
         return f"<div>{value}</div>"
     if "_options_labels" in state:
         chosen = state["index"] if isinstance(state["index"], list) else [state["index"]]
@@ -187,8 +174,6 @@ def widget_html(name, models):
         return f"<p>{label}</p><ul>{options}</ul>"
     if kind == "ButtonModel":
         return f"<p><button disabled>{label}</button></p>"
-    if kind == "AnyModel":
-        return "<p>A figure that follows its controls: run the notebook to see it.</p>"
     if value is None:
         return ""
     return f"<p>{label} {html.escape(' to '.join(map(str, value)) if isinstance(value, list) else str(value))}</p>"

@@ -7,8 +7,8 @@ Each is run by papermill, with any data set, preset and number of seeds; what is
 
 import pathlib
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+import build
+from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from sidlab.studies import STUDIES
 
@@ -119,12 +119,7 @@ def notebook(name: str) -> str:
     if name == "fast":
         cells.append(new_code_cell(CURVES))
     cells.append(new_code_cell(SAVE.format(name=name)))
-    for place, cell in enumerate(cells):
-        cell.id = f"{name}-{place:02}"
-    out = new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-                                              "language_info": {"name": "python"}})
-    nbformat.validate(out)
-    return nbformat.writes(out) + "\n"
+    return build.notebook(name, cells)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Write the results section of the README, results/README.md and the studies' pictures from the JSON files here, so that no number in
-them is typed: python results/show.py [--check]. A picture that changed is drawn anew by kaleido, which needs Chrome or Chromium."""
+"""Write the results section of the README, results/README.md, the studies' pictures and those of the benchmark from the JSON files here, so
+that no number in them is typed: python results/show.py. A picture that changed is drawn anew by kaleido, which needs Chrome or Chromium."""
 
 import hashlib
 import json
 import pathlib
 import re
-import sys
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -14,6 +13,7 @@ from sidlab.claims import evidence, judge
 from sidlab.config import TrainConfig
 from sidlab.papers import published
 from sidlab.studies import STUDIES
+from sidlab.viz import waterfall
 from sidlab.viz.studies import strata_figure, study_figure
 
 HERE = pathlib.Path(__file__).parent
@@ -175,8 +175,7 @@ def _bench(bench):
         spread = "" if not target["spread"] else "{:.3g} – {:.3g}".format(*target["spread"])
         value = "–" if target["value"] is None else f"{target['value']:.3g}"
         rows.append(f"| {target['figure']} | {target['target']} | {value} | {spread} | {target['verdict']} |")
-    where = machine["gpu"] or f"{machine['processor']}, {_count(machine['threads'], 'thread')}, no GPU"
-    title = f"**What it costs**, in ratios of medians of runs that take turns; {where}: `{bench['command']}`"
+    title = f"**What it costs**, in ratios of medians of runs that take turns; {_where(machine)}: `{bench['command']}`"
     seconds = [f"{row['workload']}: {row['seconds']:.3g} s." for row in bench["rows"] if "seconds" in row]
     return "\n".join([title, "", "| figure | target | value | 95 % | verdict |", "|---|---|---|---|---|", *rows, "", *seconds, ""])
 
@@ -213,6 +212,20 @@ def picture(study: dict) -> go.Figure:
     title = f"{STUDIES[study['study']].title}: {_name(study)}, preset {study['preset']}, {_count(study['seeds'], 'seed')}"
     title += "; seconds beside other jobs" * ("groups" not in study and any(row.get("busy") for row in study["rows"]))
     return figure.update_layout(title={"text": title, "font_size": 16}, width=900, margin_t=80)
+
+
+def pictures() -> dict:
+    """{path: figure} of all that is drawn."""
+    drawn = {HERE / "studies" / _picture_name(study): picture(study) for study in load()[1]}
+    for device, name in (("cpu", "waterfall"), ("gpu", "waterfall-gpu")):
+        bench = json.loads((HERE / f"bench-{device}.json").read_text())
+        title = {"text": f"From the published configuration to this kit: {_where(bench['hardware'])}", "font_size": 16}
+        drawn[HERE.parent / "docs" / f"{name}.svg"] = waterfall.figure(bench).update_layout(title=title, width=900, margin_t=90)
+    return drawn
+
+
+def _where(machine):
+    return machine["gpu"] or f"{machine['processor']}, {_count(machine['threads'], 'thread')}, no GPU"
 
 
 def digest(figure: go.Figure) -> str:
@@ -394,11 +407,8 @@ def updated(text: str) -> str:
 
 if __name__ == "__main__":
     made = {README: updated(README.read_text(encoding="utf-8")), PAGE: page()}
-    pictures = {HERE / "studies" / _picture_name(study): picture(study) for study in load()[1]}
-    stale = {path: figure for path, figure in pictures.items() if not path.exists() or digest(figure) not in path.read_text()}
-    if "--check" in sys.argv:
-        sys.exit(bool(stale) or any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in made.items()))
-    for path, figure in stale.items():
-        made[path] = figure.to_image("svg").decode() + digest(figure) + "\n"
+    for path, figure in pictures().items():
+        if not path.exists() or digest(figure) not in path.read_text():
+            made[path] = figure.to_image("svg").decode() + digest(figure) + "\n"
     for path, text in made.items():
         path.write_text(text, encoding="utf-8")

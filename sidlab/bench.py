@@ -1,6 +1,6 @@
 """The benchmark: what training, recommending and SID encoding cost here, against the published way and against the cost model.
 
-    python -m sidlab.bench [--quick] [--json FILE] [--page FILE] [--svg FILE]        (also: make bench)
+    python -m sidlab.bench [--quick] [--json FILE] [--page FILE]        (also: make bench)
 
 Every figure is a ratio of medians over rounds in which all variants take turns, in one process; its spread is the 95 % interval of a
 bootstrap over rounds. Peak memory is that of a child process of its own, or what a GPU has allocated. How it is measured: `timing`.
@@ -211,7 +211,6 @@ def main(arguments=None):
     parser.add_argument("--page", metavar="FILE", help="write a page with the waterfall and the table")
     parser.add_argument("--studies", metavar="FOLDER", default="results/studies",
                         help="where the page finds results of the study `fast`, fast-*.json (default: results/studies)")
-    parser.add_argument("--svg", metavar="FILE", help="write the waterfall as an image")
     options = parser.parse_args(arguments)
     if options.gpu and not torch.cuda.is_available():
         sys.exit("the GPU rows need a CUDA device, and this build of torch sees none: make setup "
@@ -224,14 +223,11 @@ def main(arguments=None):
     print("\n".join(report.lines()))
     if options.json:
         write_json(pathlib.Path(options.json), results)
-    if options.page or options.svg:
+    if options.page:
         from sidlab.viz import waterfall  # the one step to the right: it shows what was just measured
 
-        if options.page:
-            studies = [json.loads(path.read_text()) for path in sorted(pathlib.Path(options.studies).glob("fast-*.json"))]
-            waterfall.write_page(results, options.page, studies)
-        if options.svg:
-            pathlib.Path(options.svg).write_text(waterfall.svg(results), encoding="utf-8")
+        studies = [json.loads(path.read_text()) for path in sorted(pathlib.Path(options.studies).glob("fast-*.json"))]
+        waterfall.write_page(results, options.page, studies)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import operator
 
 import numpy as np
 
+SHARE = r"\d+(/0*[1-9]\d*|\.\d+)?"  # a kept share as in the method rastp@1/2
+
 
 def one_of(name, value, valid):
     if value not in valid:

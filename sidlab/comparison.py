@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from sidlab.baselines import NeighbourTable, Popularity
-from sidlab.checks import integer
+from sidlab.checks import SHARE, integer
 from sidlab.config import TrainConfig
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
@@ -107,7 +107,7 @@ def method_config(name: str, preset: str, seed: int, arch: str = "t5") -> TrainC
     base, at, keep = name.partition("@")
     if base not in METHODS and ":" not in base:
         raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}, or an own scorer as module:function")
-    if at and not ((base in PRUNERS or ":" in base) and re.fullmatch(r"\d+(/0*[1-9]\d*|\.\d+)?", keep)):
+    if at and not ((base in PRUNERS or ":" in base) and re.fullmatch(SHARE, keep)):
         raise ValueError(f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or rastp@0.5")
     if base == "sasrec":
         short = {"epochs": 1} if preset == "smoke" else {}

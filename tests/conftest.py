@@ -26,6 +26,15 @@ def pytest_report_header():
     return [f"sidlab: real data {data} {SHARED}", f"sidlab: GPU kernels are {'compiled' if CUDA else 'interpreted on the CPU'}"]
 
 
+@pytest.fixture
+def dark(monkeypatch):
+    """Figures are dark."""
+    from sidlab.viz import theme
+
+    monkeypatch.setattr(theme.pio.templates, "default", theme.pio.templates.default)
+    theme.use_theme("dark")
+
+
 def connect(explorer) -> list:
     """Let an explorer talk to nobody; returns the list of the sizes in bytes of what it says."""
     sent = []

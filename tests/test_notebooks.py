@@ -352,6 +352,7 @@ def folders(tmp_path):
     """A course of one notebook below tmp_path/notebooks, executed in tmp_path/run with a figure, a widget and an explorer."""
     notebooks, executed = tmp_path / "notebooks", tmp_path / "run"
     (notebooks / "solutions").mkdir(parents=True)
+    (notebooks / "README.md").write_text("# The course\n\n[0. Sample](00_sample.ipynb)\n")
     (executed / "explorers").mkdir(parents=True)
     (tmp_path / "sidlab").mkdir()
     (tmp_path / "sidlab" / "pruning.py").write_text("# <code>")
@@ -414,7 +415,7 @@ def test_site_shows_figures_and_widgets_to_everybody(folders):
     assert "prefers-color-scheme: dark" in str(page.head) and "VBox()" not in text
 
 
-def test_site_index_is_the_readme_or_a_list(folders):
+def test_site_index_is_the_readme(folders):
     notebooks, _, output = folders
     page = BeautifulSoup(site.render(*folders).read_text(encoding="utf-8"), "html.parser")
     assert page.title.text == "The course" and page.find("a", string="0. Sample")["href"] == "00_sample.html"
@@ -425,6 +426,14 @@ def test_site_index_is_the_readme_or_a_list(folders):
     assert page.title.text == "Syllabus" and page.find("a", string="Start")["href"] == "00_sample.html#Part"
     assert page.find("a", string="a primer")["href"] == "docs/primer.html"
     assert 'href="../index.html"' in (output / "docs" / "primer.html").read_text(encoding="utf-8")
+
+
+def test_site_takes_no_folder_that_holds_something_else(folders):
+    folders[2].mkdir()
+    (folders[2] / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="holds something else than a site"):
+        site.render(*folders)
+    assert (folders[2] / "thesis.txt").read_text() == "years"
 
 
 def test_site_refuses_a_link_to_nothing(folders):

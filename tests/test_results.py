@@ -31,6 +31,8 @@ def test_every_study_has_its_picture():
         assert show.digest(figure) in svg and svg.startswith("<svg"), "run: python results/show.py"
         assert figure.layout.title.text in svg
     assert len(list((ROOT / "results" / "studies").glob("*.svg"))) == len(studies)
+    for path, figure in show.pictures().items():
+        assert show.digest(figure) in path.read_text(), "run: python results/show.py"
     other = json.loads(json.dumps(studies[0]))
     other["rows"][1]["recall@10"] += 0.01
     assert show.digest(show.picture(other)) != show.digest(show.picture(studies[0]))

@@ -12,8 +12,6 @@ import numpy as np
 import plotly.io as pio
 import pytest
 from conftest import ROOT, SHARED, needs_shared
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from sidlab import papers
@@ -179,7 +177,10 @@ def test_templates_are_registered_and_legible(template):
 
     assert contrast(layout.font.color, layout.paper_bgcolor) > 7
     assert contrast(theme.GREY, layout.paper_bgcolor) > 3  # outlines, intervals, hatching
-    assert figures.quality(fake_results(), template=template).layout.template.layout.font.color == layout.font.color
+
+
+def test_figures_are_dark_where_all_are(dark):
+    assert figures.quality(fake_results()).layout.template.layout.font.color == pio.templates["sidlab_dark"].layout.font.color
 
 
 # Figures
@@ -279,41 +280,6 @@ def test_cost_bars_are_relative_to_unpadded_and_claims_to_padded():
     alone = figures.cost_bars(fake_results(methods=("rastp", "recent", "bayes")))
     assert [trace.type for trace in alone.data] == ["bar", "bar"]  # no padded model: nothing to draw the claims from
     assert alone.data[0].x[0] == 1 and "× recent" in alone.layout.annotations[0].text
-
-
-@settings(max_examples=30)
-@given(st.integers(1, 9), st.integers(1, 5), st.randoms(use_true_random=False))
-def test_pruning_strip_marks_every_token_without_colour(m, levels, random):
-    cells = [(i, v) for i in range(m) for v in range(levels)]
-    kept, informative = ({cell for cell in cells if random.random() < 0.5} for _ in range(2))
-
-    def array(chosen):
-        return np.array([[(i, v) in chosen for v in range(levels)] for i in range(m)])
-
-    importance = np.arange(m * levels).reshape(m, levels) / 7
-    labels = [(f"item <{i}>", [f"c{i}.{v}" for v in range(levels)]) for i in range(m)]
-    figure = figures.pruning_strip(labels, array(kept), importance, array(informative))
-    seen = set()
-    for trace in figure.data[:2]:
-        for x, base, text, hover in zip(trace.x, trace.base, trace.text, trace.hovertext):
-            i, v = int(x), int(base)
-            seen.add((i, v))
-            assert ((i, v) in kept) == (trace.name == "kept") and text == f"c{i}.{v}"
-            assert f"item &lt;{i}&gt;" in hover and f"importance {importance[i, v]:.4g}" in hover
-            assert ("truly informative" in hover) == ((i, v) in informative)
-    assert seen == set(cells)
-    kept_bars, pruned_bars, stars = figure.data
-    assert not kept_bars.marker.pattern.shape and pruned_bars.marker.pattern.shape  # filled against hatched
-    assert {(int(x), int(y)) for x, y in zip(stars.x, stars.y)} == informative and stars.marker.symbol == "star"
-
-
-def test_pruning_strip_names_what_is_wrong():
-    labels = [("a", ["1", "2"]), ("b", ["3", "4"])]
-    assert len(figures.pruning_strip(labels, np.ones((2, 2))).data) == 2  # nothing known, nothing starred
-    with pytest.raises(ValueError, match=r"importance must have the shape .*\[2, 2\], got \[3\]"):
-        figures.pruning_strip(labels, np.ones((2, 2)), importance=[1, 2, 3])
-    with pytest.raises(ValueError, match="labels must be pairs"):
-        figures.pruning_strip([("a", ["1", "2"]), ("b", ["3"])], np.ones((2, 2)))
 
 
 # The page

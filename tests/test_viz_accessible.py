@@ -63,8 +63,8 @@ def test_controls_have_labels_and_work_by_keyboard_and_the_figure_has_a_text(nam
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_the_dark_theme_is_dark(name):
-    layout = MADE[name](theme="dark").figure.layout
+def test_the_dark_theme_is_dark(name, dark):
+    layout = MADE[name]().figure.layout
     assert layout.template.layout.paper_bgcolor == "#14171A" and layout.paper_bgcolor is None
 
 

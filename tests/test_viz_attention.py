@@ -192,9 +192,9 @@ def test_exported_page_has_a_frame_per_token(explorer, tmp_path):
     assert [frame["layout"]["shapes"][-1]["x0"] for frame in frames] == [i - 0.5 for i in range(len(frames))]
 
 
-def test_without_a_truth_and_with_wrong_arguments(world):
+def test_without_a_truth_and_with_wrong_arguments(world, dark):
     bare = sidlab.Catalogue("own", world.catalogue.items, world.catalogue.histories[:2], ["a", "b"], embeddings=world.catalogue.embeddings)
-    explorer = AttentionExplorer(world.model, bare, theme="dark")
+    explorer = AttentionExplorer(world.model, bare)
     assert len(explorer.figure.data[STARS].x) == 0 and "nats" not in explorer.text.value
     assert explorer.figure.layout.template.layout.paper_bgcolor == "#14171A"
     with pytest.raises(ValueError, match="model and catalogue"):

@@ -238,9 +238,9 @@ def test_following_equals_a_fresh_explorer_and_sends_little(name):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_export_holds_a_frame_per_value_and_the_dark_theme_is_dark(name, tmp_path):
+def test_export_holds_a_frame_per_value_and_the_dark_theme_is_dark(name, tmp_path, dark):
     make, _ = MADE[name]
-    explorer = make(theme="dark")
+    explorer = make()
     assert explorer.figure.layout.template.layout.paper_bgcolor == "#14171A"
     page = explorer.export(tmp_path / "page.html").read_text(encoding="utf-8")
     frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1].replace("<\\/", "</"))

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.subplots import make_subplots
 
+from sidlab.viz import theme
 from sidlab.viz.explorer import Explorer, _Figure, sync, write_frames
 
 
@@ -35,7 +36,7 @@ class Squares(Explorer):
         figure.add_heatmap(z=np.eye(n), row=1, col=2)
         if n % 2:
             figure.add_annotation(text="odd", x=0, y=0)
-        return figure.update_layout(template=self.template, title_text=f"{n} squares"), f"<p>{n} squares</p>"
+        return figure.update_layout(template=theme.template(), title_text=f"{n} squares"), f"<p>{n} squares</p>"
 
 
 def plain(figure):
@@ -122,16 +123,40 @@ def test_exported_page_holds_a_frame_a_value_and_needs_no_network(tmp_path):
     assert explorer.value("n") == 3, "the live one stays as it was"
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="http', page)
     assert "Squares &lt;/script&gt; &amp; more" in page
-    assert [frame[0] for frame in explorer.frames("kind")] == ["up", "down"]
-    with pytest.raises(ValueError, match="control='m' is unknown"):
-        explorer.export(tmp_path / "y.html", "m")
     with pytest.raises(ValueError, match="values must hold at least one value of 'n'"):
-        explorer.export(tmp_path / "y.html", "n", [])
+        explorer.export(tmp_path / "y.html", [])
     assert not list(tmp_path.glob("**/.*")), "nothing half-written is left"
 
 
+def test_a_frame_shows_what_its_label_says_and_leaves_all_controls_as_they_were():
+    class Snaps(Squares):
+        """There are even numbers alone, and drawing one moves another control."""
+
+        def draw(self):
+            before, self._quiet = self._quiet, True
+            self.controls["n"].value -= self.value("n") % 2
+            self.controls["slow"].value = self.value("n") / 10
+            self._quiet = before
+            return super().draw()
+
+    explorer = Snaps()
+    explorer.set(n=4)
+    frames = explorer.frames([2, 3, 6])
+    assert [(value, text) for value, _, text in frames] == [(n, f"<p>{n} squares</p>") for n in ("2", "6")]
+    assert explorer.value("n") == 4 and explorer.value("slow") == 0.4 and not explorer._quiet
+
+
+def test_where_one_of_several_values_is_refused_the_figure_follows_the_others():
+    explorer = Squares()
+    with pytest.raises(Exception, match="sideways"):
+        explorer.set(n=5, kind="sideways")
+    assert explorer.value("n") == 5 and explorer.text.value == "<p>5 squares</p>"
+
+
 def test_frames_of_a_slider_cover_its_range():
-    shown = [float(value) for value, *_ in Squares().frames("slow")]
+    explorer = Squares()
+    explorer.exported = "slow"
+    shown = [float(value) for value, *_ in explorer.frames()]
     assert len(shown) == 21 and min(shown) == 0 and max(shown) == 1 and sorted(shown) == shown
 
 
@@ -151,10 +176,10 @@ def test_site_shows_the_exported_page(tmp_path, monkeypatch):
     assert "application/vnd.jupyter.widget-view+json" in explorer._repr_mimebundle_()
 
 
-def test_theme():
-    assert Squares(theme="dark").figure.layout.template.layout.paper_bgcolor == "#14171A"
+def test_theme(dark):
+    assert Squares().figure.layout.template.layout.paper_bgcolor == "#14171A"
     with pytest.raises(ValueError, match="theme='pink' is unknown"):
-        Squares(theme="pink")
+        theme.use_theme("pink")
 
 
 def test_latency_is_measured_in_a_process_of_its_own():

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import connect
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sidlab
 from sidlab.decoding import encode_histories
@@ -14,6 +16,7 @@ from sidlab.probe import Probe
 from sidlab.pruning import PruningConfig
 from sidlab.training import build_model
 from sidlab.viz import PruningExplorer
+from sidlab.viz.pruning import pruning_figure
 
 LEVELS = 4  # three codes and a separator
 
@@ -28,11 +31,33 @@ def world():
 
 def shown(explorer):
     """(kept tokens as (item, level), cells of the right heatmap that are drawn, recommended titles) as the reader sees them."""
-    kept, pruned, _, texts, before, after = explorer.figure.data
+    kept, _, pruned, texts, _, before, after = explorer.figure.data
     strip = {(int(x), int(base)) for x, base in zip(kept.x, kept.base)}
     assert len(strip) + len(pruned.x) == len(before.z) and len(texts.x) == len(pruned.x)
     rows = re.findall(r"<tr><td>(\d+)</td><td>(?:★ )?([^<]*)</td><td>", explorer.text.value)
     return strip, np.array([[cell is not None for cell in row] for row in np.array(after.z)]), [title for _, title in rows]
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 9), st.integers(1, 16), st.booleans())
+def test_every_token_is_marked_without_colour(world, items, sixteenths, known):
+    model, catalogue = world
+    probe = Probe(model, catalogue.histories[0][:items], catalogue.truth if known else None)
+    pruned = probe.prune(PruningConfig(keep=sixteenths / 16, scorer="random"))
+    titles = [f"item <{i}>" for i in range(len(probe.history))]
+    figure, seen = pruning_figure(probe, pruned, titles, 2), {}
+    kept_bars, kept_codes, pruned_bars, pruned_codes, stars, *_ = figure.data
+    for bars, codes in ((kept_bars, kept_codes), (pruned_bars, pruned_codes)):
+        for x, base, code, hover in zip(bars.x, bars.base, codes.text, bars.hovertext):
+            token = LEVELS * int(x) + int(base)
+            seen[token] = bars.name == "kept"
+            assert f"item &lt;{int(x)}&gt;" in hover and f"importance {pruned.importance[token]:.4g}" in hover and f": {code}<" in hover
+            assert (("truly informative" in hover), ("holds nothing" in hover)) == (
+                (probe.truth[token] > 0, probe.truth[token] == 0) if known else (False, False))
+    assert [seen[token] for token in range(len(probe.tokens))] == pruned.kept.tolist()
+    assert not kept_bars.marker.pattern.shape and pruned_bars.marker.pattern.shape and stars.marker.symbol == "star"
+    informative = set(np.flatnonzero(probe.truth > 0).tolist()) if known else set()
+    assert {LEVELS * int(x) + int(y) for x, y in zip(stars.x, stars.y)} == informative and stars.showlegend == known
 
 
 @pytest.mark.parametrize("values", [

@@ -144,13 +144,13 @@ def test_figure_tells_fates_and_modes_apart_without_colour(evidence):
     picture, *bars = quirk_figure(evidence[1], "reference").data
     assert {symbol for row in picture.text for symbol in row} == {"●", "×", "○", "·"}
     assert [bar.marker.pattern.shape for bar in bars] == ["/", ""] and bars[0].marker.line.width > bars[1].marker.line.width
-    numbers, *_ = quirk_figure(evidence[2], "reference", "sidlab_dark").data
+    numbers, *_ = quirk_figure(evidence[2], "reference").data
     bias = evidence[2]["corrected"].z
     assert (numbers.zmin, numbers.zmax) == pytest.approx((bias.min(), bias.max())), "one scale for both modes"
 
 
 def test_export_has_a_frame_per_quirk(demo, tmp_path):
-    page = QuirkExplorer(demo.model, demo.catalogue, theme="dark").export(tmp_path / "quirks.html").read_text(encoding="utf-8")
+    page = QuirkExplorer(demo.model, demo.catalogue).export(tmp_path / "quirks.html").read_text(encoding="utf-8")
     frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1].replace("<\\/", "</"))
     assert [frame["value"] for frame in frames] == [name for name, *_ in QUIRKS]
 

@@ -125,8 +125,8 @@ def test_nothing_rests_on_colour(data):
         assert chosen.marker.size > 2 * line.marker.size and chosen.error_y.array and not line.error_y.array
 
 
-def test_export_has_a_frame_for_each_share_and_opens_at_the_chosen_one(data, tmp_path):
-    page = FrontierExplorer(data, keep=0.5, theme="dark").export(tmp_path / "frontier.html").read_text()
+def test_export_has_a_frame_for_each_share_and_opens_at_the_chosen_one(data, tmp_path, dark):
+    page = FrontierExplorer(data, keep=0.5).export(tmp_path / "frontier.html").read_text()
     frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1])
     assert [frame["value"] for frame in frames] == ["10%", "20%", "33%", "50%", "70%"] and 'step="1" value="3"' in page
     for frame, keep in zip(frames, KEEPS):

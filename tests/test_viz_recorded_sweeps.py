@@ -159,13 +159,13 @@ def test_export_holds_a_frame_per_recorded_value(made, tmp_path):
     assert len({frame["text"] for frame in frames}) == len(frames)
 
 
-def test_both_themes_and_figures_by_themselves():
+def test_both_themes_and_figures_by_themselves(dark):
     rows = granularity()["rows"]
-    light, dark = (dilution_figure(rows, rows[5], "updates", "updates", template) for template in ("sidlab", "sidlab_dark"))
-    assert len(light.data) == len(dark.data) and light.layout.xaxis2.title.text == "updates"
+    figure = dilution_figure(rows, rows[5], "updates", "updates")
+    assert figure.layout.template.layout.paper_bgcolor == "#14171A" and figure.layout.xaxis2.title.text == "updates"
     runs = map_runs()["rows"]
     assert len(map_figure(runs[1:], runs[0], runs[3]).data) == 6
-    assert MapExplorer(map_runs(), theme="dark").figure.layout.template == go.Figure(layout_template="sidlab_dark").layout.template
+    assert MapExplorer(map_runs()).figure.layout.template == go.Figure(layout_template="sidlab_dark").layout.template
 
 
 def test_data_without_the_runs_in_question_is_refused():

@@ -158,8 +158,8 @@ def test_a_move_sends_at_most_four_messages_and_200_kb(explorer):
 
 def test_exported_page_has_a_frame_per_value(explorer, tmp_path):
     explorer.set(levels=3, width=8)
-    for control, shown in (("after", ["0", "1", "2", "3", "4"]), ("width", ["2", "4", "6", "8", "12", "16", "24", "32"])):
-        frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", explorer.export(tmp_path / "x.html", control).read_text())[1])
+    for explorer.exported, shown in (("after", ["0", "1", "2", "3", "4"]), ("width", ["2", "4", "6", "8", "12", "16", "24", "32"])):
+        frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", explorer.export(tmp_path / "x.html").read_text())[1])
         assert [frame["value"] for frame in frames] == shown
     assert len({len(frame["data"]) for frame in frames}) == 1
 
@@ -186,8 +186,8 @@ def test_titles_are_escaped_and_missing_ones_numbered():
     assert all("<script>" not in hover for trace in explorer.figure.data for hover in trace.hovertext or ())
 
 
-def test_errors_and_themes():
+def test_errors_and_themes(dark):
     with pytest.raises(ValueError, match="width=64 is not offered for 160 items; use one of 2, 4, 6, 8, 12, 16, 24, 32"):
         SidExplorer(WORLD, width=64)
-    assert SidExplorer(WORLD, theme="dark").figure.layout.template.layout.paper_bgcolor == "#14171A"
+    assert SidExplorer(WORLD).figure.layout.template.layout.paper_bgcolor == "#14171A"
     assert len(set(SYMBOLS)) == 32

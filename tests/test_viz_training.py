@@ -17,7 +17,8 @@ from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
 from sidlab.training import train
 from sidlab.viz import theme, training
-from sidlab.viz.training import TrainingMonitor, looks
+from sidlab.viz.theme import looks
+from sidlab.viz.training import TrainingMonitor
 
 WORLD = planted_catalogue(40, seed=1, shortest=5, longest=9)
 TABLE = SidTable(WORLD.truth.tree, tuple((WORLD.truth.tree.max(axis=0) + 1).tolist()))
@@ -245,9 +246,10 @@ def test_every_run_has_a_look_of_its_own():
     assert [(t.line.dash, t.marker.symbol) for t in figure.data[::2]] == [(look.dash, look.symbol) for look in looks(names[:3])]
 
 
-def test_controls_theme_and_refusal():
-    monitor = viz.TrainingMonitor(CONFIGS, WORLD, TABLE, theme="dark")
-    assert monitor.template == "sidlab_dark" and [b.description for b in monitor.children[0].children] == ["Start", "Stop"]
+def test_controls_theme_and_refusal(dark):
+    monitor = viz.TrainingMonitor(CONFIGS, WORLD, TABLE)
+    assert monitor.figure.layout.template.layout.paper_bgcolor == "#14171A"
+    assert [b.description for b in monitor.children[0].children] == ["Start", "Stop"]
     assert "waiting" in monitor.text.value and monitor.results == {} and not monitor.running
     with pytest.raises(ValueError, match="at least one run"):
         TrainingMonitor({}, WORLD, TABLE)

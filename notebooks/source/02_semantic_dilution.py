@@ -36,9 +36,9 @@ import torch
 import sidlab
 from sidlab import demo, teach
 from sidlab.probe import Probe
-from sidlab.viz import DilutionExplorer, use_theme
+from sidlab.viz import DilutionExplorer
+from sidlab.viz.theme import template
 
-use_theme("light")
 torch.set_num_threads(1)  # the model is too small to gain from more
 catalogue, encoder, table, model = demo.load()
 levels = ["department", "brand", "kind"]
@@ -158,7 +158,7 @@ truth[levels].mean().to_frame("mean nats per token").T.style.format(precision=4)
 # %%
 by_age = truth[truth.age <= 12].groupby("age").mean()
 long = by_age.reset_index().melt("age", var_name="level", value_name="nats")
-px.line(long, x="age", y="nats", color="level", symbol="level", line_dash="level", markers=True, height=380,
+px.line(long, x="age", y="nats", color="level", symbol="level", line_dash="level", markers=True, height=380, template=template(),
         title="True information about the next item, by level and age",
         labels={"age": "age (1 = last item)", "nats": "mean nats per token"})
 
@@ -203,7 +203,7 @@ means.style.format(precision=3)
 seen = tokens[tokens.age <= 12].groupby(["level", "age"])[["norm", "centrality"]].mean()
 shown = seen.reset_index().melt(["level", "age"], var_name="signal")
 figure = px.line(shown, x="age", y="value", color="level", symbol="level", line_dash="level", facet_col="signal", markers=True,
-                 height=400, title="What a pruner sees behind layer 2", labels={"age": "age (1 = last item)", "value": ""},
+                 height=400, template=template(), title="What a pruner sees behind layer 2", labels={"age": "age (1 = last item)", "value": ""},
                  category_orders={"level": [*levels, "separator"]})
 figure.update_yaxes(matches=None, showticklabels=True)
 

@@ -242,7 +242,7 @@ names_of = ["rastp", "random", "recent", "only level 3"]
 
 # %%
 import plotly.graph_objects as go
-from sidlab.viz.theme import VERMILLION, mark
+from sidlab.viz.theme import VERMILLION, mark, template
 
 figure = go.Figure()
 for name, values in zip(names_of, curves.values()):
@@ -251,7 +251,7 @@ for name, values in zip(names_of, curves.values()):
     figure.add_scatter(x=ratios, y=values, name=name, mode="lines+markers", line={"color": color, "dash": look.dash},
                        marker={"symbol": look.symbol, "size": 9})
 figure.update_xaxes(title_text="kept share of the tokens", tickformat=".0%").update_yaxes(title_text="recall@10")
-figure.update_layout(template=explorer.template, height=400, title="What a kept share costs in recall, by scorer")
+figure.update_layout(template=template(), height=400, title="What a kept share costs in recall, by scorer")
 
 # %%
 pd.DataFrame(curves.values(), index=names_of, columns=[f"{ratio:.0%}" for ratio in ratios]).round(3)

@@ -41,10 +41,10 @@ import sidlab
 from sidlab import demo, teach
 from sidlab.map_loss import MapHead
 from sidlab.training import build_model
-from sidlab.viz import MapExplorer, use_theme
+from sidlab.viz import MapExplorer
+from sidlab.viz.theme import template
 from sidlab.windows import Collator, Windows, leave_one_out
 
-use_theme("light")
 catalogue, encoder, table, _ = demo.load()
 split = leave_one_out(catalogue.histories)
 windows = Windows(split.train, max_items=30)
@@ -338,7 +338,7 @@ teach.predict("After equally many updates, the training loss of the next item al
               choices=answers, default=answers[0], explain="One run each: train with another seed (seed=1) before you believe it.")
 
 # %%
-px.line(curve, x="step", y="main_loss", color="run", symbol="run", line_dash="run", markers=True, height=360,
+px.line(curve, x="step", y="main_loss", color="run", symbol="run", line_dash="run", markers=True, height=360, template=template(),
         title="Training loss of the next item alone, your own run", labels={"step": "updates", "main_loss": "loss (nats per token)"})
 
 # %%

@@ -24,7 +24,7 @@ def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module 'sidlab.viz' has no attribute {name!r}")
     module = importlib.import_module(f"sidlab.viz.{_HOME[name]}")
-    globals()[name] = value = getattr(module, "use" if name == "use_theme" else name)
+    globals()[name] = value = getattr(module, name)
     return value
 
 

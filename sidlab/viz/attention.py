@@ -13,7 +13,7 @@ from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality, semantic_saliency
 from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
 from sidlab.viz.pruning import _level_names, table
-from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION
+from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION, template
 
 SHOWN, SEARCHED = 10, 200  # places of the list; how many items are scored, so that one that leaves the list is still found
 REMOVALS = ("nothing", "this token", "its whole item")
@@ -23,7 +23,7 @@ class AttentionExplorer(HistoryExplorer):
     """Attention, centrality, saliency and importance of one user's tokens, and the recommendations without a chosen one.
     `AttentionExplorer()` shows the bundled demo.
 
-    Args: `model`, `catalogue`, `histories`, `theme` as in `PruningExplorer`; other arguments set controls: `user` (1 is the first), `layer`
+    Args: `model`, `catalogue`, `histories` as in `PruningExplorer`; other arguments set controls: `user` (1 is the first), `layer`
     (from 1), `head` (from 1; 0 is the mean of all), `token` (its place from 0), `remove` (one of `REMOVALS`). A click on a column of the
     large heatmap or on a bar chooses the token, a click on a small heatmap its layer and head.
     """
@@ -31,7 +31,7 @@ class AttentionExplorer(HistoryExplorer):
     heading = "Which tokens are looked at, and which ones matter?"
     exported = "token"
 
-    def __init__(self, model=None, catalogue=None, *, histories=None, theme=None, user=1, layer=2, head=0, token=1, remove="this token"):
+    def __init__(self, model=None, catalogue=None, *, histories=None, user=1, layer=2, head=0, token=1, remove="this token"):
         self.take(model, catalogue, histories)
         within("user", user, 1, len(self.histories))
         within("layer", layer, 1, self.model.config.num_layers)
@@ -40,7 +40,8 @@ class AttentionExplorer(HistoryExplorer):
         self._without, config = functools.lru_cache(256)(self._without), self.model.config
         users = widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user")
         within("token", token, 0, len(self._options(user)) - 1)
-        self._tokens = widgets.SelectionSlider(options=self._options(user), value=token, description="token", layout={"width": "560px"})
+        self._tokens = widgets.SelectionSlider(options=self._options(user), value=token, description="token",
+                                               layout={"width": "560px", "max_width": "97%"})
         users.observe(self._other_tokens, "value")  # before all other observers, so that these find the tokens of this user
         super().__init__({
             "token": self._tokens,
@@ -49,7 +50,7 @@ class AttentionExplorer(HistoryExplorer):
             "head": widgets.Dropdown(options=[("mean", 0), *((str(h + 1), h + 1) for h in range(config.num_heads))], value=head,
                                      description="head"),
             "user": users,
-        }, slow=("user",), theme=theme)
+        }, slow=("user",))
         for trace in self.figure.data[:5]:
             trace.on_click(self._clicked)
 
@@ -94,7 +95,7 @@ class AttentionExplorer(HistoryExplorer):
         probe, removed = self._probe(user), self.removed()
         before, after = self._without(user, layer, ()), self._without(user, layer, removed)
         scores = factors(probe, layer, head)
-        figure = attention_figure(probe, scores, layer, head, token, removed, [label for label, _ in self._tokens.options], self.template)
+        figure = attention_figure(probe, scores, layer, head, token, removed, [label for label, _ in self._tokens.options])
         return figure, self._text(probe, scores, before, after, int(self.histories[user - 1][-1]))
 
     def _text(self, probe, scores, before, after, target):
@@ -145,7 +146,7 @@ def factors(probe, layer: int, head: int = 0) -> dict[str, np.ndarray]:
     return {name: values.numpy() for name, values in scores.items()}
 
 
-def attention_figure(probe, scores, layer: int, head: int, token: int, removed=(), names=None, template: str = "sidlab") -> go.Figure:
+def attention_figure(probe, scores, layer: int, head: int, token: int, removed=(), names=None) -> go.Figure:
     """Left, every layer (row) and head (column) small, the shown one framed; right, one large, above it the sums of its columns, the
     saliency and the importance of the same tokens.
 
@@ -177,7 +178,7 @@ def attention_figure(probe, scores, layer: int, head: int, token: int, removed=(
     per_item = int((probe.item_index == 0).sum())
     items = bare | {"tickvals": list(range(0, n, per_item)), "ticktext": [str(m + 1) for m in range(len(probe.history))]}
     layout = {
-        "template": template, "height": 720, "bargap": 0.25, "margin": {"l": 20, "r": 20, "t": 50, "b": 40}, "uirevision": "same",
+        "template": template(), "height": 720, "bargap": 0.25, "margin": {"l": 20, "r": 20, "t": 50, "b": 40}, "uirevision": "same",
         "legend": {"orientation": "h", "x": 0.46, "y": 1.01, "yanchor": "bottom"},
         "xaxis": bare | {"domain": [0, 0.4], "range": [-0.5, side * n_heads - 0.5], "ticks": "", "side": "top", "anchor": "y",
                          "tickvals": [side * (h + 0.5) for h in range(n_heads)], "ticktext": [f"head {h + 1}" for h in range(n_heads)]},

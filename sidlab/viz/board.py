@@ -41,7 +41,7 @@ class Board:
         frame = pd.DataFrame(rows, columns=None if rows else ["name", "contest", "recall@10"])
         return frame.sort_values(["contest", "recall@10"], ascending=[True, False], kind="stable", ignore_index=True)
 
-    def figure(self, contest: str, theme: str | None = None) -> go.Figure:
+    def figure(self, contest: str) -> go.Figure:
         """recall@10 of the entries of `contest` with their intervals, best on top; anchors are lines."""
         rows = sorted((row for row in self.rows if row["contest"] == contest), key=lambda row: -row["recall@10"])
         entries, anchors = ([row for row in rows if row.get("anchor", False) == which] for which in (False, True))
@@ -56,7 +56,7 @@ class Board:
                              annotation_position=("top right", "top left")[place % 2],
                              annotation_text=html.escape(f"{row['name']} {row['recall@10']:.3f}"))
         figure.update_xaxes(title_text="recall@10").update_yaxes(autorange="reversed", type="category")
-        return figure.update_layout(template=template(theme), height=160 + 30 * len(entries), margin_t=60, showlegend=False)
+        return figure.update_layout(template=template(), height=160 + 30 * len(entries), margin_t=60, showlegend=False)
 
     def _repr_html_(self):
         return self.frame().to_html(index=False, float_format="{:.4f}".format, na_rep="") if self.rows else "<p>No entry yet.</p>"

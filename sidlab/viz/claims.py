@@ -2,6 +2,7 @@
 
 from sidlab.files import write
 from sidlab.metrics import METRICS
+from sidlab.viz.figures import span
 from sidlab.viz.page import _table, _text, _with_code, document
 
 SIGNS = {"confirmed": "✓", "not confirmed": "✗", "undecided": "?", "mixed": "±", "not run": "…", "not testable here": "–"}
@@ -14,10 +15,6 @@ ul { margin: 0; padding-left: 1.1rem }
 
 def write_claims(claims: list[dict], rows: list[dict], path) -> None:
     """Writes the page of `claims` (what `claims.judge` gives) and `rows` (what `claims.beside_published` gives) to `path`, atomically."""
-    write(path, _page(claims, rows))
-
-
-def _page(claims, rows):
     count = {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in SIGNS}
     summary = ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n)
     body = [[f"<b>{_text(claim['paper'])}</b> {_text(claim['claim'])}", f"{SIGNS[claim['verdict']]} {_text(claim['verdict'])}" + "".join(
@@ -25,10 +22,11 @@ def _page(claims, rows):
             for claim in claims]
     tables = "\n".join(
         _table(f"{name}: published beside ours", ["method", *METRICS],
-               [[f"<b>{_text(row['method'])}</b><small>{_text(row['source'])}</small>", *(_metric(row, m) for m in METRICS)]
+               [[f"<b>{_text(row['method'])}</b><small>{_text(row['source'])}</small>",
+                 *(f"{row[m]:.4f}<small>{span(row, m)}</small>" for m in METRICS)]
                 for row in rows if row["dataset"] == name])
         for name in dict.fromkeys(row["dataset"] for row in rows))
-    return document("What RASTP and STAMP claim, and what came out here", f"""<p>{summary}.
+    write(path, document("What RASTP and STAMP claim, and what came out here", f"""<p>{summary}.
 Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where the whole spread of ours is at least the published
 one, against an unpruned model that pads no more; quality is lost where the interval of the difference to the unpruned model lies below 0,
 kept where it does not and lies above −5 % of its recall@10, else undecided, as it is with one seed or a model that is not trained
@@ -38,12 +36,7 @@ test users, and over seeds where there are several. How to run what is missing: 
 <h2>Numbers</h2>
 <p>Published numbers have no intervals and rest on other preparations of the data; honest reproductions of one method differ by more than
 either paper gains.</p>
-{tables}""", STYLE, plotly=False)
-
-
-def _metric(row, name):
-    interval = row.get(f"{name}_interval")
-    return f"{row[name]:.4f}" + ("<small>[{:.4f}, {:.4f}]</small>".format(*interval) if interval else "")
+{tables}""", STYLE, plotly=False))
 
 
 def _findings(claim):

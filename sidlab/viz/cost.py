@@ -16,7 +16,7 @@ from sidlab.cost import _flops, recommend_flops
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.viz.explorer import Explorer
 from sidlab.viz.pruning import table
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION
+from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, template
 
 MAX_ITEMS, TOKENS = 30, 5  # RASTP's: items of history, tokens an item (4 codes and a separator), so 150 slots
 SLOTS, LAST = MAX_ITEMS * TOKENS, 10  # and the cheap alternative: the last ten items only
@@ -112,7 +112,7 @@ FATES = (("real_kept", "real tokens kept", {"color": BLUE, "line": {"color": BLU
                                                                "pattern": {"shape": "/", "fgcolor": GREY, "size": 9}}))
 
 
-def padding_figure(rows, template: str = "sidlab") -> go.Figure:
+def padding_figure(rows) -> go.Figure:
     """Slots of an average history by their fate, and FLOPs beside them with the reference numbers hollow. `rows`: from `padding_rows`."""
     names, places, flops = [row["name"] for row in rows], list(range(len(rows))), [row["flops"] for row in rows]
     bars = [go.Bar(x=[row[key] for row in rows], y=places, orientation="h", name=name, customdata=names, width=0.66, marker=look,
@@ -126,9 +126,9 @@ def padding_figure(rows, template: str = "sidlab") -> go.Figure:
                            marker={"symbol": "diamond-open", "size": 11, "color": VERMILLION, "line": {"width": 2.5}}, **right,
                            hovertemplate="Beauty: %{x:.2f} ×<extra></extra>"))
     down = {"range": [len(rows) - 0.5, -0.5], "showgrid": False, "zeroline": False}
-    across, far = {"text": "slots of an average history"}, {"text": "FLOPs, × 150 slots"}
-    layout = {"template": template, "barmode": "stack", "height": 430, "margin": {"l": 20, "r": 30, "t": 70, "b": 40}, "uirevision": "same",
-              "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+    across, far = {"text": "slots of a history"}, {"text": "FLOPs, × 150 slots"}
+    layout = {"template": template(), "barmode": "stack", "height": 430, "margin": {"l": 20, "r": 30, "t": 70, "b": 40},
+              "uirevision": "same", "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
               "xaxis": {"domain": [0, 0.61], "anchor": "y", "range": [0, 1.02 * SLOTS], "title": across},
               "yaxis": down | {"anchor": "x", "tickvals": places, "ticktext": names},
               "xaxis2": {"domain": [0.65, 1], "anchor": "y2", "range": [0, 1.1], "title": far},
@@ -140,13 +140,13 @@ class PaddingExplorer(Explorer):
     """What RASTP's published rule removes, a share of 150 padded slots, beside what a share of each row's own tokens removes.
 
     Args: `lengths`: {name: items per user} of real histories that join the menu; `mean`, `keep`, `which` and `source` set controls;
-    `theme` as in `Explorer`. FLOPs are those of RASTP's model, by `cost`; moving `keep` counts no history anew.
+    FLOPs are those of RASTP's model, by `cost`; moving `keep` counts no history anew.
     """
 
     heading = "What does pruning a padded history remove?"
     exported = "mean"
 
-    def __init__(self, lengths: dict | None = None, *, mean=8.9, keep=1 / 3, which="published", source=None, theme=None):
+    def __init__(self, lengths: dict | None = None, *, mean=8.9, keep=1 / 3, which="published", source=None):
         self.lengths = lengths or {}
         self._batches = functools.lru_cache(256)(self._batches)
         sources = [("like Amazon 5-core, of that mean", None), *((name, name) for name in self.lengths)]
@@ -155,7 +155,7 @@ class PaddingExplorer(Explorer):
             "keep": widgets.FloatSlider(value=keep, min=0.05, max=1, step=0.01, description="kept share", readout_format=".0%"),
             "source": widgets.Dropdown(options=sources, value=source, description="lengths"),
             "which": widgets.Dropdown(options=[(text, name) for name, text in HISTORIES.items()], value=which, description="histories"),
-        }, slow=("source", "which"), theme=theme)
+        }, slow=("source", "which"))
 
     def _batches(self, source, mean, which):
         return windows_of_batches(five_core_lengths(mean) if source is None else self.lengths[source], which)
@@ -166,7 +166,7 @@ class PaddingExplorer(Explorer):
         self.rows = padding_rows(batches, keep)
         whole = int(keep * SLOTS + 1e-6) // TOKENS  # items of the longest history that the published rule leaves as it is
         losers = batches.sum(0)[whole:].sum() / batches.sum()
-        return padding_figure(self.rows, self.template), self._text(losers)
+        return padding_figure(self.rows), self._text(losers)
 
     def _text(self, losers):
         plain, published, *_, unpadded, own = self.rows
@@ -197,7 +197,7 @@ class CostCalculator(Explorer):
     exported = "items"
 
     def __init__(self, speed: Speed | None = None, *, items=20, levels=3, width=256, d_model=128, layers=4, keep=1 / 3, after=2, slots=4096,
-                 windows=100_000, epochs=10, catalogue=10_000, tflops=10.0, theme=None):
+                 windows=100_000, epochs=10, catalogue=10_000, tflops=10.0):
         self.speed = speed or calibrate()
         self._step = functools.lru_cache(4096)(self._step)
         integer, choice = widgets.IntSlider, widgets.SelectionSlider
@@ -215,7 +215,7 @@ class CostCalculator(Explorer):
             "epochs": integer(value=epochs, min=1, max=100, description="epochs"),
             "catalogue": power(value=catalogue, min=2, max=7, description="items in the catalogue"),
             "tflops": widgets.BoundedFloatText(value=tflops, min=0.001, max=1e6, description="TFLOP/s that a GPU sustains"),
-        }, theme=theme)
+        })
 
     def _step(self, items, levels, width, d_model, layers, slots, pruning):
         """(config, cost of a batch, predicted seconds by part) of one training step."""
@@ -239,7 +239,7 @@ class CostCalculator(Explorer):
         parts = [{name: 1000 * seconds / batch.windows for name, seconds in parts.items()} for _, batch, parts in steps[items]]
         too_much = [n for n, ratio in zip(lengths, curves["seconds, predicted"]) if ratio >= 1]
         pays = [n for n in lengths if n > max(too_much, default=0)]
-        return cost_figure(parts, lengths, curves, items, self.template), self._text(*steps[items], pays)
+        return cost_figure(parts, lengths, curves, items), self._text(*steps[items], pays)
 
     def _text(self, plain, pruned, pays):
         (full_config, full, full_parts), (config, batch, parts) = plain, pruned
@@ -276,7 +276,7 @@ PARTS = (("arithmetic", BLUE, ""), ("memory traffic", ORANGE, "/"), ("fixed pric
 LOOKS = ((VERMILLION, "solid", "circle"), (BLUE, "dash", "square"), (GREEN, "dot", "triangle-up"))
 
 
-def cost_figure(parts, lengths, curves, items, template: str = "sidlab") -> go.Figure:
+def cost_figure(parts, lengths, curves, items) -> go.Figure:
     """Seconds per 1,000 windows by part, unpruned and pruned, and what pruning leaves of the cost at other lengths of history.
 
     Args: `parts`: two dicts {part: seconds}, unpruned and pruned; `lengths`: items of history; `curves`: three, {name: ratio at each
@@ -295,8 +295,8 @@ def cost_figure(parts, lengths, curves, items, template: str = "sidlab") -> go.F
     line = {"type": "line", "xref": "x2 domain", "yref": "y2", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": {"color": GREY, "width": 2}}
     note = {"text": "above this line pruning costs more", "xref": "x2 domain", "yref": "y2", "x": 0.99, "y": 1, "xanchor": "right",
             "yanchor": "bottom", "showarrow": False}
-    layout = {"template": template, "barmode": "stack", "height": 450, "margin": {"l": 20, "r": 30, "t": 70, "b": 40}, "uirevision": "same",
-              "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+    layout = {"template": template(), "barmode": "stack", "height": 450, "margin": {"l": 20, "r": 30, "t": 70, "b": 40},
+              "uirevision": "same", "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
               "legend2": {"orientation": "h", "x": 1, "xanchor": "right", "y": -0.24, "yanchor": "top"},
               "shapes": [line], "annotations": [note],
               "xaxis": {"domain": [0, 0.46], "anchor": "y", "title": {"text": "predicted seconds per 1,000 windows"}},

@@ -17,28 +17,27 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from sidlab.checks import as_histories, one_of
+from sidlab.checks import as_histories
 from sidlab.files import write
 from sidlab.models.t5 import SidT5
 from sidlab.probe import Probe, on_processor
-from sidlab.viz import theme as themes
 from sidlab.viz.labels import Labels
+from sidlab.viz.theme import TEMPLATES
 
 
 class Explorer(widgets.VBox):
     """Base class. A subclass makes its controls, calls `super().__init__`, and writes `draw`.
 
     Args: `controls`: {name: widget with a `value` and a `description`}; `slow`: names of those whose change takes longer than a
-    blink: they act on release and say that they work; `theme`: "light" or "dark" (default: `theme.use`'s choice).
-    Attributes: `controls`, `figure` (a FigureWidget), `text` and `alert` (HTML widgets), `template` (of the figure).
+    blink: they act on release and say that they work. It is light or dark as `use_theme` says.
+    Attributes: `controls`, `figure` (a FigureWidget), `text` and `alert` (HTML widgets).
     """
 
     heading = ""  # the title of an exported page
     exported = ""  # the control that an exported page has
 
-    def __init__(self, controls: dict, *, slow=(), theme: str | None = None):
+    def __init__(self, controls: dict, *, slow=()):
         super().__init__()
-        self.template = themes.template(theme)
         self.controls, self._quiet = controls, False
         self.alert, self.text = widgets.HTML(), widgets.HTML()
         for name, control in controls.items():
@@ -72,7 +71,7 @@ class Explorer(widgets.VBox):
                 self.controls[name].value = value
         finally:
             self._quiet = False
-        self.refresh()
+            self.refresh()  # where a value is refused, those before it have moved
 
     def refresh(self) -> None:
         """Draw again. What is raised on the way is shown to the reader, and raised."""
@@ -91,31 +90,31 @@ class Explorer(widgets.VBox):
             self.alert.value = '<p role="status">working …</p>'
         self.refresh()
 
-    def frames(self, control: str | None = None, values=None) -> list[tuple[str, go.Figure, str]]:
-        """(value as text, figure, text) for each of `values` of one control (default: `exported`, at all its options, or the present
-        value and 21 steps)."""
-        control = control or self.exported
-        one_of("control", control, self.controls)
-        widget = self.controls[control]
+    def frames(self, values=None) -> list[tuple[str, go.Figure, str]]:
+        """(value as text, figure, text) for each of `values` of the control `exported` (default: all its options, or the present value and
+        21 steps)."""
+        widget = self.controls[self.exported]
         if values is None:
             values = [v for _, v in widget._options_full] if hasattr(widget, "_options_full") else _steps(widget)
         if not len(values):
-            raise ValueError(f"values must hold at least one value of {control!r}, got {values!r}")
-        before, self._quiet, out = widget.value, True, []
+            raise ValueError(f"values must hold at least one value of {self.exported!r}, got {values!r}")
+        before, self._quiet, out = {name: control.value for name, control in self.controls.items()}, True, {}
         try:
             for value in values:
                 widget.value = value
-                out.append((_shown(widget), *self.draw()))
-            widget.value = before
-            self.draw()  # what a draw leaves behind is that of the control's own value again
+                drawn = self.draw()  # which moves the control to what there is
+                out.setdefault(_shown(widget), drawn)
         finally:
-            widget.value, self._quiet = before, False
-        return out
+            for name, value in before.items():
+                self.controls[name].value = value
+            self._quiet = False
+        self.draw()  # what a draw leaves behind is that of the control's own value again
+        return [(value, *drawn) for value, drawn in out.items()]
 
-    def export(self, path, control: str | None = None, values=None) -> pathlib.Path:
+    def export(self, path, values=None) -> pathlib.Path:
         """Write one HTML file that holds plotly.js and a frame for each value of one control (see `frames`): it works without a kernel and
         without a network. It opens at the control's present value if that is one of them."""
-        frames, widget = self.frames(control, values), self.controls[control or self.exported]
+        frames, widget = self.frames(values), self.controls[self.exported]
         first = next((i for i, (value, _, _) in enumerate(frames) if value == _shown(widget)), 0)
         return write_frames(path, self.heading or type(self).__name__, widget.description, frames, first)
 
@@ -129,9 +128,8 @@ class Explorer(widgets.VBox):
         os.replace(page, page.with_name(name))
         height = int(self.figure.layout.height or 450) + 420
         source, title = f"{pathlib.Path(site).name}/{name}", html.escape(self.heading)
-        moves = f"only “{html.escape(self.controls[self.exported].description)}” moves" if self.exported else "nothing moves"
         frame = (f'<iframe src="{source}" title="{title}" width="100%" height="{height}"></iframe>'
-                 f"<p><small>Here {moves}; the rest needs JupyterLab.</small></p>")
+                 f"<p><small>Here only its slider moves; the rest needs JupyterLab.</small></p>")
         return {"text/html": frame, "text/plain": f"{type(self).__name__}: {name}"}
 
 
@@ -152,9 +150,10 @@ class HistoryExplorer(Explorer):
 
     def take(self, model, catalogue, histories):
         self.model, self.catalogue = demo_or(model, catalogue)
-        if not isinstance(self.model, SidT5) or self.model.table is None or self.model.table.n_items != self.catalogue.n_items:
+        n_items = getattr(getattr(self.model, "table", None), "n_items", None)
+        if not isinstance(self.model, SidT5) or n_items != self.catalogue.n_items:
             raise ValueError(f"this explorer looks into a SidT5 with a table of the catalogue's {self.catalogue.n_items} items, got a "
-                             f"{type(self.model).__name__} with {getattr(self.model.table, 'n_items', None)}")
+                             f"{type(self.model).__name__} with {n_items}")
         given = self.catalogue.histories if histories is None else histories
         self.histories = [history for history in given if len(history) > 1][: 50 if histories is None else None]
         if not self.histories:
@@ -299,7 +298,7 @@ def write_frames(path, title: str, label: str, frames, first: int = 0) -> pathli
         content = json.loads(pio.to_json(figure, validate=False))
         content["layout"].pop("template", None)
         out.append({"value": value, "text": text, **content})
-    looks = [pio.templates[name].to_plotly_json() for name in themes.TEMPLATES.values()]
+    looks = [pio.templates[name].to_plotly_json() for name in TEMPLATES.values()]
     page = PAGE % {"title": html.escape(title), "label": html.escape(label), "plotly": get_plotlyjs(), "last": len(out) - 1, "first": first,
                    "frames": _script(out), "looks": _script(looks)}
     return write(path, page)

@@ -1,7 +1,7 @@
 """Figures: pure functions from data to a plotly Figure. `results` is what `comparison.py` writes as results.json.
 
 Nothing rests on colour alone: methods differ by symbol and dash, published numbers are hollow, pruned tokens hatched.
-Every function takes `template`, "sidlab" or "sidlab_dark". Of partial results, what is missing is left out.
+They are light or dark as `theme.use_theme` says. Of partial results, what is missing is left out.
 """
 
 import html
@@ -9,11 +9,10 @@ import textwrap
 
 import numpy as np
 import plotly.graph_objects as go
-import plotly.io as pio
 from plotly.subplots import make_subplots
 
 from sidlab.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
-from sidlab.viz.theme import BLUE, GREY, ORANGE, VERMILLION, looks
+from sidlab.viz.theme import BLUE, GREY, ORANGE, VERMILLION, looks, template
 
 COST, MEMORY = "seconds_per_1k_windows", "peak_memory_mb"
 
@@ -42,7 +41,7 @@ def _marks(results):
     return dict(zip(names, looks(names)))
 
 
-def quality(results: dict, template: str = "sidlab") -> go.Figure:
+def quality(results: dict) -> go.Figure:
     """recall@10 and ndcg@10 of every method: mean and 95 % interval, single seeds as dots, published numbers hollow."""
     rows, paper = results["summary"], published(results["dataset"])
     names = [row["method"] for row in rows]
@@ -85,10 +84,10 @@ def quality(results: dict, template: str = "sidlab") -> go.Figure:
     height = 130 + 32 * len(labels)
     figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, range=[len(labels) - 0.4, -0.6],
                         zeroline=False)
-    return figure.update_layout(template=template, height=height, legend=_below(height))
+    return figure.update_layout(template=template(), height=height, legend=_below(height))
 
 
-def quality_cost(results: dict, template: str = "sidlab") -> go.Figure:
+def quality_cost(results: dict) -> go.Figure:
     """recall@10 with its interval against seconds per 1,000 training windows (log); lines: methods without a cost."""
     reference(results)  # raises where nothing has a cost
     costs = np.log10([row[COST] for row in with_cost(results)])
@@ -115,10 +114,10 @@ def quality_cost(results: dict, template: str = "sidlab") -> go.Figure:
     figure.update_xaxes(type="log", range=[float(costs.min() - room), float(costs.max() + room)], tickformat="~g",
                         title_text="training seconds per 1,000 windows (log scale; left is cheaper)")
     figure.update_yaxes(title_text="recall@10", title_standoff=12, range=[low, high])
-    return figure.update_layout(template=template, height=480, showlegend=True, margin_l=80)
+    return figure.update_layout(template=template(), height=480, showlegend=True, margin_l=80)
 
 
-def learning_curves(results: dict, template: str = "sidlab") -> go.Figure:
+def learning_curves(results: dict) -> go.Figure:
     """Validation recall@10 and training loss against updates: a line per method and seed, one look per method."""
     if not results.get("curves"):
         raise ValueError("results hold no curves")
@@ -134,10 +133,10 @@ def learning_curves(results: dict, template: str = "sidlab") -> go.Figure:
         figure.add_scatter(x=curve["step"], y=curve["loss"], mode="lines", showlegend=False, col=2, **common)
         seen.add(name)
     figure.update_xaxes(title_text="updates", title_standoff=8)
-    return figure.update_layout(template=template, height=500, legend=_below(500, 85))
+    return figure.update_layout(template=template(), height=500, legend=_below(500, 85))
 
 
-def cost_bars(results: dict, template: str = "sidlab") -> go.Figure:
+def cost_bars(results: dict) -> go.Figure:
     """Training time and peak memory relative to `unpadded`, with the kept share; RASTP's and STAMP's claims as lines.
 
     Both papers compare with a padded model, so their ratios are drawn from the bar of `padded`, where it was run."""
@@ -162,7 +161,7 @@ def cost_bars(results: dict, template: str = "sidlab") -> go.Figure:
               else f"{row['method']} ({row['kept_token_fraction']:.0%} kept)" for row in rows]
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, range=[len(rows) - 0.5, -0.5])
     height = 150 + 34 * len(rows)
-    return figure.update_layout(template=template, height=height, legend=_below(height))
+    return figure.update_layout(template=template(), height=height, legend=_below(height))
 
 
 def _claims(figure, field, padded, column, ends):
@@ -181,55 +180,7 @@ def _claims(figure, field, padded, column, ends):
                        fillpattern_bgcolor="rgba(0,0,0,0)", name=text, hoverinfo="name", zorder=-1, row=1, col=column)
 
 
-def pruning_strip(labels, kept, importance=None, informative=None, levels=None, template: str = "sidlab") -> go.Figure:
-    """One user's history as tokens: a column per item, a row per level; kept tokens filled, pruned pale and hatched.
-
-    Args: `labels`: M pairs (item title, its L token texts), oldest first; `kept` bool [M, L]; `importance` float
-    [M, L], shown on hover; `informative` bool [M, L], the truly informative tokens, starred; `levels`: L row names."""
-    titles = [title or "(no title)" for title, _ in labels]
-    texts = np.array([list(tokens) for _, tokens in labels], dtype=object)
-    if texts.ndim != 2:
-        raise ValueError("labels must be pairs (title, tokens), at least one, with equally many tokens each")
-    for name, array in (("kept", kept), ("importance", importance), ("informative", informative)):
-        if array is not None and np.shape(array) != texts.shape:
-            raise ValueError(f"{name} must have the shape [M, L] of labels, {list(texts.shape)}, "
-                             f"got {list(np.shape(array))}")
-    kept = np.asarray(kept, bool)
-    figure, (m, n_levels) = go.Figure(), texts.shape
-    levels = levels or [f"level {v + 1}" for v in range(n_levels)]
-
-    def hover(i, v, state):
-        lines = [f"<b>{html.escape(titles[i])}</b>", f"{levels[v]}: {texts[i, v]}", state]
-        if importance is not None:
-            lines.append(f"importance {importance[i][v]:.4g}")
-        if informative is not None:
-            lines.append("truly informative" if informative[i][v] else "holds nothing about the next item")
-        return "<br>".join(lines)
-
-    ink = pio.templates[template].layout.font.color
-    filled = {"color": BLUE, "line": {"color": BLUE, "width": 1}}
-    hatched = {"color": "rgba(127,127,127,0.10)", "line": {"color": GREY, "width": 1},
-               "pattern": {"shape": "/", "fgcolor": GREY, "fgopacity": 0.45, "size": 9, "solidity": 0.12}}
-    for state, chosen, look, color in (("kept", kept, filled, "white"), ("pruned", ~kept, hatched, ink)):
-        item, level = np.nonzero(chosen)
-        figure.add_bar(
-            x=item, y=np.full(len(item), 0.84), base=level + 0.08, width=0.88, marker=look, name=state,
-            hovertext=[hover(i, v, state) for i, v in zip(item, level)], hoverinfo="text", text=texts[chosen],
-            textposition="inside", insidetextanchor="middle", textangle=0, textfont_size=12, textfont_color=color)
-    if informative is not None:
-        item, level = np.nonzero(informative)
-        figure.add_scatter(x=item + 0.3, y=level + 0.24, mode="markers", name="truly informative", hoverinfo="skip",
-                           marker_symbol="star", marker_size=9, marker_color=ORANGE, marker_line_width=0.8,
-                           marker_line_color="#222222")
-    figure.update_xaxes(tickvals=list(range(m)), ticktext=[_short(title, m) for title in titles], showgrid=False,
-                        tickangle=-60 if m > 6 else 0, range=[-0.6, m - 0.4], title_text="history, oldest item first")
-    figure.update_yaxes(tickvals=[v + 0.5 for v in range(n_levels)], ticktext=levels, range=[n_levels, 0],
-                        showgrid=False, zeroline=False)
-    return figure.update_layout(template=template, barmode="overlay", height=220 + 34 * n_levels,
-                                legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
-
-
-def _short(title, columns):
+def short_title(title, columns):
     """An axis label: few columns leave room for three lines, many for one short one."""
     few = columns <= 6
     lines = textwrap.wrap(title, 16 if few else 24, max_lines=3 if few else 1, placeholder="…")

@@ -15,6 +15,7 @@ from sidlab.metrics import METRICS
 from sidlab.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
 from sidlab.viz import figures
 from sidlab.viz.figures import COST, MEMORY
+from sidlab.viz.theme import TEMPLATES
 
 GUIDE = {
     "recall@10": """the share of test users whose next item, which no method saw, is among the ten recommended ones.
@@ -75,7 +76,11 @@ summary { cursor: pointer; padding: .3rem 0; width: max-content }
 
 def write_page(results: dict, path) -> None:
     """Writes the HTML page of `results` (what results.json holds) to `path`, atomically."""
-    write(path, _page(results))
+    name = pathlib.PurePath(results["dataset"]).name
+    guide = "".join(f"<dt>{_text(term)}</dt><dd>{_with_code(meaning)}</dd>\n" for term, meaning in GUIDE.items())
+    tables = [table(results) for table in (_summary_table, _claims_table, _predicted_table, _published_table)]
+    write(path, document(f"Pruning semantic-ID histories: {name}, preset {results['preset']}", "\n".join([
+        _run(results), "<h2>Results</h2>", *tables, "<h2>How to read this</h2>", f"<dl>\n{guide}</dl>", _charts(results)])))
 
 
 def document(title: str, body: str, style: str = "", plotly: bool = True) -> str:
@@ -97,14 +102,6 @@ def document(title: str, body: str, style: str = "", plotly: bool = True) -> str
 </body>
 </html>
 """
-
-
-def _page(results):
-    name = pathlib.PurePath(results["dataset"]).name
-    guide = "".join(f"<dt>{_text(term)}</dt><dd>{_with_code(meaning)}</dd>\n" for term, meaning in GUIDE.items())
-    tables = [table(results) for table in (_summary_table, _claims_table, _predicted_table, _published_table)]
-    return document(f"Pruning semantic-ID histories: {name}, preset {results['preset']}", "\n".join([
-        _run(results), "<h2>Results</h2>", *tables, "<h2>How to read this</h2>", f"<dl>\n{guide}</dl>", _charts(results)]))
 
 
 def _run(results):
@@ -229,7 +226,8 @@ def _charts(results):
 def _chart(results, name, heading, draw, rows, caption):
     # Figures keep their light template in dark mode, on a white card.
     config = {"responsive": True, "displayModeBar": False}
-    chart = pio.to_html(draw(results), full_html=False, include_plotlyjs=False, div_id=name, config=config)
+    figure = draw(results).update_layout(template=TEMPLATES["light"])
+    chart = pio.to_html(figure, full_html=False, include_plotlyjs=False, div_id=name, config=config)
     return f"""<h2 id="{name}-heading">{heading}</h2>
 <figure aria-labelledby="{name}-heading">
 <div class="chart" role="img" aria-label="Chart: {heading} The numbers are in the table below it.">{chart}</div>

@@ -15,8 +15,8 @@ from sidlab.metrics import rank_of_target
 from sidlab.pruning import POSITIONS, UNITS, PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
-from sidlab.viz.figures import pruning_strip
-from sidlab.viz.theme import SCALE
+from sidlab.viz.figures import short_title
+from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, template
 
 
 class PruningExplorer(HistoryExplorer):
@@ -24,7 +24,7 @@ class PruningExplorer(HistoryExplorer):
 
     Args: `model`, `catalogue`: a `SidT5` with its table and the catalogue it was trained on (default: `sidlab.demo.load()`);
     `histories`: which to choose from (default: the catalogue's first 50); the last item of each is the one to be found; `scorers`:
-    {name: callable} that join the menu; `theme` as in `Explorer`; other arguments set controls: `user` (1 is the first), `keep`,
+    {name: callable} that join the menu; other arguments set controls: `user` (1 is the first), `keep`,
     `layer`, `scorer`, `unit`, `positions`, `protect`.
     Moving `keep` selects anew and runs the layers behind the pruner and the decoder; the layers before it run once per user.
     """
@@ -32,7 +32,7 @@ class PruningExplorer(HistoryExplorer):
     heading = "Which tokens does a recommender need?"
     exported = "keep"
 
-    def __init__(self, model=None, catalogue=None, *, histories=None, scorers=None, theme=None, user=1, keep=1 / 3, layer=2,
+    def __init__(self, model=None, catalogue=None, *, histories=None, scorers=None, user=1, keep=1 / 3, layer=2,
                  scorer="rastp", unit="token", positions="original", protect=False):
         self.take(model, catalogue, histories)
         without = {"rastp-visible"} | ({"oracle"} if self.catalogue.truth is None else set())  # the first is for causal attention
@@ -45,14 +45,14 @@ class PruningExplorer(HistoryExplorer):
             within(name, value, low, high)
         super().__init__({
             "keep": widgets.FloatSlider(value=keep, min=0.05, max=1, step=0.01, description="kept share", readout_format=".0%",
-                                        layout=widgets.Layout(width="400px")),
+                                        layout=widgets.Layout(width="400px", max_width="97%")),
             "scorer": widgets.Dropdown(options=names, value=scorer, description="scorer"),
             "layer": widgets.IntSlider(value=layer, min=1, max=last, description="prune after layer"),
             "unit": widgets.Dropdown(options=UNITS, value=unit, description="unit"),
             "positions": widgets.Dropdown(options=POSITIONS, value=positions, description="positions"),
             "protect": widgets.Checkbox(value=protect, description="keep all separators", indent=False),
             "user": widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user"),
-        }, slow=("user", "layer"), theme=theme)
+        }, slow=("user", "layer"))
 
     def pruning(self) -> PruningConfig:
         """The configuration that the controls say."""
@@ -61,15 +61,12 @@ class PruningExplorer(HistoryExplorer):
 
     def _full(self, user, layer):
         """Recommendations without pruning, and how many milliseconds the layers behind `layer` and the decoder take for them."""
-        items = self._probe(user).prune(None).items.numpy()
+        items = self._probe(user).prune(None).items.numpy()  # also warms up
         return items, self._timed(user, PruningConfig(after_layer=layer, keep=1.0))[1]
 
     def _timed(self, user, pruning):
         begin = time.perf_counter()
-        self._probe(user).prune(pruning)
-        middle = time.perf_counter()
-        pruned = self._probe(user).prune(pruning)
-        return pruned, 1000 * min(middle - begin, time.perf_counter() - middle)  # the better of two: the first one warms up
+        return self._probe(user).prune(pruning), 1000 * (time.perf_counter() - begin)
 
     def _cost(self, n_items, pruning):
         c = self.model.config
@@ -87,7 +84,7 @@ class PruningExplorer(HistoryExplorer):
         found = ["not in the list" if place == 0 else f"place {place}" for place in places]
         # Above the figure, since the list itself stands below it, where a small screen does not show it beside the slider.
         title = f"{kept} of {len(probe.tokens)} tokens kept; next item: {found[1]} (unpruned: {found[0]})"
-        figure = pruning_figure(probe, self.pruned, self.titles(probe.history), pruning.after_layer, self.template, title)
+        figure = pruning_figure(probe, self.pruned, self.titles(probe.history), pruning.after_layer, title)
         return figure, self._text(probe, self.pruned, pruning, full, target, found)
 
     def _text(self, probe, pruned, pruning, full, target, found):
@@ -121,7 +118,7 @@ class PruningExplorer(HistoryExplorer):
                 f"<div>{meter}{folded('Kept tokens as a table', table(('item', 'kept'), by_item))}</div></div>")
 
 
-def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab", title: str = "") -> go.Figure:
+def pruning_figure(probe, pruned, titles, layer: int, title: str = "") -> go.Figure:
     """A history as tokens, kept and pruned, above the attention (mean over heads) of the scoring layer and of the layer behind it.
 
     Args: `probe`: a `Probe`; `pruned`: what its `prune` returned; `titles` of the history's items; `layer`: the scoring one, from 1;
@@ -132,20 +129,33 @@ def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab", 
     codes = [str(token - model.table.offsets[level]) if level < len(model.table.offsets) else "·"
              for token, level in zip(probe.tokens.tolist(), probe.levels.tolist())]
     kept = pruned.kept.numpy()
-    labels = list(zip(titles, np.array(codes, dtype=object).reshape(shape).tolist()))
-    strip = pruning_strip(labels, kept.reshape(shape), None if pruned.importance is None else pruned.importance.reshape(shape).tolist(),
-                          probe.truth.numpy().reshape(shape) > 0 if probe.truth is not None else np.zeros(shape, bool), levels, template)
-    item, level = np.divmod(np.flatnonzero(~kept), len(levels))
-    strip.data[1].text = None
-    # Text without a colour of its own, so that an exported page can be light or dark.
-    texts = go.Scatter(x=item, y=level + 0.5, text=[code for code, k in zip(codes, kept) if not k], mode="text", hoverinfo="skip",
-                       showlegend=False)
+    informative = np.zeros(n, bool) if probe.truth is None else probe.truth.numpy() > 0
+    hover = [f"<b>{html.escape(titles[token // len(levels)])}</b><br>{levels[token % len(levels)]}: {codes[token]}<br>"
+             f"{'kept' if kept[token] else 'pruned'}<br>importance {pruned.importance[token]:.4g}"
+             + ("" if probe.truth is None else "<br>truly informative" if informative[token] else "<br>holds nothing about the next item")
+             for token in range(n)]
+    filled = {"color": BLUE, "line": {"color": BLUE, "width": 1}}
+    hatched = {"color": "rgba(127,127,127,0.10)", "line": {"color": GREY, "width": 1},
+               "pattern": {"shape": "/", "fgcolor": GREY, "fgopacity": 0.45, "size": 9, "solidity": 0.12}}
+    traces = []
+    for state, chosen, look in (("kept", kept, filled), ("pruned", ~kept, hatched)):
+        tokens = np.flatnonzero(chosen)
+        item, level = np.divmod(tokens, len(levels))
+        traces.append(go.Bar(x=item, y=np.full(len(item), 0.84), base=level + 0.08, width=0.88, marker=look, name=state,
+                             hovertext=[hover[token] for token in tokens], hoverinfo="text"))
+        # The colour of the text of pruned tokens is the template's, so that an exported page can be light or dark.
+        traces.append(go.Scatter(x=item, y=level + 0.5, text=[codes[token] for token in tokens], mode="text", hoverinfo="skip",
+                                 showlegend=False, textfont={"size": 12} | ({"color": "white"} if state == "kept" else {})))
+    item, level = np.divmod(np.flatnonzero(informative), len(levels))
+    traces.append(go.Scatter(x=item + 0.3, y=level + 0.24, mode="markers", name="truly informative", hoverinfo="skip",
+                             showlegend=probe.truth is not None,
+                             marker={"symbol": "star", "size": 9, "color": ORANGE, "line": {"width": 0.8, "color": "#222222"}}))
 
     before, after = probe.attention[layer - 1].mean(0).numpy(), np.full((n, n), None, object)  # not NaN, which JSON lacks
     behind = "no layer behind the pruner"
     if len(pruned.attention):
         after[np.ix_(kept, kept)] = _short(pruned.attention[0].mean(0).numpy())
-        behind = f"attention in layer {layer + 1}, behind the pruner"
+        behind = f"attention in layer {layer + 1},<br>behind the pruner"
     # One scale for both, so that a colour means the same; few cells are far brighter than the rest.
     heat = {"zmin": 0, "zmax": float(np.quantile(before, 0.995)), "colorscale": SCALE, "hoverongaps": False,
             "hovertemplate": "token %{y} looks at token %{x}: %{z:.3f}<extra></extra>"}
@@ -154,24 +164,25 @@ def pruning_figure(probe, pruned, titles, layer: int, template: str = "sidlab", 
                        colorbar={"title": "weight", "len": 0.41, "y": -0.02, "yanchor": "bottom"})]
 
     # The layout at once: make_subplots and update_layout take twice as long as the model.
-    x, y = strip.layout.xaxis.to_plotly_json(), strip.layout.yaxis.to_plotly_json()
     bottom, top = (0.7, 0.36) if shape[0] > 6 else (0.62, 0.44)  # of the strip, whose slanted titles need room, and of the maps
     ticks = {"tickvals": list(range(0, n, len(levels))), "ticktext": [str(m + 1) for m in range(shape[0])], "showgrid": False,
              "zeroline": False}
     layout = {
-        "template": template, "barmode": "overlay", "height": 780, "margin": {"l": 40, "r": 20, "t": 60, "b": 40}, "uirevision": "same",
+        "template": template(), "barmode": "overlay", "height": 780, "margin": {"l": 40, "r": 20, "t": 60, "b": 40}, "uirevision": "same",
         "title": {"text": title, "x": 0, "xref": "paper", "y": 1, "pad": {"t": 10}, "yanchor": "top", "font": {"size": 15}},
         "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
-        "xaxis": x | {"title": None, "anchor": "y", "ticktext": [f"{m}. {text}" for m, text in enumerate(x["ticktext"], start=1)]},
-        "yaxis": y | {"domain": [bottom, 1], "anchor": "x"}, "annotations": [],
+        "xaxis": {"tickvals": list(range(shape[0])), "ticktext": [f"{m}. {short_title(t, shape[0])}" for m, t in enumerate(titles, 1)],
+                  "showgrid": False, "tickangle": -60 if shape[0] > 6 else 0, "range": [-0.6, shape[0] - 0.4], "anchor": "y"},
+        "yaxis": {"tickvals": [v + 0.5 for v in range(shape[1])], "ticktext": levels, "range": [shape[1], 0], "showgrid": False,
+                  "zeroline": False, "domain": [bottom, 1], "anchor": "x"}, "annotations": [],
     }
-    for number, domain, name in ((2, [0, 0.46], f"attention in layer {layer}, before"), (3, [0.54, 1], behind)):
+    for number, domain, name in ((2, [0, 0.46], f"attention in layer {layer},<br>before"), (3, [0.54, 1], behind)):
         across, down = {"range": [-0.5, n - 0.5], "domain": domain}, {"range": [n - 0.5, -0.5], "domain": [0, top]}
         layout[f"xaxis{number}"] = ticks | across | {"anchor": f"y{number}", "title": {"text": "looked at, by item"}}
         layout[f"yaxis{number}"] = ticks | down | {"anchor": f"x{number}", "title": {"text": "looking, by item" if number == 2 else ""}}
         layout["annotations"].append({"text": name, "x": sum(domain) / 2, "y": top + 0.005, "xref": "paper", "yref": "paper",
                                       "xanchor": "center", "yanchor": "bottom", "showarrow": False, "font": {"size": 14}})
-    return go.Figure([*strip.data, texts, *maps], layout)
+    return go.Figure([*traces, *maps], layout)
 
 
 def _short(weights):

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.viz.explorer import Explorer, demo_or, folded
-from sidlab.viz.pruning import table
-from sidlab.viz.theme import BLUE, SCALE, VERMILLION
+from sidlab.viz.pruning import _level_names, table
+from sidlab.viz.theme import BLUE, SCALE, VERMILLION, template
 from sidlab.windows import history_tokens, pad_histories
 
 AFTER, DROPOUT, DRAWS = 2, 0.15, 12  # pruned behind this encoder layer; RASTP's dropout; so many draws of it
@@ -50,9 +50,8 @@ class Subject:
         if model.config.num_layers <= AFTER or len(longest) <= slots:
             raise ValueError(f"model must have more than {AFTER} encoder layers and catalogue a history of more than {slots} items, got "
                              f"{model.config.num_layers} layers and at most {len(longest)} items")
-        self.table, self.separators = model.table, model.config.separators
         items = pad_histories([longest[:-1][-n:] for n in LENGTHS], slots, model.table.n_items)
-        self.right = history_tokens(items, model.table, self.separators)
+        self.right = history_tokens(items, model.table, model.config.separators)
         self.left = torch.stack([row.roll(int((row == 0).sum())) for row in self.right])
         self.real = self.right != 0
         self.labels = model.table.item_tokens[[int(longest[-1])] * len(LENGTHS)]  # the next item
@@ -166,7 +165,7 @@ def separators_compete(subject: Subject, mode: str) -> Evidence:
     """Row 6: separators and codes compete, so items are cut apart. Corrected here by scoring whole items."""
     _, kept = subject.encode("items" if mode == "corrected" else mode)
     cells = kept[0].view(LENGTHS[0], -1)  # [items, tokens an item]
-    names = [f"level {level}" for level in range(1, subject.table.levels + 1)] + ["separator"] * subject.separators
+    names = _level_names(subject.models[mode])
     whole, none = cells.all(1), ~cells.any(1)
     bars = {"kept whole": whole, "cut apart": ~whole & ~none, "dropped": none}
     return Evidence(np.where(cells.T, KEPT, EMPTY), names, "item of the history, oldest first", {KEPT: "kept", EMPTY: "pruned"},
@@ -237,19 +236,19 @@ class QuirkExplorer(Explorer):
     """Each quirk of RASTP's published code, switched on ("reference") and off ("corrected"), with what it does.
 
     Args: `model`, `catalogue`: a `SidT5` with its table, of three encoder layers or more, and the catalogue that it was trained on
-    (default: the bundled demo); `quirk` 1..7 and `mode` set controls; `theme` as in `Explorer`.
+    (default: the bundled demo); `quirk` 1..7 and `mode` set controls.
     """
 
     heading = "What does the published code really do?"
     exported = "quirk"
 
-    def __init__(self, model=None, catalogue=None, *, quirk=1, mode="reference", theme=None):
+    def __init__(self, model=None, catalogue=None, *, quirk=1, mode="reference"):
         self.subject, self.evidence = Subject(*demo_or(model, catalogue)), functools.lru_cache(len(QUIRKS))(self.evidence)
         options = [(name, number) for number, (name, *_) in enumerate(QUIRKS, start=1)]
         super().__init__({
             "quirk": widgets.Dropdown(options=options, value=quirk, description="quirk"),
             "mode": widgets.ToggleButtons(options=MODES, value=mode, description="the code"),
-        }, slow=("quirk",), theme=theme)
+        }, slow=("quirk",))
 
     def evidence(self, quirk: int) -> dict[str, Evidence]:
         """What quirk 1..7 does in either mode."""
@@ -258,7 +257,7 @@ class QuirkExplorer(Explorer):
     def draw(self):
         quirk, mode = self.value("quirk"), self.value("mode")
         evidence = self.evidence(quirk)
-        return quirk_figure(evidence, mode, self.template), self._text(QUIRKS[quirk - 1], evidence, mode)
+        return quirk_figure(evidence, mode), self._text(QUIRKS[quirk - 1], evidence, mode)
 
     def _text(self, quirk, evidence, mode):
         _, _, published, consequence, corrected = quirk
@@ -279,15 +278,12 @@ def _number(value):
     return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
-def _key(legend, line=4):
-    """What a picture's numbers or symbols mean, with so many symbols a line."""
-    if isinstance(legend, str):
-        return legend
-    parts = [f"{SYMBOLS[fate]} {meaning}" for fate, meaning in legend.items()]
-    return ";<br>".join("; ".join(parts[i:i + line]) for i in range(0, len(parts), line))
+def _key(legend, between="; "):
+    """What a picture's numbers or symbols mean."""
+    return legend if isinstance(legend, str) else between.join(f"{SYMBOLS[fate]} {meaning}" for fate, meaning in legend.items())
 
 
-def quirk_figure(evidence: dict[str, Evidence], mode: str, template: str = "sidlab") -> go.Figure:
+def quirk_figure(evidence: dict[str, Evidence], mode: str) -> go.Figure:
     """The picture of one mode beside the bars of both, those of `mode` framed. `evidence`: {mode: `Evidence`}."""
     shown, fates = evidence[mode], isinstance(evidence[mode].legend, dict)
     known = np.concatenate([e.z.ravel() for e in evidence.values()])
@@ -309,9 +305,9 @@ def quirk_figure(evidence: dict[str, Evidence], mode: str, template: str = "sidl
     top, names = 1.15 * max(max(e.bars.values()) for e in evidence.values()), shown.rows
     every = list(range(0, len(names), 1 if len(names) <= DRAWS + 1 else 4))
     bare, outside = {"showgrid": False, "zeroline": False}, {"xref": "paper", "yref": "paper", "yanchor": "bottom", "showarrow": False}
-    key = {"text": f"<b>{mode} code</b><br>{_key(shown.legend, 2)}", "x": 0, "y": 1.02, "xanchor": "left", "align": "left"}
+    key = {"text": f"<b>{mode} code</b><br>" + _key(shown.legend, "<br>"), "x": 0, "y": 1.02, "xanchor": "left", "align": "left"}
     measure = {"text": "<br>".join(textwrap.wrap(shown.measure, 32)), "x": 0.85, "y": 1.1, "xanchor": "center"}
-    layout = {"template": template, "height": 450, "margin": {"l": 20, "r": 20, "t": 100, "b": 40}, "barmode": "group",
+    layout = {"template": template(), "height": 450, "margin": {"l": 20, "r": 20, "t": 100, "b": 40}, "barmode": "group",
               "legend": {"x": 0.85, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "orientation": "h"},
               "annotations": [outside | key, outside | measure],
               "xaxis": bare | {"domain": [0, 0.6 if fates else 0.5], "anchor": "y", "title": {"text": shown.columns},

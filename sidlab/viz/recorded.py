@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 from sidlab.viz.explorer import Explorer, folded
 from sidlab.viz.figures import COST, MEMORY, _error, span
 from sidlab.viz.pruning import table
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SCALE, VERMILLION, mark
+from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SCALE, VERMILLION, mark, template
 
 RECALL = "recall@10"
 BETTER, WORSE, UNDECIDED = "clearly better", "clearly worse", "undecided"
@@ -19,13 +19,13 @@ class Recorded(Explorer):
     """Base class: together the controls always name one recorded setting, whose seeds are pooled in a row.
 
     Args: `data`: a loaded file of notebooks/data; `controls`: {name: (setting, value at the start, description)}, `setting` being a key of
-    `data["rows"]`; `theme` as in `Explorer`. Numbers become sliders and words menus, over recorded values only. Where values were not
+    `data["rows"]`. Numbers become sliders and words menus, over recorded values only. Where values were not
     recorded together, the later controls move to the nearest that were. `others`: {name: widget}, controls that choose no run.
     """
 
     form = "g"  # of the numbers on a slider
 
-    def __init__(self, data: dict, controls: dict, theme: str | None = None, **others):
+    def __init__(self, data: dict, controls: dict, **others):
         self.data, self._settings = data, {name: setting for name, (setting, *_) in controls.items()}
         self.runs = [row for row in data["rows"] if all(row.get(setting) is not None for setting in self._settings.values())]
         if not self.runs:
@@ -35,7 +35,7 @@ class Recorded(Explorer):
             values = sorted({row[setting] for row in self.runs})
             kind = widgets.Dropdown if isinstance(value, str) else widgets.SelectionSlider
             made[name] = kind(options=[(_text(v, self.form), v) for v in values], value=_nearest(values, value), description=description)
-        super().__init__(made | others, theme=theme)
+        super().__init__(made | others)
 
     def run(self) -> dict:
         """The row that the controls name, once they have moved onto it."""
@@ -70,11 +70,11 @@ class DilutionExplorer(Recorded):
     _head = ("levels × codes", "recall@10", "95 % interval", *COSTS.values(), "updates", "tokens per item, with separator",
              "tokens per history", "items that share their codes", "perplexity by level")
 
-    def __init__(self, data: dict, *, levels: int = 3, width: int = 8, cost: str = "mflops", items: int = 11, theme: str | None = None):
+    def __init__(self, data: dict, *, levels: int = 3, width: int = 8, cost: str = "mflops", items: int = 11):
         self.items = items
         menu = widgets.Dropdown(options=[(title, name) for name, title in self.COSTS.items()], value=cost, description="cost")
         super().__init__(data, {"levels": ("sids.levels", levels, "levels (L)"), "width": ("sids.width", width, "codes per level (W)")},
-                         theme, cost=menu)
+                         cost=menu)
 
     def draw(self):
         run, field, best = self.run(), self.value("cost"), max(self.runs, key=lambda row: row[RECALL])
@@ -84,7 +84,7 @@ class DilutionExplorer(Recorded):
                 f"{said.count(WORSE)}; the rest is {UNDECIDED}.</p>"
                 + table(("", "chosen", "best recall recorded"), zip(self._head, self._cells(run), self._cells(best)))
                 + folded(f"All {len(self.runs)} settings as a table", table(self._head, map(self._cells, self.runs))) + self._source())
-        return dilution_figure(self.runs, run, field, self.COSTS[field], self.template), text
+        return dilution_figure(self.runs, run, field, self.COSTS[field]), text
 
     def _cells(self, row):
         report, tokens = row["sids"], row["sids"]["levels"] + 1
@@ -95,7 +95,7 @@ class DilutionExplorer(Recorded):
                 tokens, tokens * self.items, f"{report['collision_rate']:.0%}", " · ".join(perplexity))
 
 
-def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str, template: str = "sidlab") -> go.Figure:
+def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str) -> go.Figure:
     """recall@10 of every (levels, width) as a grid, and against the cost `field`, called `title`, with intervals, a line per number of
     levels. `chosen`, one of `runs` (rows of granularity.json), is framed in the grid, ringed and led to both axes."""
     levels, widths = (sorted({row[setting] for row in runs}) for setting in ("sids.levels", "sids.width"))
@@ -103,7 +103,7 @@ def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str, temp
     for row in runs:
         grid[levels.index(row["sids.levels"]), widths.index(row["sids.width"])] = row[RECALL]
     figure = make_subplots(1, 2, column_widths=[0.4, 0.6], horizontal_spacing=0.12,
-                           subplot_titles=("recall@10", "recall@10 against cost (at the marks: W)"))
+                           subplot_titles=("recall@10", "recall@10 against cost<br>(at the marks: W)"))
     figure.add_heatmap(z=grid, colorscale=SCALE, texttemplate="%{z:.3f}", showscale=False, xgap=2, ygap=2, hoverongaps=False,
                        hoverinfo="z", row=1, col=1)
     x, y = widths.index(chosen["sids.width"]), levels.index(chosen["sids.levels"])
@@ -129,7 +129,8 @@ def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str, temp
                                    showgrid=False, zeroline=False, range=[-0.5, len(values) - 0.5])
     figure.update_xaxes(range=[left, 1.06 * max(costs)], title_text=title, row=1, col=2)
     figure.update_yaxes(range=[floor, max(ends) + 0.01], row=1, col=2)
-    return figure.update_layout(template=template, height=440, legend={"orientation": "h", "x": 0.42, "y": -0.2, "yanchor": "top"})
+    return figure.update_layout(template=template(), height=440, margin_t=60,
+                                legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"})
 
 
 class MapExplorer(Recorded):
@@ -141,12 +142,12 @@ class MapExplorer(Recorded):
     heading = "What does it bring to predict further ahead?"
     exported = "weight"
 
-    def __init__(self, data: dict, *, unit: str = "item", steps: int = 2, weight: float = 0.3, theme: str | None = None):
+    def __init__(self, data: dict, *, unit: str = "item", steps: int = 2, weight: float = 0.3):
         self.baseline = next((row for row in data["rows"] if row.get("map.unit") is None), None)
         if self.baseline is None:
             raise ValueError("data must hold a run without MAP to compare with, as notebooks/record.py writes it")
         super().__init__(data, {"unit": ("map.unit", unit, "unit of a step"), "steps": ("map.steps", steps, "steps ahead (S)"),
-                                "weight": ("map.weight", weight, "weight of the auxiliary loss")}, theme)
+                                "weight": ("map.weight", weight, "weight of the auxiliary loss")})
 
     def draw(self):
         run, base = self.run(), self.baseline
@@ -167,10 +168,10 @@ class MapExplorer(Recorded):
                 f"{_verdict(run, base)}.</p>" + table(("", "no MAP", "chosen", "difference"), rows)
                 + folded("Both curves as a table", table(("", "update", "no MAP", "chosen"), curves))
                 + folded(f"All {len(every)} settings as a table", table(head, every)) + self._source())
-        return map_figure(self.runs, base, run, self.template), text
+        return map_figure(self.runs, base, run), text
 
 
-def map_figure(runs: list[dict], baseline: dict, chosen: dict, template: str = "sidlab") -> go.Figure:
+def map_figure(runs: list[dict], baseline: dict, chosen: dict) -> go.Figure:
     """Learning curves of `chosen` and `baseline` above the difference that each of `runs` (rows of map.json) makes in test recall@10."""
     figure = make_subplots(2, 2, specs=[[{}, {}], [{"colspan": 2}, None]], vertical_spacing=0.2, horizontal_spacing=0.1, subplot_titles=(
         "validation recall@10", "loss of the next item alone", "test recall@10 minus that without MAP, same users and seeds"))
@@ -197,7 +198,7 @@ def map_figure(runs: list[dict], baseline: dict, chosen: dict, template: str = "
     figure.update_yaxes(tickformat="+.2f", zeroline=False, row=2, col=1)
     figure.update_xaxes(tickvals=list(range(len(names))), ticktext=[name.replace(", weight", "<br>×") for name in names], tickangle=0,
                         tickfont_size=11, showgrid=False, zeroline=False, range=[-0.6, len(names) - 0.4], row=2, col=1)
-    return figure.update_layout(template=template, height=640, margin_t=70,
+    return figure.update_layout(template=template(), height=640, margin_t=70,
                                 legend={"orientation": "h", "x": 0, "y": 1.06, "yanchor": "bottom"})
 
 
@@ -215,13 +216,13 @@ class FrontierExplorer(Recorded):
              MEMORY: "peak memory while training, MB (measured)"}
     _head = ("scorer", "kept", "recall@10", "95 % interval", "minus unpruned", "", *COSTS.values())
 
-    def __init__(self, data: dict, *, keep: float = 1 / 3, cost: str = COST, theme: str | None = None):
+    def __init__(self, data: dict, *, keep: float = 1 / 3, cost: str = COST):
         kinds = [(row.get("pruning.scorer"), row.get("pruning.keep")) for row in data["rows"]]
         if kinds.count((None, None)) != 1 or len(set(kinds)) < len(kinds):
             raise ValueError("data must hold one row without pruning and one for each scorer and kept share, as notebooks/record.py writes "
                              f"them; got {len(kinds)} rows, {len(set(kinds))} of them different")
         self.unpruned = data["rows"][kinds.index((None, None))]
-        super().__init__(data, {"keep": ("pruning.keep", keep, "kept share of the tokens")}, theme, cost=widgets.Dropdown(
+        super().__init__(data, {"keep": ("pruning.keep", keep, "kept share of the tokens")}, cost=widgets.Dropdown(
             options=[(title, name) for name, title in self.COSTS.items()], value=cost, description="cost"))
 
     def draw(self):
@@ -237,7 +238,7 @@ class FrontierExplorer(Recorded):
                 + table(self._head, map(self._cells, [base, *chosen]))
                 + folded(f"All {len(self.runs) + 1} settings as a table", table(self._head, map(self._cells, [base, *self.runs])))
                 + self._source())
-        return frontier_figure(self.runs, base, keep, field, self.COSTS[field], self.template), text
+        return frontier_figure(self.runs, base, keep, field, self.COSTS[field]), text
 
     def _cells(self, row):
         base, quality = self.unpruned, (f"{row[RECALL]:.4f}", span(row, RECALL))
@@ -247,7 +248,7 @@ class FrontierExplorer(Recorded):
         return (row["pruning.scorer"], f"{row['pruning.keep']:.0%}", *quality, _difference(row, base), _verdict(row, base), *costs)
 
 
-def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, title: str, template: str = "sidlab") -> go.Figure:
+def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, title: str) -> go.Figure:
     """recall@10 minus that of `unpruned`, on the same users and seeds, against the cost `field`, called `title`: a line for each scorer
     through its `runs` (rows of frontier.json), those at `keep` large and with their intervals."""
     figure = go.Figure()
@@ -274,7 +275,7 @@ def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, t
     figure.update_xaxes(range=[min(costs) - room, max(costs) + room], title_text=title)
     figure.update_yaxes(range=[min(ends) - 0.01, max(ends) + 0.01], tickformat="+.2f", zeroline=False,
                         title_text="test recall@10 minus unpruned")
-    return figure.update_layout(template=template, height=460, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+    return figure.update_layout(template=template(), height=460, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
 
 
 def _size(row):

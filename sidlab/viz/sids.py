@@ -13,7 +13,7 @@ from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
 from sidlab.viz.explorer import Explorer, folded
 from sidlab.viz.pruning import table
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
+from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, template
 
 LEVELS, WIDTHS = 4, (2, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 NODES = 300  # of the tree, at most that many on a level
@@ -31,14 +31,14 @@ class SidExplorer(Explorer):
     """Fit residual k-means live: a map of what each level leaves, the tree of prefixes, and how good the SIDs are.
 
     Args: `catalogue` with embeddings (default: "planted"); `sample`: how many items the map shows at most, drawn at random; `seed` of the
-    k-means; `theme` as in `Explorer`; `levels`, `width`, `after`, `axes` set controls.
+    k-means; `levels`, `width`, `after`, `axes` set controls.
     Each width is fitted once, with LEVELS levels: the first L of them are those of a fit with L.
     """
 
     heading = "What do the codes of a semantic ID stand for?"
     exported = "after"
 
-    def __init__(self, catalogue=None, *, sample=300, seed=0, theme=None, levels=3, width=8, after=0, axes=AXES[0]):
+    def __init__(self, catalogue=None, *, sample=300, seed=0, levels=3, width=8, after=0, axes=AXES[0]):
         if catalogue is None:
             from sidlab.data.catalogue import load_catalogue
 
@@ -61,7 +61,7 @@ class SidExplorer(Explorer):
             "width": widgets.SelectionSlider(options=options, value=width, description="codes per level (W)"),
             "after": widgets.IntSlider(value=after, min=0, max=LEVELS, description="map after level"),
             "axes": widgets.Dropdown(options=AXES, value=axes, description="main directions"),
-        }, slow=("levels", "width", "after", "axes") if n > LARGE else (), theme=theme)
+        }, slow=("levels", "width", "after", "axes") if n > LARGE else ())
 
     def encoder(self, width: int) -> ResidualKMeans:
         """Fitted with LEVELS levels."""
@@ -99,7 +99,7 @@ class SidExplorer(Explorer):
         what = f"What is left after level {after}" if after else "The embeddings"
         figure = sid_figure(left[self.shown] @ plane, code[self.shown], hover, centroids, np.sqrt((size**2).mean()), self.reach,
                             self.nodes(levels, width), level,
-                            f"{what}, {'marked by' if after < levels else 'still marked by'} code {level}", self.template)
+                            f"{what},<br>{'marked by' if after < levels else 'still marked by'} code {level}")
         order = np.lexsort(self.codes(width)[self.shown, :levels].T[::-1])
         return figure, self._text(levels, width, after, level, [items[i] for i in order])
 
@@ -174,7 +174,7 @@ def prefix_nodes(codes, has_word, words, titles) -> list[dict]:
     return nodes
 
 
-def sid_figure(points, code, hover, centroids, radius, reach, nodes, level: int, title: str, template: str = "sidlab") -> go.Figure:
+def sid_figure(points, code, hover, centroids, radius, reach, nodes, level: int, title: str) -> go.Figure:
     """What is left of items on a plane, marked by code, beside the tree of prefixes, whose ring of the same level has the same colours.
 
     Args: `points` [n, 2]; `code` int [n]; `hover`: n texts (HTML); `centroids` [W, 2], NaN where there is none; `radius` of a circle, the
@@ -207,9 +207,9 @@ def sid_figure(points, code, hover, centroids, radius, reach, nodes, level: int,
     axis = {"range": [-reach, reach], "showticklabels": False, "ticks": ""}
     head = {"y": 1.01, "xref": "paper", "yref": "paper", "xanchor": "center", "yanchor": "bottom", "showarrow": False, "font": {"size": 15}}
     return go.Figure([circle, items, means, tree], {
-        "template": template, "height": 620, "margin": {"l": 20, "r": 20, "t": 50, "b": 50}, "uirevision": "same",
+        "template": template(), "height": 620, "margin": {"l": 20, "r": 20, "t": 50, "b": 50}, "uirevision": "same",
         "xaxis": axis | {"domain": [0, 0.48]}, "yaxis": axis | {"scaleanchor": "x"},
-        "annotations": [head | {"text": title, "x": 0.24}, head | {"text": "Prefixes of the SIDs, level 1 innermost", "x": 0.76}],
+        "annotations": [head | {"text": title, "x": 0.24}, head | {"text": "Prefixes of the SIDs,<br>level 1 innermost", "x": 0.76}],
         "legend": {"orientation": "h", "x": 0, "y": -0.04, "yanchor": "top"}})
 
 

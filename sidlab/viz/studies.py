@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from sidlab.adaptive import SCHEDULES, Strategy, keep_at
 from sidlab.viz.figures import COST, MEMORY, _error
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION
+from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, template
 
 TITLES = {"pruning.keep": "kept share", "map.weight": "weight of the auxiliary loss", "sids.levels": "levels",
           "kept_token_fraction": "share of tokens kept in training"}
@@ -18,10 +18,10 @@ LOOKS = [(color, symbol, dash) for dash, symbols in (("solid", ("circle", "squar
          for color, symbol in zip((BLUE, VERMILLION, GREEN, ORANGE), symbols)]
 
 
-PANELS = {"recall@10": "test recall@10", COST: "seconds per 1,000 windows", MEMORY: "peak MB while training"}
+PANELS = {"recall@10": "test recall@10", COST: "s per 1,000 windows", MEMORY: "peak MB while training"}
 
 
-def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS), template: str = "sidlab") -> go.Figure:
+def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS)) -> go.Figure:
     """Test recall@10 with its 95 % interval, seconds per 1,000 training windows and peak memory of every setting of `rows` (what
     `studies.summarise` gives). `x`: the column on the axis, a line for each number of the other setting; None: settings by name, one below
     the other, and no memory. `panels`: which of `PANELS`, where there is an x. The first setting is the dotted line and its band."""
@@ -29,7 +29,7 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS),
     first = records[0]
     if x is None:
         figure = make_subplots(1, 2, shared_yaxes=True, column_widths=[0.65, 0.35], horizontal_spacing=0.03,
-                               subplot_titles=("test recall@10", "seconds per 1,000 windows"))
+                               subplot_titles=("test recall@10", PANELS[COST]))
         places = list(range(len(records)))
         figure.add_scatter(x=[row["recall@10"] for row in records], y=places, error_x=_error(records, "recall@10"), mode="markers",
                            marker_size=10, showlegend=False, row=1, col=1)
@@ -37,7 +37,7 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS),
         figure.update_yaxes(tickvals=places, ticktext=[row["label"] for row in records], range=[len(records) - 0.5, -0.5], zeroline=False)
         low, high = first["recall@10_interval"]
         figure.add_vrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=1, col=1)
-        return figure.update_layout(template=template, height=130 + 34 * len(records))
+        return figure.update_layout(template=template(), height=130 + 34 * len(records))
     figure = make_subplots(1, len(panels), horizontal_spacing=0.07, subplot_titles=[PANELS[panel] for panel in panels])
     points = [row for row in records if pd.notna(row.get(x)) and (row is not first or x == "sids.levels")]
     names = {row["label"]: _line(row, x) for row in points}
@@ -63,10 +63,10 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS),
         if column == "recall@10":
             low, high = first["recall@10_interval"]
             figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, layer="below", row=1, col=place)
-    return figure.update_layout(template=template, height=460, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
+    return figure.update_layout(template=template(), height=460, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
 
 
-def schedule_figure(settings: dict[str, dict], template: str = "sidlab") -> go.Figure:
+def schedule_figure(settings: dict[str, dict]) -> go.Figure:
     """The kept share over the course of training, of those settings ({label: settings by name}) that say it before anything is trained:
     constant shares and schedules."""
     figure, progress = go.Figure(), [step / 100 for step in range(101)]
@@ -83,10 +83,10 @@ def schedule_figure(settings: dict[str, dict], template: str = "sidlab") -> go.F
             figure.add_annotation(x=1, y=keep, text=label, showarrow=False, xanchor="left")
     figure.update_xaxes(title_text="updates done", tickformat=".0%")
     figure.update_yaxes(title_text="share of tokens kept", tickformat=".0%", range=[0, 1.05])
-    return figure.update_layout(template=template, height=400, margin_r=130)
+    return figure.update_layout(template=template(), height=400, margin_r=130)
 
 
-def strata_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
+def strata_figure(rows: pd.DataFrame) -> go.Figure:
     """Recall@10 of every setting by group of users, from `studies.strata`."""
     sides = list(dict.fromkeys(rows["by"]))
     figure = make_subplots(1, len(sides), horizontal_spacing=0.12, subplot_titles=[f"by {by}" for by in sides])
@@ -103,10 +103,10 @@ def strata_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
             # Equal distances are equal shares of recall.
             figure.update_yaxes(type="log", dtick="D2", title_text="test recall@10, log scale", row=1, col=place)
     figure.update_yaxes(title_text="test recall@10", row=1, col=1)
-    return figure.update_layout(template=template, height=440, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
+    return figure.update_layout(template=template(), height=440, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
 
 
-def curves_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
+def curves_figure(rows: pd.DataFrame) -> go.Figure:
     """Validation recall@10 of every setting by update, the mean over seeds, with the lowest and the highest as whiskers."""
     figure = go.Figure()
     for row, (color, symbol, dash) in zip(rows.to_dict("records"), itertools.cycle(LOOKS)):
@@ -119,7 +119,7 @@ def curves_figure(rows: pd.DataFrame, template: str = "sidlab") -> go.Figure:
                 "arrayminus": [mean - low for low, mean in zip(curve["lowest"], curve["mean"])]})
     figure.update_xaxes(title_text="updates")
     figure.update_yaxes(title_text="validation recall@10")
-    return figure.update_layout(template=template, height=440, legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
+    return figure.update_layout(template=template(), height=440, legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
 
 
 def _line(row, x):

@@ -4,13 +4,14 @@ Importing this registers the plotly templates "sidlab" and "sidlab_dark". Colour
 its own marker symbol and its own dash, so a figure can be read without its colours.
 """
 
+import re
 from fractions import Fraction
 from typing import NamedTuple
 
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from sidlab.checks import one_of
+from sidlab.checks import SHARE, one_of
 
 # Okabe and Ito, "Color Universal Design" (2008), and a grey that is legible on white and on near-black.
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -54,7 +55,7 @@ def mark(method: str) -> Mark:
     A method without a mark is a grey hexagon."""
     base, _, keep = method.partition("@")
     look = MARKS.get(base, Mark(GREY, "hexagon", "solid"))
-    if keep:
+    if re.fullmatch(SHARE, keep):
         look = look._replace(symbol=look.symbol + "-dot", dash=f"{2 + 24 * float(Fraction(keep)):.0f}px,3px")
     return look
 
@@ -85,14 +86,12 @@ pio.templates["sidlab_dark"] = _template(ink="#E6E6E6", paper="#14171A", grid="#
 TEMPLATES = {"light": "sidlab", "dark": "sidlab_dark"}
 
 
-def use(theme: str) -> None:
-    """Draw figures and explorers made from now on for a "light" or a "dark" page."""
-    pio.templates.default = template(theme)
-
-
-def template(theme: str | None = None) -> str:
-    """The plotly template of a theme; without one, of the theme in use."""
-    if theme is None:
-        return "sidlab_dark" if pio.templates.default == "sidlab_dark" else "sidlab"
+def use_theme(theme: str) -> None:
+    """Draw figures and explorers from now on for a "light" or a "dark" page."""
     one_of("theme", theme, TEMPLATES)
-    return TEMPLATES[theme]
+    pio.templates.default = TEMPLATES[theme]
+
+
+def template() -> str:
+    """The plotly template of the theme in use."""
+    return "sidlab_dark" if pio.templates.default == "sidlab_dark" else "sidlab"

@@ -18,7 +18,6 @@ from sidlab.training import TrainResult, train
 from sidlab.viz.explorer import Explorer, write_frames
 from sidlab.viz.figures import learning_curves
 from sidlab.viz.pruning import table as html_table
-from sidlab.viz.theme import looks
 
 PAUSE = 0.5  # seconds between two pictures
 clock = time.monotonic
@@ -37,14 +36,14 @@ class TrainingMonitor(Explorer):
     heading = "Training runs side by side"
     _starting, _last = threading.Lock(), None  # of all monitors: the one started last
 
-    def __init__(self, configs: dict[str, TrainConfig], catalogue, table, *, theme: str | None = None):
+    def __init__(self, configs: dict[str, TrainConfig], catalogue, table):
         if not configs:
             raise ValueError("configs must hold at least one run {name: TrainConfig}")
         self.catalogue, self.table = catalogue, table
         self._runs = {name: _Run(name, config) for name, config in configs.items()}
         self._thread, self._error, self._drawn, self._points = None, None, -PAUSE, None
         self._stopping = threading.Event()
-        super().__init__({}, theme=theme)
+        super().__init__({})
         self.start_button = widgets.Button(description="Start", icon="play", tooltip="train what is not done yet")
         self.stop_button = widgets.Button(description="Stop", icon="stop", tooltip="end training after this update", disabled=True)
         self.start_button.on_click(lambda _: self.start())
@@ -152,11 +151,9 @@ class TrainingMonitor(Explorer):
             loss, recall = ([pair for pair in points if pair[0] <= until] for points in (run.loss, run.recall))
             curves.append({"method": run.name, "seed": run.config.seed, "step": [s for s, _ in loss], "loss": [v for _, v in loss],
                            "eval_step": [s for s, _ in recall], "recall@10": [v for _, v in recall]})
-        figure = learning_curves({"curves": curves}, self.template)
-        for name, look in zip(self._runs, looks(self._runs)):
-            figure.update_traces({"line": {"color": look.color, "dash": look.dash}, "marker": {"symbol": look.symbol}}, {"name": name})
         last = max(run.updates for run in self._runs.values())
-        return figure.update_xaxes(range=[0, 1.03 * last] if last else None).update_layout(height=420, uirevision="same", margin_b=90)
+        figure = learning_curves({"curves": curves}).update_xaxes(range=[0, 1.03 * last] if last else None)
+        return figure.update_layout(height=420, uirevision="same", margin_b=90)
 
     def _text(self, until=float("inf")):
         rows, places = [], sorted({step for run in self._runs.values() for step, _ in run.recall if step <= until})
@@ -171,16 +168,16 @@ class TrainingMonitor(Explorer):
             out += "<p>Validation recall@10 after so many updates:</p>" + html_table(("update", *self._runs), rows)
         return out
 
-    def frames(self, control=None, values=None):
+    def frames(self, values=None):
         """The curves as they grew: a frame for each of `values`, numbers of updates (default: each evaluation, thinned to 21)."""
         if values is None:
             steps = sorted({step for run in self._runs.values() for step, _ in run.recall}) or [0]
             values = steps[::-1][:: -(-len(steps) // 21)][::-1]
         return [(str(value), self._figure(value), self._text(value)) for value in values]
 
-    def export(self, path, control=None, values=None):
+    def export(self, path, values=None):
         """Write one HTML file with the final curves and a slider back to how they grew (see `frames`)."""
-        frames = self.frames(control, values)
+        frames = self.frames(values)
         return write_frames(path, self.heading, "up to update", frames, first=len(frames) - 1)
 
     def _repr_mimebundle_(self, **kwargs):

@@ -1,4 +1,4 @@
-"""What the benchmark measured, as a page and as an image: the waterfall from the published configuration to ours.
+"""What the benchmark measured, as a page: the waterfall from the published configuration to ours.
 
 `results` is what `python -m sidlab.bench --json` writes.
 """
@@ -13,13 +13,12 @@ import plotly.io as pio
 from sidlab.files import write
 from sidlab.viz.page import _table, document
 from sidlab.viz.studies import curves_figure
-from sidlab.viz.theme import BLUE, FONT, GREY, ORANGE, TEMPLATES
+from sidlab.viz.theme import BLUE, GREY, ORANGE, TEMPLATES
 
 TRAINING = "Beauty lengths"
 HEAD = ("windows", "variant", "s per 1,000", "GFLOP per 1,000", "GFLOP/s", "activations MB, predicted", "peak MB, measured", "attention")
 STYLE = """td:last-child, th:last-child { text-align: left; white-space: normal; min-width: 11rem }
 #rows table { font-size: .85em } #rows :is(td, th):nth-child(2) { text-align: left }"""
-WIDTH, LEFT, BAR, GAP = 900, 300, 26, 16  # of the image
 
 
 def steps(results: dict) -> list[dict]:
@@ -83,43 +82,7 @@ def _quality(study):
     machine = study["hardware"]["gpu"] or study["hardware"]["processor"]
     table = _table(f"{name}, preset {study['preset']}, {seeds} seed{'s' * (seeds > 1)}; {machine}.", head, _cells(cells))
     return f"""<h2>Does it disturb learning? {html.escape(name)}</h2>{table}
-<figure class="chart">{_chart(curves_figure(rows, TEMPLATES["light"]))}</figure>"""
-
-
-def svg(results: dict) -> str:
-    """The waterfall as an SVG image."""
-    rows = steps(results)
-    seconds = [row["seconds_per_1k_windows"] for row in rows]
-    height = 96 + len(rows) * (BAR + GAP)
-    unit = (WIDTH - LEFT - 170) / max(seconds)
-    out = [_text(30, 36, "Seconds per 1,000 training windows, from the published configuration to this kit", 18, weight="bold")]
-    for number, (row, value) in enumerate(zip(rows, seconds)):
-        y, width = 62 + number * (BAR + GAP), value * unit
-        out.append(_text(LEFT - 12, y + 18, row["variant"], 14, anchor="end"))
-        out.append(f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" rx="3" fill="{BLUE if number else GREY}"/>')
-        if number:  # what this step took away
-            lost = (seconds[number - 1] - value) * unit
-            out.append(f'<rect x="{LEFT + min(width, width + lost):.1f}" y="{y}" width="{abs(lost):.1f}" height="{BAR}" fill="none" '
-                       f'stroke="{GREY}" stroke-dasharray="4 3"/>')
-        label = f"{value:.3g} s" + (f", {seconds[0] / value:.3g}×" if number else "")
-        out.append(_text(LEFT + max(width, seconds[number - 1] * unit if number else 0) + 10, y + 18, label, 14))
-    machine = results["hardware"]
-    note = machine["gpu"] or f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    foot = f"T5 of the RASTP paper, windows of Amazon Beauty's lengths; ×: against the first bar; {note}"
-    out.append(_text(30, height - 14, foot, 12, color="#5A5A5A"))
-    body = "\n".join(out)
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img"
- aria-labelledby="title" font-family="{FONT}">
-<title id="title">{html.escape("; ".join(f"{row['variant']}: {value:.3g} s" for row, value in zip(rows, seconds)))}</title>
-<rect width="{WIDTH}" height="{height}" rx="14" fill="#FFFFFF"/>
-{body}
-</svg>
-"""
-
-
-def _text(x, y, words, size, weight="normal", anchor="start", color="#222222"):
-    return (f'<text x="{x:.1f}" y="{y}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="{color}">'
-            f"{html.escape(words)}</text>")
+<figure class="chart">{_chart(curves_figure(rows))}</figure>"""
 
 
 def _number(value):
