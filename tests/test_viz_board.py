@@ -32,4 +32,5 @@ def test_figure_shows_entries_with_intervals_and_anchors_as_lines(tmp_path):
     assert entries.error_x.array[1] == pytest.approx(0.03) and entries.error_x.arrayminus[1] == pytest.approx(0.05)
     assert entries.error_x.array[0] == entries.error_x.arrayminus[0] == 0
     assert [line.x0 for line in figure.layout.shapes] == [0.6] and "Bayes optimum 0.600" in figure.layout.annotations[0].text
-    assert board.figure("a", "dark").layout.template.layout.paper_bgcolor != figure.layout.template.layout.paper_bgcolor
+    board.add("mine @ home", "a", {"recall@10": 0.2})  # no kept share, as in rastp@1/2
+    assert list(board.figure("a").data[0].y) == ["rastp", "mine", "mine @ home"]

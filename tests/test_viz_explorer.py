@@ -148,7 +148,7 @@ def test_a_frame_shows_what_its_label_says_and_leaves_all_controls_as_they_were(
 
 def test_where_one_of_several_values_is_refused_the_figure_follows_the_others():
     explorer = Squares()
-    with pytest.raises(Exception, match="sideways"):
+    with pytest.raises(Exception, match="value not found"):
         explorer.set(n=5, kind="sideways")
     assert explorer.value("n") == 5 and explorer.text.value == "<p>5 squares</p>"
 

@@ -180,9 +180,9 @@ def test_real_data_has_no_stars_and_no_oracle(world):
     model, catalogue = world
     real = sidlab.Catalogue("real", catalogue.items, catalogue.histories, catalogue.user_ids, embeddings=catalogue.embeddings)
     explorer = PruningExplorer(model, real)
-    assert "oracle" not in explorer.controls["scorer"].options and len(explorer.figure.data[2].x) == 0
+    assert "oracle" not in explorer.controls["scorer"].options and len(explorer.figure.data[4].x) == 0
     assert "informative" not in explorer.text.value
-    assert len(PruningExplorer(model, catalogue).figure.data[2].x) > 0
+    assert len(PruningExplorer(model, catalogue).figure.data[4].x) > 0
     with pytest.raises(ValueError, match="model and catalogue, or neither"):
         PruningExplorer(model)
 
@@ -195,5 +195,5 @@ def test_export_has_a_frame_for_each_value_and_opens_at_the_present_one(world, t
     values = [frame["value"] for frame in frames]
     assert values[0] == "5%" and values[-1] == "100%" and "33%" in values and len(values) == 22
     assert f'value="{values.index("33%")}"' in page
-    kept = [len(frame["data"][0]["text"]) for frame in frames]
+    kept = [len(frame["data"][1]["text"]) for frame in frames]
     assert kept == sorted(kept) and kept[-1] == 4 * (len(catalogue.histories[0]) - 1)
