@@ -31,16 +31,17 @@ Made by `python results/show.py` from the files in this folder; commands are run
 
 R, N: recall and NDCG at 5 or 10. A window is a history with the item that follows. Of a third a little more is kept, since each history's
 share is rounded up. `bayes` is the best list for one who knows the planted world; the other methods are in the [README](../README.md).
-Memory is told of GPUs: on a processor it is that of the process, and repeats badly.
+Memory is told of GPUs: on a processor it is that of the process, and repeats badly. Behind ± stands how far one seed moves recall@10, a
+standard deviation estimated from all models on SIDs, or all settings of a study, together: intervals rest on it, those of differences
+on the part of it that is not common to all. Where it is missing, several seeds speak for their own model alone, which makes intervals
+wider.
 """
 STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 95 %; preset `{}`, {}:
 `mkdir -p runs && papermill notebooks/studies/NAME.ipynb runs/NAME.ipynb --cwd . -k python3 -p dataset FOLDER -p seeds N`.
 The dotted line and the grey band of a figure are the first setting and its interval. "Clearly" rests on the same users compared in pairs,
-so bars may overlap; of one seed, it holds for that seed. Behind ± stands how far one seed moves recall, a standard
-deviation estimated from all settings of a study together: intervals rest on it, those of differences on the part of it that settings do
-not share. Where it is missing, several seeds speak for their own setting alone, which makes intervals wider. Of twenty pairs without a
-difference one comes out "clearly", too. Levels: a further code that tells colliding items apart is not counted. *fast* has a model of
-its own (d_model 128, dropout 0.1, at most 400 updates), not comparable with the others.
+so bars may overlap; of one seed, it holds for that seed. Of twenty pairs
+without a difference one comes out "clearly", too. Levels: a further code that tells colliding items apart is not counted. *fast* has a
+model of its own (d_model 128, dropout 0.1, at most 400 updates), not comparable with the others.
 """
 CLAIMS_HEAD = """**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs
 comparisons with the paper preset and writes a page with the commands). *Not confirmed*: the interval contradicts the
@@ -139,8 +140,8 @@ def _comparison(results):
         quality = [f"{row['recall@5']:.4f}", f"{row['recall@10']:.4f} {interval}", f"{row['ndcg@10']:.4f}"]
         rows.append("| " + " | ".join([row["method"], *quality, *costs]) + " |")
     updates = max((row["updates"] for row in results["rows"] if row.get("updates")), default=0)
-    seeds = max(row["seeds"] for row in results["summary"])
-    setting = (f"**{_name(results)}, preset `{results['preset']}`**: {results['users']:,} test users, {_count(seeds, 'seed')}, "
+    seeds = _seeds(max(row["seeds"] for row in results["summary"]), results)
+    setting = (f"**{_name(results)}, preset `{results['preset']}`**: {results['users']:,} test users, {seeds}, "
                f"at most {updates:,} updates; {_machine(results['hardware'])}, torch {results['versions']['torch']}:")
     remarks = [line for key in ("busy", "note") if key in results for line in (results[key], "")]
     head = ["method", "R@5", "R@10 [95 %]", "N@10", *costs_of]
@@ -163,6 +164,12 @@ def _same_model(results):
 
 def _machine(hardware):
     return f"{hardware['processor']}, {_count(hardware['threads'], 'thread')}, {hardware['gpu'] or 'no GPU'}"
+
+
+def _seeds(n, results):
+    """How many, and how far one of them moves recall@10."""
+    noise = results.get("seed_noise")
+    return _count(n, "seed") + (f" (± {noise['deviation']:.2g})" if noise else "")
 
 
 def _count(n, noun):
@@ -242,8 +249,7 @@ def _studies(studies):
     first = studies[0]
     lines = [STUDIES_HEAD.format(first["preset"], _machine(first["hardware"]))]
     for study in studies:
-        say, noise = SENTENCES[study["study"]], study.get("seed_noise")
-        seeds = _count(study["seeds"], "seed") + (f" (± {noise['deviation']:.2g})" if noise else "")
+        say, seeds = SENTENCES[study["study"]], _seeds(study["seeds"], study)
         labels = {row["label"] for row in study["rows"]}
         missing = [label for label in STUDIES[study["study"]].settings if label not in labels] if study["study"] != "granularity" else []
         left = f". Not run: {', '.join(f'`{label}`' for label in missing)}" * bool(missing) + f". {study.get('note', '')}".rstrip(". ")

@@ -20,8 +20,19 @@ from sidlab.checks import SHARE, integer
 from sidlab.config import TrainConfig
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
-from sidlab.metrics import paired_test, rank_of_target, recall_at
-from sidlab.sweeps import COSTS, _code, config_with, fitted, metrics_of, run_all, sid_table, spec, write_json
+from sidlab.metrics import paired_test, per_user, rank_of_target
+from sidlab.sweeps import (
+    COSTS,
+    _code,
+    config_with,
+    fitted,
+    metrics_of,
+    run_all,
+    seed_noise,
+    sid_table,
+    spec,
+    write_json,
+)
 from sidlab.windows import Windows, leave_one_out
 
 METHODS = {
@@ -122,9 +133,14 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
     rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
     rows += [{"method": name, "seed": None, **metrics_of(ranks[name]), **dict.fromkeys(COSTS), "kept_informative": None}
              for name in ranks if name not in names]
+    # Two seeds of one method leave a single degree of freedom, so there the models on SIDs tell of seeds together, as if seeds moved all of
+    # them alike much. Three speak for their own method.
+    alike = {name: of_method for name, of_method in ranks.items() if name in names and name != "sasrec" and len(of_method) == 2}
+    noise, noise_of_difference = seed_noise(alike.values())
     summary = []
     for name, of_method in ranks.items():
-        entry = {"method": name, "seeds": len(of_method), **metrics_of(of_method), "predicted_flops": None, "predicted_activation_mb": None}
+        entry = {"method": name, "seeds": len(of_method), **metrics_of(of_method, noise if name in alike else None),
+                 "predicted_flops": None, "predicted_activation_mb": None}
         if isinstance(config := method_config(name, preset, 0, arch) if name in names else None, TrainConfig):
             config = fitted(config, catalogue)
             predicted = cost(config, table.widths, Windows(leave_one_out(catalogue.histories).train, config.max_items, config.windows))
@@ -136,7 +152,9 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
             what: float(np.mean([row["kept_informative"][what] for row in own])) for what in ("precision", "recall")}
         entry["versus_unpadded"] = None
         if "unpadded" in ranks and name != "unpadded":
-            test = paired_test(*(np.array([recall_at(r, 10) for r in ranks[m]]) for m in (name, "unpadded")))
+            # A table has no seeds: there all that moves is the unpruned model.
+            moved = noise_of_difference(2) if name in alike else noise and noise["recall@10"] if name not in names else None
+            test = paired_test(*(per_user(ranks[m])["recall@10"] for m in (name, "unpadded")), noise=moved)
             entry["versus_unpadded"] = {"difference": test.difference, "interval": list(test.interval),
                                         # It knows nothing of other seeds: of several, only the interval is shown.
                                         "p_value": test.p_value if len(of_method) == len(ranks["unpadded"]) == 1 else None}
@@ -149,6 +167,7 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
         "command": f'make reproduce DATASET={shlex.quote(str(dataset))} PRESET={preset} METHODS="{" ".join(names)}" '
                    + f"SEEDS={len(runs) // len(names)}"
                    + f" SIDS={shlex.quote(str(sids))}" * bool(sids) + f" ARCH={arch}" * (arch != "t5"),
+        "seed_noise": noise and noise["recall@10"]._asdict(),
         "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
         "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]],
     } | ({"busy": " ".join(others)} if others else {})

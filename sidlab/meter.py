@@ -38,8 +38,8 @@ class Meter:
 
     def resume(self):
         if self._since is None:
-            self._since = clock()
             reset_highest_mb(torch.cuda.is_available())
+            self._since = clock()
 
     def pause(self):
         if self._since is not None:

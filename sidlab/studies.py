@@ -18,10 +18,10 @@ import pandas as pd
 from sidlab.checks import integer, one_of
 from sidlab.comparison import hardware, versions
 from sidlab.data.catalogue import load_catalogue
-from sidlab.metrics import METRICS, SeedNoise, paired_test, per_user, pooled_seed_noise
+from sidlab.metrics import paired_test, per_user
 from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 from sidlab.pruning import PruningConfig
-from sidlab.sweeps import COSTS, metrics_of, sweep, write_json
+from sidlab.sweeps import COSTS, metrics_of, seed_noise, sweep, write_json
 from sidlab.windows import leave_one_out
 
 KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
@@ -231,20 +231,8 @@ def _apart(frame):
 
 
 def _noise(frame):
-    """`_noise_of` the ranks of a study's runs."""
-    return _noise_of(_ranks(_apart(frame)).values())
-
-
-def _noise_of(ranks):
-    """What all settings, each with its ranks [S, U], tell together of seeds: {metric: that of a setting}, and that of a difference of
-    recall@10 in which settings have weights whose squares add up to the argument. Of one seed, or one setting: None each."""
-    ranks = list(ranks)
-    means = [{name: values.mean(axis=1) for name, values in per_user(of_setting).items()} for of_setting in ranks]
-    if len(ranks) < 2 or min(map(len, ranks)) < 2:
-        return None, lambda squares: None
-    found = {name: pooled_seed_noise([one[name] for one in means]) for name in METRICS}
-    own = found["recall@10"][1]
-    return {name: both for name, (both, _) in found.items()}, lambda squares: SeedNoise(own.deviation * squares**0.5, own.freedom)
+    """`seed_noise` of a study's runs."""
+    return seed_noise(_ranks(_apart(frame)).values())
 
 
 def _work(ended, kept):
@@ -296,7 +284,7 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
         for group in names:
             inside = groups == group
             if inside.any():
-                noise, _ = _noise_of([of_label[label][:, inside] for label in apart])
+                noise, _ = seed_noise([of_label[label][:, inside] for label in apart])
                 for label, ranks in of_label.items():
                     found = metrics_of(ranks[:, inside], noise)
                     rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()),

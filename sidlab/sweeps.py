@@ -37,7 +37,7 @@ from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.files import write, write_json
 from sidlab.meter import Meter, device_name
-from sidlab.metrics import bootstrap_interval, per_user, rank_of_target
+from sidlab.metrics import METRICS, SeedNoise, bootstrap_interval, per_user, pooled_seed_noise, rank_of_target
 from sidlab.models.sasrec import SASRec
 from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.table import SidTable
@@ -330,6 +330,19 @@ def metrics_of(ranks, noise: dict | None = None) -> dict:
         interval = bootstrap_interval(values, noise=noise and noise[name])
         out[f"{name}_interval"] = np.clip(interval, 0, 1).tolist()  # of two seeds it may reach beyond
     return out
+
+
+def seed_noise(ranks):
+    """What all settings, each with its ranks [S, U], tell together of seeds (`pooled_seed_noise`): {metric: `SeedNoise` of a setting}, and
+    a function that gives that of a difference of recall@10 in which settings have weights whose squares add up to its argument. Of one
+    seed, or one setting: None each."""
+    ranks = list(ranks)
+    if len(ranks) < 2 or min(map(len, ranks)) < 2:
+        return None, lambda squares: None
+    means = [{name: values.mean(axis=1) for name, values in per_user(of_setting).items()} for of_setting in ranks]
+    found = {name: pooled_seed_noise([one[name] for one in means]) for name in METRICS}
+    own = found["recall@10"][1]
+    return {name: both for name, (both, _) in found.items()}, lambda squares: SeedNoise(own.deviation * squares**0.5, own.freedom)
 
 
 def say(text: str) -> None:

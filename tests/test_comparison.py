@@ -13,9 +13,11 @@ from conftest import ROOT
 from sidlab import comparison, sweeps
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import load_catalogue
+from sidlab.metrics import paired_test
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
+from sidlab.sweeps import COSTS, metrics_of, seed_noise
 from sidlab.training import build_model
 from sidlab.windows import leave_one_out
 
@@ -160,6 +162,32 @@ def test_bad_arguments_stop_before_anything_is_written(arguments, message, tmp_p
     with pytest.raises(ValueError, match=message):
         comparison.compare(**dict(dataset="planted", preset="smoke", output_dir=str(tmp_path / "out")) | arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_of_two_seeds_the_models_on_sids_tell_of_noise_together(seeds):
+    catalogue, rng = load_catalogue("planted", n_users=200), np.random.default_rng(0)
+    table = SidTable(catalogue.truth.tree, tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1))
+    names, runs = ["unpadded", "rastp", "recent", "map", "sasrec"], []
+    for name in names:
+        for seed in range(seeds):
+            ranks = (rng.random(200) < 0.3 + rng.normal(0, 0.03)).astype(int)
+            row = metrics_of(ranks) | dict.fromkeys(COSTS, 1.0) | {"kept_informative": None}
+            runs.append({"method": name, "seed": seed, "ranks": ranks, "row": row, "curve": None, "busy": False, "device": "a processor"})
+    found = comparison._collect("planted", "smoke", names, runs, catalogue, table, dict(table.report()), "", "t5")
+    rows = {row["method"]: row for row in found["summary"]}
+    ranks = {name: np.array([run["ranks"] for run in runs if run["method"] == name]) for name in names}
+    noise, of_difference = seed_noise([ranks[name] for name in names[:4]]) if seeds == 2 else (None, lambda squares: None)
+    assert found["seed_noise"] == (noise and noise["recall@10"]._asdict())
+    hits = {name: (r == 1).astype(float) for name, r in ranks.items()}
+    for name in names[1:]:
+        alike = name != "sasrec"
+        assert rows[name]["recall@10_interval"] == metrics_of(ranks[name], noise if alike else None)["recall@10_interval"]
+        moved = of_difference(2) if alike else None
+        assert rows[name]["versus_unpadded"]["interval"] == list(paired_test(hits[name], hits["unpadded"], noise=moved).interval)
+    popular = comparison._baselines(catalogue)["popularity"]
+    test = paired_test((popular > 0).astype(float), hits["unpadded"], noise=noise and noise["recall@10"])  # a table has no seeds
+    assert rows["popularity"]["versus_unpadded"]["interval"] == list(test.interval)
 
 
 def test_seconds_intervals_and_tests_agree_with_the_ranks(finished):

@@ -217,7 +217,11 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
                                            truth=truth, padded=padded, **kwargs)
-        seen = encoder_outputs.attention_mask  # cross-attention sees the pruned history, and so its mask
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = PrunedEncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=attention_mask)
+        # Cross-attention sees the pruned history, and so its mask.
+        seen = getattr(encoder_outputs, "attention_mask", None)
+        seen = attention_mask if seen is None else seen
         if labels is not None and decoder_input_ids is None:
             decoder_input_ids = self.shifted(labels)
         decoded = self.decoder(

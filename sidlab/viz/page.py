@@ -21,8 +21,9 @@ GUIDE = {
     "recall@10": """the share of test users whose next item, which no method saw, is among the ten recommended ones.
         NDCG@10 also rewards a high place in the list.""",
     "interval": """with other users and other seeds the mean would have come out a little different; 95 of 100 such
-        repetitions would land about here. Few seeds say little about how much seeds differ, which makes it wide; one says
-        nothing, and its interval is over users alone. Where two intervals overlap, the difference is the sharper question.""",
+        repetitions would land about here. Few seeds say little about how much seeds differ, which makes it wide (of two, the
+        models on semantic IDs tell that together, as if seeds moved all alike); one says nothing, and its interval is over users
+        alone. Where two intervals overlap, the difference is the sharper question.""",
     "difference and p": """each method against `unpadded` on the same users, in recall@10. If the interval holds 0, do
         not call either better. With one seed there is also p: how often a difference as large would come about by chance,
         were the two trained models equally good. Of other seeds neither it nor its interval knows anything.""",
