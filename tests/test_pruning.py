@@ -119,7 +119,7 @@ def test_of_no_rows_nothing_is_kept(unit):
         (lambda: TokenPruner(1.5), "got 1.5"),
         (lambda: TokenPruner(0.5, "word"), "unit='word' is unknown; use one of 'token', 'item'"),
         (lambda: PruningConfig(scorer="l1"), "scorer='l1' is unknown; use one of 'rastp'"),
-        (lambda: PruningConfig(after_layer=0), "counted from 1, got 0"),
+        (lambda: PruningConfig(after_layer=0), "after_layer must be at least 1, got 0"),
         (lambda: PruningConfig(mode="published"), "mode='published' is unknown; use one of 'corrected', 'reference'"),
         (lambda: PruningConfig(mode="reference", unit="item"), """mode="reference" knows no unit='item'; leave it out"""),
         (lambda: PruningConfig(mode="reference", protect_separators=True), "knows no protect_separators=True"),

@@ -534,7 +534,7 @@ def test_the_fingerprint_changes_with_codes_widths_and_collisions():
 def test_table_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="item 2 has code 2 at level 1"):
         SidTable(CODES, width=2)
-    with pytest.raises(ValueError, match='"extend" or "share", got \'drop\''):
+    with pytest.raises(ValueError, match="collisions='drop' is unknown; use one of 'extend', 'share'"):
         SidTable(CODES, collisions="drop")
     with pytest.raises(ValueError, match=r"shape \[..., 3\], got \[2\]"):
         SidTable(CODES).items_of([0, 1])

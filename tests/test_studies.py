@@ -184,7 +184,7 @@ def test_strata_figure_shows_both_sides():
 
 def test_curves_show_the_mean_and_the_range_of_the_seeds(ran):
     rows = studies.summarise(studies.run("strata", ran / "out", preset="smoke", seeds=2, only=2))
-    files = [json.loads(path.read_text()) for path in sorted((ran / "out" / "runs").glob("seed*.json"))]
+    files = [json.loads(path.read_text()) for path in sorted((ran / "out" / "runs").glob("planted-smoke-seed*.json"))]
     curves = np.array([file["curve"]["recall@10"] for file in files])
     trace = curves_figure(rows).data[0]
     assert trace.name == "unpruned" and list(trace.x) == files[0]["curve"]["eval_step"]

@@ -162,7 +162,6 @@ class SidT5(SidModel, T5ForConditionalGeneration):
 
     config_class = SidT5Config
     stack = property(lambda self: self.encoder)
-    _keep_in_fp32_modules = None  # the library's layer casts for its `wo`; with this one a model in float16 is float16
     # The parent's tying: the heads of the levels are slices of the embedding. These keys come back with `shared`.
     _keys_to_ignore_on_save = list(T5ForConditionalGeneration._tied_weights_keys)
 
@@ -189,6 +188,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         if not reference:
             fast.replace_dropout(self)
         self.finish(config.d_model, table, decoder_start_token_id=BOS)
+        self._keep_in_fp32_modules = set()  # T5's layer casts for a `wo` in float32, `DeepFeedForward` has all its weights in one dtype
 
     def _init_weights(self, module):
         super()._init_weights(module)
