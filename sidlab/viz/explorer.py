@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from sidlab.checks import as_histories
+from sidlab.checks import as_histories, one_of
 from sidlab.files import write
 from sidlab.models.t5 import SidT5
 from sidlab.probe import Probe, on_processor
@@ -93,6 +93,7 @@ class Explorer(widgets.VBox):
     def frames(self, values=None) -> list[tuple[str, go.Figure, str]]:
         """(value as text, figure, text) for each of `values` of the control `exported` (default: all its options, or the present value and
         21 steps)."""
+        one_of("exported", self.exported, self.controls)
         widget = self.controls[self.exported]
         if values is None:
             values = [v for _, v in widget._options_full] if hasattr(widget, "_options_full") else _steps(widget)
