@@ -8,6 +8,7 @@ from sidlab.adaptive import SCHEDULES, Strategy
 from sidlab.checks import integer, number, one_of, plain
 from sidlab.map_loss import MapConfig
 from sidlab.models import qwen as sid_qwen
+from sidlab.models import t5 as sid_t5
 from sidlab.models.sid import check_after_layer
 from sidlab.pruning import PruningConfig
 
@@ -52,6 +53,16 @@ class TrainConfig:
     prompt: str | None = None
     separators: bool = True
     max_items: int = 30
+    targets: int | str = 1  # what one pass teaches: 1, the item after a window; "all", every item of a stretch but its first
+    layout: str | None = None  # decoder-only: "bos_last" or "stream" (`SidQwenConfig`); None: as `targets` needs it
+    encoder_mask: str | None = None  # T5: "full" or "items" (`SidT5Config`); None: as `targets` needs it
+    cross_bias: bool = False  # T5: a learned bias of cross-attention by how many items back a token is
+    level_embeddings: bool = False  # a learned vector for each level is added to the token's
+    embedding_norm: bool = False  # embeddings are scaled to a root mean square of 1
+    tie_embeddings: bool = True  # the output heads are slices of the embedding; False: weights of their own
+    zero_init: bool = False  # the output projections of attention and feed-forward layers start at zero
+    residual_dropout: float = 0.0  # decoder-only: of embeddings and of what each attention and feed-forward layer adds
+    label_smoothing: float = 0.0  # of the training loss, over the codes of a level
     pruning: PruningConfig | None = None
     strategy: Strategy | None = None
     map: MapConfig | None = None
@@ -63,6 +74,8 @@ class TrainConfig:
     learning_rate: float = 1e-3
     muon: float | None = None
     weight_decay: float = 1e-4
+    beta2: float = 0.999  # AdamW's decay of the squared gradients
+    average_last: float = 0.0  # share of the last updates whose weights are averaged; 0: the weights as they are
     warmup: float = 0.05
     schedule: str = "cosine"
     epochs: float = 100
@@ -80,6 +93,7 @@ class TrainConfig:
         for name, valid in (("arch", ("t5", "qwen")), ("windows", ("prefixes", "contiguous")), ("padding", ("batch", "fixed")),
                             ("precision", ("auto", "fp32", "bf16")), ("schedule", SCHEDULERS)):
             one_of(name, getattr(self, name), valid)
+        self._check_targets()
         for name, part in PARTS.items():
             if not isinstance(getattr(self, name), part | None):
                 raise TypeError(f"{name} must be a {part.__name__} or None, got {getattr(self, name)!r}")
@@ -87,14 +101,14 @@ class TrainConfig:
             value, kinds = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
             if value is None and type(None) in kinds:
                 continue
-            if int in kinds:
+            if int in kinds and str not in kinds:
                 object.__setattr__(self, field.name, integer(field.name, value, least=0 if field.name == "seed" else 1))
             elif float in kinds:
                 number(field.name, value)
         if not 0 < self.epochs < math.inf or not 0 <= self.warmup <= 1:
             raise ValueError("epochs must be above 0 and finite, and warmup, a share of the updates, in [0, 1]; "
                              f"got {self.epochs} and {self.warmup}")
-        for name, below in (("dropout", 1), ("weight_decay", math.inf), ("learning_rate", math.inf), ("muon", math.inf)):
+        for name, below in (("dropout", 1), ("residual_dropout", 1), ("label_smoothing", 1), ("beta2", 1), ("weight_decay", math.inf), ("learning_rate", math.inf), ("muon", math.inf)):
             value = getattr(self, name)
             if value is not None and not 0 <= value < below:
                 raise ValueError(f"{name} must be from 0 and below {below}, got {value}")
@@ -117,6 +131,31 @@ class TrainConfig:
             raise ValueError(f"prompt={self.prompt!r} needs a checkpoint, whose tokenizer reads it")
         if self.pruning is not None and self.checkpoint is None:  # what does not fit a model is refused before anything is loaded
             (sid_qwen.check if self.arch == "qwen" else check_after_layer)(self.pruning, self.num_layers)
+
+    def _check_targets(self):
+        """`targets` and what has to fit it; fills in `layout` and `encoder_mask`."""
+        if self.targets not in (1, "all") or isinstance(self.targets, bool):
+            raise ValueError(f'targets={self.targets!r} is unknown; use 1, the item after a window, or "all" items of a stretch')
+        dense = self.targets == "all"
+        for arch, name, valid, needed in (("qwen", "layout", sid_qwen.LAYOUTS, "stream"),
+                                          ("t5", "encoder_mask", sid_t5.ENCODER_MASKS, "items")):
+            given = getattr(self, name)
+            if self.arch != arch:
+                if given is not None:
+                    raise ValueError(f"{name}={given!r} belongs to arch={arch!r}, got arch={self.arch!r}")
+                continue
+            if given is None:
+                given = needed if dense else valid[0]
+                object.__setattr__(self, name, given)
+            one_of(name, given, valid)
+            if dense and given != needed:
+                raise ValueError(f'targets="all" needs {name}={needed!r}, got {given!r}')
+        if dense and self.pruning is not None:
+            raise ValueError('targets="all" prunes nothing, for each target would keep other tokens: train unpruned, then continue from that '
+                             "model with pruning and targets=1 (start_from)")
+        if dense and (self.windows != "prefixes" or self.padding != "batch"):
+            raise ValueError('targets="all" reads whole stretches of histories: leave windows and padding out, got '
+                             f"windows={self.windows!r} and padding={self.padding!r}")
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "TrainConfig":

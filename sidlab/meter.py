@@ -30,9 +30,9 @@ class Meter:
         self._since = None
         self._slots = self._real = self._kept = 0
 
-    def count(self, mask, kept):
-        """A batch: its mask [B, N], and that of the kept tokens [B, K] or their number, as a tensor."""
-        self.windows += len(mask)
+    def count(self, mask, kept, targets):
+        """A batch: its mask [B, N], that of the kept tokens [B, K] or their number, and the number of its targets, as a tensor."""
+        self.windows += targets
         self._slots += mask.numel()
         self._real, self._kept = self._real + mask.sum(), self._kept + kept.sum()  # tensors: no wait for the device here
 
@@ -51,7 +51,7 @@ class Meter:
 
     def totals(self):
         """What all processes counted; seconds and peak are those of the slowest and the largest."""
-        own = {"seconds": self.seconds, "peak": self.peak, "windows": self.windows, "slots": self._slots,
+        own = {"seconds": self.seconds, "peak": self.peak, "windows": int(self.windows), "slots": self._slots,
                "real": int(self._real), "kept": int(self._kept)}
         all_counts = gather_object([own])
         return {name: (max if name in ("seconds", "peak") else sum)(counts[name] for counts in all_counts) for name in own}

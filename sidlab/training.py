@@ -44,7 +44,16 @@ from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.muon import MuonAdamW
 from sidlab.saliency import own_source
 from sidlab.sids.table import SidTable
-from sidlab.windows import Collator, LengthBatches, UserBatches, Windows, leave_one_out, tell_padding
+from sidlab.windows import (
+    Collator,
+    LengthBatches,
+    StretchCollator,
+    Stretches,
+    UserBatches,
+    Windows,
+    leave_one_out,
+    tell_padding,
+)
 
 
 @dataclasses.dataclass
@@ -67,7 +76,7 @@ def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
     """A fresh model; weights depend on `config.seed` alone, whatever is pruned or predicted besides."""
     fields = config.to_dict()
     set_seed(config.seed)
-    model = MODELS[config.arch](config, table, {name: fields[name] for name in ("separators", "max_items", "pruning", "map")})
+    model = MODELS[config.arch](config, table, {name: fields[name] for name in SHARED})
     if config.pruning is not None and callable(config.pruning.scorer):
         model.set_scorer(config.pruning.scorer)
     if config.plain:
@@ -76,11 +85,15 @@ def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
     return model
 
 
+SHARED = ("separators", "max_items", "pruning", "map", "level_embeddings", "embedding_norm", "zero_init", "label_smoothing")
+
+
 def _t5(config, table, shared):
     return SidT5(SidT5Config(
         widths=table.widths, d_model=config.d_model, d_kv=config.d_kv, num_heads=config.num_heads, d_ff=config.d_ff,
         ffn_hidden_layers=config.ffn_hidden_layers, num_layers=config.num_layers, num_decoder_layers=config.num_decoder_layers,
-        dropout_rate=config.dropout, embedding_init=config.embedding_init, position_init=config.position_init, **shared), table)
+        dropout_rate=config.dropout, embedding_init=config.embedding_init, position_init=config.position_init,
+        encoder_mask=config.encoder_mask, cross_bias=config.cross_bias, tie_embeddings=config.tie_embeddings, **shared), table)
 
 
 def _qwen(config, table, shared):
@@ -90,7 +103,8 @@ def _qwen(config, table, shared):
     return SidQwen(SidQwenConfig(
         widths=table.widths, hidden_size=config.d_model, head_dim=config.d_kv, num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads or config.num_heads, intermediate_size=config.d_ff, num_hidden_layers=config.num_layers,
-        attention_dropout=config.dropout, embedding_init=config.embedding_init, **shared), table)
+        attention_dropout=config.dropout, embedding_init=config.embedding_init, residual_dropout=config.residual_dropout,
+        tie_word_embeddings=config.tie_embeddings, layout=config.layout, **shared), table)
 
 
 MODELS = {"t5": _t5, "qwen": _qwen}
@@ -118,9 +132,13 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     truth = catalogue.truth if oracle else None
     meter = Meter()  # first of all: what it finds in use is not the training's
     split = leave_one_out(catalogue.histories)
-    windows = Windows(split.train, config.max_items, config.windows)
-    collator = Collator(windows, table, separators=config.separators, max_items=config.max_items,
-                        fixed_slots=config.padding == "fixed", map_config=config.map, truth=truth)
+    if config.targets == "all":
+        windows = Stretches(split.train, config.max_items)
+        collator = StretchCollator(windows, table, separators=config.separators, map_config=config.map)
+    else:
+        windows = Windows(split.train, config.max_items, config.windows)
+        collator = Collator(windows, table, separators=config.separators, max_items=config.max_items,
+                            fixed_slots=config.padding == "fixed", map_config=config.map, truth=truth)
     if config.windows == "prefixes":
         batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed,
                                 config.accumulation, mixed=not config.bucketing)
@@ -147,7 +165,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
             data_collator=lambda indices: tell_padding(collator(indices)), batches=batches, cases=_eval_cases(split, config),
             beam=config.beam, truth=truth, meter=meter, replay=_replays(config, processes), callbacks=callbacks,
-            optimizers=(None if config.muon is None else MuonAdamW(model, config.muon, config.learning_rate, config.weight_decay), None),
+            optimizers=(None if config.muon is None else MuonAdamW(
+                model, config.muon, config.learning_rate, config.weight_decay, config.beta2), None),
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
@@ -234,7 +253,7 @@ def _prune_as(model, checkpoint):
 def _arguments(config, folder, updates, processes, *, keep, progress):
     arguments = TrainingArguments(
         output_dir=str(folder), seed=config.seed, per_device_train_batch_size=1,
-        gradient_accumulation_steps=config.accumulation // processes,
+        gradient_accumulation_steps=config.accumulation // processes, adam_beta2=config.beta2,
         learning_rate=config.learning_rate, weight_decay=config.weight_decay, lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup, max_steps=updates,
         eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
@@ -348,7 +367,7 @@ class _SidTrainer(Trainer):
                 self.passes = ReplayedPasses(self.model, self.passes)
         inputs = self._prepare_inputs(inputs)
         loss, main_loss, kept = self.passes(inputs | {"num_items_in_batch": num_items_in_batch})
-        self.meter.count(inputs["attention_mask"], kept)
+        self.meter.count(inputs["attention_mask"], kept, (inputs["labels"][..., 0] != -100).sum())
         self.main_losses.append(main_loss)
         return loss
 

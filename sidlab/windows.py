@@ -88,6 +88,45 @@ class Windows(torch.utils.data.Dataset):
         return self.target - self.start
 
 
+class Stretches(torch.utils.data.Dataset):
+    """The training histories in stretches of at most `max_items` + 1 items, of which a pass teaches every item but the first.
+
+    Stretch r is `items[start[r]:stop[r]]`, its taught items are those from `taught[r]` on, and its user's training part ends before
+    `end[r]`. A longer history has several; each but its first begins with items that the one before has taught, so that every item of a
+    training part but its first is taught once, with at least half of `max_items` items before it where the history has so many.
+    `stretches[i]` is i itself, as in `Windows`.
+    """
+
+    def __init__(self, train: list[np.ndarray], max_items: int):
+        max_items = integer("max_items", max_items)
+        usable = [np.asarray(h, np.int64) for h in train if len(h) >= 2]
+        if not usable:
+            raise ValueError("nothing to teach: every user has fewer than two items before the held-out ones")
+        self.items = np.concatenate(usable)
+        before = max(max_items // 2, 1)  # items of context in front of what a later stretch teaches
+        rows, begin = [], 0
+        for history in usable:
+            taught = 1
+            while taught < len(history):
+                start = 0 if taught == 1 else taught - before
+                stop = min(start + max_items + 1, len(history))
+                rows.append((begin + start, begin + stop, begin + taught, begin + len(history)))
+                taught = stop
+            begin += len(history)
+        self.start, self.stop, self.taught, self.end = np.array(rows, np.int64).T
+
+    def __len__(self):
+        return len(self.start)
+
+    def __getitem__(self, index):
+        return index
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Items of each stretch, int64 [stretches]."""
+        return self.stop - self.start
+
+
 class LengthBatches(torch.utils.data.Sampler):
     """Batches of windows of similar length, `batch_tokens` slots each, newly shuffled every epoch.
 
@@ -249,4 +288,33 @@ class Collator:
             histories = [row[:n] for row, n in zip(items, length)]
             nats = self.truth.information(histories)
             batch["truth"] = truth_tokens(nats, self.table.levels, self.separators, tokens.shape)
+        return batch
+
+
+class StretchCollator:
+    """Indices of stretches → a batch of tensors for a model that teaches all their items but the first.
+
+    `input_ids`, `attention_mask` int64 [B, N], of M items a row; `labels` int64 [B, M − 1, L], −100 at padding and where another stretch
+    teaches; with `map_config` also `map_labels` int64 [B, M − 1, S, L].
+    """
+
+    def __init__(self, stretches: Stretches, table: SidTable, *, separators: bool, map_config: MapConfig | None = None):
+        self.stretches, self.table, self.separators, self.map_config = stretches, table, separators, map_config
+
+    def __call__(self, indices: list[int]) -> dict[str, Tensor]:
+        s = self.stretches
+        start, stop, taught, end = (x[indices][:, None] for x in (s.start, s.stop, s.taught, s.end))
+        place = start + np.arange(int((stop - start).max()))  # [B, M]
+        items = np.where(place < stop, s.items[np.minimum(place, stop - 1)], 0)
+        tokens = history_tokens(items, self.table, self.separators)  # [B, N]
+        labels = self.table.item_tokens[torch.from_numpy(items[:, 1:])]  # [B, M - 1, L]
+        absent = torch.from_numpy((place[:, 1:] >= stop) | (place[:, 1:] < taught)).unsqueeze(-1)
+        batch = {"input_ids": tokens, "attention_mask": (tokens != PAD).long(), "labels": labels.masked_fill(absent, -100)}
+        if self.map_config is not None:
+            ahead = place[:, 1:, None] + np.arange(1, self.map_config.steps + 1)  # [B, M - 1, S]
+            exists = ahead < end[:, :, None]
+            after = self.table.item_tokens[torch.from_numpy(s.items[np.where(exists, ahead, 0)])]  # [B, M - 1, S, L]
+            after = after.masked_fill(~torch.from_numpy(exists).unsqueeze(-1), -100)
+            of_target = map_labels(labels.flatten(0, 1), after.flatten(0, 1), self.map_config).unflatten(0, labels.shape[:2])
+            batch["map_labels"] = of_target.masked_fill(absent.unsqueeze(-1), -100)
         return batch

@@ -21,6 +21,7 @@ import copy
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from transformers import initialization as init
@@ -29,33 +30,51 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
 from transformers.utils.output_capturing import capture_outputs
 
-from sidlab.models.sid import PrunedHistory, PrunedStack, SidLosses, SidModel, check_after_layer
+from sidlab.checks import one_of
+from sidlab.models import fast
+from sidlab.models.sid import (
+    OutputProjection,
+    PrunedHistory,
+    PrunedStack,
+    SidEmbedding,
+    SidLosses,
+    SidModel,
+    check_after_layer,
+)
 from sidlab.pruning import PruningConfig, pool_tokens
 from sidlab.sids.table import BOS, PAD, SidTable
 
 
+LAYOUTS = ("bos_last", "stream")
+
+
 class SidQwenConfig(Qwen3Config):
-    """Qwen3's configuration plus: `widths`, codes per level; `separators`, one after each item; `max_items` of history;
-    `embedding_init`, standard deviation of the initial token embeddings; `text_vocab`, how many text tokens stand behind the SID tokens,
-    and `prompt`, ids in front of every history; `pruning` and `map`, the fields of `PruningConfig` and `MapConfig` as dicts, or None."""
+    """Qwen3's configuration, plus the fields below."""
 
     model_type = "sid_qwen"
 
-    widths: list[int] | tuple[int, ...] = (256, 256, 256)
-    separators: bool = True
-    max_items: int = 30
-    embedding_init: float = 0.05
-    text_vocab: int = 0
-    prompt: list[int] | None = None
+    widths: list[int] | tuple[int, ...] = (256, 256, 256)  # codes per level
+    separators: bool = True  # one token after each item
+    max_items: int = 30  # of history
+    layout: str = "bos_last"  # a row: history BOS target; "stream": BOS history target, so that every token predicts the next
+    embedding_init: float = 0.05  # standard deviation of the initial token embeddings
+    level_embeddings: bool = False  # a learned vector for each level, added to the token's
+    embedding_norm: bool = False  # embeddings are scaled to a root mean square of 1
+    residual_dropout: float = 0.0  # of embeddings and of what each attention and feed-forward layer adds
+    zero_init: bool = False  # the output projections of attention and feed-forward layers start at zero
+    label_smoothing: float = 0.0  # of the training loss, over the codes of a level
+    text_vocab: int = 0  # how many text tokens stand after the SID tokens
+    prompt: list[int] | None = None  # ids in front of every history
     tie_word_embeddings: bool = True
-    pruning: dict | None = None
-    map: dict | None = None
+    pruning: dict | None = None  # the fields of `PruningConfig`
+    map: dict | None = None  # the fields of `MapConfig`
 
     def __post_init__(self, **kwargs):
         self.widths = list(self.widths)
         self.vocab_size = 3 + sum(self.widths) + self.text_vocab
         super().__post_init__(**kwargs)
         self.pad_token_id, self.bos_token_id, self.eos_token_id = PAD, BOS, None
+        one_of("layout", self.layout, LAYOUTS)
         if "sliding_attention" in self.layer_types:
             raise ValueError("SidQwen needs full attention in every layer; use_sliding_window must be False")
         wrong = [token for token in self.prompt or [] if not 3 + sum(self.widths) <= token < self.vocab_size]
@@ -73,11 +92,13 @@ def check(pruning: PruningConfig | None, layers: int) -> None:
 
 @dataclasses.dataclass
 class PrunedDecoderOutput(PrunedHistory, BaseModelOutputWithPast):
-    """`last_hidden_state` [B, P + K + T, d], of prompt, kept history and tail. `masks` and `lengths`: what a later token sees, in front of
-    and behind the pruner: int64 [B, P + N] and [B, P + K]; int64 [B] each, the place at which it stands."""
+    """`last_hidden_state` [B, P + K + T, d], of what stands in front (P: the prompt, and BOS in the layout "stream"), kept history and tail.
+    `masks` and `lengths`: what a later token sees, in front of and behind the pruner: int64 [B, P + N] and [B, P + K]; int64 [B] each, the
+    place at which it stands. `next_state` [B, d], of the layout "stream": the state of the history's last token, which predicts."""
 
     masks: tuple[Tensor, Tensor] | None = None
     lengths: tuple[Tensor, Tensor] | None = None
+    next_state: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -91,11 +112,24 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
     check = staticmethod(check)
     attentions = property(lambda self: [layer.self_attn for layer in self.layers])
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = SidEmbedding(config, config.hidden_size, padding_idx=PAD, dropout=config.residual_dropout)
+        if config.residual_dropout > 0:
+            for layer in self.layers:
+                layer.self_attn.o_proj = OutputProjection(layer.self_attn.o_proj, config.residual_dropout)
+                layer.mlp.down_proj = OutputProjection(layer.mlp.down_proj, config.residual_dropout)
+            fast.replace_dropout(self)
+
     def padded_behind(self, padded: bool) -> bool:
-        # The sink comes on top of whole items only where its own is not among them (it has no say in that), so rows of one length may
-        # differ by one.
-        sink_on_top = self.pruning is not None and self.pruning.unit == "item" and not self.config.prompt
-        return super().padded_behind(padded) or sink_on_top
+        # The token that always stays comes on top of whole items only where its own is not among them (it has no say in that), so rows of
+        # one length may differ by one.
+        on_top = self.pruning is not None and self.pruning.unit == "item" and self._protects()
+        return super().padded_behind(padded) or on_top
+
+    def _protects(self) -> bool:
+        """Whether a token of the history always stays: the attention sink, or the one that predicts."""
+        return self.config.layout == "stream" or not self.config.prompt
 
     @capture_outputs
     def forward(self, input_ids=None, attention_mask=None, tail=None, past_key_values=None, truth=None, padded=True, **kwargs):
@@ -103,7 +137,8 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
         `past_key_values`, an empty cache to fill; `truth` float [B, N], for the oracle scorer; `padded`: False where it is known that no
         slot is empty. Returns `PrunedDecoderOutput`."""
         batch, width = input_ids.shape
-        front = input_ids.new_tensor(self.config.prompt or []).long().expand(batch, -1)  # [B, P]
+        stream = self.config.layout == "stream"
+        front = input_ids.new_tensor((self.config.prompt or []) + [BOS] * stream).long().expand(batch, -1)  # [B, P]
         tail = input_ids[:, :0] if tail is None else tail
         history = slice(front.shape[1], front.shape[1] + width)
         if attention_mask is None:
@@ -123,13 +158,20 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
         hidden = self._run(self.layers[:split], hidden, mask if padded else None, places, past_key_values, record, **kwargs)
         seen = [mask[:, : history.stop]]
         at = [seen[0].sum(1)]
+        last = _last(attention_mask)  # [B]
         if pruning is not None:
             middle = hidden[:, history]
             if pruning.reduce == "pool":
-                pruned = pool_tokens(middle, attention_mask, pruning.keep)
+                pruned = _pool_but_last(middle, attention_mask, last, pruning.keep) if stream \
+                    else pool_tokens(middle, attention_mask, pruning.keep)
             else:
                 centrality = record["record"]["centrality"]
-                pruned = self.select(middle, centrality, input_ids, truth, out, sink=history.start == 0)
+                always = None
+                if self._protects():
+                    place = last if stream else attention_mask.argmax(1)  # the last token, or the first: the attention sink
+                    slot = torch.arange(width, device=place.device)
+                    always = (slot == place[:, None]) & attention_mask.bool()
+                pruned = self.select(middle, centrality, input_ids, truth, out, always)
             out.attention_mask, out.positions = pruned.mask, pruned.positions
             hidden = torch.cat([hidden[:, : history.start], pruned.hidden, hidden[:, history.stop :]], dim=1)  # [B, P + K + T, d]
             mask = around(pruned.mask)
@@ -143,6 +185,9 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
             hidden = self._run(self.layers[split:], hidden, mask, places, past_key_values, {}, **kwargs)
         out.masks, out.lengths = (seen[0], seen[-1]), (at[0], at[-1])
         out.last_hidden_state = self.norm(hidden)
+        if stream:
+            row = torch.arange(batch, device=hidden.device)
+            out.next_state = out.last_hidden_state[row, len(front[0]) + _last(out.attention_mask)]  # [B, d]
         return out
 
     def _run(self, layers, hidden, mask, places, cache, record, **kwargs):
@@ -234,6 +279,10 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         super()._init_weights(module)
         if isinstance(module, SidQwen):
             init.normal_(module.model.embed_tokens.weight, std=self.config.embedding_init)
+            if self.config.zero_init:
+                for layer in module.model.layers:
+                    init.zeros_(layer.self_attn.o_proj.weight)
+                    init.zeros_(layer.mlp.down_proj.weight)
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, labels=None, map_labels=None, truth=None,
                 padded=True, past_key_values=None, use_cache=None, num_items_in_batch=None, position_ids=None, cache_position=None,
@@ -243,16 +292,23 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
         `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; `decoder_input_ids` int64 [B, T], BOS
         and what follows (default: `labels` shifted). Without either, as `generate` calls it, `input_ids` are histories that end with
-        BOS, all in the same column, or the next token behind `past_key_values`. Returns `SidCausalOutput`; `logits` [B, T, V] are −inf off
-        each position's level, and left out (None) while training. `num_items_in_batch` and `padded` as in `SidT5`.
+        BOS, all in the same column (layout "stream": that begin with it, padded on the left), or the next token behind `past_key_values`.
+        Returns `SidCausalOutput`; `logits` [B, T, V] are −inf off each position's level, and left out (None) while training.
+        `num_items_in_batch` and `padded` as in `SidT5`.
+
+        Every item of a stretch is taught at once (layout "stream", nothing pruned) where `labels` is int64 [B, T, L]: `input_ids` holds
+        T + 1 items, of which all but the first are targets; `map_labels` is [B, T, S, L], `logits` [B, T, L, V].
         """
+        if labels is not None and labels.ndim == 3:
+            return self._teach_all(input_ids, attention_mask, labels, map_labels, padded, num_items_in_batch)
         if labels is not None and decoder_input_ids is None:
             decoder_input_ids = self.shifted(labels)
         prefix = None
         if decoder_input_ids is None:
             prefix = getattr(past_key_values, "sid_prefix", None)
             if prefix is None:
-                input_ids, attention_mask, decoder_input_ids = _cut_at_bos(input_ids, attention_mask)
+                cut = _without_bos if self.config.layout == "stream" else _cut_at_bos
+                input_ids, attention_mask, decoder_input_ids = cut(input_ids, attention_mask)
             else:
                 decoder_input_ids = input_ids
             if use_cache and past_key_values is None:
@@ -265,9 +321,14 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
             hidden = self.model.extend(decoder_input_ids, depth, past, prefix, past_key_values)
             out = SidCausalOutput(past_key_values=past_key_values)
         else:
-            prefix = self.model(input_ids=input_ids, attention_mask=attention_mask, tail=decoder_input_ids, truth=truth, padded=padded,
+            stream = self.config.layout == "stream"  # where BOS stands for the history's last token
+            tail = decoder_input_ids[:, 1:] if stream else decoder_input_ids
+            prefix = self.model(input_ids=input_ids, attention_mask=attention_mask, tail=tail, truth=truth, padded=padded,
                                 past_key_values=past_key_values, **kwargs)
-            hidden = prefix.last_hidden_state[:, -width:]  # [B, T, d]
+            states = prefix.last_hidden_state
+            hidden = states[:, states.shape[1] - tail.shape[1] :]  # [B, T, d]
+            if stream:
+                hidden = torch.cat([prefix.next_state.unsqueeze(1), hidden], dim=1)
             out = SidCausalOutput(past_key_values=past_key_values, hidden_states=prefix.hidden_states, attentions=prefix.attentions,
                                   encoder_attention_mask=prefix.attention_mask)
             if past_key_values is not None:
@@ -277,6 +338,32 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         if labels is None or not self.training:
             out.logits = self.masked_logits(hidden, decoder_input_ids)
         return out
+
+    def _teach_all(self, input_ids, attention_mask, labels, map_labels, padded, num_items_in_batch):
+        """One causal pass over stretches of T + 1 items: the last token of an item predicts the next item's first code, each code the next
+        one."""
+        if self.config.layout != "stream":
+            raise ValueError(f'labels {tuple(labels.shape)} of many targets need the layout "stream", got {self.config.layout!r}')
+        if self.pruning is not None and (self.training or self.pruning.at_inference):
+            raise ValueError("a pass that teaches every item prunes nothing, for each target would keep other tokens: set_pruning(None), "
+                             "or teach one target a pass, labels [B, L]")
+        batch, targets, n_levels = labels.shape
+        per_item = n_levels + self.config.separators
+        if input_ids.shape != (batch, (targets + 1) * per_item):
+            raise ValueError(f"input_ids must be [{batch}, {(targets + 1) * per_item}], one item more than there are labels, got "
+                             f"{tuple(input_ids.shape)}")
+        unread = 1 + self.config.separators  # nothing is predicted from the last item's last code on
+        mask = None if attention_mask is None else attention_mask[:, :-unread]
+        out = self.model(input_ids=input_ids[:, :-unread], attention_mask=mask, padded=padded)
+        states = out.last_hidden_state[:, -(input_ids.shape[1] - unread) :]
+        states = F.pad(states, (0, 0, 0, unread)).unflatten(1, (targets + 1, per_item))  # [B, T + 1, P, d]
+        hidden = torch.cat([states[:, :-1, -1:], states[:, 1:, : n_levels - 1]], dim=2)  # [B, T, L, d]
+        mask = input_ids != PAD if attention_mask is None else attention_mask
+        found = SidCausalOutput(encoder_attention_mask=mask)
+        self.add_losses(found, hidden, labels, map_labels, num_items_in_batch)
+        if not self.training:
+            found.logits = self.masked_logits(hidden, self.shifted(labels))
+        return found
 
     def encode(self, input_ids, attention_mask, **kwargs) -> PrunedDecoderOutput:
         """The histories in the cache; arguments as in `forward`."""
@@ -296,9 +383,11 @@ class BeamTree:
 
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """As `models.t5.BeamState.step`."""
+        if parents is None and self.encoded.next_state is not None:
+            return self.encoded.next_state.unsqueeze(1)  # the history's last token predicts the first code
         batch, width = tokens.shape
         own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
-        if parents is not None:
+        if self.past is not None:
             inherited = self.past.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.past.shape[-1]))
             own = torch.cat([inherited, own], dim=-1)  # [B, b, t + b]
         self.past, depth = own, torch.tensor([self.depth], device=tokens.device)
@@ -311,6 +400,28 @@ def _copy(encoded):
     cache = copy.copy(encoded.past_key_values)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     return cache
+
+
+def _last(mask):
+    """The place of each row's last real token: [B, N] → int64 [B]; 0 in an empty row."""
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+
+
+def _pool_but_last(hidden, mask, last, keep):
+    """`pool_tokens` of all but the last token of each row, which predicts and stays as it is, in a slot of its own."""
+    at = last.unsqueeze(1)  # [B, 1]
+    pooled = pool_tokens(hidden, mask.scatter(1, at, 0), keep)
+    itself = hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, 1, d]
+    return pooled._replace(hidden=torch.cat([pooled.hidden, itself], dim=1), mask=torch.cat([pooled.mask, mask.gather(1, at)], dim=1),
+                           positions=torch.cat([pooled.positions, at], dim=1))
+
+
+def _without_bos(input_ids, attention_mask):
+    """History, its mask and BOS, of rows that begin with BOS: the model sets its own, so that it stands first whatever the padding."""
+    if not ((input_ids == BOS).sum(1) == 1).all():
+        raise ValueError("without labels or decoder_input_ids, input_ids must hold BOS once a row, in front of every history")
+    mask = (input_ids != PAD).long() if attention_mask is None else attention_mask
+    return input_ids, mask * (input_ids != BOS), input_ids.new_full((len(input_ids), 1), BOS)
 
 
 def _cut_at_bos(input_ids, attention_mask):

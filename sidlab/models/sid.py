@@ -11,7 +11,7 @@ import pathlib
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import initialization as init
 
 from sidlab.files import read_json, reading
@@ -33,12 +33,57 @@ class LibraryInit:
     def is_custom_code(cls) -> bool:
         return False
 
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SidEmbedding) and module.level is not None:  # not saved, as it follows from the widths
+            init.copy_(module.token_level, _levels_of(self.config))
+
 
 def token_levels(widths, further: int = 0) -> Tensor:
     """Level of every token id: int64 [V]. BOS −1 (level 0 comes next), codes 0..L−1, PAD, SEP and `further` ids behind the codes L."""
     n_levels = len(widths)
     codes = [level for level, width in enumerate(widths) for _ in range(width)]
     return torch.tensor([n_levels, -1, n_levels, *codes, *[n_levels] * further])
+
+
+def _levels_of(config):
+    return token_levels(config.widths, getattr(config, "text_vocab", 0))
+
+
+class SidEmbedding(nn.Embedding):
+    """Token embeddings, on request with a learned vector for each level, scaled, and with dropout. `options`: of `nn.Embedding`.
+
+    `config`: a model's, whose `level_embeddings` and `embedding_norm` (a root mean square of 1) say what is done. `dropout`: of the result,
+    while training. int64 [..., N] → float [..., N, d].
+    """
+
+    def __init__(self, config, width: int, *, dropout: float = 0.0, **options):
+        super().__init__(config.vocab_size, width, **options)
+        self.level, self.normed = None, config.embedding_norm
+        if config.level_embeddings:
+            self.register_buffer("token_level", _levels_of(config), persistent=False)
+            self.level = nn.Embedding(len(config.widths) + 2, width)  # of BOS (−1), the codes' levels, and all else
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded = super().forward(tokens)
+        if self.level is not None:
+            embedded = embedded + self.level(self.token_level[tokens] + 1)
+        if self.normed:
+            embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)
+        return self.dropout(embedded)
+
+
+class OutputProjection(nn.Linear):
+    """The last product of an attention or feed-forward layer, with dropout of what it adds to the residual stream."""
+
+    def __init__(self, linear: nn.Linear, dropout: float):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(super().forward(x))
 
 
 @dataclasses.dataclass
@@ -93,7 +138,7 @@ class PrunedStack(LibraryInit):
 
     def __init__(self, config):
         super().__init__(config)
-        self.register_buffer("token_level", token_levels(config.widths, getattr(config, "text_vocab", 0)), persistent=True)
+        self.register_buffer("token_level", _levels_of(config), persistent=True)
         self.set_pruning(pruning_of(config))
 
     def set_pruning(self, pruning: PruningConfig | None):
@@ -115,11 +160,12 @@ class PrunedStack(LibraryInit):
         return padded or (self.pruning is not None and self.pruning.mass is not None)
 
     def select(self, hidden: Tensor, centrality: Tensor, input_ids: Tensor | None, truth: Tensor | None, out: PrunedHistory,
-               sink: bool = False) -> Pruned:
+               always: Tensor | None = None) -> Pruned:
         """Scores and chooses tokens of `hidden` [B, N, d] and gathers them; `out.attention_mask` is their mask. Fills the scores of `out`.
-        `sink`: the first token of each row stays whatever its score, on top of the share."""
+        `always`: bool [B, N], one token of each row that stays whatever its score, on top of the share."""
         pruning, tokens = self.pruning, out.attention_mask
-        levels = item_index = protect = slots = None
+        levels = item_index = slots = None
+        protect = always
         if input_ids is not None:
             levels = self.token_level[input_ids]  # [B, N]
             item_index = ((levels == 0).cumsum(1) - 1).clamp_min(0)
@@ -134,12 +180,10 @@ class PrunedStack(LibraryInit):
         if pruning.protect_separators:
             if levels is None:
                 raise ValueError("protect_separators=True needs input_ids, which say where the separators are; got inputs_embeds")
-            protect = levels == len(self.config.widths)
-        elif sink and pruning.unit == "token":  # so that the number of slots still follows from the shape alone
+            separators = levels == len(self.config.widths)
+            protect = separators if always is None else separators | always
+        elif always is not None and pruning.unit == "token":  # so that the number of slots still follows from the shape alone
             slots = min(max(math.ceil(pruning.keep * tokens.shape[1] - 1e-6), 1) + 1, tokens.shape[1])
-        if sink:
-            first = (positions == 0) & tokens.bool()
-            protect = first if protect is None else protect | first
         return self.pruner(hidden, tokens, out.importance, protect=protect, item_index=item_index, slots=slots)
 
 
@@ -202,9 +246,15 @@ class SidModel(LibraryInit):
         return F.linear(hidden, self.lm_head.weight[first : first + self.config.widths[level]])
 
     def add_losses(self, out, hidden, labels, map_labels, num_items_in_batch):
-        """Fills `loss`, `main_loss` and `map_loss` of `out` from the states [B, L, d] that predict the target's tokens."""
-        if labels.ndim != 2 or labels.shape[1] != len(self.config.widths):
-            raise ValueError(f"labels must be [B, {len(self.config.widths)}], the tokens of one SID a row, got {tuple(labels.shape)}")
+        """Fills `loss`, `main_loss` and `map_loss` of `out` from the states [B, L, d] that predict the target's tokens `labels` [B, L], or
+        of T targets a row: [B, T, L, d] and [B, T, L]."""
+        n_levels = len(self.config.widths)
+        if labels.ndim not in (2, 3) or labels.shape[-1] != n_levels:
+            raise ValueError(f"labels must be [B, {n_levels}], the tokens of one SID a row, or [B, T, {n_levels}] of T targets, "
+                             f"got {tuple(labels.shape)}")
+        if labels.ndim == 3:
+            hidden, labels = hidden.flatten(0, 1), labels.flatten(0, 1)
+            map_labels = map_labels.flatten(0, 1) if map_labels is not None else None
         share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
         losses = self._token_losses(hidden, labels)  # [B, L]
         out.main_loss = losses.sum() / (labels != -100).sum().clamp_min(1)
@@ -230,13 +280,14 @@ class SidModel(LibraryInit):
         for position, width in enumerate(self.config.widths[shift:]):
             logits = self.level_logits(hidden[:, position], position + shift)  # [B, W]
             label = torch.where(labels[:, position] == -100, -100, labels[:, position] - first)
-            losses.append(F.cross_entropy(logits.float(), label, ignore_index=-100, reduction="none"))
+            losses.append(F.cross_entropy(logits.float(), label, ignore_index=-100, reduction="none",
+                                          label_smoothing=self.config.label_smoothing if self.training else 0.0))
             first += width
         losses += [torch.zeros(len(hidden), device=hidden.device)] * min(shift, labels.shape[1])
         return torch.stack(losses, dim=1)
 
     def masked_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Logits [B, L, V] of the states [B, L, d] behind `tokens` int64 [B, L], −inf off the level that each position predicts."""
+        """Logits [..., L, V] of the states [..., L, d] behind `tokens` int64 [..., L], −inf off the level that each position predicts."""
         level = self.stack.token_level
         return self.lm_head(hidden).masked_fill((level[tokens] + 1).unsqueeze(-1) != level, -torch.inf)
 

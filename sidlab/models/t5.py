@@ -28,28 +28,37 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense, T5PreTrainedMode
 from transformers.utils.output_capturing import capture_outputs
 
 from sidlab import kernels
+from sidlab.checks import one_of
 from sidlab.models import fast
-from sidlab.models.sid import PrunedHistory, PrunedStack, SidLosses, SidModel
+from sidlab.models.sid import PrunedHistory, PrunedStack, SidEmbedding, SidLosses, SidModel
 from sidlab.pruning import pool_tokens
 from sidlab.sids.table import BOS, PAD, SidTable
 
 
+ENCODER_MASKS = ("full", "items")
+ITEMS_BACK = 32  # items of history that `cross_bias` tells apart; those farther back share the last one's bias
+
+
 class SidT5Config(T5Config):
-    """T5's configuration plus: `widths`, codes per level; `separators`, one after each item; `max_items` of history;
-    `ffn_hidden_layers`, 2 in RASTP's model and 1 in T5's; `embedding_init`, standard deviation of the initial token embeddings;
-    `position_init`: half of the heads start out looking 1, 2, 3, … tokens back, with so strong a bias (None: none does, as in
-    T5); `pruning` and `map`, the fields of `PruningConfig` and `MapConfig` as dicts, or None."""
+    """T5's configuration, plus the fields below."""
 
     model_type = "sid_t5"
 
-    widths: list[int] | tuple[int, ...] = (256, 256, 256)
-    separators: bool = True
-    max_items: int = 30
-    ffn_hidden_layers: int = 1
-    embedding_init: float = 0.05
-    position_init: float | None = None
-    pruning: dict | None = None
-    map: dict | None = None
+    widths: list[int] | tuple[int, ...] = (256, 256, 256)  # codes per level
+    separators: bool = True  # one token after each item
+    max_items: int = 30  # of history
+    encoder_mask: str = "full"  # whom a history token sees: all; "items": its own item and those before it
+    cross_bias: bool = False  # a learned bias of cross-attention by how many items back a token is
+    ffn_hidden_layers: int = 1  # 2 in RASTP's model and 1 in T5's
+    embedding_init: float = 0.05  # standard deviation of the initial token embeddings
+    tie_embeddings: bool = True  # the output heads are slices of the embedding; False: weights of their own
+    position_init: float | None = None  # half of the heads start out looking 1, 2, 3, … tokens back, with so strong a bias; None: none does
+    level_embeddings: bool = False  # a learned vector for each level, added to the token's
+    embedding_norm: bool = False  # embeddings are scaled to a root mean square of 1
+    zero_init: bool = False  # the output projections of attention and feed-forward layers start at zero
+    label_smoothing: float = 0.0  # of the training loss, over the codes of a level
+    pruning: dict | None = None  # the fields of `PruningConfig`
+    map: dict | None = None  # the fields of `MapConfig`
 
     def __post_init__(self, **kwargs):
         self.widths = list(self.widths)
@@ -57,12 +66,16 @@ class SidT5Config(T5Config):
         super().__post_init__(**kwargs)
         self.pad_token_id, self.bos_token_id, self.eos_token_id = PAD, BOS, None
         self.decoder_start_token_id = BOS
+        one_of("encoder_mask", self.encoder_mask, ENCODER_MASKS)
         self.scale_decoder_outputs = False  # T5's answer to embeddings of size 1; ours start small
 
 
 @dataclasses.dataclass
 class PrunedEncoderOutput(PrunedHistory, BaseModelOutput):
-    """The encoder's output. With pruning `last_hidden_state` is [B, K, d]."""
+    """The encoder's output. With pruning `last_hidden_state` is [B, K, d]. `items_back` int64 [B, K], for `cross_bias`: how many items ago
+    a token's item was, 1 for the newest."""
+
+    items_back: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -94,22 +107,44 @@ class PrunedEncoder(PrunedStack, T5Stack):
                              f'(TrainConfig(padding="fixed")), got {inputs_embeds.shape[1]}')
         out = PrunedEncoderOutput(attention_mask=attention_mask)
         hidden = self.dropout(inputs_embeds)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask if padded else None)
+        item = self._items(input_ids, attention_mask) if self.config.encoder_mask == "items" or self.config.cross_bias else None
+        if self.config.cross_bias:
+            out.items_back = torch.where(attention_mask.bool(), item, -1).amax(1, keepdim=True) - item + 1
+        mask = self._self_mask(hidden, attention_mask if padded else None, item)
         bias, eager = None, reference or self.config._attn_implementation == "eager"
         for number, block in enumerate(self.block, start=1):
             ours = {"eager": eager} if block.layer[0].SelfAttention.config is not self.config else {}  # for `scored_attention`
             if ours and pruning is not None:
-                ours |= {"record": {}, "token_mask": attention_mask, "reference": reference, "path": self.scoring_path}
+                path = "plain" if self.config.encoder_mask == "items" else self.scoring_path  # fused scoring knows no such mask
+                ours |= {"record": {}, "token_mask": attention_mask, "reference": reference, "path": path}
             hidden, bias, _ = block(hidden, mask, bias, **ours, **kwargs)
             if pruning is not None and number == pruning.after_layer:
                 centrality = ours["record"]["centrality"] if ours else None
-                hidden, bias, mask = self.prune(hidden, bias, centrality, input_ids, truth, out, padded)
+                hidden, bias, mask = self.prune(hidden, bias, centrality, input_ids, truth, out, padded, item)
         out.last_hidden_state = self.dropout(self.final_layer_norm(hidden))
         return out
 
-    def prune(self, hidden, bias, centrality, input_ids, truth, out, padded=True):
+    def _items(self, input_ids, attention_mask):
+        """Which item of its history each token belongs to, from 0: int64 [B, N]."""
+        if input_ids is None:
+            raise ValueError(f"encoder_mask={self.config.encoder_mask!r} and cross_bias={self.config.cross_bias} need input_ids, which say "
+                             "where an item begins; got inputs_embeds")
+        return (((self.token_level[input_ids] == 0) & attention_mask.bool()).cumsum(1) - 1).clamp_min(0)
+
+    def _self_mask(self, hidden, tokens, item):
+        """The library's form of the mask among the tokens of `hidden` [B, N, d]: `tokens` [B, N], None where all are real; `item` as
+        `_items` gives it."""
+        if self.config.encoder_mask == "full":
+            return create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=tokens)
+        seen = item.unsqueeze(1) <= item.unsqueeze(2)  # [B, N, N], rows are queries
+        if tokens is not None:
+            seen = seen & tokens.bool().unsqueeze(1)
+        return library_mask(seen.unsqueeze(1), self.config, hidden.dtype)
+
+    def prune(self, hidden, bias, centrality, input_ids, truth, out, padded=True, item=None):
         """Scores, chooses and gathers what block `pruning.after_layer` gave: `hidden` [B, N, d], `bias` [B or 1, H, N, N], `centrality`
-        [B, N]. Fills the fields of `out`; returns the state, bias and mask of the layers behind."""
+        [B, N], `item` int64 [B, N], which item a token belongs to, where the mask or the cross-attention asks for it. Fills the fields of
+        `out`; returns the state, bias and mask of the layers behind."""
         pruning, tokens = self.pruning, out.attention_mask
         if pruning.reduce == "pool":
             pruned = pool_tokens(hidden, tokens, pruning.keep)
@@ -117,7 +152,9 @@ class PrunedEncoder(PrunedStack, T5Stack):
             pruned = self.select(hidden, centrality, input_ids, truth, out)
         out.attention_mask, out.positions = pruned.mask, pruned.positions
         seen = pruned.mask if self.padded_behind(padded) else None
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=pruned.hidden, attention_mask=seen)
+        if out.items_back is not None:
+            out.items_back = out.items_back.gather(1, pruned.positions)
+        mask = self._self_mask(pruned.hidden, seen, None if item is None else item.gather(1, pruned.positions))
         return pruned.hidden, self._bias_behind(bias, pruned), mask
 
     def _bias_behind(self, bias, pruned):
@@ -132,6 +169,13 @@ class PrunedEncoder(PrunedStack, T5Stack):
         # By row, so that in the backward pass not all rows add into the same few numbers.
         pairs = distance.flatten(1)[:, None].expand(-1, len(by_distance), -1)  # [B, H, K · K]
         return by_distance.expand(len(pairs), -1, -1).gather(2, pairs).unflatten(2, distance.shape[1:])  # [B, H, K, K]
+
+
+def library_mask(seen: Tensor, config, dtype: torch.dtype) -> Tensor:
+    """`seen` bool [B, 1, N, M], True where attention may go, in the form that the attention of `config` takes."""
+    if config._attn_implementation != "eager":
+        return seen
+    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 class DeepFeedForward(T5DenseActDense):
@@ -162,14 +206,11 @@ class SidT5(SidModel, T5ForConditionalGeneration):
 
     config_class = SidT5Config
     stack = property(lambda self: self.encoder)
-    # The parent's tying: the heads of the levels are slices of the embedding. These keys come back with `shared`.
-    _keys_to_ignore_on_save = list(T5ForConditionalGeneration._tied_weights_keys)
-
     def __init__(self, config: SidT5Config, table: SidTable | None = None):
         # Not the parent's own __init__: it would build and initialise an encoder that is then thrown away.
         T5PreTrainedModel.__init__(self, config)
         self.model_dim = config.d_model
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = SidEmbedding(config, config.d_model)
         encoder_config, decoder_config = copy.deepcopy(config), copy.deepcopy(config)
         encoder_config.is_decoder, encoder_config.use_cache = False, False
         decoder_config.is_decoder, decoder_config.num_layers = True, config.num_decoder_layers
@@ -177,6 +218,13 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         if reference or config._attn_implementation == "sdpa":
             encoder_config._attn_implementation = decoder_config._attn_implementation = "eager" if reference else "sidlab"
         self.encoder, self.decoder = PrunedEncoder(encoder_config), T5Stack(decoder_config)
+        self.encoder.embed_tokens = self.decoder.embed_tokens = self.shared
+        # The parent's tying: the heads of the levels are slices of the embedding. These keys come back with `shared`.
+        tied = {f"{stack}.embed_tokens.{name}": f"shared.{name}" for stack in ("encoder", "decoder") for name, _ in self.shared.named_parameters()}
+        if config.tie_embeddings:
+            tied["lm_head.weight"] = "shared.weight"
+        self._tied_weights_keys, self._keys_to_ignore_on_save = tied, list(tied)
+        self.cross_bias = nn.Embedding(ITEMS_BACK, config.num_heads) if config.cross_bias else None
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         plain = config.ffn_hidden_layers == 1
         with torch.random.fork_rng(devices=[], enabled=plain):
@@ -194,6 +242,13 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         super()._init_weights(module)
         if isinstance(module, SidT5):
             init.normal_(module.shared.weight, std=self.config.embedding_init)
+            if module.cross_bias is not None:
+                init.zeros_(module.cross_bias.weight)
+            if self.config.zero_init:
+                for layer in (layer for stack in (module.encoder, module.decoder) for block in stack.block for layer in block.layer):
+                    output = layer.DenseReluDense.wo if hasattr(layer, "DenseReluDense") else \
+                        getattr(layer, "SelfAttention", None) or layer.EncDecAttention
+                    init.zeros_(getattr(output, "o", output).weight)
             if self.config.position_init is not None:
                 for stack in (module.encoder, module.decoder):
                     bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
@@ -213,7 +268,12 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         Returns `SidOutput`; `logits` [B, L, V] are −inf off each position's level, and left out (None) while training.
         `num_items_in_batch`, given by the Trainer, is the number of label tokens in the whole update: the loss is then this
         batch's part of the update's mean.
+
+        Every item of a stretch is taught at once (`encoder_mask="items"`, nothing pruned) where `labels` is int64 [B, T, L]: `input_ids`
+        holds T + 1 items, of which all but the first are targets; `map_labels` is [B, T, S, L], `logits` [B, T, L, V].
         """
+        if labels is not None and labels.ndim == 3:
+            return self._teach_all(input_ids, attention_mask, labels, map_labels, num_items_in_batch)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
                                            truth=truth, padded=padded, **kwargs)
@@ -227,7 +287,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         decoded = self.decoder(
             input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, past_key_values=past_key_values,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
-            encoder_attention_mask=seen if self.encoder.padded_behind(padded) else None,
+            encoder_attention_mask=self.cross_mask(encoder_outputs, seen if self.encoder.padded_behind(padded) else None),
             use_cache=use_cache, **kwargs,
         )
         hidden = decoded.last_hidden_state  # [B, L, d]
@@ -243,6 +303,51 @@ class SidT5(SidModel, T5ForConditionalGeneration):
             out.logits = self.masked_logits(hidden, decoder_input_ids)
         return out
 
+    def cross_mask(self, encoded, seen: Tensor | None) -> Tensor | None:
+        """What the decoder sees of `encoded`: `seen` [B, K] itself, or with `cross_bias` a float mask [B, H, 1, K] with the bias in it.
+        None where all is seen alike."""
+        if self.cross_bias is None:
+            return seen
+        return self._biased(encoded.items_back.unsqueeze(1), None if seen is None else seen.bool()[:, None, None])
+
+    def _biased(self, items_back, seen):
+        """`cross_bias` of `items_back` int64 [B, Q, K], −∞ off `seen` bool [B, 1, Q, K]: float [B, H, Q, K]."""
+        bias = self.cross_bias((items_back - 1).clamp(0, ITEMS_BACK - 1)).permute(0, 3, 1, 2)  # [B, H, Q, K]
+        return bias if seen is None else torch.where(seen, bias, torch.finfo(bias.dtype).min)
+
+    def _teach_all(self, input_ids, attention_mask, labels, map_labels, num_items_in_batch):
+        """One pass over stretches of T + 1 items: the encoder reads the first T, each item seeing itself and those before it; the decoder
+        reads the T targets side by side, each seeing its own tokens so far and the items before it."""
+        if self.config.encoder_mask != "items":
+            raise ValueError(f'labels {tuple(labels.shape)} of many targets need encoder_mask="items", got {self.config.encoder_mask!r}')
+        if self.pruning is not None and (self.training or self.pruning.at_inference):
+            raise ValueError("a pass that teaches every item prunes nothing, for each target would keep other tokens: set_pruning(None), "
+                             "or teach one target a pass, labels [B, L]")
+        batch, targets, n_levels = labels.shape
+        per_item = n_levels + self.config.separators
+        if input_ids.shape != (batch, (targets + 1) * per_item):
+            raise ValueError(f"input_ids must be [{batch}, {(targets + 1) * per_item}], one item more than there are labels, got "
+                             f"{tuple(input_ids.shape)}")
+        history = input_ids[:, :-per_item]
+        tokens = (history != PAD).long() if attention_mask is None else attention_mask[:, :-per_item]
+        encoded = self.encoder(input_ids=history, attention_mask=tokens)
+        item = self.encoder._items(history, tokens).unsqueeze(1)  # [B, 1, N]
+        target = torch.arange(targets, device=labels.device).repeat_interleave(n_levels)  # [T·L]
+        place = torch.arange(targets * n_levels, device=labels.device)
+        own = ((target == target[:, None]) & (place <= place[:, None]))[None, None]  # [1, 1, T·L, T·L]
+        back = target[None, :, None] - item + 1  # [B, T·L, N]
+        seen = ((back >= 1) & tokens.bool().unsqueeze(1)).unsqueeze(1)  # [B, 1, T·L, N]
+        cross = self._biased(back, seen) if self.cross_bias is not None else library_mask(seen, self.config, self.dtype)
+        inputs = self.shifted(labels)  # [B, T, L]
+        states = self.decoder(input_ids=inputs.flatten(1), attention_mask=library_mask(own, self.config, self.dtype),
+                              encoder_hidden_states=encoded.last_hidden_state, encoder_attention_mask=cross).last_hidden_state
+        hidden = states.unflatten(1, (targets, n_levels))  # [B, T, L, d]
+        out = SidOutput(encoder_attention_mask=tokens)
+        self.add_losses(out, hidden, labels, map_labels, num_items_in_batch)
+        if not self.training:
+            out.logits = self.masked_logits(hidden, inputs)
+        return out
+
     def encode(self, input_ids, attention_mask, **kwargs) -> PrunedEncoderOutput:
         """The history as the decoder sees it; arguments as in `forward`."""
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -256,11 +361,12 @@ class BeamState:
     """What a beam search in a `SidT5` carries from level to level: the cached keys and values of the decoder."""
 
     def __init__(self, model: SidT5, encoded: PrunedEncoderOutput):
-        self.decoder, self.memory, self.mask = model.decoder, encoded.last_hidden_state, encoded.attention_mask  # [B, K, d], [B, K]
+        self.decoder, self.memory = model.decoder, encoded.last_hidden_state  # [B, K, d]
+        self.mask = model.cross_mask(encoded, encoded.attention_mask)  # [B, K], or [B, H, 1, K]
         self.cache, self.width = EncoderDecoderCache(DynamicCache(), DynamicCache()), 1
         # Beams of one history attend to the same keys and values, which our own attention takes as they are; others need a copy for each.
         self.shared = self.decoder.config._attn_implementation == "sidlab"
-        if self.shared:
+        if self.shared and self.mask.ndim == 2:
             self.mask = self.mask[:, None, None].bool()  # [B, 1, 1, K], which the decoder hands on
 
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
