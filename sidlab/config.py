@@ -133,21 +133,18 @@ class TrainConfig:
             (sid_qwen.check if self.arch == "qwen" else check_after_layer)(self.pruning, self.num_layers)
 
     def _check_targets(self):
-        """`targets` and what has to fit it; fills in `layout` and `encoder_mask`."""
+        """`targets` and what has to fit it."""
         if self.targets not in (1, "all") or isinstance(self.targets, bool):
             raise ValueError(f'targets={self.targets!r} is unknown; use 1, the item after a window, or "all" items of a stretch')
         dense = self.targets == "all"
         for arch, name, valid, needed in (("qwen", "layout", sid_qwen.LAYOUTS, "stream"),
                                           ("t5", "encoder_mask", sid_t5.ENCODER_MASKS, "items")):
             given = getattr(self, name)
-            if self.arch != arch:
-                if given is not None:
-                    raise ValueError(f"{name}={given!r} belongs to arch={arch!r}, got arch={self.arch!r}")
-                continue
             if given is None:
-                given = needed if dense else valid[0]
-                object.__setattr__(self, name, given)
+                continue
             one_of(name, given, valid)
+            if self.arch != arch:
+                raise ValueError(f"{name}={given!r} belongs to arch={arch!r}, got arch={self.arch!r}")
             if dense and given != needed:
                 raise ValueError(f'targets="all" needs {name}={needed!r}, got {given!r}')
         if dense and self.pruning is not None:
@@ -164,6 +161,15 @@ class TrainConfig:
         published), with any field overridden."""
         one_of("preset", name, PRESETS)
         return cls(**PRESETS[name] | overrides)
+
+    def completed(self, base: dict | None = None) -> "TrainConfig":
+        """The same with `layout` (decoder-only) or `encoder_mask` (T5) filled in where it is None: as `base` has it, the `config.json` of
+        the model that training starts from, or else as `targets` needs it."""
+        name, valid, needed = {"qwen": ("layout", sid_qwen.LAYOUTS, "stream"), "t5": ("encoder_mask", sid_t5.ENCODER_MASKS, "items")}[self.arch]
+        if getattr(self, name) is not None:
+            return self
+        fresh = needed if self.targets == "all" else valid[0]
+        return dataclasses.replace(self, **{name: (base or {}).get(name, fresh)})
 
     def to_dict(self) -> dict:
         """JSON-ready; a callable scorer becomes "own:<name>"."""

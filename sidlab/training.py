@@ -8,6 +8,7 @@ and the meter, which counts training time and memory without evaluation and savi
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_file
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -34,7 +36,7 @@ from sidlab.adaptive import SCHEDULES, AdaptPruning
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
-from sidlab.files import read_json, write_json
+from sidlab.files import read_json, reading, write_json
 from sidlab.graphs import ReplayedPasses
 from sidlab.meter import Meter
 from sidlab.metrics import rank_of_target, summary
@@ -74,6 +76,7 @@ class TrainResult:
 
 def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
     """A fresh model; weights depend on `config.seed` alone, whatever is pruned or predicted besides."""
+    config = config.completed()
     fields = config.to_dict()
     set_seed(config.seed)
     model = MODELS[config.arch](config, table, {name: fields[name] for name in SHARED})
@@ -85,6 +88,39 @@ def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
     return model
 
 
+def _start(model, config, base, table):
+    """Loads the weights of the model in the folder `base` into `model`, whose MAP head alone may be missing there. ValueError where the two
+    differ in anything but what may change: how they prune, MAP, dropout and how histories are cut."""
+    kind = read_json(base / "config.json", "model_type")["model_type"]
+    if kind != model.config.model_type:
+        raise ValueError(f"start_from={str(base)!r} holds a {kind!r} model, arch={config.arch!r} makes a {model.config.model_type!r}")
+    theirs = type(model.config).from_pretrained(base)  # with the defaults of what an older model does not name
+    for name in MUST_MATCH:
+        if hasattr(theirs, name) and getattr(theirs, name) != getattr(model.config, name):
+            raise ValueError(f"start_from={str(base)!r} has {name}={getattr(theirs, name)!r}, this configuration "
+                             f"{getattr(model.config, name)!r}: a model that goes on keeps its architecture; give TrainConfig the same")
+    other = SidTable.load(base)
+    with reading(base / "model.safetensors"):
+        weights = load_file(base / "model.safetensors")
+    if other.fingerprint() != table.fingerprint():
+        raise ValueError(f"start_from={str(base)!r} speaks other SIDs ({other.fingerprint()}) than table ({table.fingerprint()}): continue "
+                         "with SidTable.load of that folder")
+    found = model.load_state_dict({k: v for k, v in weights.items() if model.map_head is not None or not k.startswith("map_head.")}, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    missing = [key for key in found.missing_keys if key not in tied and not key.startswith("map_head.")]
+    if missing or found.unexpected_keys:
+        raise ValueError(f"start_from={str(base)!r} does not fit: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
+
+
+def weights_digest(folder) -> str:
+    """12 hex digits of SHA-256 of the weights in a model's folder."""
+    with reading(folder):
+        return hashlib.sha256((pathlib.Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+MUST_MATCH = ("widths", "separators", "level_embeddings", "embedding_norm", "cross_bias", "tie_embeddings", "tie_word_embeddings", "d_model",
+              "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "ffn_hidden_layers", "hidden_size", "head_dim",
+              "num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers")
 SHARED = ("separators", "max_items", "pruning", "map", "level_embeddings", "embedding_norm", "zero_init", "label_smoothing")
 
 
@@ -110,13 +146,15 @@ def _qwen(config, table, shared):
 MODELS = {"t5": _t5, "qwen": _qwen}
 
 
-def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_dir=None, progress: bool = True,
+def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_dir=None, start_from=None, progress: bool = True,
           callbacks: list[TrainerCallback] | None = None) -> TrainResult:
     """Train `config` on `catalogue` with the SIDs of `table`.
 
     With `output_dir` checkpoints are kept there, and a call with the same arguments goes on from the newest readable one; a
-    folder that holds a different configuration, data or table is refused. Without it nothing is left on disk. `callbacks`:
-    further Hugging Face callbacks. On one GPU the passes are replayed from CUDA graphs (`sidlab.graphs`).
+    folder that holds a different configuration, data or table is refused. Without it nothing is left on disk. `start_from`: the folder of a
+    saved model whose weights training begins with, under a new optimiser and schedule; sizes and SIDs must be the same, layout and mask
+    stay unless `config` names them, and a MAP head that is missing there is drawn as in a fresh model. `callbacks`: further Hugging Face
+    callbacks. On one GPU the passes are replayed from CUDA graphs (`sidlab.graphs`).
     """
     if not isinstance(catalogue, Catalogue) or not isinstance(table, SidTable):
         raise TypeError("train takes a Catalogue (load_catalogue gives one) and a SidTable (made of an encoder's codes), got a "
@@ -126,6 +164,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     oracle = config.pruning is not None and config.pruning.scorer == "oracle"
     if oracle and catalogue.truth is None:
         raise ValueError('scorer="oracle" needs catalogue.truth, which only the planted catalogue has')
+    base = None if start_from is None else pathlib.Path(start_from)
+    config = config.completed(None if base is None else read_json(base / "config.json"))
     processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
     if config.accumulation % processes:
         raise ValueError(f"accumulation={config.accumulation} batches an update can't be shared by {processes} processes; use a multiple")
@@ -151,11 +191,13 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     if config.strategy is not None and config.strategy.kind not in SCHEDULES and config.strategy.every >= updates:
         raise ValueError(f"strategy.every={config.strategy.every} is never reached in {updates} updates; use less")
     model = build_model(config, table)
+    if base is not None:
+        _start(model, config, base, table)
     with contextlib.ExitStack() as stack:
         if not progress:
             stack.enter_context(quiet())
         folder = output_dir or stack.enter_context(_temporary_folder())
-        checkpoint = _resume_point(pathlib.Path(folder), config, catalogue, table) if output_dir else None
+        checkpoint = _resume_point(pathlib.Path(folder), config, catalogue, table, base) if output_dir else None
         callbacks = [_Patience(config.patience), *(callbacks or [])]
         if config.strategy is not None:
             callbacks.append(AdaptPruning(config.strategy, model, collator(_probe_windows(windows))))
@@ -281,15 +323,17 @@ def _use_bf16(config):
     return (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()) and config.d_model >= 128
 
 
-def _resume_point(folder, config, catalogue, table):
+def _resume_point(folder, config, catalogue, table, base):
     """The newest checkpoint in `folder` whose state and meter can be read, or None; refuses another run's folder."""
     what = {"config": config.to_dict(), "catalogue": catalogue.fingerprint(), "table": table.fingerprint()}
+    if base is not None:
+        what["start_from"] = weights_digest(base)
     if config.pruning is not None and (source := own_source(config.pruning.scorer)):  # without one it is known by its name alone
         what["scorer"] = source
     stamp = folder / "run.json"
     if stamp.exists():
         if read_json(stamp) != json.loads(json.dumps(what)):
-            raise ValueError(f"output_dir={str(folder)!r} holds a run of another configuration, catalogue or table; choose another folder")
+            raise ValueError(f"output_dir={str(folder)!r} holds a run of another configuration, catalogue, table or start; choose another folder")
     else:
         write_json(stamp, what)  # every process of a run writes the same
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]

@@ -1,6 +1,7 @@
 """Dense supervision: one pass that teaches every item gives the losses of its targets one by one; the layout and the mask it needs."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from sidlab.decoding import beam_search, encode_histories, recommend, score_item
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, PAD, SidTable
-from sidlab.training import train
+from sidlab.training import build_model, train, weights_digest
 from sidlab.windows import Collator, StretchCollator, Stretches, Windows, history_tokens, leave_one_out
 
 TABLE, LABELS, HISTORIES, CLOSE = test_qwen.TABLE, test_qwen.LABELS, test_qwen.HISTORIES, test_qwen.CLOSE
@@ -252,7 +253,7 @@ def test_models_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("arch", ("qwen", "t5"))
 def test_training_teaches_every_item(arch):
-    catalogue = load_catalogue("planted", n_users=60, n_items=60, seed=0)
+    catalogue = load_catalogue("planted", n_users=60, kinds=2)
     tree = catalogue.truth.tree
     table = SidTable(tree, tuple(int(w) + 1 for w in tree.max(0)))
     config = TrainConfig.preset("smoke", arch=arch, targets="all", map=MapConfig(), max_items=8, max_updates=20)
@@ -263,3 +264,79 @@ def test_training_teaches_every_item(arch):
     an_epoch = sum(len(part) - 1 for part in parts)
     assert 0 < result.timing["windows"] and result.timing["updates"] == 20
     assert result.timing["windows"] <= 20 * an_epoch
+
+
+# --- Continuing from a trained model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A trained model of each architecture in a folder, with its catalogue and table."""
+    catalogue = load_catalogue("planted", n_users=60, kinds=2)
+    table = SidTable(catalogue.truth.tree, tuple(int(w) + 1 for w in catalogue.truth.tree.max(0)))
+    folders = {}
+    for arch in ("qwen", "t5"):
+        config = TrainConfig.preset("smoke", arch=arch, targets="all", level_embeddings=True, max_updates=10)
+        folders[arch] = tmp_path_factory.mktemp(arch)
+        train(config, catalogue, table, progress=False).model.save_pretrained(folders[arch])
+    return catalogue, table, folders
+
+
+def continuing(arch, **changes):
+    return TrainConfig.preset("smoke", arch=arch, **{"level_embeddings": True, "max_updates": 4, "eval_every": 2} | changes)
+
+
+@pytest.mark.parametrize("arch", ("qwen", "t5"))
+def test_training_continues_from_the_weights_of_a_model(base, arch, tmp_path):
+    catalogue, table, folders = base
+    config = continuing(arch, learning_rate=0.0, muon=None, weight_decay=0.0, pruning=PruningConfig(), map=MapConfig())
+    result = train(config, catalogue, table, start_from=folders[arch], output_dir=tmp_path / "run", progress=False)
+    before = type(result.model).from_pretrained(folders[arch])
+    after = result.model.state_dict()
+    for name, weight in before.state_dict().items():
+        assert torch.equal(after[name], weight), name
+    assert result.model.pruning == PruningConfig() and result.model.map_head is not None
+    kept = {"qwen": ("layout", "stream"), "t5": ("encoder_mask", "items")}[arch]
+    assert getattr(result.model.config, kept[0]) == kept[1]
+
+
+def test_a_head_that_is_missing_is_the_fresh_models_and_one_too_many_is_left_out(base, tmp_path):
+    catalogue, table, folders = base
+    config = continuing("qwen", learning_rate=0.0, weight_decay=0.0, map=MapConfig())
+    with_head = train(config, catalogue, table, start_from=folders["qwen"], progress=False).model
+    fresh = build_model(config, table)
+    assert torch.equal(with_head.map_head.projection, fresh.map_head.projection)
+    with_head.save_pretrained(tmp_path)
+    without = train(continuing("qwen"), catalogue, table, start_from=tmp_path, progress=False).model
+    assert without.map_head is None
+
+
+def test_a_run_remembers_what_it_started_from(base, tmp_path):
+    catalogue, table, folders = base
+    config = continuing("qwen")
+    train(config, catalogue, table, start_from=folders["qwen"], output_dir=tmp_path, progress=False)
+    assert json.loads((tmp_path / "run.json").read_text())["start_from"] == weights_digest(folders["qwen"])
+    with pytest.raises(ValueError, match="or start"):
+        train(config, catalogue, table, output_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"d_model": 64}, "hidden_size=32"),
+    ({"level_embeddings": False}, "level_embeddings=True"),
+    ({"arch": "t5"}, "sid_qwen"),
+    ({"separators": False}, "separators=True"),
+])
+def test_a_start_that_does_not_fit_is_refused(base, changes, message):
+    catalogue, table, folders = base
+    with pytest.raises(ValueError, match=message):
+        train(continuing(**{"arch": "qwen"} | changes), catalogue, table, start_from=folders["qwen"], progress=False)
+
+
+def test_a_start_of_other_sids_or_none_is_refused(base, tmp_path):
+    catalogue, table, folders = base
+    codes = table.codes.copy()
+    codes[[0, 1]] = codes[[1, 0]]
+    with pytest.raises(ValueError, match="other SIDs"):
+        train(continuing("qwen"), catalogue, SidTable(codes, table.widths), start_from=folders["qwen"], progress=False)
+    with pytest.raises(ValueError, match="config.json"):
+        train(continuing("qwen"), catalogue, table, start_from=tmp_path, progress=False)

@@ -242,6 +242,8 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         super()._init_weights(module)
         if isinstance(module, SidT5):
             init.normal_(module.shared.weight, std=self.config.embedding_init)
+            if not self.config.tie_embeddings:  # the library would draw them fifty times as large
+                init.normal_(module.lm_head.weight, std=self.config.embedding_init)
             if module.cross_bias is not None:
                 init.zeros_(module.cross_bias.weight)
             if self.config.zero_init:
