@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from dataclasses import InitVar, dataclass, field
 
 import numpy as np
@@ -13,6 +14,8 @@ import pandas as pd
 from sidlab.checks import as_histories
 from sidlab.data.text import text_embeddings
 
+# How much each part of a text weighs in the TF-IDF embeddings (table below).
+WEIGHTS = {"title": 1.0, "brand": 0.25, "categories": 0.25, "rest": 0.25}
 COLUMNS = ("item_id", "title", "brand", "categories", "text")
 
 
@@ -79,7 +82,10 @@ class Catalogue:
             if not any(texts):
                 raise ValueError(f"no item of catalogue {self.name!r} has a text to embed: pass embeddings= (float32 "
                                  f"[{self.n_items}, d], row 0 is item 1) or put an embeddings.npy in its folder")
-            self._embeddings = text_embeddings(texts, encoder=self.text_encoder)
+            if self.text_encoder is None:
+                self._embeddings = text_embeddings(text_parts(self.items), weights=WEIGHTS.values())
+            else:
+                self._embeddings = text_embeddings(texts, encoder=self.text_encoder)
         return self._embeddings
 
 
@@ -91,6 +97,21 @@ def compose_text(title: str | None, brand: str | None, categories: list, price: 
     """The text of an item whose source has none: `Title: …; Brand: …; Categories: A > B; Price: …` without what is missing."""
     parts = {"Title": title, "Brand": brand, "Categories": " > ".join(categories), "Price": price}
     return "; ".join(f"{label}: {value}" for label, value in parts.items() if value) or None
+
+
+def text_parts(items: pd.DataFrame) -> list[tuple]:
+    """The text of each of `items` in parts as in `WEIGHTS`, without the labels of `compose_text` and without the categories that head
+    every path, which say nothing. The rest: what comes after those three. A text of another form is all title."""
+    paths = [path for path in items["categories"] if path]
+    shared = len(os.path.commonprefix(paths)) if len(paths) > 1 else 0
+    parts = []
+    for title, brand, path, text in zip(*(items[column] for column in COLUMNS[1:])):
+        head = compose_text(title, brand, path) or ""
+        if text and text.startswith(head) and text[len(head) : len(head) + 1] in ("", ";"):
+            parts.append((title, brand, " ".join(path[shared:]), re.sub(r"^; \w+: ", "", text[len(head) :])))
+        else:
+            parts.append((text, None, None, None))
+    return parts
 
 
 def load_catalogue(name_or_folder, *, embeddings=None, text_encoder=None, on_dirty="warn", **options) -> Catalogue:
