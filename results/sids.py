@@ -39,7 +39,8 @@ def main():
         catalogue = sidlab.load_catalogue(folder)
         train, parts = leave_one_out(catalogue.histories).train, text_parts(catalogue.items)
         rows = {"whole text": judge(text_embeddings(catalogue.items["text"], cache=False), train)}
-        rows |= {" ".join(f"{w:g}" for w in weights): judge(text_embeddings(parts, cache=False, weights=weights), train) for weights in GRID}
+        for weights in GRID:
+            rows[" ".join(f"{weight:g}" for weight in weights)] = judge(text_embeddings(parts, cache=False, weights=weights), train)
         print(f"{catalogue.name}; weights of {', '.join(WEIGHTS)}\n{pd.DataFrame(rows).T.round(4).to_string()}\n", flush=True)
 
 
