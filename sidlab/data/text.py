@@ -109,8 +109,8 @@ def _tf_idf(texts, dim, weights, settings):
             vectorizer.fit(whole)
             blocks.append(of_kind * sum(weight * vectorizer.transform(column) for weight, column in zip(weights, columns)))
     if not blocks:
-        raise ValueError(f"texts must tell items apart, but of the {len(whole)} non-empty ones only {len(set(whole))} are distinct, and no "
-                         "word or part of one is in several, but not in all")
+        raise ValueError(f"texts must tell items apart, but the {len(whole)} non-empty ones ({len(set(whole))} distinct) share all of "
+                         "their words or none")
     terms = sparse.hstack(blocks).tocsr()
     if min(terms.shape) > 1:
         reduced = TruncatedSVD(min(dim, *terms.shape), random_state=0).fit_transform(terms)
