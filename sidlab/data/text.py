@@ -96,11 +96,11 @@ def _tf_idf(texts, dim, weights, settings):
     separators = _Separators()
 
     def plain(text):
-        return unicodedata.normalize("NFKC", text or "").lower().translate(separators)
+        return " ".join(unicodedata.normalize("NFKC", text or "").lower().translate(separators).split())
 
     columns = [[plain(part) for part in column] for column in zip(*texts)]
-    whole = [" ".join(parts) for parts in zip(*columns)]
-    if not any(map(str.strip, whole)):
+    whole = [" ".join(filter(None, parts)) for parts in zip(*columns)]
+    if not any(whole):
         raise ValueError(f"texts must hold words to embed; there is no letter or digit in the {len(whole)} non-empty ones")
     blocks = []
     for of_kind, kind in TERMS.values():
