@@ -14,7 +14,22 @@ import pandas as pd
 from sidlab.checks import as_histories
 from sidlab.data.text import text_embeddings
 
-# How much each part of a text weighs in the TF-IDF embeddings (table below).
+# How much each part of a text weighs in the TF-IDF embeddings. Where categories weigh as much as the title, items of one category look
+# alike, and SIDs collide. `python results/sids.py FOLDER …` on Amazon's Beauty and Scientific, residual k-means with 3 levels of 256 codes:
+# items that share their SID, neighbours (in the same embeddings) with the same first code, and how often the next item in a training
+# history has the same first code and the same first two (chance is below 1 % and 0.3 %).
+#
+#     title, brand, categories, rest │ Beauty                            │ Scientific
+#                                    │ collide  near   next 1   next 2   │ collide  near   next 1   next 2
+#     all as one text                │  36.1 %  90.7 %  12.5 %  3.2 %    │  46.8 %  79.3 %  12.9 %  7.7 %
+#     1     1     1     1            │  62.6 %  95.0 %  12.2 %  4.2 %    │  55.5 %  86.7 %  14.8 %  8.8 %
+#     1     0.5   0.5   0.5          │  38.7 %  92.6 %  12.4 %  3.3 %    │  47.3 %  84.6 %  14.7 %  8.7 %
+#     1     0.5   0.25  0.25         │  35.2 %  87.6 %  14.6 %  3.2 %    │  48.4 %  81.9 %  14.5 %  9.6 %
+#     1     0.25  0.25  0.25         │  30.1 %  84.8 %  13.4 %  2.6 %    │  43.3 %  80.0 %  14.6 %  8.8 %
+#     1     0.1   0.1   0.1          │  26.8 %  79.5 %  12.5 %  2.3 %    │  38.2 %  76.3 %  14.1 %  7.8 %
+#     1     0     0     0            │  23.9 %  72.8 %  10.2 %  2.3 %    │  36.4 %  73.7 %  13.8 %  7.2 %
+#
+# A quarter each: no row has both fewer collisions and next items that are found more often by the first code, on both.
 WEIGHTS = {"title": 1.0, "brand": 0.25, "categories": 0.25, "rest": 0.25}
 COLUMNS = ("item_id", "title", "brand", "categories", "text")
 
