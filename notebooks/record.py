@@ -15,7 +15,7 @@ import numpy as np
 import sidlab
 from sidlab.comparison import hardware
 from sidlab.cost import cost
-from sidlab.metrics import paired_test, recall_at
+from sidlab.metrics import paired_test, ranks_of, recall_at
 from sidlab.sweeps import COSTS, config_with, fitted, metrics_of, sid_table, write_json
 from sidlab.windows import Windows, leave_one_out
 
@@ -40,7 +40,7 @@ def pooled(name, folder, preset, seeds):
     for number, setting in enumerate(settings):
         runs = frame.iloc[number :: len(settings)]  # one a seed
         found = [json.loads(pathlib.Path(file).read_text()) for file in runs["file"]]
-        ranks, busy = np.array([one["ranks"] for one in found]), busy or any(one["busy"] for one in found)
+        ranks, busy = ranks_of(found), busy or any(one["busy"] for one in found)
         hits.append(np.array([recall_at(of_seed, 10) for of_seed in ranks]))  # [S, U]
         sids = {key.removeprefix("sids."): value for key, value in setting.items() if key.startswith("sids.")}
         table, report = sid_table(catalogue, folder, sids)

@@ -20,7 +20,7 @@ from sidlab.checks import SHARE, integer
 from sidlab.config import TrainConfig
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
-from sidlab.metrics import paired_test, per_user, rank_of_target
+from sidlab.metrics import paired_test, per_user, rank_of_target, ranks_of
 from sidlab.sweeps import (
     COSTS,
     _code,
@@ -128,7 +128,7 @@ def method_config(name: str, preset: str, seed: int, arch: str = "t5") -> TrainC
 
 
 def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch):
-    ranks = {name: np.array([r["ranks"] for r in runs if r["method"] == name]) for name in names}  # [S, U]
+    ranks = {name: ranks_of([r for r in runs if r["method"] == name]) for name in names}  # [S, U]
     ranks |= _baselines(catalogue)
     rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
     rows += [{"method": name, "seed": None, **metrics_of(ranks[name]), **dict.fromkeys(COSTS), "kept_informative": None}

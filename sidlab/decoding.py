@@ -6,6 +6,7 @@ log-softmax over all codes of the level: the same number that exact scoring give
 """
 
 import contextlib
+import warnings
 
 import numpy as np
 import torch
@@ -26,22 +27,28 @@ def recommend(model, histories, k: int = 10, exclude_seen: bool = False, *, beam
     count); `exclude_seen`: never recommend an item of the history; `beam`: width of the search (default: max(k, 10), or more
     by the number of seen items if these are excluded); `truth`: the `PlantedTruth`, for models pruned by the oracle.
     Returns items int64 [B, k] and scores float32 [B, k], best first. Items that share a SID follow one another by id with equal
-    scores. Where fewer than k items were found, the rest is item 0 with score −inf.
+    scores. Where fewer than k items were found, the rest is item 0 with score −inf: the default beam finds k or all there are, and of
+    a narrower one that finds fewer a warning tells.
     """
     table = table_of(model)
     k, batch_size, histories = integer("k", k), integer("batch_size", batch_size), as_histories(histories)
     beam = None if beam is None else integer("beam", beam)
     items = torch.zeros(len(histories), k, dtype=torch.long)
     scores = torch.full((len(histories), k), -torch.inf)
+    n_seen = np.array([len(np.unique(h)) if exclude_seen else 0 for h in histories], np.int64)
     order = np.argsort([len(h) for h in histories], kind="stable")  # similar lengths together: less padding
     with _evaluating(model):
         for chunk in np.array_split(order, -(-len(order) // batch_size)) if len(order) else ():
             part = [histories[i] for i in chunk]
             seen = pad_histories(part, max(len(h) for h in part), table.n_items) if exclude_seen else None
-            width = torch.tensor([beam or max(k, 10) + (len(set(h.tolist())) if exclude_seen else 0) for h in part])  # [B]
+            width = torch.from_numpy(max(k, 10) + n_seen[chunk] if beam is None else np.full(len(part), beam))  # [B]
             leaves, leaf_scores = beam_search(model, encode_histories(model, part, truth), width)
             found, score = items_of_leaves(table.trie_on(model.device), leaves, leaf_scores, k, seen)
             items[chunk], scores[chunk] = found.cpu(), score.cpu()
+    short = ((items > 0).sum(1).numpy() < np.minimum(k, table.n_items - n_seen)).sum()
+    if beam is not None and short:
+        warnings.warn(f"beam={beam} is too narrow for k={k}: {short} of {len(histories)} histories got fewer items. Leave beam out, or "
+                      f"give {k + n_seen.max()}, k and the most items that a history excludes", stacklevel=3)
     return items, scores
 
 

@@ -1,6 +1,10 @@
 """Was the held-out item found, how high, and how sure are we: recall, NDCG, bootstrap intervals, paired tests.
 
 Every user has one target (leave-one-out). `U` users, `S` seeds, `k` recommended items.
+
+`ranks` are int64 [U]: 1 for the top, 0 for missing. Where items share a SID the model can't tell them apart, so the order among
+them is a lottery. There `ranks` have the dtype `SHARED`: "rank" is the first place of all that share the target's SID, "sharers" how many
+they are, and recall and NDCG are their expectation over all orders of such a group. Both kinds can be sliced, stacked and masked.
 """
 
 from typing import NamedTuple
@@ -8,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
+SHARED = np.dtype([("rank", np.int64), ("sharers", np.int64)])
 _CELLS = 2**22  # random numbers held at a time: 32 MB
 
 
@@ -24,22 +29,49 @@ def rank_of_target(items, targets) -> np.ndarray:
     return np.where(found.any(axis=1), found.argmax(axis=1) + 1, 0).astype(np.int64)
 
 
+def shared_ranks(ranks, sharers) -> np.ndarray:
+    """`SHARED` [...] of the first places `ranks` and the sizes `sharers` of the groups, ints [...]; ValueError for a size below 1."""
+    ranks, sharers = np.asarray(ranks), np.asarray(sharers)
+    if ranks.shape != sharers.shape or (sharers.size and sharers.min() < 1):
+        raise ValueError(f"sharers must be [U] as ranks are, each at least 1 (the target itself), got shape {sharers.shape} for "
+                         f"{ranks.shape}" + f" and {sharers.min()}" * bool(sharers.size))
+    out = np.empty(ranks.shape, SHARED)
+    out["rank"], out["sharers"] = ranks, sharers
+    return out
+
+
+def stored(ranks) -> dict:
+    """`ranks` for JSON: {"ranks": list}, and "sharers" beside it where items share SIDs. `ranks_of` reads it."""
+    if ranks.dtype != SHARED:
+        return {"ranks": ranks.tolist()}
+    return {"ranks": ranks["rank"].tolist(), "sharers": ranks["sharers"].tolist()}
+
+
+def ranks_of(results) -> np.ndarray:
+    """[S, U]: the ranks of S results, dicts as `stored` makes them."""
+    ranks = np.array([one["ranks"] for one in results])
+    if not any("sharers" in one for one in results):
+        return ranks
+    return shared_ranks(ranks, np.array([one.get("sharers", np.ones(len(one["ranks"]), np.int64)) for one in results]))
+
+
 def recall_at(ranks, k: int) -> np.ndarray:
-    """float64 [U]: 1 where the target is among the first k. With one target this is also the hit rate."""
-    return _found(ranks, k).astype(np.float64)
+    """float64 [U]: 1 where the target is among the first k. With one target this is also the hit rate. Of `SHARED` ranks the share of
+    the group's places that lie among the first k: clip(k − (rank − 1), 0, sharers) / sharers."""
+    return _expected(ranks, k, np.ones_like)
 
 
 def ndcg_at(ranks, k: int) -> np.ndarray:
     """float64 [U]: 1 / log2(1 + rank) where the target is among the first k, else 0. With one target the ideal DCG
-    is 1 (Järvelin and Kekäläinen 2002)."""
-    return np.where(_found(ranks, k), 1 / np.log2(1 + np.maximum(ranks, 1)), 0.0)
+    is 1 (Järvelin and Kekäläinen 2002). Of `SHARED` ranks the mean of that over the group's places."""
+    return _expected(ranks, k, lambda places: 1 / np.log2(1 + places))
 
 
 METRICS = {"recall@5": (recall_at, 5), "recall@10": (recall_at, 10), "ndcg@5": (ndcg_at, 5), "ndcg@10": (ndcg_at, 10)}
 
 
 def per_user(ranks) -> dict:
-    """{name of a metric: float64 [S, U]} of ranks int [U] or [S, U]."""
+    """{name of a metric: float64 [S, U]} of ranks, ints or `SHARED`, [U] or [S, U]."""
     return {name: np.array([function(of_seed, k) for of_seed in np.atleast_2d(ranks)]) for name, (function, k) in METRICS.items()}
 
 
@@ -154,8 +186,18 @@ def paired_test(a, b, resamples: int = 10000, seed: int = 0, noise: SeedNoise | 
     return PairedTest(float(differences.mean()), interval, (1 + extreme) / (1 + resamples))
 
 
-def _found(ranks, k):
+def _expected(ranks, k, gain):
+    """The mean of gain(place), 0 beyond k, over the places that the target may have: float64 [U]."""
     ranks = np.asarray(ranks)
+    first, sharers = (ranks["rank"], ranks["sharers"]) if ranks.dtype == SHARED else (ranks, np.ones(ranks.shape, np.int64))
+    found, total = _found(first, k), np.zeros(first.shape)
+    for step in range(min(k, sharers.max(initial=1))):
+        inside = found & (step < sharers) & (first + step <= k)
+        total += np.where(inside, gain(np.maximum(first + step, 1).astype(np.float64)), 0.0)
+    return total / sharers
+
+
+def _found(ranks, k):
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if ranks.ndim != 1 or (ranks.size and ranks.min() < 0):

@@ -18,7 +18,7 @@ import pandas as pd
 from sidlab.checks import integer, one_of
 from sidlab.comparison import hardware, versions
 from sidlab.data.catalogue import load_catalogue
-from sidlab.metrics import paired_test, per_user
+from sidlab.metrics import paired_test, per_user, ranks_of
 from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 from sidlab.pruning import PruningConfig
 from sidlab.sweeps import COSTS, metrics_of, seed_noise, sweep, write_json
@@ -178,7 +178,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     noise, noise_of_difference = _noise(frame)
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
-        ranks = np.array([one["ranks"] for one in found])  # [S, U]
+        ranks = ranks_of(found)  # [S, U]
         devices |= {one["device"] for one in found}
         hits = _hits(found)
         length = min(len(one["curve"]["recall@10"]) for one in found)  # a seed may have stopped early
@@ -221,7 +221,7 @@ def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:
 
 def _ranks(frame):
     """{label: ranks of its runs [S, U]}."""
-    return {label: np.array([one["ranks"] for one in _results(runs)]) for label, runs in frame.groupby("label", sort=False)}
+    return {label: ranks_of(_results(runs)) for label, runs in frame.groupby("label", sort=False)}
 
 
 def _apart(frame):
@@ -248,7 +248,7 @@ def _results(runs):
 
 def _hits(results):
     """Whether each user's item is among ten: [S, U]."""
-    return per_user([one["ranks"] for one in results])["recall@10"]
+    return per_user(ranks_of(results))["recall@10"]
 
 
 def save(name: str, frame: pd.DataFrame, folder, *, dataset: str, preset: str, seeds: int, arch: str, sids: str, only: int | None) -> None:

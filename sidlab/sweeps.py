@@ -37,7 +37,7 @@ from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.files import write, write_json
 from sidlab.meter import Meter, device_name
-from sidlab.metrics import METRICS, SeedNoise, bootstrap_interval, per_user, pooled_seed_noise, rank_of_target
+from sidlab.metrics import METRICS, SeedNoise, bootstrap_interval, per_user, pooled_seed_noise, rank_of_target, stored
 from sidlab.models.sasrec import SASRec
 from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.table import SidTable
@@ -133,7 +133,8 @@ def _check_sids(sids):
 
 
 def run_all(specs: dict[str, dict], folder):
-    """Do every run, {name: spec}, one after the other; yields {"row", "curve", "ranks"} of each as it is there."""
+    """Do every run, {name: spec}, one after the other; yields {"row", "curve", "ranks"} of each, and "sharers" where items share SIDs
+    (`metrics.stored`), as it is there."""
     folder, begin, fresh = pathlib.Path(folder), time.monotonic(), 0
     paths = {name: _path(folder, name) for name in specs}
     if len(set(paths.values())) < len(paths):
@@ -269,7 +270,7 @@ def _run_sasrec(one, catalogue, folder, path):
     # Its seconds include validation, and one row of it predicts several windows, so they make no seconds per window.
     row = {**metrics_of(ranks), **dict.fromkeys(COSTS), "train_seconds": meter.seconds, "peak_memory_mb": meter.peak,
            "evaluation_seconds": time.perf_counter() - begin, "kept_informative": None}
-    return {"row": row, "curve": None, "ranks": ranks.tolist()}
+    return {"row": row, "curve": None, **stored(ranks)}
 
 
 def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
@@ -304,7 +305,7 @@ def _run_model(one, catalogue, folder, path):
     pruning, agreement = result.model.pruning, [e["agreement"] for e in result.log if "agreement" in e]
     ended = pruning and {"keep": pruning.keep, "after_layer": pruning.after_layer, "layers": result.model.stack.config.num_hidden_layers,
                          "agreement": agreement[0] if agreement else None}
-    return {"row": row, "curve": curve, "ranks": ranks.tolist(), "sids": sids, "ended": ended, "busy": progress.busy}
+    return {"row": row, "curve": curve, **stored(ranks), "sids": sids, "ended": ended, "busy": progress.busy}
 
 
 @torch.no_grad()
@@ -322,7 +323,7 @@ def kept_informative(model, truth, histories, batch_size: int = 256) -> dict:
 
 
 def metrics_of(ranks, noise: dict | None = None) -> dict:
-    """Recall and NDCG at 5 and 10 of ranks int [U] (or [S, U], one row a seed), each with its interval. `noise`: that of seeds, by name of
+    """Recall and NDCG at 5 and 10 of ranks [U] (or [S, U], one row a seed), each with its interval. `noise`: that of seeds, by name of
     the metric, where other settings tell of it."""
     out = {}
     for name, values in per_user(ranks).items():

@@ -39,7 +39,7 @@ from sidlab.decoding import recommend
 from sidlab.files import read_json, reading, write_json
 from sidlab.graphs import ReplayedPasses
 from sidlab.meter import Meter
-from sidlab.metrics import rank_of_target, summary
+from sidlab.metrics import rank_of_target, shared_ranks, summary
 from sidlab.models import fast
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.models.t5 import SidT5, SidT5Config
@@ -265,9 +265,23 @@ def quiet():
 
 
 def evaluate(model, histories, targets, *, k: int = 10, beam: int | None = None, exclude_seen: bool = False, truth=None) -> np.ndarray:
-    """Rank of each target among the k recommended items, 0 where missing: int64 [U]. Feed it to `metrics.recall_at`."""
+    """Rank of each target among the k recommended items, 0 where missing: int64 [U]. Feed it to `metrics.recall_at`.
+
+    Where items share SIDs, the first place of all that share the target's and their number, `metrics.SHARED` [U]; with `exclude_seen`,
+    a target that is in its history is missing, and the others of its group that are do not count.
+    """
     items, _ = recommend(model, histories, k=k, beam=beam, exclude_seen=exclude_seen, truth=truth)
-    return rank_of_target(items.numpy(), targets)
+    sids = model.table.sid_numbers
+    if sids is None:
+        return rank_of_target(items.numpy(), targets)
+    targets = np.asarray(targets)
+    ranks = rank_of_target(sids[items.numpy()], sids[targets])
+    sharers = np.bincount(sids)[sids[targets]]
+    for user, seen in enumerate(map(np.unique, histories) if exclude_seen else ()):
+        others = seen[seen != targets[user]]
+        sharers[user] -= (sids[others] == sids[targets[user]]).sum()
+        ranks[user] *= len(others) == len(seen)
+    return shared_ranks(ranks, sharers)
 
 
 def _eval_cases(split, config):
@@ -389,7 +403,7 @@ class _SidTrainer(Trainer):
         (histories, targets), state = self.cases, PartialState()
         mine = slice(state.process_index, None, state.num_processes)
         shares = gather_object([evaluate(self.model, histories[mine], targets[mine], beam=self.beam, truth=self.truth)])
-        ranks = np.empty(len(targets), np.int64)
+        ranks = np.empty(len(targets), shares[0].dtype)
         for process, share in enumerate(shares):
             ranks[process :: state.num_processes] = share
         return ranks

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sidlab.data import text as text_module
-from sidlab.data.catalogue import Catalogue, compose_text, load_catalogue
+from sidlab.data.catalogue import WEIGHTS, Catalogue, compose_text, load_catalogue, text_parts
 from sidlab.data.folder import read_folder, save_catalogue
 from sidlab.data.text import text_embeddings
+from sidlab.sids.residual_kmeans import ResidualKMeans
+from sidlab.sids.table import SidTable
 
 ITEMS = [
     {"item_id": 1, "title": "Red lacquer", "brand": "OPI", "categories": ["Beauty", "Nails"]},
@@ -299,26 +301,105 @@ def test_saving_again_replaces_all_and_bad_user_ids_are_refused(tmp_path):
 TEXTS = ["red nail polish", "dark red nail polish", "steel bolt", "steel screw and bolt", None, ""]
 
 
+def cosines(*parts, weights=(1,)):
+    """[n, n]: of the weighted sum of the TF-IDF of `parts`, lists of n texts, words and 0.7 × runs of characters side by side."""
+    whole, blocks = [" ".join(of_item) for of_item in zip(*parts)], []
+    for kind, size in (({"ngram_range": (1, 2)}, 1), ({"analyzer": "char_wb", "ngram_range": (2, 4)}, 0.7)):
+        tf_idf = TfidfVectorizer(**kind, sublinear_tf=True, max_df=len(whole) - 1).fit(whole)
+        blocks.append(size * sum(weight * tf_idf.transform(part).toarray() for weight, part in zip(weights, parts)))
+    rows = np.hstack(blocks)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows @ rows.T
+
+
 def test_text_embeddings_of_full_rank_have_the_cosines_of_tf_idf():
     embeddings = text_embeddings(TEXTS)
     assert embeddings.shape == (6, 4) and embeddings.dtype == np.float32, "4 texts span at most 4 dimensions"
-    terms = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit_transform(TEXTS[:4])
-    np.testing.assert_allclose((embeddings @ embeddings.T)[:4, :4], (terms @ terms.T).toarray(), atol=1e-5)
+    np.testing.assert_allclose((embeddings @ embeddings.T)[:4, :4], cosines(TEXTS[:4]), atol=1e-5)
     assert not embeddings[4:].any(), "no text, no direction"
 
 
 def test_text_embeddings_shrink_and_have_unit_rows():
     assert text_embeddings(TEXTS, dim=2).shape == (6, 2)
-    assert text_embeddings(["word", None, "word"]).tolist() == [[1], [0], [1]], "one term, one dimension"
     assert abs(text_embeddings(["two words"])).tolist() == [[1]], "one text, one dimension"
     np.testing.assert_allclose(np.linalg.norm(text_embeddings(TEXTS, dim=2)[:4], axis=1), 1, rtol=1e-5)
-    many = [f"shared unique{row}" for row in range(1200)]
-    assert text_embeddings(many).shape == (1200, 1), "from 1,000 texts on a term must occur twice"
     for texts in ([None, ""], ["! ?"]):
         with pytest.raises(ValueError, match="words"):
             text_embeddings(texts)
     with pytest.raises(ValueError, match="dim"):
         text_embeddings(TEXTS, dim=0)
+
+
+def test_parts_of_texts_are_weighed():
+    titles, paths, weights = TEXTS[:4], ["beauty nails", "beauty nails", "tools", "tools fasteners"], (1.0, 0.25)
+    embeddings = text_embeddings(list(zip(titles, paths)), weights=weights)
+    np.testing.assert_allclose(embeddings @ embeddings.T, cosines(titles, paths, weights=weights), atol=1e-5)
+    whole = text_embeddings([(title, None) for title in titles], weights=weights)
+    np.testing.assert_allclose(abs(whole), abs(text_embeddings(titles)), atol=1e-5)
+    for bad in ((1.0,), (1.0, -1.0), (1.0, np.nan)):
+        with pytest.raises(ValueError, match="weights must hold"):
+            text_embeddings(list(zip(titles, paths)), weights=bad)
+    with pytest.raises(ValueError, match="leave them out"):
+        text_embeddings(list(zip(titles, paths)), weights=weights, encoder="any")
+
+
+def test_what_all_texts_or_one_of_many_alone_have_says_nothing():
+    for texts in (["word", None, "word"], ["Word!", "word"]):
+        with pytest.raises(ValueError, match=r"2 non-empty ones \(1 distinct\)"):
+            text_embeddings(texts)
+    many = [f"shared {chr(0x4E00 + row)}" for row in range(1200)]  # a sign of its own each
+    with pytest.raises(ValueError, match=r"1200 non-empty ones \(1200 distinct\)"):
+        text_embeddings(many)
+    known = text_embeddings([*many, "shared word", "shared word"])
+    assert not known[:1200].any() and known[1200:].any(axis=1).all(), "from 1,000 texts on a term must occur twice"
+
+
+SCRIPTS = {  # twelve colours and twelve things
+    "Chinese": ("红绿蓝黑白黄紫灰金银橙粉",
+                ["电饭煲", "洗衣机", "吹风机", "台灯", "水杯", "书包", "雨伞", "手表", "耳机", "键盘", "枕头", "毛巾"], "色的"),
+    "Devanagari": (["लाल", "हरा", "नीला", "काला", "सफेद", "पीला", "बैंगनी", "भूरा", "सुनहरा", "चांदी", "नारंगी", "गुलाबी"],
+                   ["कुर्सी", "मेज", "दीपक", "घड़ी", "थैला", "छाता", "तकिया", "तौलिया", "किताब", "कलम", "जूता", "टोपी"], " "),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_titles_in_any_script_tell_items_apart_and_likeness_is_that_of_their_words(script):
+    colours, things, between = SCRIPTS[script]
+    names = [(colour, thing) for colour in colours for thing in things]
+    number = [str(n) for n in range(8)]  # eight of each: 1,152 titles, from which on rare terms are left out
+    items = pd.DataFrame([(f"{colour}{between}{thing} {n}", None, [], None) for colour, thing in names for n in number],
+                         columns=["title", "brand", "categories", "text"])
+    items["text"] = [compose_text(title, None, []) for title in items["title"]]
+    shop = Catalogue("shop", items.assign(item_id=range(1, len(items) + 1)), [np.array([1, 2])], ["u"])
+    x = shop.embeddings
+    assert x.any(axis=1).all() and len(np.unique(x.round(4), axis=0)) == len(x)
+    thing = np.repeat(np.tile(np.arange(12), 12), 8)
+    near = np.argsort(-(x @ x.T), axis=1)[:, 1:6]
+    assert (thing[near] == thing[:, None]).mean() > 0.9
+    codes = ResidualKMeans(levels=3, width=32).fit(x).encode(x)
+    assert SidTable(codes, 32).report()["collision_rate"] < 0.5
+
+
+def test_the_parts_of_a_text_have_no_labels_and_no_root_that_all_share():
+    rows = [
+        ("Red lacquer", "OPI", ["Beauty", "Nails"], "; Price: 5"),
+        ("Title: a film", None, ["Beauty", "Hair", "Care"], "; Description: soft; Brand: new"),
+        (None, None, [], "a text of its own; Title: not ours"),
+        ("Blue", None, [], None),
+        (None, None, [], None),
+    ]
+    items = frame([None] * 5).assign(title=[row[0] for row in rows], brand=[row[1] for row in rows], categories=[row[2] for row in rows])
+    items["text"] = [(compose_text(*row[:3]) or "") + (row[3] or "") or None for row in rows]
+    shop = Catalogue("shop", items, [np.array([1, 2])], ["u"])
+    assert text_parts(shop.items) == [
+        ("Red lacquer", "OPI", "Nails", "5"),
+        ("Title: a film", None, "Hair Care", "soft; Brand: new"),
+        ("a text of its own; Title: not ours", None, None, None),
+        ("Blue", None, "", ""),
+        (None, None, None, None),
+    ]
+    np.testing.assert_array_equal(shop.embeddings, text_embeddings(text_parts(shop.items), weights=WEIGHTS.values()))
+    assert not shop.embeddings[4].any() and shop.embeddings[:4].any(axis=1).all()
 
 
 def test_text_embeddings_come_from_the_cache_unless_it_is_unreadable(monkeypatch, tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from hypothesis import strategies as st
 
 from sidlab.data.planted import planted_catalogue
 from sidlab.decoding import beam_search, encode_histories, items_of_leaves, recommend, score_items
+from sidlab.metrics import ndcg_at, recall_at
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
 from sidlab.sids.trie import Trie
+from sidlab.training import evaluate
 from sidlab.windows import history_tokens, pad_histories
 
 SMALL = {"d_model": 32, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2}
@@ -80,7 +84,9 @@ def test_exact_scores_are_a_probability_of_each_sid(model):
 @pytest.mark.parametrize("beam", [1, 2, 3, 6])
 def test_a_narrow_beam_gives_true_scores_and_never_better_ones(model, beam):
     exact = score_items(model, HISTORIES)
-    items, scores = recommend(model, HISTORIES, k=6, beam=beam)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "beam=. is too narrow")
+        items, scores = recommend(model, HISTORIES, k=6, beam=beam)
     best = exact.sort(dim=1, descending=True).values[:, :6]
     for row in range(len(HISTORIES)):
         found = items[row][items[row] > 0]
@@ -102,6 +108,42 @@ def test_exclude_seen_leaves_out_the_whole_history_and_nothing_else(model):
     assert sorted(recommend(model, three_left, k=5, exclude_seen=True)[0][0].tolist()) == [0, 0, 7, 20, 33]
     every = [np.arange(1, N + 1)]
     assert (recommend(model, every, k=3, exclude_seen=True, beam=N)[0] == 0).all()
+
+
+def test_a_beam_too_narrow_for_what_is_excluded_is_told():
+    model = build(SidTable(CODES, (5, 4, 3)))
+    wide = recommend(model, HISTORIES, k=20)[0]
+    seen = [wide[row, :number].numpy() for row, number in enumerate((6, 1, 0, 0, 3))]  # the best ones: a beam of 6 finds no others
+    histories = [np.concatenate([best, HISTORIES[row]]) for row, best in enumerate(seen)]
+    with pytest.warns(UserWarning, match=r"beam=6 is too narrow for k=6: (\d+) of 5 histories .* give (\d+)") as told:
+        items, _ = recommend(model, histories, k=6, exclude_seen=True, beam=6)
+    short, enough = map(int, re.search(r": (\d+) of 5 .* give (\d+)", str(told[0].message)).groups())
+    assert short == ((items > 0).sum(1) < 6).sum() > 0 and told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for beam in (enough, None):  # the remedies
+            assert (recommend(model, histories, k=6, exclude_seen=True, beam=beam)[0] > 0).all()
+        nearly_all = [np.arange(1, N)]  # there is no more, so nothing that a wider beam would find
+        assert recommend(model, nearly_all, k=6, exclude_seen=True, beam=N)[0].tolist() == [[N, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_ranks_of_sharers_are_expectations_over_random_orders(exclude_seen):
+    """Against exact scoring of every item: the mean over all orders of those that share a SID."""
+    table = SidTable(CODES, (5, 4, 3), collisions="share")
+    model = build(table)
+    exact = score_items(model, HISTORIES).double().numpy()
+    for target in range(1, N + 1):
+        ranks = evaluate(model, HISTORIES, np.full(len(HISTORIES), target), exclude_seen=exclude_seen, beam=N)
+        for row, history in enumerate(HISTORIES):
+            allowed = [i for i in range(1, N + 1) if not (exclude_seen and i in history)]
+            mates = [i for i in allowed if (CODES[i - 1] == CODES[target - 1]).all()]
+            recall = ndcg = 0.0
+            if target in allowed:
+                above = sum(exact[row, i - 1] > exact[row, target - 1] for i in allowed if i not in mates)
+                drawn = [above + 1 + list(order).index(target) for order in itertools.permutations(mates)]
+                recall, ndcg = np.mean([p <= 10 for p in drawn]), np.mean([(p <= 10) / np.log2(1 + p) for p in drawn])
+            assert recall_at(ranks, 10)[row] == pytest.approx(recall) and ndcg_at(ranks, 10)[row] == pytest.approx(ndcg)
 
 
 def test_sharers_follow_one_another_by_id():

@@ -1,6 +1,7 @@
 """Metrics against scikit-learn, scipy and enumeration."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -36,6 +37,43 @@ def test_ndcg_agrees_with_scikit_learn(n_items, k, seed):
     ranked = 1 + np.argsort(-scores, axis=1)
     ranks = metrics.rank_of_target(ranked, np.array([1 + seed % n_items]))
     assert metrics.ndcg_at(ranks, k)[0] == pytest.approx(ndcg_score(relevance, scores, k=k))
+
+
+@given(st.integers(1, 5), st.integers(0, 12), st.integers(1, 12))
+def test_metrics_of_sharers_are_means_over_all_their_orders(sharers, first, k):
+    """Every permutation of a group that begins at `first` (0: not found) in the list; the target is its member 0."""
+    places = [first + order.index(0) if first else 0 for order in itertools.permutations(range(sharers))]
+    ranks = metrics.shared_ranks([first], [sharers])
+    assert metrics.recall_at(ranks, k)[0] == pytest.approx(metrics.recall_at(places, k).mean())
+    assert metrics.ndcg_at(ranks, k)[0] == pytest.approx(metrics.ndcg_at(places, k).mean())
+    if first:
+        assert metrics.recall_at(ranks, k)[0] == pytest.approx(np.clip(k - (first - 1), 0, sharers) / sharers)
+
+
+def test_every_member_of_a_group_has_the_same_recall():
+    """A group of 30 at the top of the list: not 1 for its ten lowest ids and 0 for the others."""
+    found = metrics.summary(metrics.shared_ranks(np.ones(30, int), np.full(30, 30)))
+    assert found["recall@10"] == pytest.approx(1 / 3) and found["recall@5"] == pytest.approx(1 / 6)
+
+
+def test_a_group_of_one_counts_as_without_sharers_bit_for_bit():
+    ranks = np.random.default_rng(0).integers(0, 15, (3, 400))
+    shared = metrics.shared_ranks(ranks, np.ones_like(ranks))
+    for name, values in metrics.per_user(ranks).items():
+        assert np.array_equal(metrics.per_user(shared)[name], values)
+    by_hand = np.where((ranks >= 1) & (ranks <= 10), 1 / np.log2(1 + np.maximum(ranks, 1)), 0.0)
+    assert np.array_equal(metrics.per_user(ranks)["ndcg@10"], by_hand)
+
+
+def test_stored_ranks_come_back_and_plain_ones_have_no_sharers():
+    ranks, sharers = np.random.default_rng(0).integers(0, 5, (2, 7)), np.random.default_rng(1).integers(1, 4, (2, 7))
+    plain = [json.loads(json.dumps(metrics.stored(of_seed))) for of_seed in ranks]
+    assert all(one.keys() == {"ranks"} for one in plain) and np.array_equal(metrics.ranks_of(plain), ranks)
+    assert metrics.ranks_of(plain).dtype == np.int64
+    shared = metrics.shared_ranks(ranks, sharers)
+    files = [json.loads(json.dumps(metrics.stored(of_seed))) for of_seed in shared]
+    assert files[1] == {"ranks": ranks[1].tolist(), "sharers": sharers[1].tolist()}
+    assert np.array_equal(metrics.ranks_of(files), shared)
 
 
 def test_summary_is_the_mean_over_users():
@@ -182,6 +220,9 @@ def test_p_values_are_uniform_when_nothing_differs():
         (lambda: metrics.rank_of_target(np.ones((2, 3)), np.array([1, 0])), "from 1 on, got 0"),
         (lambda: metrics.recall_at([1, 2], 0), "k must be at least 1, got 0"),
         (lambda: metrics.ndcg_at([-1, 2], 3), "ranks"),
+        (lambda: metrics.shared_ranks([1, 2], [1]), r"sharers must be \[U\]"),
+        (lambda: metrics.shared_ranks([1, 2], [1, 0]), "at least 1 .* and 0"),
+        (lambda: metrics.ndcg_at(metrics.shared_ranks([-1], [2]), 3), "ranks"),
         (lambda: metrics.summary([]), "at least one user"),
         (lambda: metrics.bootstrap_interval([]), "at least one user"),
         (lambda: metrics.bootstrap_interval([1, np.nan]), "finite"),

@@ -25,6 +25,7 @@ from sidlab.sids.opq import OPQ
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.rqvae import RQVAE
 from sidlab.sids.table import PAD, SidTable
+from sidlab.sweeps import metrics_of
 from sidlab.training import evaluate, train
 
 SMALL = {"hidden": (32,), "latent": 8, "steps": 150}  # an RQ-VAE that fits in a blink
@@ -91,7 +92,7 @@ def test_equal_seeds_give_equal_codebooks_and_chunks_do_not_show(cls, monkeypatc
 
 
 @pytest.mark.parametrize("cls", ENCODERS)
-@pytest.mark.parametrize("distinct", [1, 3])
+@pytest.mark.parametrize("distinct", [2, 3])
 def test_equal_embeddings_get_equal_codes_however_many_there_are(cls, distinct):
     rows = np.random.default_rng(0).permutation(10 * distinct + 10) % distinct
     x = embeddings_of(distinct)[rows]
@@ -120,6 +121,20 @@ def test_save_and_load_give_the_same_codes(cls, tmp_path):
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"width": [2, 2]}))
     with pytest.raises(ValueError, match=r"says widths \(2, 2\)"):
         cls.load(tmp_path / "new" / "encoder")
+
+
+@pytest.mark.parametrize("cls", ENCODERS)
+def test_embeddings_with_hardly_any_distinct_rows_are_refused_before_anything_is_fitted(cls, monkeypatch):
+    monkeypatch.setattr(cls, "_fit", lambda self, x: pytest.fail("fitted"))
+    equal = np.full((300, 5), 0.3, np.float32)
+    jitter = equal * (1 + 1e-7 * np.random.default_rng(0).normal(size=equal.shape))
+    two = np.repeat(embeddings_of(2), 150, axis=0)
+    for x, count in ((equal, "1 of the 300 rows is"), (jitter, "1 of the 300 rows is"), (two, "2 of the 300 rows are")):
+        with pytest.raises(ValueError, match=f"must tell items apart, but only {count} distinct"):
+            make(cls, width=4).fit(x)
+    monkeypatch.setattr(encoder_module, "SAMPLE", 100)
+    with pytest.raises(ValueError, match="1 of the 100 rows looked at is distinct"):
+        make(cls, width=4).fit(equal)
 
 
 @pytest.mark.parametrize("cls", ENCODERS)
@@ -222,7 +237,7 @@ def test_a_wide_level_without_a_wards_start_still_fits(wide, monkeypatch):
     assert ((x - encoder.decode(encoder.encode(x))) ** 2).sum() < ((x - x.mean(axis=0)) ** 2).sum()
 
 
-@pytest.mark.parametrize("distinct", [1, 3, 8])
+@pytest.mark.parametrize("distinct", [2, 3, 8])
 def test_fewer_distinct_embeddings_than_codes_are_kept_exactly(distinct):
     x = np.repeat(embeddings_of(distinct), 10, axis=0)[np.random.default_rng(0).permutation(10 * distinct)]
     encoder = ResidualKMeans(levels=3, width=8).fit(x)
@@ -233,7 +248,7 @@ def test_fewer_distinct_embeddings_than_codes_are_kept_exactly(distinct):
 
 
 def test_many_equal_embeddings_among_few_others_do_not_break_the_start():
-    x = np.concatenate([np.zeros((5000, 4), np.float32), embeddings_of(40, 4)])
+    x = np.concatenate([np.zeros((5000, 4), np.float32), embeddings_of(60, 4)])
     encoder = ResidualKMeans(levels=2, width=32).fit(x)
     codes = encoder.encode(x)
     assert len(np.unique(codes[:5000], axis=0)) == 1 and np.isfinite(encoder.decode(codes)).all()
@@ -289,9 +304,8 @@ def test_revival_brings_a_bad_start_back_to_life(alike, monkeypatch):
         def __init__(self, levels, widths, seed):
             self.widths = widths
 
-        def fit(self, latents):
-            self.codebooks_ = [100 + embeddings_of(width, latents.shape[1]) for width in self.widths]
-            return self
+        def _fit(self, latents):
+            return [100 + embeddings_of(width, latents.shape[1]) for width in self.widths], {}
 
     x = np.concatenate([np.tile(embeddings_of(1, 16), (alike, 1)), embeddings_of(100, 16, seed=1)])
     monkeypatch.setattr(rqvae, "ResidualKMeans", FarAway)
@@ -437,19 +451,38 @@ def test_the_report_measures_reconstruction_by_level():
     rest = x.astype(np.float64).copy()
     for level in range(2):
         rest -= encoder.codebooks_[level][codes[:, level]]
-        want = np.square(rest).sum() / np.square(x).sum()
+        want = np.square(rest).sum() / np.square(x - x.astype(np.float64).mean(axis=0)).sum()
         assert rows[level]["reconstruction_error"] == pytest.approx(want, rel=1e-5)
     assert 0 < rows[1]["reconstruction_error"] < rows[0]["reconstruction_error"] < 1
     assert rows[2]["reconstruction_error"] is None
-    zeros = np.zeros((8, 3), np.float32)
-    flat = ResidualKMeans(levels=1, width=2).fit(zeros)
-    assert SidTable(flat.encode(zeros), width=2).report(flat, zeros)["per_level"][0]["reconstruction_error"] is None
+    equal = np.full((60, 5), 0.1, np.float32)
+    assert SidTable(codes, width=encoder.widths).report(encoder, equal)["per_level"][0]["reconstruction_error"] is None
     with pytest.raises(ValueError, match="encoder without embeddings"):
         SidTable(codes, width=encoder.widths).report(encoder)
     with pytest.raises(ValueError, match=r"one row per item \(60\), got 59"):
         SidTable(codes, width=encoder.widths).report(encoder, x[:59])
     with pytest.raises(ValueError, match="60 rows are not"):
         SidTable(codes, width=encoder.widths).report(embeddings=np.full_like(x, np.nan))
+
+
+def test_an_offset_of_all_embeddings_does_not_change_the_reconstruction_error(monkeypatch):
+    """What all embeddings have in common is no achievement of the codes."""
+    monkeypatch.setattr(table_module, "CHUNK", 17)
+    x = embeddings_of(200)
+    found = []
+    for offset in (0, 8):
+        moved = x + np.float32(offset)
+        encoder = ResidualKMeans(levels=2, width=(4, 8)).fit(moved)
+        rows = SidTable(encoder.encode(moved), encoder.widths, "share").report(encoder, moved)["per_level"]
+        found.append([row["reconstruction_error"] for row in rows])
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0][0] > 0.2
+
+    class Mean:  # one code for all explains nothing
+        def decode(self, codes):
+            return np.repeat(x.astype(np.float64).mean(axis=0)[None], len(codes), axis=0)
+
+    one_code = SidTable(np.zeros((200, 1), int), 1, "share").report(Mean(), x)["per_level"][0]
+    assert one_code["reconstruction_error"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("n", "queries", "collisions"), [(60, 2000, "extend"), (60, 15, "share"), (7, 2000, "share"), (2, 9, "share")])
@@ -501,9 +534,11 @@ def test_a_model_of_shared_sids_trains_and_recommends_every_sharer(tmp_path):
         groups = found[row].view(10, 3)  # each SID's items together, by id, with one score
         assert all(sids.items_of(sids.codes[group[0] - 1]) == group.tolist() for group in groups)
         torch.testing.assert_close(scores[row], exact[row, found[row] - 1], rtol=1e-4, atol=1e-4)
-    # A sharer's rank is its place in the expanded list.
-    ranks = evaluate(model, catalogue.histories[:4], found[:, 2].numpy(), k=10)
-    assert ranks.tolist() == [3] * 4
+    # Whichever of the sharers is the target: the first place of all three.
+    for member in (3, 4, 5):
+        ranks = evaluate(model, catalogue.histories[:4], found[:, member].numpy(), k=10)
+        assert ranks["rank"].tolist() == [4] * 4 and ranks["sharers"].tolist() == [3] * 4
+    assert metrics_of(ranks)["recall@5"] == pytest.approx(2 / 3), "places 4 and 5 of 4 to 6"
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert again.table.collisions == "share"

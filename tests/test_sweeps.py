@@ -101,6 +101,25 @@ def test_other_libraries_and_other_pretrained_weights_make_a_run_anew(finished, 
     assert len(set(keys)) == 3
 
 
+def test_a_catalogue_whose_embeddings_tell_nothing_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    catalogue = load_catalogue("planted", n_users=20)
+    alike = dataclasses.replace(catalogue, truth=None, embeddings=np.repeat(np.eye(1, 48), catalogue.n_items, axis=0))
+    monkeypatch.setattr(sweeps, "load_catalogue", lambda dataset: alike)
+    monkeypatch.setattr(sweeps, "_run_child", lambda *run: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="only 1 of the 160 rows is distinct"):
+        sweeps.sweep([{}], tmp_path, preset="smoke", seeds=1)
+
+
+def test_shared_sids_are_measured_by_expectation_and_stored_with_their_sharers(tmp_path):
+    settings = {"sids.levels": 2, "sids.width": 4, "sids.collisions": "share"}
+    (row,) = sweeps.sweep([settings], tmp_path, preset="smoke", seeds=1).to_dict("records")
+    stored = json.loads(pathlib.Path(row["file"]).read_text())
+    first, sharers = np.array(stored["ranks"]), np.array(stored["sharers"])
+    assert sharers.max() > 1
+    inside = np.where(first > 0, np.clip(10 - (first - 1), 0, sharers), 0) / sharers
+    assert row["recall@10"] == pytest.approx(inside.mean())
+
+
 OLDEST = "def oldest(signals):\n    return -signals.positions\n"
 
 

@@ -204,7 +204,7 @@ pd.DataFrame({"title": items.title, "SID": crowded.codes.tolist()})[group.all(ax
 
 # %% [markdown]
 # The digit makes SIDs unique, but says nothing about the item, and *every* item pays a token for it. The other way, `collisions="share"`, leaves
-# the codes as they are, and a hit counts for all items that share them.
+# the codes as they are. The model cannot tell such items apart, so recall and NDCG count what a random order among them gives on average.
 #
 # ## Prefixes that carry meaning
 #

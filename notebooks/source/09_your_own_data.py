@@ -104,9 +104,9 @@ print(shop.n_items, "items,", len(shop.histories), "users, dirty lines:", shop.d
 # %% [markdown]
 # ## Semantic IDs from three kinds of vectors
 #
-# Unless told otherwise, texts become vectors by TF-IDF (counts of words, rare words weighing more) and a truncated SVD. Any Hugging Face encoder works by name or folder,
+# Unless told otherwise, texts become vectors by TF-IDF (counts of words and of short runs of letters, rare ones weighing more, the title more than the categories) and a truncated SVD. Any Hugging Face encoder works by name or folder,
 # `load_catalogue(folder, text_encoder="google/flan-t5-xl")`, where there is a network or a local copy. Or you bring vectors: any function from texts to an
-# array is a text encoder. This one counts letter triples, so that *mug* and *mugs* are alike, which TF-IDF over words does not see.
+# array is a text encoder. This one counts letter triples alone: *mug* and *mugs* are alike, and no word is worth more than its letters.
 
 # %%
 from sklearn.decomposition import TruncatedSVD

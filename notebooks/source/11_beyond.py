@@ -250,7 +250,7 @@ businesses
 curves = {}
 for name, pruning in (("all tokens", None), ("a third", third)):
     demo.model.set_pruning(pruning)
-    found = [recall_at(evaluate(demo.model, demo_histories, demo_targets, beam=beam), 1) for beam in beams]
+    found = [recall_at(evaluate(demo.model, demo_histories, demo_targets, k=1, beam=beam), 1) for beam in beams]
     curves[name] = [hits.mean() for hits in found], [bootstrap_interval(hits) for hits in found]
 demo.model.set_pruning(None)
 go.Figure([go.Scatter(x=beams, y=y, name=name, mode="lines+markers", line_color=color, line_dash=dash, marker_symbol=symbol, error_y={

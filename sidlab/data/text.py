@@ -6,12 +6,14 @@ import importlib.util
 import json
 import os
 import pathlib
+import unicodedata
 import warnings
 
 import numpy as np
 import sklearn
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
@@ -19,14 +21,23 @@ from sklearn.preprocessing import normalize
 from sidlab.files import write
 
 MAX_TOKENS, BATCH = 512, 64  # of a text, for an encoder by name; texts encoded at a time
+# Words and word pairs, and within words all runs of two to four characters: these find likeness in scripts that write no spaces between
+# words, and tell a 2 oz from a 4 oz bottle. Their weight beside words is less than 1, since a word holds many of them.
+TERMS = {
+    "words": (1.0, {"token_pattern": r"\S+", "ngram_range": (1, 2)}),
+    "characters": (0.7, {"analyzer": "char_wb", "ngram_range": (2, 4)}),
+}
 
 
-def text_embeddings(texts, dim: int = 256, cache: bool = True, encoder: str | None = None) -> np.ndarray:
-    """float32 [n, d] of `texts` (n str or None): zero rows where there is no text (or no known word).
+def text_embeddings(texts, dim: int = 256, cache: bool = True, encoder: str | None = None, weights=None) -> np.ndarray:
+    """float32 [n, d] of `texts`: zero rows where there is no text, or nothing in it but what all texts have.
 
-    Without an `encoder`: words and word pairs, sublinear TF-IDF, truncated SVD (latent semantic analysis, Deerwester et al. 1990), rows
-    of length 1. From 1,000 texts on, a term must occur in two of them. d is `dim`, or less where there is not that much to reduce:
-    d = min(dim, number of non-empty texts, number of terms).
+    texts: n str or None; or n tuples of them, the parts of a text, with `weights`: a number ≥ 0 for each part.
+
+    Without an `encoder`: words, word pairs and runs of characters (`TERMS`), so any script will do; sublinear TF-IDF of each part, their
+    weighted sum, truncated SVD (latent semantic analysis, Deerwester et al. 1990), rows of length 1. From 1,000 texts on, a term must
+    occur in two of them, and what all texts hold says nothing and is left out. d is `dim`, or less where there is not that much to
+    reduce: d = min(dim, number of non-empty texts, number of terms).
 
     encoder: name or local folder of a Hugging Face model. A row is the mean of its last hidden states over the real tokens (512 at
     most), of any length; d is the hidden size, whatever `dim`. Encoder-decoders lend their encoder (RASTP: Flan-T5-XL's). Where there is
@@ -34,18 +45,28 @@ def text_embeddings(texts, dim: int = 256, cache: bool = True, encoder: str | No
     that is not in Hugging Face's cache is downloaded, with a progress bar. ValueError if it can't be loaded.
 
     cache: keep the result under $SIDLAB_CACHE (default ~/.cache/sidlab), keyed by texts, settings and the version of scikit-learn or of
-    the encoder's files. ValueError if dim < 1 or if no text holds a word of two letters.
+    the encoder's files. ValueError if dim < 1, if weights do not fit, if no text holds a letter or digit, and if all texts say the same.
     """
-    texts = [text or None for text in texts]
+    if weights is None:
+        texts, weights = [(text,) for text in texts], (1.0,)
+    elif encoder is not None:
+        raise ValueError("weights are for TF-IDF: an encoder takes whole texts, so leave them out")
+    texts, weights = [tuple(part or None for part in parts) for parts in texts], tuple(map(float, weights))
+    if {len(parts) for parts in texts} - {len(weights)} or not all(0 <= weight < np.inf for weight in weights):
+        raise ValueError(f"weights must hold a finite number of at least 0 for each part of every text, got {weights}")
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
-    known = [row for row, text in enumerate(texts) if text]
+    known = [row for row, parts in enumerate(texts) if any(parts)]
     if not known:
         raise ValueError(f"texts must hold words to embed; all {len(texts)} are empty")
     if encoder is None:
-        settings = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2 if len(known) >= 1000 else 1}
-        key, embed = settings | {"dim": dim, "sklearn": sklearn.__version__}, lambda some: _tf_idf(some, dim, settings)
+        settings = {"sublinear_tf": True, "min_df": 2 if len(known) >= 1000 else 1, "max_df": max(1, len(known) - 1)}
+        key = settings | {"dim": dim, "weights": weights, "terms": TERMS, "sklearn": sklearn.__version__}
+
+        def embed(some):
+            return _tf_idf(some, dim, weights, settings)
     else:
+        texts = [text for (text,) in texts]
         key, embed = _pretrained(str(encoder))
     path = _cache_path(texts, key)
     if cache and path.exists():
@@ -62,12 +83,35 @@ def text_embeddings(texts, dim: int = 256, cache: bool = True, encoder: str | No
     return embeddings
 
 
-def _tf_idf(texts, dim, settings):
-    vectorizer = TfidfVectorizer(**settings, dtype=np.float32)
-    try:
-        terms = vectorizer.fit_transform(texts)
-    except ValueError as error:
-        raise ValueError(f"texts must hold words to embed; of the {len(texts)} non-empty ones: {error}") from error
+class _Separators(dict):
+    """For `str.translate`: whatever is no letter, mark or digit becomes a space. (A \\w of `re` is no vowel sign of Devanagari.)"""
+
+    def __missing__(self, code):
+        self[code] = code if unicodedata.category(chr(code))[0] in "LMN" else ord(" ")
+        return self[code]
+
+
+def _tf_idf(texts, dim, weights, settings):
+    """`texts`: tuples of parts. Parts share the terms and their rarity, so that a word of the title is the same in a category."""
+    separators = _Separators()
+
+    def plain(text):
+        return " ".join(unicodedata.normalize("NFKC", text or "").lower().translate(separators).split())
+
+    columns = [[plain(part) for part in column] for column in zip(*texts)]
+    whole = [" ".join(filter(None, parts)) for parts in zip(*columns)]
+    if not any(whole):
+        raise ValueError(f"texts must hold words to embed; there is no letter or digit in the {len(whole)} non-empty ones")
+    blocks = []
+    for of_kind, kind in TERMS.values():
+        vectorizer = TfidfVectorizer(**kind, **settings, lowercase=False, dtype=np.float32)
+        with contextlib.suppress(ValueError):  # no term of this kind is in some texts, but not in all
+            vectorizer.fit(whole)
+            blocks.append(of_kind * sum(weight * vectorizer.transform(column) for weight, column in zip(weights, columns)))
+    if not blocks:
+        raise ValueError(f"texts must tell items apart, but the {len(whole)} non-empty ones ({len(set(whole))} distinct) share all of "
+                         "their words or none")
+    terms = sparse.hstack(blocks).tocsr()
     if min(terms.shape) > 1:
         reduced = TruncatedSVD(min(dim, *terms.shape), random_state=0).fit_transform(terms)
     else:  # one term or one text is one direction, and no case for the SVD

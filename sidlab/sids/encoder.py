@@ -10,6 +10,7 @@ from sidlab.files import read_json, reading, write, write_json
 from sidlab.sids.trie import as_codes, as_widths
 
 CHUNK = 65536  # embeddings encoded at a time
+SAMPLE = 10_000  # embeddings that are compared with one another before anything is fitted
 LARGEST = 1e15  # from here on float32 can't hold sums of squares, and faiss would end the process
 
 
@@ -34,11 +35,13 @@ class SidEncoder:
         vars(self).update(options)
 
     def fit(self, embeddings) -> "SidEncoder":
-        """Learns the codebooks from `embeddings` float [n, d], n at least the largest width, all finite."""
+        """Learns the codebooks from `embeddings` float [n, d], n at least the largest width, all finite. ValueError where hardly any are
+        distinct: two at least, and one in a hundred items."""
         x = checked(embeddings)
         if len(x) < max(self.widths):
             raise ValueError(f"width {max(self.widths)} needs at least as many embeddings, got {len(x)}: "
                              "choose a smaller width")
+        _tell_apart(x)
         self._dim, (self.codebooks_, self._arrays) = x.shape[1], self._fit(x)
         self.dead_codes_ = tuple(width - len(np.unique(code)) for width, code in zip(self.widths, self.encode(x).T))
         return self
@@ -124,6 +127,19 @@ def nearest(x, book) -> np.ndarray:
     for i in range(0, len(x), step):
         found[i : i + step] = rows[((x[i : i + step] - centre) @ book.T - half).argmax(axis=1)]
     return found
+
+
+def _tell_apart(x) -> None:
+    """ValueError where so few rows of `x` [n, d] are distinct that SIDs would be the same for nearly all items."""
+    sample = x if len(x) <= SAMPLE else x[np.sort(np.random.default_rng(0).choice(len(x), SAMPLE, replace=False))]
+    low, high = sample.min(axis=0), sample.max(axis=0)
+    # Equal but for the rounding of float32: encoders give such rows to equal texts in different batches.
+    count = 1 if (high - low <= 1e-6 * np.maximum(high, -low)).all() else len(distinct(sample))
+    if count < min(len(sample), max(2, len(sample) // 100)):
+        where = "" if sample is x else " looked at"
+        raise ValueError(f"embeddings must tell items apart, but only {count} of the {len(sample)} rows{where} "
+                         f"{'is' if count == 1 else 'are'} distinct, so nearly all items would share a SID. Look at the texts or at "
+                         "what made the embeddings")
 
 
 def distinct(x) -> np.ndarray:

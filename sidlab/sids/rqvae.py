@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import ResidualVQ
 
-from sidlab.sids.encoder import SidEncoder, nearest, residual_codes
+from sidlab.sids.encoder import SidEncoder, checked, nearest, residual_codes
 from sidlab.sids.residual_kmeans import ResidualKMeans
 
 SAMPLE = 64  # latents per code that the codebooks are started from and looked through for dead codes
@@ -57,7 +57,7 @@ class RQVAE(SidEncoder):
             half, every = self.steps // 2, max(1, self.steps // REVIVALS)
             for step in range(self.steps):
                 if step == half:
-                    start = ResidualKMeans(self.levels, self.widths, self.seed).fit(sample(encoder)).codebooks_
+                    start = ResidualKMeans(self.levels, self.widths, self.seed)._fit(checked(sample(encoder)))[0]
                     for layer, book in zip(quantiser.layers, start):
                         layer._codebook.embed[0] = layer._codebook.embed_avg[0] = torch.from_numpy(book)
                 rows = data[torch.randint(len(data), (batch,))]

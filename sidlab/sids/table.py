@@ -33,8 +33,8 @@ class SidTable:
         width: codes per level, an int or one int per level.
         collisions: what to do with items that share a SID. "extend" adds one level to every item if any two collide:
             0 for the first of a group by item id, 1.. for the others (the de-duplication digit of TIGER, arXiv
-            2305.05065); its width is the largest group. "share" leaves them, and a hit counts for all sharers (as in
-            AL-GR / FORGE).
+            2305.05065); its width is the largest group. "share" leaves them (as in AL-GR / FORGE): `recommend` lists
+            sharers by id with equal scores, and metrics are expectations over a random order among them.
 
     Attributes: `codes` int64 [n, L'], `widths` (tuple), `levels` L', `base_levels` L, `n_items`, `vocab_size`,
     `offsets` (tuple: the token id of code 0 of each level), `item_tokens` torch int64 [n + 1, L'] (row = item id, row
@@ -72,6 +72,13 @@ class SidTable:
         """The set of valid SIDs."""
         return self._base_trie if self.levels == self.base_levels else Trie(self.codes, self.widths)
 
+    @functools.cached_property
+    def sid_numbers(self) -> np.ndarray | None:
+        """int64 [n + 1]: the number from 1 of each item's SID, equal for those that share one; item 0 has 0. None where none do."""
+        if self.trie.max_items == 1:
+            return None
+        return np.concatenate([[0], 1 + self.trie.find(self.codes)[0].numpy()])
+
     def trie_on(self, device: torch.device) -> Trie:
         """`trie` on `device`, moved there once: with a million items that takes longer than a search."""
         if device not in self._tries:
@@ -98,7 +105,9 @@ class SidTable:
         `prefixes` up to that level, and the `mean_group` and `largest_group` of items that share one. With `embeddings`
         float [n, d] also `neighbour_overlap`, the share of an item's 10 nearest neighbours (cosine, over at most 2,000
         items) with its prefix, and `chance_overlap`, that of any other item. With their `encoder`, too,
-        `reconstruction_error` = Σ ‖x − decode(prefix)‖² / Σ ‖x‖², None at the added level.
+        `reconstruction_error` = Σ ‖x − decode(prefix)‖² / Σ ‖x − mean‖², the share of the variance that the codes do
+        not explain: 1 is as good as one code for all, whatever all embeddings have in common. None at the added level
+        and where all embeddings are equal.
         """
         if encoder is not None and embeddings is None:
             raise ValueError("an encoder is judged by its embeddings: got encoder without embeddings")
@@ -106,6 +115,7 @@ class SidTable:
             raise ValueError(f"embeddings must have one row per item ({self.n_items}), got {len(embeddings)}")
         embeddings = None if embeddings is None else checked(embeddings)
         items, neighbours = _neighbours(embeddings) if embeddings is not None and self.n_items > 1 else (None, None)
+        variance = None if encoder is None else _variance(embeddings)
         groups = self._base_trie.items_per_node(self.base_levels)
         per_level = []
         for level, width in enumerate(self.widths, start=1):
@@ -129,12 +139,11 @@ class SidTable:
             if encoder is not None:
                 row["reconstruction_error"] = None
                 if level <= self.base_levels:
-                    error = size = 0.0
+                    error = 0.0
                     for start in range(0, self.n_items, CHUNK):
                         x = np.asarray(embeddings[start : start + CHUNK], np.float64)
                         error += float(((x - encoder.decode(self.codes[start : start + CHUNK, :level])) ** 2).sum())
-                        size += float((x**2).sum())
-                    row["reconstruction_error"] = error / size if size else None
+                    row["reconstruction_error"] = error / variance if variance else None
             per_level.append(row)
         return SidReport(
             n_items=self.n_items,
@@ -235,6 +244,14 @@ def _neighbours(embeddings):
     itself = found == items[:, None]
     itself[~itself.any(axis=1), -1] = True  # crowded out by k + 1 equal ones: the last of them goes
     return items, found[~itself].reshape(-1, k)
+
+
+def _variance(embeddings) -> float:
+    """Σ ‖x − mean‖² over the rows of `embeddings` float32 [n, d], in float64, a chunk at a time."""
+    first = np.asarray(embeddings[0], np.float64)  # taken off before anything is summed: equal rows give exactly 0
+    chunks = range(0, len(embeddings), CHUNK)
+    mean = sum((embeddings[i : i + CHUNK] - first).sum(axis=0) for i in chunks) / len(embeddings)
+    return float(sum(np.square(embeddings[i : i + CHUNK] - first - mean).sum() for i in chunks))
 
 
 def _ragged(items, valid):
