@@ -32,8 +32,10 @@ class TrainConfig:
     `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
     Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),
     stopping after `patience` evaluations without a better recall@5.
-    `precision`: "fp32", "bf16" or "auto" (bf16 where the processor gains from it). `plain`: the libraries' own attention and dropout, in
-    place of the cheaper ones of `models.fast` and `models.scoring`, for comparison. `seed` reaches weights, dropout and order.
+    `precision`: "fp32", "bf16" (mixed precision) or "auto", the faster of them: on a CPU both are timed
+    before the first update, for it depends on the CPU and on the sizes; a GPU that has bf16 takes it
+    (see `sidlab.precision`). `plain`: the libraries' own attention and dropout, in place of the cheaper
+    ones of `models.fast` and `models.scoring`, for comparison. `seed` reaches weights, dropout and order.
     """
 
     arch: str = "t5"
