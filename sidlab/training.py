@@ -218,7 +218,8 @@ def measured_precision(config: TrainConfig, table: SidTable, windows: Windows) -
     some.sort(key=lambda batch: lengths[batch].max())
     batch = some[len(some) // 2]
     longest = int(lengths[batch].max())
-    batch = batch[: max(1, TIMED_SLOTS // (longest * (table.levels + config.separators)))]
+    rows = max(1, TIMED_SLOTS // (longest * (table.levels + config.separators)))
+    batch = sorted(batch, key=lambda window: lengths[window])[-rows:]
     shape = len(batch), longest, config.separators, table.widths, config.plain
     key = sizes(config), shape, torch.get_num_threads()
     if key not in _measured:
