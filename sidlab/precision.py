@@ -19,8 +19,9 @@ ROUNDS = 5
 # Seconds on the clock after which no further round begins, so that large models get fewer of them.
 SECONDS = 6.0
 # How many times as long fp32 must take before bf16 is chosen. bf16 rounds the operands of products
-# to 8 bits, so it has to be worth something; and the ratio of one model on one machine moves by some
-# percent from one measurement to the next, so that nearly equal precisions would take turns.
+# to 8 bits, so it has to be worth something; and the ratio of one model on one machine moves by a few
+# percent from one measurement to the next, beside other jobs at times by more, so that of nearly
+# equal precisions it would be now one, now the other.
 MARGIN = 1.1
 # Fields of `TrainConfig` on which the faster precision of a device depends most.
 SIZES = (

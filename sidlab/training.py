@@ -207,7 +207,9 @@ def measured_precision(config: TrainConfig, table: SidTable, windows: Windows) -
 
     The batch is one of the first 64 of training, the one whose windows have the median number of
     slots (batches have about as many slots all), cut to `TIMED_SLOTS`. Takes a second for the preset
-    "quick" and up to ten for the paper's sizes. The process's random state stays as it was.
+    "quick" and up to ten for the paper's sizes. The process's random state stays as it was, but what
+    PyTorch keeps in memory of it counts in `TrainResult.peak_memory`; in a sweep it does not, whose
+    runs are told their precision.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (answer := unmeasured(device)) is not None:
