@@ -20,6 +20,7 @@ from sidlab.comparison import hardware, versions
 from sidlab.cost import cost
 from sidlab.files import write_json
 from sidlab.models.scoring import attention_path
+from sidlab.precision import uses_bf16
 from sidlab.pruning import PruningConfig
 from sidlab.timing import (
     BEAUTY,
@@ -31,6 +32,7 @@ from sidlab.timing import (
     Variant,
     beauty_batches,
     in_child,
+    in_faster_precision,
     kmeans_peak,
     ratio,
     time_beauty,
@@ -38,7 +40,6 @@ from sidlab.timing import (
     time_recommend,
     training_peak,
 )
-from sidlab.training import _use_bf16
 
 
 def pruned(config, **changes):
@@ -119,7 +120,7 @@ def attention_kernel(variant: Variant, device: str) -> str:
     """Which attention a variant trains with, in words."""
     if variant.stock:
         return "all layers: eager"
-    with torch.autocast(device, torch.bfloat16, enabled=_use_bf16(variant.config)):
+    with torch.autocast(device, torch.bfloat16, enabled=uses_bf16(variant.config.precision)):
         return attention_path(Training(variant, [], device).model)
 
 
@@ -129,8 +130,12 @@ def run(quick: bool, device: str = "cpu") -> Report:
     # On a GPU with batches of about as many windows as the published code's (about 500 in 150 slots)
     tokens, count, rounds = (65536 if gpu else 4096, 4, 9) if not quick else (2048, 3, 4)
 
+    say("the faster precision")
+    size = tokens // 150
+    settled = in_faster_precision(WATERFALL | FULL, size, device)
+    waterfall, full = ({name: settled[name] for name in variants} for variants in (WATERFALL, FULL))
     say(f"training windows of Beauty's lengths, {rounds} rounds")
-    variants = (on_gpu(WATERFALL) if gpu else WATERFALL) | {STOCK: Variant(PUBLISHED, stock=True)}
+    variants = (on_gpu(waterfall) if gpu else waterfall) | {STOCK: Variant(PUBLISHED, stock=True)}
     times = time_beauty(variants, tokens, count, rounds, device)
     predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=tokens), WIDTHS, LENGTHS) for name, v in variants.items()}
     report.times("Beauty lengths", variants, times, predicted, device)
@@ -143,14 +148,13 @@ def run(quick: bool, device: str = "cpu") -> Report:
     report.target("real tokens in a batch, share", real, None, at_least=0.95)
 
     say("full histories, nothing to unpad")
-    size = tokens // 150
-    full = replayed(FULL) if gpu else FULL
-    times = time_histories(full, size, 2 * rounds + 1, device)
+    runs = replayed(full) if gpu else full
+    times = time_histories(runs, size, 2 * rounds + 1, device)
     items = np.full(size, OURS.max_items)
-    predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), WIDTHS, items) for name, v in full.items()}
+    predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), WIDTHS, items) for name, v in runs.items()}
     # Of passes that are not replayed, for a replay allocates nothing
-    peaks = {name: training_peak(v, size, device) if gpu else in_child(training_peak, v, size) for name, v in FULL.items()}
-    report.times("full histories", full, times, predicted, device, peaks)
+    peaks = {name: training_peak(v, size, device) if gpu else in_child(training_peak, v, size) for name, v in full.items()}
+    report.times("full histories", runs, times, predicted, device, peaks)
     plain, scored, third = FULL
     bound = predicted[plain].training / predicted[third].training
     share = ratio(times[third], times[plain], lambda r: (1 - r) / (1 - 1 / bound))
@@ -163,6 +167,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
         say(workload)
         # On a GPU half as many: the activations of 24 layers are 12 GB then, by the cost model
         few = max(2, size // 4) if quick else size // 2 if gpu else size
+        pair = in_faster_precision(pair, few, device, widths)
         pair = replayed(pair) if gpu else pair
         times = time_histories(pair, few, rounds, device, widths)
         predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), widths, np.full(few, v.config.max_items))

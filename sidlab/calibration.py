@@ -19,9 +19,10 @@ from sidlab.config import TrainConfig
 from sidlab.cost import Cost, cost
 from sidlab.graphs import ReplayedPasses
 from sidlab.meter import device_name
+from sidlab.precision import uses_bf16
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.training import _use_bf16, build_model
+from sidlab.training import build_model
 from sidlab.windows import Collator, Windows, tell_padding
 
 # (d_model, layers, items of history, slots a batch), each timed with and without a pruner: small ones show the fixed prices, long histories
@@ -74,14 +75,14 @@ def _terms(config, batch):
 
 def stepper(config: TrainConfig, table: SidTable, batch: dict):
     """A function that makes one training step (forward, backward, AdamW) of a fresh model on `batch`, where training would run it, and
-    returns its seconds. `batch`: a dict of tensors, as `Collator` makes it."""
+    returns its seconds. `batch`: a dict of tensors, as `Collator` makes it. Precision "auto" is fp32 on a CPU, as in `cost`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, table).train().to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in tell_padding(batch).items()}
 
     def passes(batch):
-        with torch.autocast(device.type, torch.bfloat16, enabled=_use_bf16(config)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.precision)):
             loss = model(**batch).loss
         loss.backward()
         return (loss.detach(),)

@@ -143,7 +143,10 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
                  "predicted_flops": None, "predicted_activation_mb": None}
         if isinstance(config := method_config(name, preset, 0, arch) if name in names else None, TrainConfig):
             config = fitted(config, catalogue)
-            predicted = cost(config, table.widths, Windows(leave_one_out(catalogue.histories).train, config.max_items, config.windows))
+            windows = Windows(leave_one_out(catalogue.histories).train, config.max_items, config.windows)
+            # As it was trained, for that says how many bytes are kept.
+            in_bf16 = any(r["precision"] == "bf16" for r in runs if r["method"] == name)
+            predicted = cost(config, table.widths, windows, bf16=in_bf16)
             entry |= {"predicted_flops": predicted.training, "predicted_activation_mb": predicted.activation_bytes / 2**20}
         own = [row for row in rows if row["method"] == name]
         for field in COSTS:
@@ -167,6 +170,7 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
         "command": f'make reproduce DATASET={shlex.quote(str(dataset))} PRESET={preset} METHODS="{" ".join(names)}" '
                    + f"SEEDS={len(runs) // len(names)}"
                    + f" SIDS={shlex.quote(str(sids))}" * bool(sids) + f" ARCH={arch}" * (arch != "t5"),
+        "precision": sorted({r["precision"] for r in runs} - {None}),
         "seed_noise": noise and noise["recall@10"]._asdict(),
         "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
         "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]],

@@ -33,8 +33,10 @@ class TrainConfig:
     `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
     Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),
     stopping after `patience` evaluations without a better recall@5.
-    `precision`: "fp32", "bf16" or "auto" (bf16 where the processor gains from it). `plain`: the libraries' own attention and dropout, in
-    place of the cheaper ones of `models.fast` and `models.scoring`, for comparison. `seed` reaches weights, dropout and order.
+    `precision`: "fp32", "bf16" (mixed precision) or "auto", the faster of them: on a CPU both are timed
+    before the first update, for it depends on the CPU and on the sizes; a GPU that has bf16 takes it
+    (see `sidlab.precision`). `plain`: the libraries' own attention and dropout, in place of the cheaper
+    ones of `models.fast` and `models.scoring`, for comparison. `seed` reaches weights, dropout and order.
     """
 
     arch: str = "t5"
@@ -108,7 +110,9 @@ class TrainConfig:
         if not 0 < self.epochs < math.inf or not 0 <= self.warmup <= 1:
             raise ValueError("epochs must be above 0 and finite, and warmup, a share of the updates, in [0, 1]; "
                              f"got {self.epochs} and {self.warmup}")
-        for name, below in (("dropout", 1), ("residual_dropout", 1), ("label_smoothing", 1), ("beta2", 1), ("weight_decay", math.inf), ("learning_rate", math.inf), ("muon", math.inf)):
+        below_one = ("dropout", "residual_dropout", "label_smoothing", "beta2", "average_last")
+        limits = dict.fromkeys(below_one, 1) | dict.fromkeys(("weight_decay", "learning_rate", "muon"), math.inf)
+        for name, below in limits.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value < below:
                 raise ValueError(f"{name} must be from 0 and below {below}, got {value}")
@@ -137,8 +141,7 @@ class TrainConfig:
         if self.targets not in (1, "all") or isinstance(self.targets, bool):
             raise ValueError(f'targets={self.targets!r} is unknown; use 1, the item after a window, or "all" items of a stretch')
         dense = self.targets == "all"
-        for arch, name, valid, needed in (("qwen", "layout", sid_qwen.LAYOUTS, "stream"),
-                                          ("t5", "encoder_mask", sid_t5.ENCODER_MASKS, "items")):
+        for arch, (name, valid, needed) in ROWS.items():
             given = getattr(self, name)
             if given is None:
                 continue
@@ -148,8 +151,8 @@ class TrainConfig:
             if dense and given != needed:
                 raise ValueError(f'targets="all" needs {name}={needed!r}, got {given!r}')
         if dense and self.pruning is not None:
-            raise ValueError('targets="all" prunes nothing, for each target would keep other tokens: train unpruned, then continue from that '
-                             "model with pruning and targets=1 (start_from)")
+            raise ValueError('targets="all" prunes nothing, for each target would keep other tokens: train unpruned, '
+                             "then continue from that model with pruning and targets=1 (start_from)")
         if dense and (self.windows != "prefixes" or self.padding != "batch"):
             raise ValueError('targets="all" reads whole stretches of histories: leave windows and padding out, got '
                              f"windows={self.windows!r} and padding={self.padding!r}")
@@ -163,9 +166,9 @@ class TrainConfig:
         return cls(**PRESETS[name] | overrides)
 
     def completed(self, base: dict | None = None) -> "TrainConfig":
-        """The same with `layout` (decoder-only) or `encoder_mask` (T5) filled in where it is None: as `base` has it, the `config.json` of
-        the model that training starts from, or else as `targets` needs it."""
-        name, valid, needed = {"qwen": ("layout", sid_qwen.LAYOUTS, "stream"), "t5": ("encoder_mask", sid_t5.ENCODER_MASKS, "items")}[self.arch]
+        """The same with `layout` (decoder-only) or `encoder_mask` (T5) filled in where it is None: as `base` has it,
+        the `config.json` of the model that training starts from, or else as `targets` needs it."""
+        name, valid, needed = ROWS[self.arch]
         if getattr(self, name) is not None:
             return self
         fresh = needed if self.targets == "all" else valid[0]
@@ -181,6 +184,8 @@ class TrainConfig:
         return cls(**{k: PARTS[k](**v) if k in PARTS and v is not None else v for k, v in fields.items()})
 
 
+# By architecture: the field that says how a row is read, its values (the published one first), and what dense targets need.
+ROWS = {"qwen": ("layout", sid_qwen.LAYOUTS, "stream"), "t5": ("encoder_mask", sid_t5.ENCODER_MASKS, "items")}
 PARTS = {"pruning": PruningConfig, "strategy": Strategy, "map": MapConfig}
 
 # Heads that look back from the start: under Adam a bias moves by no more than the learning rate a step, and from T5's initial

@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 from sidlab.config import TrainConfig
+from sidlab.precision import uses_bf16
 from sidlab.pruning import kept_count
-from sidlab.training import _use_bf16
 from sidlab.windows import LengthBatches, UserBatches, Windows
 
 
@@ -45,7 +45,9 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
     Args: `widths`: codes per level, as in `SidTable.widths`; `windows`: the `Windows`, or (unless `config.windows` is "contiguous")
     their lengths alone, int [windows], items of history per window (cut to `max_items`). For the activations: `fused`, whether
     attention runs in a fused kernel where nothing is scored (as on a GPU; on a processor T5's learned position bias forbids it), and
-    `bf16`, mixed precision; None: as training would here (`mode="reference"` is modelled as published, unfused in float32). Raises
+    `bf16`, mixed precision. None: `fused` on a GPU; `bf16` as `config.precision` says, of which "auto",
+    measured by training and not here, counts as float32 on a CPU and as what it takes on a GPU
+    (`mode="reference"` is modelled as published, unfused in float32). Raises
     ValueError where training would (`batch_tokens` below one window's slots), and for what lengths do not tell: `mass` and `strategy`, by
     which the model decides what is kept, and the sizes of a `checkpoint`.
     """
@@ -58,7 +60,8 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
     if p is not None and p.mode == "reference":
         kept = np.floor(p.keep * slots + 1e-6).astype(np.int64)
     padded = shortest < room, np.minimum(_kept(config, widths, shortest), shortest * (len(widths) + config.separators)) < kept
-    fused, bf16 = torch.cuda.is_available() if fused is None else fused, _use_bf16(config) if bf16 is None else bf16
+    fused = torch.cuda.is_available() if fused is None else fused
+    bf16 = uses_bf16(config.precision) if bf16 is None else bf16
     activations = _qwen_activations if config.arch == "qwen" else _activations
     memory = size * activations(config, widths, slots, kept, *padded, fused, bf16)
     flops = {part: _mean(value, size) for part, value in _flops(config, widths, slots, kept).items()}

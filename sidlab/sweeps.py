@@ -35,20 +35,22 @@ from sidlab.checks import integer, one_of
 from sidlab.config import PARTS, TrainConfig
 from sidlab.data.catalogue import Catalogue, load_catalogue
 from sidlab.decoding import encode_histories
-from sidlab.files import write, write_json
+from sidlab.files import read_json, write, write_json
 from sidlab.meter import Meter, device_name
 from sidlab.metrics import METRICS, SeedNoise, bootstrap_interval, per_user, pooled_seed_noise, rank_of_target, stored
 from sidlab.models.sasrec import SASRec
+from sidlab.precision import sizes, unmeasured
 from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.table import SidTable
-from sidlab.training import evaluate, train
-from sidlab.windows import leave_one_out, truth_tokens
+from sidlab.training import evaluate, measured_precision, train
+from sidlab.windows import leave_one_out, training_windows, truth_tokens
 
 COSTS = ("train_seconds", "seconds_per_1k_windows", "real_token_fraction", "kept_token_fraction", "peak_memory_mb",
          "evaluation_seconds", "windows", "updates")
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
-BESIDE = ("bench", "calibration", "claims", "comparison", "cost", "demo", "exercises", "papers", "probe", "studies", "teach", "timing",
-          "viz")
+# Modules that no run goes through ("precision": a run is told its own).
+BESIDE = ("bench", "calibration", "claims", "comparison", "cost", "demo", "exercises", "papers", "precision", "probe", "studies", "teach",
+          "timing", "viz")
 CHANGED = "the package or the scorer's module has changed since this sweep began: start it again"
 SIDS = ("encoder", "levels", "width", "collisions", "file")
 
@@ -134,18 +136,28 @@ def _check_sids(sids):
 
 def run_all(specs: dict[str, dict], folder):
     """Do every run, {name: spec}, one after the other; yields {"row", "curve", "ranks"} of each, and "sharers" where items share SIDs
-    (`metrics.stored`), as it is there."""
+    (`metrics.stored`), as it is there.
+
+    All runs of a model size train in one precision. Where specs ask for "auto", it is measured before
+    the first run, for the first spec of each size, and kept in `folder/precision.json`. A run's spec
+    and key hold the answer, not "auto". So a folder stays with what it began with, also on another
+    CPU, and its finished runs are found whatever would be measured now. Where the file is deleted and
+    the answer changes, or where a CPU has no bfloat16 and bf16 is what the folder began with, the
+    runs are done again: methods in two precisions would not compare.
+    """
     folder, begin, fresh = pathlib.Path(folder), time.monotonic(), 0
     paths = {name: _path(folder, name) for name in specs}
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"two runs would share a file: {sorted(p.name for p in paths.values())}")
     catalogues = {dataset: load_catalogue(dataset) for dataset in {one["dataset"] for one in specs.values()}}
-    keys, versions = {}, {name: _version(one["config"]) for name, one in specs.items()}
+    specs, keys, versions = dict(specs), {}, {name: _version(one["config"]) for name, one in specs.items()}
     for name, one in specs.items():  # everything that may be refused is, before anything is trained
         catalogue = catalogues[one["dataset"]]
         if '"oracle"' in json.dumps(one["config"]) and catalogue.truth is None:
             raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
-        keys[name] = _key(one, catalogue, sid_table(catalogue, folder, one["sids"])[0])
+        table = sid_table(catalogue, folder, one["sids"])[0]
+        specs[name] = _in_one_precision(one, catalogue, table, folder)
+        keys[name] = _key(specs[name], catalogue, table)
     for number, (name, one) in enumerate(specs.items(), start=1):
         if _version(one["config"]) != versions[name]:
             raise RuntimeError(CHANGED)
@@ -163,6 +175,26 @@ def run_all(specs: dict[str, dict], folder):
                 print(f"[{number}/{len(specs)}] {spent:.0f} s so far, at most about {spent / fresh * (len(specs) - number):.0f} s left",
                       flush=True)
         yield result
+
+
+def _in_one_precision(one, catalogue, table, folder):
+    """A spec with "fp32" or "bf16" in place of "auto", the same for all of a size (see `run_all`)."""
+    if one["config"].get("precision") != "auto":
+        return one
+    precision = unmeasured("cuda" if torch.cuda.is_available() else "cpu")
+    if precision is None:
+        path = pathlib.Path(folder) / "precision.json"
+        config = fitted(TrainConfig.from_dict(one["config"]), catalogue)
+        # Another sweep in this folder may be measuring the same.
+        with FileLock(path.with_suffix(".lock")):
+            known = read_json(path) if path.exists() else {}
+            if sizes(config) not in known:
+                train_part = leave_one_out(catalogue.histories).train
+                windows = training_windows(train_part, config)
+                known[sizes(config)] = measured_precision(config, table, windows)
+                write_json(path, known)
+        precision = known[sizes(config)]
+    return one | {"config": one["config"] | {"precision": precision}}
 
 
 def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[SidTable, dict]:
@@ -214,7 +246,7 @@ def run(folder, name: str) -> None:
     catalogue = load_catalogue(one["dataset"])
     result = (_run_sasrec if "sasrec" in one["config"] else _run_model)(one, catalogue, folder, path)
     result["busy"] = result.get("busy", False) or _busy()
-    write_json(_file(path, ".json"), {"key": one["key"], "device": device_name(), **result})
+    write_json(_file(path, ".json"), {"key": one["key"], "device": device_name(), "precision": one["config"].get("precision"), **result})
     row = result["row"]
     say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users, trained {row['train_seconds']:.0f} s")
 
@@ -254,7 +286,8 @@ def launch(arguments) -> None:
     ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=_truth_for(config, catalogue))
     result.model.save_pretrained(folder)
     write_json(folder / "result.json", {
-        "config": config.to_dict(), "processes": state.num_processes, "test": metrics_of(ranks), "validation": result.metrics,
+        "config": config.to_dict() | {"precision": result.precision},
+        "processes": state.num_processes, "test": metrics_of(ranks), "validation": result.metrics,
         **result.timing, **result.tokens, "peak_memory_mb": result.peak_memory, "log": result.log})
     print(f"recall@10 {metrics_of(ranks)['recall@10']:.4f} on {len(targets)} test users; {folder / 'result.json'}")
 

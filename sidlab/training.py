@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -44,6 +45,7 @@ from sidlab.models import fast
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.muon import MuonAdamW
+from sidlab.precision import faster_precision, kept_random_state, sizes, unmeasured
 from sidlab.saliency import own_source
 from sidlab.sids.table import SidTable
 from sidlab.windows import (
@@ -55,6 +57,7 @@ from sidlab.windows import (
     Windows,
     leave_one_out,
     tell_padding,
+    training_windows,
 )
 
 
@@ -64,7 +67,7 @@ class TrainResult:
     (without evaluation and saving), "seconds_per_1k_windows", "windows", "updates". `peak_memory`: MB while training, resident
     memory on a CPU and allocated memory on a GPU. `tokens`: "real_token_fraction" of the slots and "kept_token_fraction" of
     the real tokens. `log`: dicts with "step" and what was logged there ("loss", "main_loss" without
-    MAP's part, "recall@5", …)."""
+    MAP's part, "recall@5", …). `precision`: "fp32" or "bf16", in which it was trained."""
 
     model: SidT5 | SidQwen
     metrics: dict
@@ -72,6 +75,7 @@ class TrainResult:
     peak_memory: float
     tokens: dict
     log: list[dict]
+    precision: str
 
 
 def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
@@ -105,7 +109,9 @@ def _start(model, config, base, table):
     if other.fingerprint() != table.fingerprint():
         raise ValueError(f"start_from={str(base)!r} speaks other SIDs ({other.fingerprint()}) than table ({table.fingerprint()}): continue "
                          "with SidTable.load of that folder")
-    found = model.load_state_dict({k: v for k, v in weights.items() if model.map_head is not None or not k.startswith("map_head.")}, strict=False)
+    if model.map_head is None:
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("map_head.")}
+    found = model.load_state_dict(weights, strict=False)
     tied = set(model.all_tied_weights_keys)
     missing = [key for key in found.missing_keys if key not in tied and not key.startswith("map_head.")]
     if missing or found.unexpected_keys:
@@ -118,9 +124,12 @@ def weights_digest(folder) -> str:
         return hashlib.sha256((pathlib.Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-MUST_MATCH = ("widths", "separators", "level_embeddings", "embedding_norm", "cross_bias", "tie_embeddings", "tie_word_embeddings", "d_model",
-              "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "ffn_hidden_layers", "hidden_size", "head_dim",
-              "num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers")
+# Fields of a model's configuration, T5's and Qwen3's, that a model which goes on keeps.
+MUST_MATCH = (
+    "widths", "separators", "level_embeddings", "embedding_norm", "cross_bias", "tie_embeddings", "tie_word_embeddings",
+    "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "ffn_hidden_layers",
+    "hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers",
+)
 SHARED = ("separators", "max_items", "pruning", "map", "level_embeddings", "embedding_norm", "zero_init", "label_smoothing")
 
 
@@ -155,6 +164,9 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     saved model whose weights training begins with, under a new optimiser and schedule; sizes and SIDs must be the same, layout and mask
     stay unless `config` names them, and a MAP head that is missing there is drawn as in a fresh model. `callbacks`: further Hugging Face
     callbacks. On one GPU the passes are replayed from CUDA graphs (`sidlab.graphs`).
+
+    `precision="auto"` is measured before the first update (`measured_precision`), by one process for
+    all. `output_dir/run.json` keeps the answer, and a run that goes on trains in that.
     """
     if not isinstance(catalogue, Catalogue) or not isinstance(table, SidTable):
         raise TypeError("train takes a Catalogue (load_catalogue gives one) and a SidTable (made of an encoder's codes), got a "
@@ -172,18 +184,9 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     truth = catalogue.truth if oracle else None
     meter = Meter()  # first of all: what it finds in use is not the training's
     split = leave_one_out(catalogue.histories)
-    if config.targets == "all":
-        windows = Stretches(split.train, config.max_items)
-        collator = StretchCollator(windows, table, separators=config.separators, map_config=config.map)
-    else:
-        windows = Windows(split.train, config.max_items, config.windows)
-        collator = Collator(windows, table, separators=config.separators, max_items=config.max_items,
-                            fixed_slots=config.padding == "fixed", map_config=config.map, truth=truth)
-    if config.windows == "prefixes":
-        batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed,
-                                config.accumulation, mixed=not config.bucketing)
-    else:
-        batches = UserBatches(windows, config.accumulation, config.seed)
+    windows = training_windows(split.train, config)
+    collator = _collator(config, table, windows, truth)
+    batches = _batches(config, table, windows)
     if len(batches) % processes:  # the library would hand out some windows twice
         raise ValueError(f"{len(batches)} batches an epoch can't be shared by {processes} processes; use a smaller batch_tokens")
     updates = math.ceil(config.epochs * math.ceil(len(batches) / config.accumulation))
@@ -197,7 +200,9 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         if not progress:
             stack.enter_context(quiet())
         folder = output_dir or stack.enter_context(_temporary_folder())
-        checkpoint = _resume_point(pathlib.Path(folder), config, catalogue, table, base) if output_dir else None
+        precision = _precision(config, table, windows, pathlib.Path(folder) / "run.json")
+        checkpoint = _resume_point(pathlib.Path(folder), config, precision, catalogue, table, base) if output_dir else None
+        config = dataclasses.replace(config, precision=precision)
         callbacks = [_Patience(config.patience), *(callbacks or [])]
         if config.strategy is not None:
             callbacks.append(AdaptPruning(config.strategy, model, collator(_probe_windows(windows))))
@@ -237,7 +242,92 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         model=model, metrics={k.removeprefix("eval_"): v for k, v in best.items() if "@" in k},
         timing=trainer.meter.timing(trainer.state.global_step), peak_memory=trainer.meter.totals()["peak"], tokens=trainer.meter.tokens(),
         log=[{k.removeprefix("eval_"): v for k, v in e.items()} for e in trainer.state.log_history if "train_runtime" not in e],
+        precision=precision,
     )
+
+
+def _collator(config, table, windows, truth=None):
+    if config.targets == "all":
+        return StretchCollator(windows, table, separators=config.separators, map_config=config.map)
+    return Collator(windows, table, separators=config.separators, max_items=config.max_items, fixed_slots=config.padding == "fixed",
+                    map_config=config.map, truth=truth)
+
+
+def _batches(config, table, windows):
+    """Batches of window indices in the order of training."""
+    if config.windows == "prefixes":
+        return LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed,
+                             config.accumulation, mixed=not config.bucketing)
+    return UserBatches(windows, config.accumulation, config.seed)
+
+
+# At most so many slots are timed: more take as much longer in either precision.
+TIMED_SLOTS = 2048
+# What was measured in this process, by sizes and shapes.
+_measured = {}
+
+
+def measured_precision(config: TrainConfig, table: SidTable, windows: Windows | Stretches) -> str:
+    """"fp32" or "bf16", the faster for `config` on the device that trains (`faster_precision`).
+
+    Methods that are compared should train in one precision. So what tells them apart is left out:
+    timed is a fresh model without pruner and MAP's head, on a batch without padding slots. And a
+    later call in this process for the same sizes and shapes gets the same answer.
+
+    The batch is one of the first 64 of training, the one whose windows have the median number of
+    slots (batches have about as many slots all), cut to `TIMED_SLOTS`. Takes a second for the preset
+    "quick" and up to ten for the paper's sizes. The process's random state stays as it was, but what
+    PyTorch keeps in memory of it counts in `TrainResult.peak_memory`; in a sweep it does not, whose
+    runs are told their precision.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (answer := unmeasured(device)) is not None:
+        return answer
+    config = dataclasses.replace(config, pruning=None, strategy=None, map=None, padding="batch")
+    some = list(itertools.islice(_batches(config, table, windows), 64))
+    lengths = windows.lengths
+    some.sort(key=lambda batch: lengths[batch].max())
+    batch = some[len(some) // 2]
+    longest = int(lengths[batch].max())
+    rows = max(1, TIMED_SLOTS // (longest * (table.levels + config.separators)))
+    batch = sorted(batch, key=lambda window: lengths[window])[-rows:]
+    shape = len(batch), longest, config.separators, table.widths, config.plain
+    key = sizes(config), shape, torch.get_num_threads()
+    if key not in _measured:
+        _measured[key] = faster_precision(_timed_passes(config, table, windows, batch), device)
+    return _measured[key]
+
+
+def _timed_passes(config, table, windows, indices):
+    """A function for `faster_precision`, of a fresh model and a batch on the CPU."""
+    batch = tell_padding(_collator(config, table, windows)(indices))
+    # Its weights are drawn.
+    with kept_random_state():
+        model = build_model(config, table).train()
+
+    def passes(dtype):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            loss = model(**batch).loss
+        loss.backward()
+
+    return passes
+
+
+def _precision(config, table, windows, stamp):
+    """The precision in which `config` trains: "auto" is what a run began with, or else measured.
+
+    `stamp`: the run.json of the run, if there is one. All processes get the main one's answer.
+    """
+    if config.precision != "auto":
+        return config.precision
+    answer = None
+    if PartialState().is_main_process:
+        # A file that can't be read, or of another run, is refused later, by every process.
+        with contextlib.suppress(ValueError):
+            answer = read_json(stamp, "precision")["precision"]
+        answer = answer or measured_precision(config, table, windows)
+    return broadcast_object_list([answer])[0]
 
 
 @contextlib.contextmanager
@@ -314,7 +404,7 @@ def _arguments(config, folder, updates, processes, *, keep, progress):
         warmup_steps=config.warmup, max_steps=updates,
         eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
         save_total_limit=2, save_only_model=not keep, load_best_model_at_end=True, metric_for_best_model="recall@5",
-        greater_is_better=True, logging_steps=max(1, config.eval_every // 5), bf16=_use_bf16(config), optim="adamw_torch_fused",
+        greater_is_better=True, logging_steps=max(1, config.eval_every // 5), bf16=config.precision == "bf16", optim="adamw_torch_fused",
         logging_nan_inf_filter=False,  # it would wait for the device after every batch
         use_cpu=not torch.cuda.is_available(),  # or bf16 is refused on a CPU, and a Mac takes its GPU, which lacks float64
         disable_tqdm=not progress, report_to=[], remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
@@ -328,26 +418,19 @@ def _replays(config, processes):
     return torch.cuda.is_available() and processes == 1 and not config.plain and config.windows == "prefixes" and config.strategy is None
 
 
-def _use_bf16(config):
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # AMX makes bf16 products several times faster, AVX-512 somewhat; at small sizes the casts cost more than that saves.
-    return (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()) and config.d_model >= 128
-
-
-def _resume_point(folder, config, catalogue, table, base):
+def _resume_point(folder, config, precision, catalogue, table, base):
     """The newest checkpoint in `folder` whose state and meter can be read, or None; refuses another run's folder."""
     what = {"config": config.to_dict(), "catalogue": catalogue.fingerprint(), "table": table.fingerprint()}
+    what["precision"] = precision
     if base is not None:
         what["start_from"] = weights_digest(base)
     if config.pruning is not None and (source := own_source(config.pruning.scorer)):  # without one it is known by its name alone
         what["scorer"] = source
     stamp = folder / "run.json"
     if stamp.exists():
-        if read_json(stamp) != json.loads(json.dumps(what)):
-            raise ValueError(f"output_dir={str(folder)!r} holds a run of another configuration, catalogue, table or start; choose another folder")
+        if _in_its_precision(read_json(stamp)) != _in_its_precision(json.loads(json.dumps(what))):
+            raise ValueError(f"output_dir={str(folder)!r} holds a run of another configuration, catalogue, table or start; "
+                             "choose another folder")
     else:
         write_json(stamp, what)  # every process of a run writes the same
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
@@ -360,6 +443,11 @@ def _resume_point(folder, config, catalogue, table, base):
             continue
         return str(path)
     return None
+
+
+def _in_its_precision(stamp):
+    """A run.json with the answer in place of "auto": to ask for that by name is the same run."""
+    return stamp | {"config": stamp.get("config", {}) | {"precision": stamp.get("precision")}}
 
 
 class _SidTrainer(Trainer):

@@ -127,6 +127,13 @@ class Stretches(torch.utils.data.Dataset):
         return self.stop - self.start
 
 
+def training_windows(train: list[np.ndarray], config) -> Windows | Stretches:
+    """What the passes of a `TrainConfig` read of the training histories: `Stretches` where they teach every item, else `Windows`."""
+    if config.targets == "all":
+        return Stretches(train, config.max_items)
+    return Windows(train, config.max_items, config.windows)
+
+
 class LengthBatches(torch.utils.data.Sampler):
     """Batches of windows of similar length, `batch_tokens` slots each, newly shuffled every epoch.
 

@@ -173,7 +173,8 @@ def test_of_two_seeds_the_models_on_sids_tell_of_noise_together(seeds):
         for seed in range(seeds):
             ranks = (rng.random(200) < 0.3 + rng.normal(0, 0.03)).astype(int)
             row = metrics_of(ranks) | dict.fromkeys(COSTS, 1.0) | {"kept_informative": None}
-            runs.append({"method": name, "seed": seed, "ranks": ranks, "row": row, "curve": None, "busy": False, "device": "a processor"})
+            runs.append({"method": name, "seed": seed, "ranks": ranks, "row": row, "curve": None, "busy": False, "device": "a processor",
+                         "precision": "fp32"})
     found = comparison._collect("planted", "smoke", names, runs, catalogue, table, dict(table.report()), "", "t5")
     rows = {row["method"]: row for row in found["summary"]}
     ranks = {name: np.array([run["ranks"] for run in runs if run["method"] == name]) for name in names}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import load_catalogue
-from sidlab.decoding import beam_search, encode_histories, recommend, score_items
+from sidlab.decoding import recommend, score_items
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, PAD, SidTable
@@ -170,11 +170,11 @@ def test_generate_finds_the_first_of_the_beam(way):
     inputs[torch.arange(len(inputs)), begins] = BOS
     found = model.generate(inputs, attention_mask=(inputs != PAD).long(), do_sample=False, num_beams=20, num_return_sequences=20)
     # The library's beam knows no trie: its best sequence that is an item is ours.
-    _, scores = beam_search(model, encode_histories(model, HISTORIES), 150)
-    of_item = {tuple(codes.tolist()): item for item, codes in enumerate(TABLE.item_tokens[1:].tolist() and TABLE.item_tokens)}
+    of_item = {tuple(codes.tolist()): item for item, codes in enumerate(TABLE.item_tokens)}
     best = recommend(model, HISTORIES, k=1, beam=150)[0][:, 0].tolist()
     for row, item in zip(found.unflatten(0, (len(inputs), 20)), best):
-        assert next(of_item[key] for key in map(lambda s: tuple(s[-3:].tolist()), row) if key in of_item) == item
+        keys = [tuple(sequence[-3:].tolist()) for sequence in row]
+        assert next(of_item[key] for key in keys if key in of_item) == item
 
 
 @settings(max_examples=40)

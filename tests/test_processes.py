@@ -108,6 +108,38 @@ def test_without_a_folder_all_processes_return_the_same_model(tmp_path):
     assert [weights, keep] == other and 0.2 <= keep <= 0.5
 
 
+MEASURED = """
+import os, sys
+from sidlab import training
+from sidlab.sweeps import launch
+
+def measured(*args):
+    assert os.environ["RANK"] == "0", "one process measures for all"
+    return "bf16"
+
+training.measured_precision = measured
+arguments = training._arguments
+
+def told(config, *args, **kwargs):
+    print("rank", os.environ["RANK"], "trains in", config.precision, flush=True)
+    return arguments(config, *args, **kwargs)
+
+training._arguments = told
+launch(sys.argv[1:])
+"""
+
+
+def test_all_processes_train_in_the_precision_that_one_of_them_measured(tmp_path):
+    program = tmp_path / "measured.py"
+    program.write_text(MEASURED)
+    settings = SETTINGS | {"precision": "auto", "max_updates": 2, "eval_every": 2}
+    code, output = run(write(tmp_path / "run.json", tmp_path / "out", settings=settings), 2, [str(program)])
+    assert code == 0, output
+    assert all(f"rank {rank} trains in bf16" in output for rank in (0, 1))
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["config"]["precision"] == "bf16"
+    assert json.loads((tmp_path / "out" / "run" / "run.json").read_text())["precision"] == "bf16"
+
+
 def test_what_it_writes_loads(finished):
     folder, results = finished
     model = SidT5.from_pretrained(folder / "2")

@@ -68,7 +68,7 @@ def test_other_data_or_settings_make_a_run_anew(finished):
     folder, _ = finished
     catalogue = load_catalogue("planted")
     table, _ = sweeps.sid_table(catalogue, folder)
-    one = sweeps.spec("planted", TrainConfig.preset("smoke"))
+    one = sweeps._in_one_precision(sweeps.spec("planted", TrainConfig.preset("smoke")), catalogue, table, folder)
     path = sweeps._path(folder, "planted-smoke-seed0")
     assert sweeps._finished(path, sweeps._key(one, catalogue, table)) is not None
     for other in (

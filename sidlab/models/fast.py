@@ -131,7 +131,8 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         out, _ = sdpa(module, beams, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **kwargs)
         return out.reshape(rows, 1, heads, size), None
     if not module.training or dropout == 0 or not _by_byte(query, dropout):
-        if value.device.type == "cpu" and value.dtype == torch.bfloat16 and value.requires_grad:
+        fused = position_bias is None and (attention_mask is None or attention_mask.dtype == torch.bool)
+        if fused and value.device.type == "cpu" and value.dtype == torch.bfloat16 and value.requires_grad:
             # The backward pass of PyTorch's fused attention takes eight times as long in bfloat16 as in float32.
             wide = (x.float() for x in (query, key, value))
             with torch.autocast("cpu", enabled=False):

@@ -44,7 +44,6 @@ from sidlab.models.sid import (
 from sidlab.pruning import PruningConfig, pool_tokens
 from sidlab.sids.table import BOS, PAD, SidTable
 
-
 LAYOUTS = ("bos_last", "stream")
 
 
@@ -92,7 +91,7 @@ def check(pruning: PruningConfig | None, layers: int) -> None:
 
 @dataclasses.dataclass
 class PrunedDecoderOutput(PrunedHistory, BaseModelOutputWithPast):
-    """`last_hidden_state` [B, P + K + T, d], of what stands in front (P: the prompt, and BOS in the layout "stream"), kept history and tail.
+    """`last_hidden_state` [B, P + K + T, d], of what stands in front (P: prompt, and BOS in the layout "stream"), kept history and tail.
     `masks` and `lengths`: what a later token sees, in front of and behind the pruner: int64 [B, P + N] and [B, P + K]; int64 [B] each, the
     place at which it stands. `next_state` [B, d], of the layout "stream": the state of the history's last token, which predicts."""
 

@@ -34,7 +34,6 @@ from sidlab.models.sid import PrunedHistory, PrunedStack, SidEmbedding, SidLosse
 from sidlab.pruning import pool_tokens
 from sidlab.sids.table import BOS, PAD, SidTable
 
-
 ENCODER_MASKS = ("full", "items")
 ITEMS_BACK = 32  # items of history that `cross_bias` tells apart; those farther back share the last one's bias
 
@@ -220,7 +219,8 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         self.encoder, self.decoder = PrunedEncoder(encoder_config), T5Stack(decoder_config)
         self.encoder.embed_tokens = self.decoder.embed_tokens = self.shared
         # The parent's tying: the heads of the levels are slices of the embedding. These keys come back with `shared`.
-        tied = {f"{stack}.embed_tokens.{name}": f"shared.{name}" for stack in ("encoder", "decoder") for name, _ in self.shared.named_parameters()}
+        names = [name for name, _ in self.shared.named_parameters()]
+        tied = {f"{stack}.embed_tokens.{name}": f"shared.{name}" for stack in ("encoder", "decoder") for name in names}
         if config.tie_embeddings:
             tied["lm_head.weight"] = "shared.weight"
         self._tied_weights_keys, self._keys_to_ignore_on_save = tied, list(tied)
