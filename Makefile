@@ -9,8 +9,9 @@ METHODS = padded unpadded recent random rastp map stamp sasrec
 SEEDS = 3
 SIDS =
 ARCH = t5
+PROTOCOL = continue
 QUICK =
-OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)$(patsubst %,-%,$(filter-out t5,$(ARCH)))
+OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)$(patsubst %,-%,$(filter-out t5,$(ARCH)) $(filter-out continue,$(PROTOCOL)))
 
 # The build of torch: the CPU's, unless another index is named or was named before (.venv remembers it).
 LAST_INDEX := $(shell cat .venv/torch-index 2>/dev/null)
@@ -22,7 +23,7 @@ given = $(if $(filter command,$(origin $1)),$($1),$2)
 
 READY = .venv/ready
 BIN = .venv/bin
-VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH QUICK OUTPUT_DIR
+VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH PROTOCOL QUICK OUTPUT_DIR
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 ifneq ($(UNKNOWN),)
 $(error unknown variable: $(UNKNOWN). Valid ones are: $(VARIABLES))
@@ -34,7 +35,8 @@ help:
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, long, gpu, paper)"
 	@echo "                METHODS=\"unpadded rastp\" SEEDS=3 (seeds 0, 1, 2) OUTPUT_DIR=runs/<dataset>-<preset>"
-	@echo "                SIDS=a published SID file ARCH=t5 (or qwen, decoder-only)"
+	@echo "                SIDS=a published SID file ARCH=t5 (or qwen, decoder-only) PROTOCOL=continue (one trained model"
+	@echo "                goes on with each method; scratch: each method trains from nothing, as the papers did)"
 	@echo "make paper      both papers' methods on DATASETS=\"folder …\" (default: what stands in ../shared/data), SEEDS=3, PRESET=paper, ARCH=\"t5 qwen\","
 	@echo "                METHODS=, SIDS= and OUTPUT_DIR= as above, and the claims page: what both papers claim, and what came out here; DATASETS= writes the page from what is there"
 	@echo "make test       run all tests; the browser test needs Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)"
@@ -69,7 +71,7 @@ reproduce: $(READY)
 	@mkdir -p "$(OUTPUT_DIR)"
 	$(BIN)/papermill notebooks/reproduce.ipynb "$(OUTPUT_DIR)/reproduce.ipynb" -k python3 --cwd . \
 	    --log-output --no-progress-bar -r dataset "$(DATASET)" -r preset "$(PRESET)" -r methods "$(METHODS)" \
-	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)" -r arch "$(ARCH)"
+	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)" -r arch "$(ARCH)" -r protocol "$(PROTOCOL)"
 
 paper: $(READY)
 	$(BIN)/python -m sidlab.claims $(DATASETS) --preset $(call given,PRESET,paper) --seeds $(SEEDS) --arch $(ARCH) --output $(call given,OUTPUT_DIR,runs/paper) \

@@ -1,6 +1,12 @@
 """Compare methods fairly: the same windows in the same batches, the same number of updates, each run in a process of its own.
 
-`compare` is what `notebooks/reproduce.ipynb` calls. A run is one (method, seed); see `sweeps` for how it is done and kept.
+`compare` is what `notebooks/reproduce.ipynb` calls. A run is one (method, seed); see `sweeps` for how it is done and kept. There are two
+protocols, and no table mixes them:
+
+* "continue": one unpruned base per seed learns from every item of every history (`targets="all"`). From it every method goes on for the
+  same few updates, the unpruned one too. A row "base", and a row "base-METHOD" for each pruner, show the base as it is: unpruned, and
+  pruned only when it recommends. A model that works is pruned here, in minutes.
+* "scratch": every method trains from nothing, one target a window (`targets=1`), as both papers did.
 """
 
 import fractions
@@ -16,8 +22,8 @@ import torch
 import transformers
 
 from sidlab.baselines import NeighbourTable, Popularity
-from sidlab.checks import SHARE, integer
-from sidlab.config import TrainConfig
+from sidlab.checks import SHARE, integer, one_of
+from sidlab.config import PRESETS, TrainConfig
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
 from sidlab.metrics import paired_test, per_user, rank_of_target, ranks_of
@@ -33,7 +39,7 @@ from sidlab.sweeps import (
     spec,
     write_json,
 )
-from sidlab.windows import Windows, leave_one_out
+from sidlab.windows import leave_one_out, training_windows
 
 METHODS = {
     "padded": "nothing pruned, every history filled up to a fixed number of slots, as published",
@@ -62,37 +68,65 @@ SETTINGS = {  # by name, as in `sweeps.sweep`, where they are not a scorer's nam
     "pool": {"pruning.reduce": "pool"}, "map": {"map.steps": 2}, "stamp": {"pruning.scorer": "rastp", "map.steps": 2}}
 PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map", "sasrec"))
 DEFAULT_METHODS = "padded unpadded recent random rastp map stamp sasrec"
-PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir", "sids", "arch")
+PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir", "sids", "arch", "protocol")
+PROTOCOLS = ("continue", "scratch")
+BASE = "base"  # the row of the unpruned model that the others continue, and in front of a pruner's name: that model, pruned so
 
 
 def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_METHODS, seeds: int = 3, output_dir: str = "",
-            sids: str = "", arch: str = "t5") -> dict:
+            sids: str = "", arch: str = "t5", protocol: str = "continue") -> dict:
     """Train and test every method with every seed; write `results.json` and `index.html` into `output_dir`; return the results.
 
     Args: `dataset`: what `load_catalogue` takes; `preset`: of `TrainConfig`; `methods`: names of `METHODS`, separated by spaces or
     in a list, or "module:function", an own scorer (see `saliency.named_scorer`); a pruning method may carry its kept share, as in
     "rastp@1/2" (default 1/3); `seeds`: how many, from 0 on;
     `output_dir`: default runs/<dataset>-<preset>; `sids`: a published SID file (default: `sweeps.sid_table`'s choice); `arch`: "t5" or
-    "qwen", decoder-only. Raises ValueError naming what is valid before anything is trained.
+    "qwen", decoder-only; `protocol`: "continue" or "scratch" (see the module). Raises ValueError naming what is valid before anything is
+    trained.
     """
     names = methods.split() if isinstance(methods, str) else list(methods)
     if not names:
         raise ValueError(f"give at least one method, got methods={methods!r}")
     seeds = integer("seeds", seeds)
+    one_of("protocol", protocol, PROTOCOLS)
+    one_of("preset", preset, PRESETS)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"methods={methods!r} names {', '.join(twice)} twice")
+    names = rows_of(names, protocol)
     runs = [(name, seed) for seed in range(seeds) for name in names]  # seeds outside: a comparison cut short compares
     source = {"file": os.path.abspath(sids)} if sids else {}
-    specs = {f"{name}-seed{seed}": spec(dataset, method_config(name, preset, seed, arch), source) for name, seed in runs}
-    folder = pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}" + f"-{arch}" * (arch != "t5"))
+    specs = {}
+    for name, seed in runs:
+        start = f"{BASE}-seed{seed}" if protocol == "continue" and name not in (BASE, "sasrec") else None
+        specs[f"{name}-seed{seed}"] = spec(dataset, method_config(name, preset, seed, arch, protocol), source, start)
+    folder = pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}" + f"-{arch}" * (arch != "t5")
+                          + f"-{protocol}" * (protocol != "continue"))
     catalogue = load_catalogue(dataset)
     results = [{"method": name, "seed": seed, **result} for (name, seed), result in zip(runs, run_all(specs, folder))]
-    results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids, arch)
+    results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids, arch, protocol)
     write_json(folder / "results.json", results)
     from sidlab.viz.page import write_page  # the one step to the right: the page shows what was just written
 
     write_page(results, folder / "index.html")
     return results
+
+
+def rows_of(methods, protocol: str = "continue") -> list[str]:
+    """The trained rows of a comparison of `methods`, names in a list or separated by spaces: under "continue" with those of the base."""
+    names = methods.split() if isinstance(methods, str) else list(methods)
+    if protocol != "continue" or set(names) == {"sasrec"}:
+        return names
+    return [BASE, *names, *(f"{BASE}-{name}" for name in names if _prunes(name))]
+
+
+def describe(name: str) -> str:
+    """What a method does, in words, with its kept share."""
+    if name == BASE:
+        return "nothing pruned, every item of every history taught: the model that the others continue"
+    if name.startswith(f"{BASE}-"):
+        return f"the base, not trained further, which recommends pruned as {name.removeprefix(f'{BASE}-')}"
+    base, _, keep = name.partition("@")
+    return (METHODS | BASELINES).get(base, "custom scorer" * (":" in base)) + (f"; {keep} of them" if keep else "")
 
 
 def unknown_parameters(namespace: dict, valid=PARAMETERS) -> list[str]:
@@ -113,8 +147,19 @@ def predicted_and_measured(results: dict) -> pd.DataFrame:
     return frame
 
 
-def method_config(name: str, preset: str, seed: int, arch: str = "t5") -> TrainConfig | dict:
-    """The configuration of a method: `preset` and what the method changes of it; for "sasrec" what `sweeps.spec` takes."""
+def _prunes(name):
+    """Whether a method prunes in a way that a trained model can take on; the published code's needs a model built for it."""
+    base = name.partition("@")[0]
+    return (base in PRUNERS and base not in ("stamp", "rastp-reference")) or ":" in base
+
+
+def method_config(name: str, preset: str, seed: int, arch: str = "t5", protocol: str = "scratch") -> TrainConfig | dict:
+    """The configuration of a method: `preset` and what the method changes of it; of "sasrec" and "base-METHOD" what `sweeps.spec` takes."""
+    if name == BASE:
+        return config_with(preset, seed, {"arch": arch, "targets": "all"})
+    if name.startswith(f"{BASE}-"):
+        config = method_config(name.removeprefix(f"{BASE}-"), preset, seed, arch, protocol)
+        return {"recommend": config.beam, "pruning": config.pruning.to_dict()}
     base, at, keep = name.partition("@")
     if base not in METHODS and ":" not in base:
         raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}, or an own scorer as module:function")
@@ -124,10 +169,11 @@ def method_config(name: str, preset: str, seed: int, arch: str = "t5") -> TrainC
         short = {"epochs": 1} if preset == "smoke" else {}
         return {"sasrec": {"max_items": TrainConfig.preset(preset).max_items, "seed": seed, **short}}
     share = {"pruning.keep": float(fractions.Fraction(keep))} if keep else {}
-    return config_with(preset, seed, {"arch": arch} | SETTINGS.get(base, {"pruning.scorer": base}) | share)
+    settings = {"arch": arch} | SETTINGS.get(base, {"pruning.scorer": base}) | share
+    return config_with(preset, seed, settings, continued=protocol == "continue")
 
 
-def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch):
+def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch, protocol):
     ranks = {name: ranks_of([r for r in runs if r["method"] == name]) for name in names}  # [S, U]
     ranks |= _baselines(catalogue)
     rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
@@ -141,9 +187,9 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
     for name, of_method in ranks.items():
         entry = {"method": name, "seeds": len(of_method), **metrics_of(of_method, noise if name in alike else None),
                  "predicted_flops": None, "predicted_activation_mb": None}
-        if isinstance(config := method_config(name, preset, 0, arch) if name in names else None, TrainConfig):
+        if isinstance(config := method_config(name, preset, 0, arch, protocol) if name in names else None, TrainConfig):
             config = fitted(config, catalogue)
-            windows = Windows(leave_one_out(catalogue.histories).train, config.max_items, config.windows)
+            windows = training_windows(leave_one_out(catalogue.histories).train, config)
             # As it was trained, for that says how many bytes are kept.
             in_bf16 = any(r["precision"] == "bf16" for r in runs if r["method"] == name)
             predicted = cost(config, table.widths, windows, bf16=in_bf16)
@@ -154,22 +200,25 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch)
         entry["kept_informative"] = None if own[0]["kept_informative"] is None else {
             what: float(np.mean([row["kept_informative"][what] for row in own])) for what in ("precision", "recall")}
         entry["versus_unpadded"] = None
-        if "unpadded" in ranks and name != "unpadded":
+        against = BASE if name.startswith(f"{BASE}-") else "unpadded"  # a base that is pruned, with the base
+        if against in ranks and name != against:
             # A table has no seeds: there all that moves is the unpruned model.
             moved = noise_of_difference(2) if name in alike else noise and noise["recall@10"] if name not in names else None
-            test = paired_test(*(per_user(ranks[m])["recall@10"] for m in (name, "unpadded")), noise=moved)
-            entry["versus_unpadded"] = {"difference": test.difference, "interval": list(test.interval),
+            test = paired_test(*(per_user(ranks[m])["recall@10"] for m in (name, against)), noise=moved)
+            entry["versus_unpadded"] = {"against": against, "difference": test.difference, "interval": list(test.interval),
                                         # It knows nothing of other seeds: of several, only the interval is shown.
-                                        "p_value": test.p_value if len(of_method) == len(ranks["unpadded"]) == 1 else None}
+                                        "p_value": test.p_value if len(of_method) == len(ranks[against]) == 1 else None}
         summary.append(entry)
+    asked = [name for name in names if name.partition("-")[0] != BASE]
     others = ["Other jobs ran on the machine at the same time: the seconds say little."] if any(r["busy"] for r in runs) else []
     if len(devices := sorted({r["device"] for r in runs})) > 1:
         others.append(f"The runs were made on {' and '.join(devices)}: their seconds do not compare.")
     return {
-        "dataset": str(dataset), "preset": preset, "arch": arch, "hardware": hardware(), "versions": versions(),
-        "command": f'make reproduce DATASET={shlex.quote(str(dataset))} PRESET={preset} METHODS="{" ".join(names)}" '
+        "dataset": str(dataset), "preset": preset, "arch": arch, "protocol": protocol, "hardware": hardware(), "versions": versions(),
+        "command": f'make reproduce DATASET={shlex.quote(str(dataset))} PRESET={preset} METHODS="{" ".join(asked)}" '
                    + f"SEEDS={len(runs) // len(names)}"
-                   + f" SIDS={shlex.quote(str(sids))}" * bool(sids) + f" ARCH={arch}" * (arch != "t5"),
+                   + f" SIDS={shlex.quote(str(sids))}" * bool(sids) + f" ARCH={arch}" * (arch != "t5")
+                   + f" PROTOCOL={protocol}" * (protocol != "continue"),
         "precision": sorted({r["precision"] for r in runs} - {None}),
         "seed_noise": noise and noise["recall@10"]._asdict(),
         "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,

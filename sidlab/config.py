@@ -158,12 +158,19 @@ class TrainConfig:
                              f"windows={self.windows!r} and padding={self.padding!r}")
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> "TrainConfig":
+    def preset(cls, name: str, *, continued: bool = False, **overrides) -> "TrainConfig":
         """"smoke" (seconds, only shows that everything runs), "quick" (minutes on two cores), "long" (for real data, half an hour a
         run on one core), "gpu" (the paper's model on every prefix, a minute a run) or "paper" (RASTP's configuration as far as it is
-        published), with any field overridden."""
+        published), with any field overridden. `continued`: for going on from a trained model (`train(start_from=…)`), gently and for few
+        updates. The sizes are the same with `targets="all"`, whose batches and length differ."""
         one_of("preset", name, PRESETS)
-        return cls(**PRESETS[name] | overrides)
+        fields = PRESETS[name] | OF_ARCH.get((name, overrides.get("arch", "t5")), {})
+        if overrides.get("targets") == "all":
+            fields |= DENSE.get(name, {})
+        if continued:
+            fields |= CONTINUED
+            fields |= {rate: fields[rate] * SLOWER for rate in ("learning_rate", "muon") if fields.get(rate)}
+        return cls(**fields | overrides)
 
     def completed(self, base: dict | None = None) -> "TrainConfig":
         """The same with `layout` (decoder-only) or `encoder_mask` (T5) filled in where it is None: as `base` has it,
@@ -203,3 +210,9 @@ PRESETS = {
     "gpu": dict(batch_tokens=32768, accumulation=1, epochs=10, eval_every=385, eval_users=2000),
     "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),
 }
+# What differs by architecture, and with dense targets (`targets="all"`).
+OF_ARCH = {}
+DENSE = {}
+# Going on from a trained model: at a third of the peak rates it forgets, at a fifteenth it does not.
+CONTINUED = dict(warmup=0.1)
+SLOWER = 1 / 15

@@ -1,6 +1,6 @@
 """Runs in processes of their own, kept on disk and never repeated: what `compare` and the sweeps of the notebooks stand on.
 
-A run is a spec: {"dataset", "sids", "config"}. Its result is a file in `folder/runs`, written when the run is complete. Results
+A run is a spec, as `spec` makes it. Its result is a file in `folder/runs`, written when the run is complete. Results
 that are there already are read, and a killed run goes on from its last checkpoint. `python -m sidlab.sweeps FOLDER NAME` is the
 child process that does one run.
 """
@@ -40,9 +40,10 @@ from sidlab.meter import Meter, device_name
 from sidlab.metrics import METRICS, SeedNoise, bootstrap_interval, per_user, pooled_seed_noise, rank_of_target, stored
 from sidlab.models.sasrec import SASRec
 from sidlab.precision import sizes, unmeasured
+from sidlab.pruning import PruningConfig
 from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.table import SidTable
-from sidlab.training import evaluate, measured_precision, train
+from sidlab.training import evaluate, load_model, measured_precision, train, weights_digest
 from sidlab.windows import leave_one_out, training_windows, truth_tokens
 
 COSTS = ("train_seconds", "seconds_per_1k_windows", "real_token_fraction", "kept_token_fraction", "peak_memory_mb",
@@ -94,8 +95,9 @@ def sweep(grid, folder, *, dataset: str = "planted", preset: str = "quick", seed
     return frame
 
 
-def config_with(preset: str, seed: int, settings: dict) -> TrainConfig:
-    """A preset with settings by name; "pruning.keep" sets a field of a part, which is then switched on."""
+def config_with(preset: str, seed: int, settings: dict, *, continued: bool = False) -> TrainConfig:
+    """A preset with settings by name; "pruning.keep" sets a field of a part, which is then switched on. `continued`: as in
+    `TrainConfig.preset`."""
     valid, fields = {f.name for f in dataclasses.fields(TrainConfig)} - {"seed"}, {}  # seeds are counted, not set
     valid |= {f"{name}.{f.name}" for name, part in PARTS.items() for f in dataclasses.fields(part)}
     if unknown := settings.keys() - valid:
@@ -105,12 +107,17 @@ def config_with(preset: str, seed: int, settings: dict) -> TrainConfig:
         if head in fields and not (tail and isinstance(fields[head], dict)):
             raise ValueError(f"settings hold both {head!r} and one of its parts, in {sorted(settings)}: give one of them")
         fields[head] = fields.get(head, {}) | {tail: value} if tail else value
-    return TrainConfig.preset(preset, seed=seed, **{k: PARTS[k](**v) if isinstance(v, dict) else v for k, v in fields.items()})
+    made = {name: PARTS[name](**value) if isinstance(value, dict) else value for name, value in fields.items()}
+    return TrainConfig.preset(preset, continued=continued, seed=seed, **made)
 
 
-def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None) -> dict:
-    """What a run is made from, ready for JSON: `dataset` as `load_catalogue` takes it, `sids` as `sid_table` does; `config` may also
-    be {"sasrec": arguments of `SASRec`}."""
+def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None, start: str | None = None) -> dict:
+    """What a run is made from, ready for JSON.
+
+    `dataset` as `load_catalogue` takes it, `sids` as `sid_table` does. `start`: the name of the run whose model this one continues.
+    `config` may also be {"sasrec": arguments of `SASRec`}; or, with `start`, {"recommend": width of the beam, "pruning": fields of
+    `PruningConfig`}: then nothing is trained, and the model of `start` recommends pruned.
+    """
     _check_sids(sids or {})
     if isinstance(config, TrainConfig):
         if config.pruning is not None and callable(config.pruning.scorer):
@@ -121,7 +128,8 @@ def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None) -> 
             named_scorer(config.pruning.scorer)
         config = config.to_dict()
     folder = dataset != "planted" and os.path.isdir(dataset)
-    return {"dataset": os.path.abspath(dataset) if folder else dataset, "sids": sids or {}, "config": config}
+    made = {"dataset": os.path.abspath(dataset) if folder else dataset, "sids": sids or {}, "config": config}
+    return made | ({"start": start} if start else {})
 
 
 def _check_sids(sids):
@@ -136,7 +144,7 @@ def _check_sids(sids):
 
 def run_all(specs: dict[str, dict], folder):
     """Do every run, {name: spec}, one after the other; yields {"row", "curve", "ranks"} of each, and "sharers" where items share SIDs
-    (`metrics.stored`), as it is there.
+    (`metrics.stored`), as it is there. A run that others start from is done before them.
 
     All runs of a model size train in one precision. Where specs ask for "auto", it is measured before
     the first run, for the first spec of each size, and kept in `folder/precision.json`. A run's spec
@@ -150,18 +158,23 @@ def run_all(specs: dict[str, dict], folder):
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"two runs would share a file: {sorted(p.name for p in paths.values())}")
     catalogues = {dataset: load_catalogue(dataset) for dataset in {one["dataset"] for one in specs.values()}}
-    specs, keys, versions = dict(specs), {}, {name: _version(one["config"]) for name, one in specs.items()}
+    specs, tables, versions = dict(specs), {}, {name: _version(one["config"]) for name, one in specs.items()}
     for name, one in specs.items():  # everything that may be refused is, before anything is trained
         catalogue = catalogues[one["dataset"]]
         if '"oracle"' in json.dumps(one["config"]) and catalogue.truth is None:
             raise ValueError(f"scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not {one['dataset']!r}")
-        table = sid_table(catalogue, folder, one["sids"])[0]
-        specs[name] = _in_one_precision(one, catalogue, table, folder)
-        keys[name] = _key(specs[name], catalogue, table)
-    for number, (name, one) in enumerate(specs.items(), start=1):
+        first = one.get("start")
+        if first is not None and (first not in specs or "start" in specs[first]):
+            raise ValueError(f"start={first!r} of the run {name!r} must name one of these runs, one that starts from nothing itself")
+        tables[name] = sid_table(catalogue, folder, one["sids"])[0]
+        specs[name] = _in_one_precision(one, catalogue, tables[name], folder)
+    results, waiting = {}, list(specs)
+    for number, name in enumerate(sorted(specs, key=lambda name: "start" in specs[name]), start=1):
+        one, path = specs[name], paths[name]
         if _version(one["config"]) != versions[name]:
             raise RuntimeError(CHANGED)
-        path, key = paths[name], keys[name]
+        base = weights_digest(paths[one["start"]]) if "start" in one else None
+        key = _key(one, catalogues[one["dataset"]], tables[name], base)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_file(path, ".lock")):  # another sweep in this folder may be at the same run: then its result is taken
             result = _finished(path, key)
@@ -174,7 +187,9 @@ def run_all(specs: dict[str, dict], folder):
                 fresh, spent = fresh + 1, time.monotonic() - begin
                 print(f"[{number}/{len(specs)}] {spent:.0f} s so far, at most about {spent / fresh * (len(specs) - number):.0f} s left",
                       flush=True)
-        yield result
+        results[name] = result
+        while waiting and waiting[0] in results:
+            yield results.pop(waiting.pop(0))
 
 
 def _in_one_precision(one, catalogue, table, folder):
@@ -244,11 +259,14 @@ def run(folder, name: str) -> None:
     if one["code"] != _version(one["config"]):
         raise RuntimeError(CHANGED)
     catalogue = load_catalogue(one["dataset"])
-    result = (_run_sasrec if "sasrec" in one["config"] else _run_model)(one, catalogue, folder, path)
+    kinds = {"sasrec": _run_sasrec, "recommend": _run_recommend}
+    run_one = next((kinds[kind] for kind in kinds if kind in one["config"]), _run_model)
+    result = run_one(one, catalogue, folder, path)
     result["busy"] = result.get("busy", False) or _busy()
     write_json(_file(path, ".json"), {"key": one["key"], "device": device_name(), "precision": one["config"].get("precision"), **result})
     row = result["row"]
-    say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users, trained {row['train_seconds']:.0f} s")
+    trained = f", trained {row['train_seconds']:.0f} s" if row["train_seconds"] is not None else ""
+    say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users{trained}")
 
 
 def launch(arguments) -> None:
@@ -315,11 +333,32 @@ def _truth_for(config, catalogue):
     return catalogue.truth if config.pruning is not None and config.pruning.scorer == "oracle" else None
 
 
+def _start_of(one, folder):
+    """The folder of the model that a run starts from, or None."""
+    return _path(folder, one["start"]) if "start" in one else None
+
+
+def _run_recommend(one, catalogue, folder, path):
+    """The model of another run, pruned as it never was in training."""
+    pruning = PruningConfig(**one["config"]["pruning"])
+    model = load_model(_start_of(one, folder))
+    model.set_pruning(pruning)
+    histories, targets = leave_one_out(catalogue.histories).cases("test")
+    truth = catalogue.truth if pruning.scorer == "oracle" else None
+    begin = time.perf_counter()
+    ranks = evaluate(model, histories, targets, beam=one["config"]["recommend"], truth=truth)
+    row = {**metrics_of(ranks), **dict.fromkeys(COSTS), "evaluation_seconds": time.perf_counter() - begin, "kept_informative": None}
+    if catalogue.truth is not None and pruning.reduce == "select":
+        row["kept_informative"] = kept_informative(model, catalogue.truth, histories)
+    return {"row": row, "curve": None, **stored(ranks)}
+
+
 def _run_model(one, catalogue, folder, path):
     table, report = sid_table(catalogue, folder, one["sids"])
     config = fitted(TrainConfig.from_dict(one["config"]), catalogue)
     progress = _Progress()
-    result = train(config, catalogue, table, output_dir=path, progress=False, callbacks=[progress])
+    result = train(config, catalogue, table, output_dir=path, start_from=_start_of(one, folder), progress=False,
+                   callbacks=[progress])
     histories, targets = leave_one_out(catalogue.histories).cases("test")
     begin = time.perf_counter()
     ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=_truth_for(config, catalogue))
@@ -399,14 +438,15 @@ def _file(path, suffix):
     return path.with_name(path.name + suffix)  # with_suffix would cut the name at its last dot, as in keep=0.5-seed0
 
 
-def _key(one, catalogue, table):
-    """What a finished run depends on: changes when the data, the SIDs, the configuration, a pretrained folder's files, the code, an own
-    scorer's or the libraries do, or where a GPU does what a processor did, for their costs are no one's to compare."""
+def _key(one, catalogue, table, base=None):
+    """What a finished run depends on: changes when the data, the SIDs, the configuration, a pretrained folder's files, the weights that it
+    starts from (`base`, their digest), the code, a custom scorer's or the libraries do, or where a GPU does what a CPU did, for their
+    costs are no one's to compare."""
     pretrained = one["config"].get("checkpoint")
     files = sorted(pathlib.Path(pretrained).glob("*")) if pretrained and os.path.isdir(pretrained) else []
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     what = [one["config"], files, catalogue.fingerprint(), table.fingerprint(), _version(one["config"]), torch.__version__,
-            transformers.__version__, torch.cuda.is_available()]
+            transformers.__version__, torch.cuda.is_available(), *([base] if base else [])]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

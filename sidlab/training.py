@@ -34,6 +34,7 @@ from transformers import (
 from transformers.utils import logging
 
 from sidlab.adaptive import SCHEDULES, AdaptPruning
+from sidlab.checks import one_of
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
@@ -116,6 +117,14 @@ def _start(model, config, base, table):
     missing = [key for key in found.missing_keys if key not in tied and not key.startswith("map_head.")]
     if missing or found.unexpected_keys:
         raise ValueError(f"start_from={str(base)!r} does not fit: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
+
+
+def load_model(folder) -> SidT5 | SidQwen:
+    """The model saved in `folder`, in evaluation mode. ValueError where there is none of ours."""
+    kind = read_json(pathlib.Path(folder) / "config.json", "model_type")["model_type"]
+    kinds = {of.config_class.model_type: of for of in (SidT5, SidQwen)}
+    one_of("model_type", kind, kinds)
+    return kinds[kind].from_pretrained(folder).eval()
 
 
 def weights_digest(folder) -> str:

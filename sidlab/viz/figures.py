@@ -102,6 +102,8 @@ def quality_cost(results: dict) -> go.Figure:
                 marker_color=look.color, marker_line_width=1, marker_line_color=GREY,
                 hovertemplate=f"{name}: {value:.4f} {span(row, 'recall@10')}<br>%{{x:.3g}} s<extra></extra>")
             continue
+        if name.startswith("base-"):  # as many lines as pruners would hide the others
+            continue
         arrow = " ▾" if value < low else " ▴" if value > high else ""
         if not arrow:
             figure.add_hline(value, line_color=look.color, line_width=1.5, line_dash="dot", layer="below")

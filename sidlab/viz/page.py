@@ -9,7 +9,7 @@ import pathlib
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from sidlab.comparison import BASELINES, METHODS, predicted_and_measured
+from sidlab.comparison import describe, predicted_and_measured
 from sidlab.files import write
 from sidlab.metrics import METRICS
 from sidlab.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
@@ -30,6 +30,8 @@ GUIDE = {
     "padding is not pruning": """a batch is a rectangle, so short histories are filled up with empty slots. `padded`
         fills all up to one fixed length, as published; `unpadded` batches histories of one length and needs hardly any
         filling. It loses nothing, so the time it saves is no merit of pruning: a pruner has to beat `unpadded`.""",
+    "base": """the unpruned model, taught every item of every history, that each method continued for the same few updates.
+        `base-rastp` and the like: that model as it is, pruned only when it recommends, and compared with `base`.""",
     "real and kept": "real: the share of slots that held a token. Kept: the share of those tokens that pruning left.",
     "baselines": """`popularity` and `neighbours` are tables that take a second to fit. A model below `neighbours`
         knows less than which items stand side by side. Items a user has seen may be recommended again, in every row
@@ -134,9 +136,7 @@ def _summary_table(results):
     known = any(row.get("kept_informative") for row in rows)
     body = []
     for row in rows:
-        name, _, keep = row["method"].partition("@")
-        meaning = (METHODS | BASELINES).get(name, "own scorer" * (":" in name)) + (f"; {keep} of them" if keep else "")
-        cells = [f"<b>{_text(row['method'])}</b><small>{_text(meaning)}</small>", _number(row.get("seeds"), "d")]
+        cells = [f"<b>{_text(row['method'])}</b><small>{_text(describe(row['method']))}</small>", _number(row.get("seeds"), "d")]
         cells += [f"{row[metric]:.4f}<small>{figures.span(row, metric)}</small>" for metric in METRICS]
         cells += [_versus(row.get("versus_unpadded")), _ratio(row, base, COST, "#.3g"),
                   _ratio(row, base, MEMORY, ",.0f"), _number(row.get("real_token_fraction"), ".0%"),
@@ -154,6 +154,7 @@ def _versus(test):
     low, high = (_number(end, "+.4f") for end in test["interval"])
     p = test["p_value"]
     p = "" if p is None else "<small>p &lt; 0.001</small>" if p < 0.001 else f"<small>p = {p:.3f}</small>"
+    p += f"<small>against {test['against']}</small>" if test.get("against", "unpadded") != "unpadded" else ""
     return f"{_number(test['difference'], '+.4f')}<small>[{low}, {high}]</small>{p}"
 
 
