@@ -1,6 +1,6 @@
 """What a method costs, from its configuration and the lengths of the histories alone: FLOPs, kept activations, parameters.
 
-Histories come in the very batches that training cuts, so padding is in the numbers; and as a pruner's number of slots follows from
+Histories come in the very batches of training's first epoch, so padding is in the numbers; and as a pruner's number of slots follows from
 lengths and not from scores, they are exact for every scorer. A product [m, k] × [k, n] counts 2mkn; look-ups, norms, softmax,
 dropout, the sums of scoring, sorting, gathering and the optimiser count nothing. The backward pass counts twice the forward (a fused
 attention also repeats its scores there, which is left out).
@@ -15,7 +15,7 @@ import torch
 from sidlab.config import TrainConfig
 from sidlab.pruning import kept_count
 from sidlab.training import _use_bf16
-from sidlab.windows import LengthBatches, UserBatches, Windows
+from sidlab.windows import StratifiedBatches, UserBatches, Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,8 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
     their lengths alone, int [windows], items of history per window (cut to `max_items`). For the activations: `fused`, whether
     attention runs in a fused kernel where nothing is scored (as on a GPU; on a processor T5's learned position bias forbids it), and
     `bf16`, mixed precision; None: as training would here (`mode="reference"` is modelled as published, unfused in float32). Raises
-    ValueError where training would (`batch_tokens` below one window's slots), and for what lengths do not tell: `mass` and `strategy`, by
-    which the model decides what is kept, and the sizes of a `checkpoint`.
+    ValueError where training would (but fewer windows than `accumulation` are a batch each), and for what lengths do not tell: `mass` and
+    `strategy`, by which the model decides what is kept, and the sizes of a `checkpoint`.
     """
     _check_known(config)
     size, shortest, longest = _batches(config, widths, windows)  # [batches] each
@@ -115,9 +115,11 @@ def _batches(config, widths, windows):
         return tuple(np.array([f(batch) for batch in batches]) for f in (len, np.min, np.max))
     if not config.bucketing and config.padding != "fixed":
         raise ValueError("bucketing=False leaves the padding to chance, so its cost does not follow from lengths")
-    ordered = np.sort(np.minimum(lengths, config.max_items))
-    cuts = LengthBatches(ordered, len(widths) + config.separators, config.batch_tokens).cuts
-    return np.diff(cuts), ordered[cuts[:-1]], ordered[cuts[1:] - 1]
+    lengths, accumulation = np.minimum(lengths, config.max_items), min(config.accumulation, len(lengths))
+    batches = StratifiedBatches(lengths, len(widths) + config.separators, config.batch_tokens, config.seed, accumulation)
+    lengths = lengths[batches.updates()]  # [windows of an update, updates]
+    ends = [ufunc.reduceat(lengths, batches.cuts[:-1]).ravel() for ufunc in (np.minimum, np.maximum)]
+    return np.repeat(np.diff(batches.cuts), lengths.shape[1]), *ends
 
 
 def _mean(values, size):

@@ -1,6 +1,6 @@
 """Training: one configuration, one catalogue, one SidTable → a trained model and what it cost.
 
-Hugging Face's `Trainer` does the loop, the checkpoints and the resuming. Ours are the batches (`windows.LengthBatches`), the
+Hugging Face's `Trainer` does the loop, the checkpoints and the resuming. Ours are the batches (`windows.StratifiedBatches`), the
 evaluation (recall of constrained recommendation on validation users, which also stops early and picks the best checkpoint)
 and the meter, which counts training time and memory without evaluation and saving.
 """
@@ -44,7 +44,7 @@ from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.muon import MuonAdamW
 from sidlab.saliency import own_source
 from sidlab.sids.table import SidTable
-from sidlab.windows import Collator, LengthBatches, UserBatches, Windows, leave_one_out, tell_padding
+from sidlab.windows import Collator, StratifiedBatches, UserBatches, Windows, leave_one_out, tell_padding
 
 
 @dataclasses.dataclass
@@ -52,8 +52,8 @@ class TrainResult:
     """`model`: the best checkpoint, in evaluation mode. `metrics`: validation recall and NDCG of it. `timing`: "train_seconds"
     (without evaluation and saving), "seconds_per_1k_windows", "windows", "updates". `peak_memory`: MB while training, resident
     memory on a CPU and allocated memory on a GPU. `tokens`: "real_token_fraction" of the slots and "kept_token_fraction" of
-    the real tokens. `log`: dicts with "step" and what was logged there ("loss", "main_loss" without
-    MAP's part, "recall@5", …)."""
+    the real tokens. `log`: dicts with "step" and what was logged there ("loss" and "main_loss", without
+    MAP's part, means over all targets since the last log; "recall@5", …)."""
 
     model: SidT5 | SidQwen
     metrics: dict
@@ -122,8 +122,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     collator = Collator(windows, table, separators=config.separators, max_items=config.max_items,
                         fixed_slots=config.padding == "fixed", map_config=config.map, truth=truth)
     if config.windows == "prefixes":
-        batches = LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed,
-                                config.accumulation, mixed=not config.bucketing)
+        batches = StratifiedBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed,
+                                    config.accumulation, mixed=not config.bucketing)
     else:
         batches = UserBatches(windows, config.accumulation, config.seed)
     if len(batches) % processes:  # the library would hand out some windows twice
@@ -292,7 +292,8 @@ class _SidTrainer(Trainer):
         super().__init__(**kwargs)
         self.replay, self.passes = replay, None
         self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
-        self.main_losses = []  # since the last log
+        # Since the last log: loss and main loss, each summed over targets, and the targets. One tensor, for the device need not be waited for.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
 
     def get_train_dataloader(self):
         loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator,
@@ -308,9 +309,11 @@ class _SidTrainer(Trainer):
         return 0  # the Trainer would count all parameters for every batch, and `cost` says it exactly
 
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs:  # which includes MAP's part; this one compares over methods
-            logs["main_loss"] = float(np.mean(gather_object([float(torch.stack(self.main_losses).mean())])))
-            self.main_losses = []
+        if "loss" in logs:  # the library's is a mean over updates, which may differ in size
+            (loss, main_loss, targets), processes = np.sum(gather_object([self.sums.tolist()]), axis=0), self.args.world_size
+            logs["loss"] = float(loss / processes / targets)  # of each process, its part times their number
+            logs["main_loss"] = float(main_loss / targets)  # without MAP's part, to compare over methods
+            self.sums.zero_()
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -337,9 +340,14 @@ class _SidTrainer(Trainer):
         self.meter.save(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.meter.resume()  # an update begins; a strategy looks at its probe behind this
-        return super().get_batch_samples(*args, **kwargs)
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and "map_labels" in batches[0]:  # of each step, as the library counts the other labels: over batches and processes
+            counts = sum((batch["map_labels"] != -100).sum(-1).flatten(0, -2).sum(0) for batch in batches)  # [S]
+            counts = self.accelerator.gather(counts.to(device)[None]).sum(0)
+            batches = [batch | {"map_items_in_batch": counts} for batch in batches]
+        return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.passes is None:
@@ -349,7 +357,8 @@ class _SidTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         loss, main_loss, kept = self.passes(inputs | {"num_items_in_batch": num_items_in_batch})
         self.meter.count(inputs["attention_mask"], kept)
-        self.main_losses.append(main_loss)
+        targets = (inputs["labels"] != -100).sum()
+        self.sums += torch.stack([loss * num_items_in_batch, main_loss * targets, targets.float()])
         return loss
 
     def _passes(self, model, batch):

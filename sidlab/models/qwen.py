@@ -236,15 +236,16 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
             init.normal_(module.model.embed_tokens.weight, std=self.config.embedding_init)
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, labels=None, map_labels=None, truth=None,
-                padded=True, past_key_values=None, use_cache=None, num_items_in_batch=None, position_ids=None, cache_position=None,
-                logits_to_keep=0, **kwargs) -> SidCausalOutput:
+                padded=True, past_key_values=None, use_cache=None, num_items_in_batch=None, map_items_in_batch=None, position_ids=None,
+                cache_position=None, logits_to_keep=0, **kwargs) -> SidCausalOutput:
         """One pass.
 
         Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
         `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; `decoder_input_ids` int64 [B, T], BOS
         and what follows (default: `labels` shifted). Without either, as `generate` calls it, `input_ids` are histories that end with
         BOS, all in the same column, or the next token behind `past_key_values`. Returns `SidCausalOutput`; `logits` [B, T, V] are −inf off
-        each position's level, and left out (None) while training. `num_items_in_batch` and `padded` as in `SidT5`.
+        each position's level, and left out (None) while training. `num_items_in_batch`, `map_items_in_batch` and `padded` as
+        in `SidT5`.
         """
         if labels is not None and decoder_input_ids is None:
             decoder_input_ids = self.shifted(labels)
@@ -273,7 +274,7 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
             if past_key_values is not None:
                 past_key_values.sid_prefix = prefix  # `generate` hands the cache on and nothing else of ours
         if labels is not None:
-            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch)
+            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch)
         if labels is None or not self.training:
             out.logits = self.masked_logits(hidden, decoder_input_ids)
         return out

@@ -204,15 +204,15 @@ class SidT5(SidModel, T5ForConditionalGeneration):
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None,
                 encoder_outputs=None, past_key_values=None, inputs_embeds=None, labels=None, map_labels=None, truth=None, padded=True,
-                use_cache=None, num_items_in_batch=None, **kwargs) -> SidOutput:
+                use_cache=None, num_items_in_batch=None, map_items_in_batch=None, **kwargs) -> SidOutput:
         """One pass.
 
         Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
         `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; `padded`: False promises that no
         slot of the histories is empty, so that no mask is needed (a CUDA graph cannot look); the others as in T5.
         Returns `SidOutput`; `logits` [B, L, V] are −inf off each position's level, and left out (None) while training.
-        `num_items_in_batch`, given by the Trainer, is the number of label tokens in the whole update: the loss is then this
-        batch's part of the update's mean.
+        `num_items_in_batch`, given by the Trainer, is the number of label tokens in the whole update, and `map_items_in_batch` int64 [S]
+        that of each of MAP's steps: the loss is then this batch's part of the update's mean.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
@@ -238,7 +238,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
             encoder_attentions=encoder_outputs.attentions, encoder_attention_mask=seen,
         )
         if labels is not None:
-            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch)
+            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch)
         if labels is None or not self.training:
             out.logits = self.masked_logits(hidden, decoder_input_ids)
         return out
