@@ -27,8 +27,9 @@ class TrainConfig:
     Batches: `windows` "prefixes", of which an update is a sample of all lengths in proportion, cut by length into `accumulation` batches of
     `batch_tokens` history slots on average (`windows.StratifiedBatches`; the more batches the less padding, but each has its price; several
     processes share them, so it must be a multiple of their number); or "contiguous", drawn as published, where `batch_tokens` means
-    nothing (`windows.UserBatches`). Every target weighs the same in an update. `padding`: "batch" (to the batch's longest) or "fixed" (to `max_items`, the
-    published way, in the same batches); `bucketing`: windows of similar length share a batch (False: any, then padded to the longest).
+    nothing (`windows.UserBatches`). Every target weighs the same in an update. `padding`: "batch" (to the batch's longest) or "fixed" (to
+    `max_items`, the published way, in the same batches); `bucketing`: windows of similar length share a batch (False: any, then padded to
+    the longest).
     Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all updates) and `schedule` (one of `SCHEDULERS`); with
     `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
     Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),

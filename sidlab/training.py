@@ -292,7 +292,7 @@ class _SidTrainer(Trainer):
         super().__init__(**kwargs)
         self.replay, self.passes = replay, None
         self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
-        # Since the last log: loss and main loss, each summed over targets, and the targets. One tensor, for the device need not be waited for.
+        # Since the last log: loss and main loss, each summed over targets, and the targets; on the device, which is not waited for
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
 
     def get_train_dataloader(self):

@@ -130,7 +130,7 @@ class LengthBatches(torch.utils.data.Sampler):
 
 
 class StratifiedBatches(torch.utils.data.Sampler):
-    """Updates in which every window weighs the same: each a sample of all lengths in proportion, as `accumulation` batches of similar length.
+    """Updates in which every window weighs the same: samples of all lengths in proportion, as `accumulation` batches of similar length.
 
     An update has `size` windows, as many as fit `accumulation · batch_tokens` slots with their padding (or all, if fewer); batch c has
     `cuts[c]` to `cuts[c + 1]` of them, by length, cut so that the update has least padding. The epoch's windows, sorted by length with ties
@@ -160,8 +160,8 @@ class StratifiedBatches(torch.utils.data.Sampler):
                 break
             self.size -= 1
         else:
-            raise ValueError(f"batch_tokens={batch_tokens} is less than a window takes on average; use {distinct[-1] * tokens_per_item}, the "
-                             "tokens of the longest, or more")
+            raise ValueError(f"batch_tokens={batch_tokens} is less than a window takes on average; use "
+                             f"{distinct[-1] * tokens_per_item}, the tokens of the longest, or more")
         self.order = np.argsort(-np.diff(self.cuts) * longest, kind="stable")
 
     def set_epoch(self, epoch: int):
@@ -189,7 +189,7 @@ class StratifiedBatches(torch.utils.data.Sampler):
 
 
 def _least_padding(lengths, counts, classes):
-    """Cut ascending `lengths` with `counts` windows each into at most `classes` classes, each padded to its longest, with least slots in all:
+    """Cut ascending `lengths` with `counts` windows each into at most `classes` classes, padded to their longest, with least slots in all:
     the index of each class's longest, int64 [classes]. Dynamic programming over where the last class begins."""
     upto = np.concatenate([[0], np.cumsum(counts)])
     # Slots of a class of lengths[i:j], at [i, j]
