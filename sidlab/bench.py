@@ -128,7 +128,8 @@ def run(quick: bool, device: str = "cpu") -> Report:
     """Measure everything; prints what it is at."""
     report, gpu = Report(), device == "cuda"
     # On a GPU with batches of about as many windows as the published code's (about 500 in 150 slots)
-    tokens, count, rounds = (65536 if gpu else 4096, 4, 9) if not quick else (2048, 3, 4)
+    tokens, rounds = (65536 if gpu else 4096, 9) if not quick else (2048, 4)
+    update = {"batch_tokens": tokens // 4, "accumulation": 16}  # of Beauty's lengths: as many slots as four batches of full histories
 
     say("the faster precision")
     size = tokens // 150
@@ -136,22 +137,22 @@ def run(quick: bool, device: str = "cpu") -> Report:
     waterfall, full = ({name: settled[name] for name in variants} for variants in (WATERFALL, FULL))
     say(f"training windows of Beauty's lengths, {rounds} rounds")
     variants = (on_gpu(waterfall) if gpu else waterfall) | {STOCK: Variant(PUBLISHED, stock=True)}
-    times = time_beauty(variants, tokens, count, rounds, device)
-    predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=tokens), WIDTHS, LENGTHS) for name, v in variants.items()}
+    times = time_beauty(variants, *update.values(), rounds, device)
+    predicted = {name: cost(dataclasses.replace(v.config, **update), WIDTHS, LENGTHS) for name, v in variants.items()}
     report.times("Beauty lengths", variants, times, predicted, device)
     published, rastp, unpadded, *_, ours = (times[name] for name in WATERFALL)
     speedup = "published RASTP ÷ ours with pruning, seconds per window, Beauty lengths"
     report.target(f"{'GPU' if gpu else 'CPU'}: {speedup}", *ratio(rastp, ours), at_least=6 if gpu else 10)
     report.target("padded ÷ unpadded, nothing pruned", *ratio(published, unpadded), at_least=3)
     report.target("reference variant ÷ Hugging Face's eager T5 (within 10 %)", *ratio(published, times[STOCK]), at_most=1.1)
-    real = beauty_batches(dataclasses.replace(OURS, batch_tokens=tokens), 1)[2]
+    real = beauty_batches(dataclasses.replace(OURS, **update), update["accumulation"])[2]
     report.target("real tokens in a batch, share", real, None, at_least=0.95)
 
     say("full histories, nothing to unpad")
     runs = replayed(full) if gpu else full
     times = time_histories(runs, size, 2 * rounds + 1, device)
     items = np.full(size, OURS.max_items)
-    predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), WIDTHS, items) for name, v in runs.items()}
+    predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9, accumulation=1), WIDTHS, items) for name, v in runs.items()}
     # Of passes that are not replayed, for a replay allocates nothing
     peaks = {name: training_peak(v, size, device) if gpu else in_child(training_peak, v, size) for name, v in full.items()}
     report.times("full histories", runs, times, predicted, device, peaks)
@@ -170,7 +171,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
         pair = in_faster_precision(pair, few, device, widths)
         pair = replayed(pair) if gpu else pair
         times = time_histories(pair, few, rounds, device, widths)
-        predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9), widths, np.full(few, v.config.max_items))
+        predicted = {name: cost(dataclasses.replace(v.config, batch_tokens=10**9, accumulation=1), widths, np.full(few, v.config.max_items))
                      for name, v in pair.items()}
         report.times(workload, pair, times, predicted, device)
         bound = predicted[plain].training / predicted[third].training

@@ -42,7 +42,7 @@ def plain_config(d_model: int, layers: int, items: int, pruning: PruningConfig |
 def one_batch(config: TrainConfig, widths, slots: int) -> Cost:
     """The cost of a batch of `slots` encoder slots in which every history has `config.max_items` items (at least one history)."""
     size = max(1, slots // (config.max_items * (len(widths) + config.separators)))
-    return cost(dataclasses.replace(config, batch_tokens=10**9), widths, np.full(size, config.max_items))
+    return cost(dataclasses.replace(config, batch_tokens=10**9, accumulation=1), widths, np.full(size, config.max_items))
 
 
 @dataclasses.dataclass(frozen=True)

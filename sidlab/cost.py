@@ -1,6 +1,6 @@
 """What a method costs, from its configuration and the lengths of the histories alone: FLOPs, kept activations, parameters.
 
-Histories come in the very batches that training cuts, so padding is in the numbers; and as a pruner's number of slots follows from
+Histories come in the very batches of training's first epoch, so padding is in the numbers; and as a pruner's number of slots follows from
 lengths and not from scores, they are exact for every scorer. A product [m, k] × [k, n] counts 2mkn; look-ups, norms, softmax,
 dropout, the sums of scoring, sorting, gathering and the optimiser count nothing. The backward pass counts twice the forward (a fused
 attention also repeats its scores there, which is left out).
@@ -13,9 +13,10 @@ import pandas as pd
 import torch
 
 from sidlab.config import TrainConfig
+from sidlab.models.t5 import ITEMS_BACK
 from sidlab.precision import uses_bf16
 from sidlab.pruning import kept_count
-from sidlab.windows import LengthBatches, UserBatches, Windows
+from sidlab.windows import LengthBatches, StratifiedBatches, Stretches, UserBatches, Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +44,18 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
     """The cost of training `config`.
 
     Args: `widths`: codes per level, as in `SidTable.widths`; `windows`: the `Windows`, or (unless `config.windows` is "contiguous")
-    their lengths alone, int [windows], items of history per window (cut to `max_items`). For the activations: `fused`, whether
+    their lengths alone, int [windows], items of history per window (cut to `max_items`); with `targets="all"` the `Stretches` or their
+    lengths, and all is per target. For the activations: `fused`, whether
     attention runs in a fused kernel where nothing is scored (as on a GPU; on a processor T5's learned position bias forbids it), and
     `bf16`, mixed precision. None: `fused` on a GPU; `bf16` as `config.precision` says, of which "auto",
     measured by training and not here, counts as float32 on a CPU and as what it takes on a GPU
     (`mode="reference"` is modelled as published, unfused in float32). Raises
-    ValueError where training would (`batch_tokens` below one window's slots), and for what lengths do not tell: `mass` and `strategy`, by
-    which the model decides what is kept, and the sizes of a `checkpoint`.
+    ValueError where training would (but fewer windows than `accumulation` are a batch each), and for what lengths do not tell: `mass` and
+    `strategy`, by which the model decides what is kept, and the sizes of a `checkpoint`.
     """
     _check_known(config)
+    if config.targets == "all":
+        return _dense_cost(config, widths, windows, fused, bf16)
     size, shortest, longest = _batches(config, widths, windows)  # [batches] each
     room = np.full_like(longest, config.max_items) if config.padding == "fixed" else longest  # for so many items
     slots, p = room * (len(widths) + config.separators), config.pruning
@@ -68,6 +72,25 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
     parameters = _parameters(config, widths)
     activation_bytes = int(memory.max()) + 2 * parameters * bf16  # a copy of the weights is kept with them
     return Cost(flops, activation_bytes, parameters, _mean(slots, size), _mean(kept, size), int(size.sum()), len(size))
+
+
+def _dense_cost(config, widths, windows, fused, bf16):
+    """`cost` where a pass teaches every item of a stretch: all per target."""
+    lengths = windows.lengths if isinstance(windows, Stretches) else np.minimum(np.asarray(windows, np.int64), config.max_items + 1)
+    targets = int((windows.stop - windows.taught).sum()) if isinstance(windows, Stretches) else int((lengths - 1).sum())
+    per_item = len(widths) + config.separators
+    ordered, cuts = np.sort(lengths), LengthBatches(lengths, per_item, config.batch_tokens).cuts
+    size, shortest, longest = np.diff(cuts), ordered[cuts[:-1]], ordered[cuts[1:] - 1]  # [batches] each
+    taught = longest - 1
+    # T5 reads all items but the last, beside the targets; a stream holds both, with BOS and without what follows the last code.
+    slots = taught * per_item if config.arch == "t5" else longest * per_item - config.separators - len(widths)
+    fused = torch.cuda.is_available() if fused is None else fused
+    bf16 = uses_bf16(config.precision) if bf16 is None else bf16
+    activations, padded = _qwen_activations if config.arch == "qwen" else _activations, shortest < longest
+    memory = size * activations(config, widths, slots, slots, padded, padded, fused, bf16, taught)
+    flops = {part: float((size * value).sum()) / targets for part, value in _flops(config, widths, slots, slots, taught).items()}
+    parameters, mean_slots = _parameters(config, widths), float((size * slots).sum()) / targets
+    return Cost(flops, int(memory.max()) + 2 * parameters * bf16, parameters, mean_slots, mean_slots, targets, len(size))
 
 
 def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = None, batch_size: int = 256) -> float:
@@ -118,9 +141,11 @@ def _batches(config, widths, windows):
         return tuple(np.array([f(batch) for batch in batches]) for f in (len, np.min, np.max))
     if not config.bucketing and config.padding != "fixed":
         raise ValueError("bucketing=False leaves the padding to chance, so its cost does not follow from lengths")
-    ordered = np.sort(np.minimum(lengths, config.max_items))
-    cuts = LengthBatches(ordered, len(widths) + config.separators, config.batch_tokens).cuts
-    return np.diff(cuts), ordered[cuts[:-1]], ordered[cuts[1:] - 1]
+    lengths, accumulation = np.minimum(lengths, config.max_items), min(config.accumulation, len(lengths))
+    batches = StratifiedBatches(lengths, len(widths) + config.separators, config.batch_tokens, config.seed, accumulation)
+    lengths = lengths[batches.updates()]  # [windows of an update, updates]
+    ends = [ufunc.reduceat(lengths, batches.cuts[:-1]).ravel() for ufunc in (np.minimum, np.maximum)]
+    return np.repeat(np.diff(batches.cuts), lengths.shape[1]), *ends
 
 
 def _mean(values, size):
@@ -150,19 +175,20 @@ def _layer(config, n, keys):
     return n * (8 * d * inner + 4 * keys * inner + 4 * d * f + 2 * (config.ffn_hidden_layers - 1) * f**2)
 
 
-def _flops(config, widths, slots, kept):
-    d, inner, levels, layers = config.d_model, config.num_heads * config.d_kv, len(widths), config.num_decoder_layers
+def _flops(config, widths, slots, kept, taught=1):
+    """FLOPs of a row by part; `taught`: how many targets it has."""
+    d, inner, levels, layers = config.d_model, config.num_heads * config.d_kv, len(widths) * taught, config.num_decoder_layers
     p, ahead = config.pruning, _ahead(config, widths)
     before = p.after_layer if p is not None else config.num_layers
     if config.arch == "qwen":  # the target's tokens run in the same layers as the history
-        slots_all, kept_all = slots + levels, kept + levels
+        slots_all, kept_all = slots + len(widths), kept + len(widths)
         return {"encoder": before * _layer(config, slots_all, slots_all),
                 "behind": (config.num_layers - before) * _layer(config, kept_all, kept_all), "decoder": 0 * slots, "cross": 0 * slots,
-                "heads": 2 * d * sum(widths), "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)))}
+                "heads": 2 * d * sum(widths) * taught, "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)) * taught)}
     return {"encoder": before * _layer(config, slots, slots), "behind": (config.num_layers - before) * _layer(config, kept, kept),
             "decoder": layers * _layer(config, levels, levels),
-            "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept), "heads": 2 * d * sum(widths),
-            "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)))}
+            "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept), "heads": 2 * d * sum(widths) * taught,
+            "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)) * taught)}
 
 
 def _kv(config):
@@ -178,21 +204,23 @@ def _ahead(config, widths):
 def _parameters(config, widths):
     d, f, heads, steps = config.d_model, config.d_ff, config.num_heads, len(_ahead(config, widths))
     map_head = d * (1 + steps + d) if steps else 0
+    tokens = 3 + sum(widths)
+    embeddings = tokens * d * (1 if config.tie_embeddings else 2) + config.level_embeddings * (len(widths) + 2) * d
     if config.arch == "qwen":
         attention = 2 * d * (heads * config.d_kv + _kv(config)) + 2 * config.d_kv  # norms of queries and keys
-        return config.num_layers * (attention + 3 * d * f + 2 * d) + (3 + sum(widths)) * d + d + map_head
+        return config.num_layers * (attention + 3 * d * f + 2 * d) + embeddings + d + map_head
     attention, ffn = 4 * d * heads * config.d_kv + d, 2 * d * f + (config.ffn_hidden_layers - 1) * f**2 + d  # with their norms
     layers = config.num_layers * (attention + ffn) + config.num_decoder_layers * (2 * attention + ffn)
-    # And embeddings (the heads are slices of them), two last norms, 32 position biases a head in each stack, MAP's head.
-    return layers + (3 + sum(widths)) * d + 2 * d + 64 * heads + map_head
+    # And embeddings (the heads may be slices of them), two last norms, 32 position biases a head in each stack, MAP's head.
+    return layers + embeddings + 2 * d + 64 * heads + config.cross_bias * ITEMS_BACK * heads + map_head
 
 
-def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16):
+def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16, taught=1):
     """Bytes that autograd keeps per window. Residuals, norms, softmax and loss are float32, operands of products take `w` bytes.
     `padded`: a batch has empty slots; without, there is no mask and all its rows share one position bias. `fused` follows the
     derivative of PyTorch's memory-efficient attention, the one kernel of a GPU that takes a learned bias."""
     d, f, heads, hidden, decoders = config.d_model, config.d_ff, config.num_heads, config.ffn_hidden_layers, config.num_decoder_layers
-    p, levels, ahead, inner, drop = config.pruning, len(widths), _ahead(config, widths), heads * config.d_kv, config.dropout > 0
+    p, levels, ahead, inner, drop = config.pruning, len(widths) * taught, _ahead(config, widths), heads * config.d_kv, config.dropout > 0
     w, reference = 2 if bf16 else 4, p is not None and p.mode == "reference"
     noise = drop * (4 if reference else 1)  # what dropout drew: a byte, or PyTorch's number on a processor
 
@@ -224,10 +252,16 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
     total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + noise))  # last norm, read by all cross-attention
     total = total + decoders * (layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * noise)
     total = total + norm(levels) + levels * d * (2 * noise + (8 + 2 * w * len(ahead) if ahead else 0))
-    return total + 4 * (sum(widths) + sum(map(sum, ahead)))
+    return total + 4 * taught * (sum(widths) + sum(map(sum, ahead))) + _embedded(config, slots + levels)
 
 
-def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused, bf16):
+def _embedded(config, n):
+    """Bytes that the levers on embeddings and residuals keep of n tokens."""
+    dropped = (2 * config.num_layers + 1) * (config.residual_dropout > 0)  # a byte each
+    return n * config.d_model * (dropped + 4 * config.embedding_norm)
+
+
+def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused, bf16, taught=1):
     """As `_activations`, of a decoder-only model. A processor has a fused kernel for it too, unless it drops attention weights."""
     d, f, heads, dk, levels, p = config.d_model, config.d_ff, config.num_heads, config.d_kv, len(widths), config.pruning
     w, drop, ahead, inner, kv = 2 if bf16 else 4, config.dropout > 0, _ahead(config, widths), heads * dk, _kv(config)
@@ -255,5 +289,5 @@ def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused,
     total = total + (config.num_layers - before) * layer(m, plain(m, padded_behind))
     total = total + 8 * config.d_kv * (n + (m if p is not None else 0))  # rotations
     heads_read = (2 * (1 + len(ahead)) if bf16 else 0) + (8 + 2 * w * len(ahead) if ahead else 0)
-    total = total + m * (12 * d + 4) + levels * d * heads_read
-    return total + 4 * (sum(widths) + sum(map(sum, ahead)))
+    total = total + m * (12 * d + 4) + levels * taught * d * heads_read
+    return total + 4 * taught * (sum(widths) + sum(map(sum, ahead))) + _embedded(config, n)

@@ -64,8 +64,8 @@ def build(folder=FOLDER, *, n_users: int = 20_000, **overrides) -> None:
     widths = tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1)
     encoder = ResidualKMeans(levels=3, width=widths, seed=0).fit(embeddings)
     table = SidTable(encoder.encode(embeddings), width=widths)
-    config = TrainConfig.preset("quick", **{"max_updates": 3000, "batch_tokens": 4096, "accumulation": 1, "epochs": 100, "eval_every": 500,
-                                            "eval_users": 1000, "pruning": PruningConfig()} | overrides)
+    config = TrainConfig.preset("quick", **{"max_updates": 3000, "epochs": 100, "eval_every": 500, "eval_users": 1000,
+                                            "pruning": PruningConfig()} | overrides)
     result = train(config, catalogue, table, callbacks=[AnyPruning(config.seed)])
     result.model.set_pruning(config.pruning)
     result.model.save_pretrained(folder)

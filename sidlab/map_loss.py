@@ -59,18 +59,18 @@ class MapHead(nn.Module):
         return hidden.unsqueeze(1) + F.linear(inner, self.projection)  # [B, S, L, d]
 
 
-def map_loss(step_losses: Tensor, labels: Tensor, decay: float = 1.0) -> Tensor:
+def map_loss(step_losses: Tensor, labels: Tensor, decay: float = 1.0, items: Tensor | None = None) -> Tensor:
     """The auxiliary loss from per-token cross-entropies.
 
     Args: `step_losses` float [B, S, L], anything where there is no label; `labels` int64 [B, S, L], −100 where absent.
     Returns a scalar: Σ_s decay^(s−1) CE_s / Σ_s decay^(s−1) over the steps that have a label anywhere in the batch, CE_s being
-    the mean over that step's labels. 0 (with a gradient of 0) if none has. Where an update consists of several batches, the models
-    weigh it like the main loss, by the batch's share of main labels: a mean of means, not the mean over the update.
+    the mean over that step's labels. 0 (with a gradient of 0) if none has. `items` int64 [S]: how many labels each step has in a whole
+    update of several batches; what is returned is then this batch's part of the update's loss, the sum of its batches' parts.
     """
     if step_losses.shape != labels.shape or labels.ndim != 3:
         raise ValueError(f"step_losses and labels must both be [B, S, L], got {tuple(step_losses.shape)} and {tuple(labels.shape)}")
     present = labels != -100
-    count = present.sum((0, 2))  # [S]
+    count = present.sum((0, 2)) if items is None else items  # [S]
     total = torch.where(present, step_losses, 0.0).sum((0, 2))  # [S]
     weight = decay ** torch.arange(labels.shape[1], device=labels.device) * (count > 0)
     return (weight * total / count.clamp_min(1)).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)

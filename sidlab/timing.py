@@ -27,7 +27,7 @@ from sidlab.precision import faster_precision, sizes, uses_bf16
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
 from sidlab.training import build_model
-from sidlab.windows import Collator, LengthBatches, Windows, history_tokens, pad_histories, tell_padding
+from sidlab.windows import Collator, StratifiedBatches, Windows, history_tokens, pad_histories, tell_padding
 
 # Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.
 BEAUTY = (22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989, 2550, 2189, 1927, 1720, 1507, 1366, 1248, 1136, 1019, 935, 869,
@@ -135,22 +135,21 @@ def in_faster_precision(variants: dict[str, Variant], size: int, device="cpu", w
 
 
 def beauty_batches(config: TrainConfig, count: int):
-    """`count` batches of an epoch over Beauty, evenly spaced from the shortest windows to the longest: (items of history of each batch's
-    windows, batches of the epoch, share of its slots that are real). All batches have the same number of slots, so the seconds of
-    these, times batches of the epoch over `count`, are those of an epoch."""
-    cuts = LengthBatches(LENGTHS, len(WIDTHS) + config.separators, config.batch_tokens).cuts
-    spaced = ((np.arange(count) + 0.5) / count * (len(cuts) - 1)).astype(int)
-    real = LENGTHS.sum() / (np.diff(cuts) * LENGTHS[cuts[1:] - 1]).sum()
-    return [LENGTHS[cuts[b] : cuts[b + 1]] for b in spaced], len(cuts) - 1, float(real)
+    """The `count` batches of an update over Beauty: (items of history of each batch's windows, batches of the epoch, share of the slots
+    that are real). All updates have nearly the same lengths, so the seconds of this one, times updates of the epoch, are those of an
+    epoch."""
+    batches = StratifiedBatches(LENGTHS, len(WIDTHS) + config.separators, config.batch_tokens, accumulation=count)
+    parts = np.split(LENGTHS[batches.updates()[:, 0]], batches.cuts[1:-1])
+    return parts, len(batches), float(sum(part.sum() for part in parts) / sum(len(part) * part.max() for part in parts))
 
 
 def time_beauty(variants: dict[str, Variant], batch_tokens: int, count: int, rounds: int, device="cpu"):
     """Seconds per 1,000 windows of Beauty's lengths of each variant in each round: {name: float [rounds]}.
 
-    An update has the windows of `count` average batches. With fixed slots a window costs the same whatever its length, so of such an
-    update two batches are run, and their seconds are scaled to all of its windows; the optimiser's are not."""
-    parts, n_batches, _ = beauty_batches(dataclasses.replace(OURS, batch_tokens=batch_tokens), count)
-    of_update, few = sum(BEAUTY) / n_batches * count, batch_tokens // (OURS.max_items * (len(WIDTHS) + 1))
+    An update has `count` batches. With fixed slots a window costs the same whatever its length, so of such an update two batches of a
+    quarter of its slots are run, and their seconds are scaled to all of its windows; the optimiser's are not."""
+    parts, _, _ = beauty_batches(dataclasses.replace(OURS, batch_tokens=batch_tokens), count)
+    of_update, few = sum(map(len, parts)), count * batch_tokens // 4 // (OURS.max_items * (len(WIDTHS) + 1))
     drawn = np.random.default_rng(0).choice(np.concatenate(parts), (2, few))
     runs = {name: Training(v, drawn if v.config.padding == "fixed" else parts, device) for name, v in variants.items()}
 

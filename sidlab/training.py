@@ -1,6 +1,6 @@
 """Training: one configuration, one catalogue, one SidTable → a trained model and what it cost.
 
-Hugging Face's `Trainer` does the loop, the checkpoints and the resuming. Ours are the batches (`windows.LengthBatches`), the
+Hugging Face's `Trainer` does the loop, the checkpoints and the resuming. Ours are the batches (`windows.StratifiedBatches`), the
 evaluation (recall of constrained recommendation on validation users, which also stops early and picks the best checkpoint)
 and the meter, which counts training time and memory without evaluation and saving.
 """
@@ -52,6 +52,7 @@ from sidlab.sids.table import SidTable
 from sidlab.windows import (
     Collator,
     LengthBatches,
+    StratifiedBatches,
     StretchCollator,
     Stretches,
     UserBatches,
@@ -67,8 +68,8 @@ class TrainResult:
     """`model`: the best checkpoint, in evaluation mode. `metrics`: validation recall and NDCG of it. `timing`: "train_seconds"
     (without evaluation and saving), "seconds_per_1k_windows", "windows", "updates". `peak_memory`: MB while training, resident
     memory on a CPU and allocated memory on a GPU. `tokens`: "real_token_fraction" of the slots and "kept_token_fraction" of
-    the real tokens. `log`: dicts with "step" and what was logged there ("loss", "main_loss" without
-    MAP's part, "recall@5", …). `precision`: "fp32" or "bf16", in which it was trained."""
+    the real tokens. `log`: dicts with "step" and what was logged there ("loss" and "main_loss", without
+    MAP's part, means over all targets since the last log; "recall@5", …). `precision`: "fp32" or "bf16", in which it was trained."""
 
     model: SidT5 | SidQwen
     metrics: dict
@@ -264,9 +265,12 @@ def _collator(config, table, windows, truth=None):
 
 def _batches(config, table, windows):
     """Batches of window indices in the order of training."""
+    per_item = table.levels + config.separators
+    if config.targets == "all":  # as many slots hold as many targets, whatever the lengths
+        return LengthBatches(windows.lengths, per_item, config.batch_tokens, config.seed, config.accumulation)
     if config.windows == "prefixes":
-        return LengthBatches(windows.lengths, table.levels + config.separators, config.batch_tokens, config.seed,
-                             config.accumulation, mixed=not config.bucketing)
+        return StratifiedBatches(windows.lengths, per_item, config.batch_tokens, config.seed, config.accumulation,
+                                 mixed=not config.bucketing)
     return UserBatches(windows, config.accumulation, config.seed)
 
 
@@ -466,7 +470,8 @@ class _SidTrainer(Trainer):
         super().__init__(**kwargs)
         self.replay, self.passes = replay, None
         self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
-        self.main_losses = []  # since the last log
+        # Since the last log: loss and main loss, each summed over targets, and the targets; on the device, which is not waited for
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
 
     def get_train_dataloader(self):
         loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator,
@@ -482,9 +487,11 @@ class _SidTrainer(Trainer):
         return 0  # the Trainer would count all parameters for every batch, and `cost` says it exactly
 
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs:  # which includes MAP's part; this one compares over methods
-            logs["main_loss"] = float(np.mean(gather_object([float(torch.stack(self.main_losses).mean())])))
-            self.main_losses = []
+        if "loss" in logs:  # the library's is a mean over updates, which may differ in size
+            (loss, main_loss, targets), processes = np.sum(gather_object([self.sums.tolist()]), axis=0), self.args.world_size
+            logs["loss"] = float(loss / processes / targets)  # of each process, its part times their number
+            logs["main_loss"] = float(main_loss / targets)  # without MAP's part, to compare over methods
+            self.sums.zero_()
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -511,9 +518,14 @@ class _SidTrainer(Trainer):
         self.meter.save(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.meter.resume()  # an update begins; a strategy looks at its probe behind this
-        return super().get_batch_samples(*args, **kwargs)
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and "map_labels" in batches[0]:  # of each step, as the library counts the other labels: over batches and processes
+            counts = sum((batch["map_labels"] != -100).sum(-1).flatten(0, -2).sum(0) for batch in batches)  # [S]
+            counts = self.accelerator.gather(counts.to(device)[None]).sum(0)
+            batches = [batch | {"map_items_in_batch": counts} for batch in batches]
+        return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.passes is None:
@@ -522,8 +534,9 @@ class _SidTrainer(Trainer):
                 self.passes = ReplayedPasses(self.model, self.passes)
         inputs = self._prepare_inputs(inputs)
         loss, main_loss, kept = self.passes(inputs | {"num_items_in_batch": num_items_in_batch})
+        targets = (inputs["labels"] != -100).sum()
         self.meter.count(inputs["attention_mask"], kept, (inputs["labels"][..., 0] != -100).sum())
-        self.main_losses.append(main_loss)
+        self.sums += torch.stack([loss * num_items_in_batch, main_loss * targets, targets.float()])
         return loss
 
     def _passes(self, model, batch):

@@ -4,9 +4,9 @@ The last item of a user is the test target, the one before it the validation tar
 window is one prefix of that rest and its next item: every prefix is used once an epoch. The published code instead draws from
 all contiguous stretches, early starts and late ones (`kind="contiguous"`, `UserBatches`).
 
-The published code pads every history to a fixed number of slots. Here a batch holds windows of (nearly) equal length and as
-many of them as fit a token budget, so that at least 95 % of the slots are real; `fixed_slots=True` keeps the very same
-batches and pads them as published, so that only the padding differs.
+The published code pads every history to a fixed number of slots. Here an update is cut into batches of similar length, so that
+with 16 of them at least 95 % of the slots are real; `fixed_slots=True` keeps the very same batches and pads them as published,
+so that only the padding differs.
 """
 
 import dataclasses
@@ -173,6 +173,93 @@ class LengthBatches(torch.utils.data.Sampler):
             order = order[np.argsort(self.lengths[order], kind="stable")]
         for b in rng.permutation(len(self.cuts) - 1)[: len(self)]:
             yield order[self.cuts[b] : self.cuts[b + 1]].tolist()
+
+
+class StratifiedBatches(torch.utils.data.Sampler):
+    """Updates in which every window weighs the same: samples of all lengths in proportion, as `accumulation` batches of similar length.
+
+    An update has `size` windows, as many as fit `accumulation · batch_tokens` slots with their padding (or all, if fewer); batch c has
+    `cuts[c]` to `cuts[c + 1]` of them, by length, cut so that the update has least padding. The epoch's windows, sorted by length with ties
+    in random order, are dealt in blocks of one window for each update, so that all updates have (nearly) the same lengths and shapes come
+    back. Up to `size` − 1 windows that fill no update are left out, each as likely as any other, anew every epoch. The batches with most
+    slots come first. `tokens_per_item` turns lengths (int [windows], items of history) into slots. `mixed`: batches of as many windows, but
+    drawn without regard to length. ValueError where an update would have fewer windows than batches.
+    """
+
+    def __init__(self, lengths: np.ndarray, tokens_per_item: int, batch_tokens: int, seed: int = 0, accumulation: int = 1,
+                 mixed: bool = False):
+        if len(lengths) < accumulation:
+            raise ValueError(f"accumulation={accumulation} batches an update need as many windows, got {len(lengths)}; use less")
+        self.lengths, self.seed, self.accumulation, self.mixed, self.epoch = lengths, seed, accumulation, mixed, 0
+        distinct, counts = np.unique(lengths, return_counts=True)
+        upto, budget = np.cumsum(counts), accumulation * batch_tokens // tokens_per_item
+        # First as if a window could be parted; whole ones may need a little more, since what is left of a length is padded to the next.
+        ends = _least_padding(distinct, counts, accumulation)
+        padded = int((np.diff(upto[ends], prepend=0) * distinct[ends]).sum())
+        self.size = min(len(lengths), budget * len(lengths) // padded)
+        while self.size >= accumulation:
+            # Of the update's windows in order, so many must be as short as that in every update, whatever is left out.
+            short = upto * self.size // len(lengths)
+            have = np.flatnonzero(np.diff(short, prepend=0))
+            self.cuts, longest = _cut(distinct[have], np.diff(short[have], prepend=0), accumulation)
+            if (np.diff(self.cuts) * longest).sum() <= budget:
+                break
+            self.size -= 1
+        else:
+            raise ValueError(f"batch_tokens={batch_tokens} is less than a window takes on average; use "
+                             f"{distinct[-1] * tokens_per_item}, the tokens of the longest, or more")
+        self.order = np.argsort(-np.diff(self.cuts) * longest, kind="stable")
+
+    def set_epoch(self, epoch: int):
+        """Choose the shuffle."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.accumulation * (len(self.lengths) // self.size)
+
+    def updates(self) -> np.ndarray:
+        """The epoch's windows, int64 [size, updates]: a column an update, by length unless `mixed`."""
+        rng, windows = np.random.default_rng((self.seed, self.epoch)), len(self.lengths)
+        order = rng.permutation(windows)
+        if not self.mixed:
+            order = order[np.argsort(self.lengths[order], kind="stable")]
+        # Evenly spaced places from a random start: each place is left out with the same probability.
+        few = windows % self.size
+        left_out = (np.arange(few) * windows + rng.integers(windows)) // max(few, 1)
+        return rng.permuted(np.delete(order, left_out).reshape(self.size, -1), axis=1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for update in self.updates().T:
+            for c in self.order:
+                yield update[self.cuts[c] : self.cuts[c + 1]].tolist()
+
+
+def _least_padding(lengths, counts, classes):
+    """Cut ascending `lengths` with `counts` windows each into at most `classes` classes, padded to their longest, with least slots in all:
+    the index of each class's longest, int64 [classes]. Dynamic programming over where the last class begins."""
+    upto = np.concatenate([[0], np.cumsum(counts)])
+    # Slots of a class of lengths[i:j], at [i, j]
+    slots = np.where(np.tri(len(upto), k=0, dtype=bool), np.inf, (upto - upto[:, None]) * np.concatenate([[0], lengths]))
+    best, begins = slots[0], []
+    for _ in range(min(classes, len(lengths)) - 1):
+        total = best[:, None] + slots
+        begins.append(total.argmin(0))
+        best = total.min(0)
+    ends = [len(lengths)]
+    for begin in reversed(begins):
+        ends.append(int(begin[ends[-1]]))
+    return np.array(ends[::-1]) - 1
+
+
+def _cut(lengths, counts, classes):
+    """`classes` classes of an update's windows with least padding: (where they begin and end, int64 [classes + 1]; the longest of each)."""
+    ends = _least_padding(lengths, counts, classes)
+    cuts, longest = np.concatenate([[0], np.cumsum(counts)[ends]]), lengths[ends]
+    while len(longest) < classes:  # fewer lengths than that: halve what has most slots
+        size = np.diff(cuts)
+        c = int(np.argmax(np.where(size > 1, size * longest, 0)))
+        cuts, longest = np.insert(cuts, c + 1, (cuts[c] + cuts[c + 1]) // 2), np.insert(longest, c, longest[c])
+    return cuts, longest
 
 
 class UserBatches(torch.utils.data.Sampler):

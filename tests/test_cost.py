@@ -27,7 +27,7 @@ from sidlab.pruning import PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.sids.table import SidTable
 from sidlab.training import build_model
-from sidlab.windows import Collator, LengthBatches, Windows, leave_one_out
+from sidlab.windows import Collator, StratifiedBatches, Windows, leave_one_out
 
 RNG = np.random.default_rng(0)
 TABLE = SidTable(np.stack(np.unravel_index(RNG.choice(240, 100, replace=False), (8, 6, 5)), axis=1), (8, 6, 5))
@@ -42,7 +42,8 @@ SMALL = TrainConfig(
     num_decoder_layers=2,
     dropout=0.0,
     max_items=12,
-    batch_tokens=1500,
+    batch_tokens=500,
+    accumulation=3,
 )
 QWEN = dataclasses.replace(SMALL, arch="qwen", num_kv_heads=2)
 CHANGES = {
@@ -74,7 +75,8 @@ def epoch(config, histories=HISTORIES):
         fixed_slots=config.padding == "fixed",
         map_config=config.map,
     )
-    batches = LengthBatches(windows.lengths, TABLE.levels + config.separators, config.batch_tokens)
+    accumulation = min(config.accumulation, len(windows))
+    batches = StratifiedBatches(windows.lengths, TABLE.levels + config.separators, config.batch_tokens, config.seed, accumulation)
     return windows.lengths, [collator(indices) for indices in batches]
 
 
@@ -99,7 +101,7 @@ def counted(config, batches):
 def assert_counts(config, histories=HISTORIES):
     lengths, batches = epoch(config, histories)
     found, (forward, both) = cost(config, TABLE.widths, lengths), counted(config, batches)
-    assert (found.windows, found.batches) == (len(lengths), len(batches))
+    assert (found.windows, found.batches) == (sum(len(batch["labels"]) for batch in batches), len(batches))
     assert round(found.forward * found.windows) == forward
     assert round(found.training * found.windows) == both
     slots = sum(batch["input_ids"].numel() for batch in batches)
@@ -138,6 +140,7 @@ def configurations(draw):
         max_items=draw(st.sampled_from((5, 12))),
         padding=draw(st.sampled_from(("batch", "fixed"))),
         batch_tokens=draw(st.sampled_from((100, 700, 4096))),
+        accumulation=draw(st.sampled_from((1, 3, 16))),
         **fields,
     )
 
@@ -291,8 +294,9 @@ def test_what_lengths_do_not_tell_is_refused(changes, words):
 
 
 def test_a_window_longer_than_a_batch_is_refused_as_in_training():
-    with pytest.raises(ValueError, match="batch_tokens=40"):
-        cost(dataclasses.replace(SMALL, batch_tokens=40), TABLE.widths, [3, 12])
+    with pytest.raises(ValueError, match="batch_tokens=29 is less .* use 48"):  # 12 and 48 slots
+        cost(dataclasses.replace(SMALL, batch_tokens=29), TABLE.widths, [3, 12])
+    assert cost(dataclasses.replace(SMALL, batch_tokens=30), TABLE.widths, [3, 12]).slots == 30
 
 
 # The width of the de-duplication digit is not published; its head is under 0.1 % of the cost.
@@ -335,4 +339,4 @@ def test_lengths_of_beauty_cost_what_is_said_of_them():
     contiguous = dataclasses.replace(unpadded, windows="contiguous")
     assert share(contiguous, Windows(train, 30, "contiguous")) == pytest.approx(0.28, abs=0.02)
     # Every prefix once, as here, has shorter windows than all contiguous ones.
-    assert share(unpadded, Windows(train, 30).lengths) == pytest.approx(0.26, abs=0.005)
+    assert share(dataclasses.replace(unpadded, accumulation=64), Windows(train, 30).lengths) == pytest.approx(0.26, abs=0.005)

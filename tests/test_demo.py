@@ -49,7 +49,7 @@ def test_it_recommends_far_better_than_popular_items(bundled, cases, keep, share
 
 
 def test_build_makes_a_folder_that_loads(tmp_path, monkeypatch):
-    demo.build(tmp_path, n_users=60, max_updates=2, eval_every=1, eval_users=10, batch_tokens=1024)
+    demo.build(tmp_path, n_users=60, max_updates=2, eval_every=1, eval_users=10)
     monkeypatch.setattr(demo, "FOLDER", tmp_path)
     again = demo.load()
     items, _ = sidlab.recommend(again.model, again.catalogue.histories[:2], k=5)

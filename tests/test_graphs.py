@@ -52,7 +52,8 @@ class NoWaiting(TorchDispatchMode):
 def test_what_may_be_recorded_never_waits(arch, pruning, monkeypatch):
     monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)  # what the library asks before it looks at a mask
     model = arch.build(pruning, MapConfig(steps=2)).train()
-    inputs = arch.batch() | {"labels": LABELS, "map_labels": LABELS[:, None].expand(-1, 2, -1), "num_items_in_batch": torch.tensor(12)}
+    inputs = arch.batch() | {"labels": LABELS, "map_labels": LABELS[:, None].expand(-1, 2, -1), "num_items_in_batch": torch.tensor(12),
+                             "map_items_in_batch": torch.tensor([12, 0])}
     if pruning is not None and pruning.scorer == "oracle":
         inputs["truth"] = torch.rand(inputs["input_ids"].shape)
     with NoWaiting() as waits:

@@ -36,6 +36,16 @@ def test_no_label_gives_zero_with_a_zero_gradient():
     assert loss.item() == 0 and torch.equal(losses.grad, torch.zeros(2, 3, 4))
 
 
+@given(st.integers(1, 6), st.integers(0, 6), st.integers(1, 3), st.sampled_from([1.0, 0.5]), st.integers(0, 999))
+def test_with_the_counts_of_an_update_the_parts_of_its_batches_are_its_loss(b, cut, s, decay, seed):
+    draw = torch.Generator().manual_seed(seed)
+    losses = torch.rand(b, s, 4, dtype=torch.float64, generator=draw)
+    labels = torch.where(torch.rand(b, s, 4, generator=draw) < 0.4, 7, -100)
+    counts = (labels != -100).sum((0, 2))  # [S]
+    parts = [map_loss(losses[rows], labels[rows], decay, counts) for rows in (slice(0, cut), slice(cut, None))]
+    torch.testing.assert_close(sum(parts), map_loss(losses, labels, decay))
+
+
 @given(st.data(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4))
 def test_labels_of_either_unit(data, b, s, levels):
     tokens = torch.tensor(

@@ -9,7 +9,6 @@ import types
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from sidlab import meter as meter_module
@@ -24,7 +23,7 @@ from sidlab.metrics import summary
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
 from sidlab.training import build_model, evaluate, train
-from sidlab.windows import Collator, LengthBatches, Windows, leave_one_out
+from sidlab.windows import Collator, StratifiedBatches, Windows, leave_one_out
 
 WORLD = planted_catalogue(60, seed=1, shortest=5, longest=9)
 TABLE = SidTable(WORLD.truth.tree, tuple((WORLD.truth.tree.max(axis=0) + 1).tolist()))
@@ -133,9 +132,9 @@ def test_all_methods_of_a_seed_start_from_the_same_weights():
     assert not torch.equal(build_model(config(seed=1), TABLE).shared.weight, plain["shared.weight"])
 
 
-def test_each_epoch_sees_every_window_once_in_its_own_order(spy):
+def test_each_epoch_sees_windows_at_most_once_in_its_own_order(spy):
     run(max_updates=None, epochs=3, seed=4)
-    batches = LengthBatches(WINDOWS.lengths, 4, 800, seed=4)
+    batches = StratifiedBatches(WINDOWS.lengths, 4, 800, seed=4, accumulation=2)
     expected = []
     for epoch in range(3):
         batches.set_epoch(epoch)
@@ -225,27 +224,70 @@ def test_bf16_is_close_to_fp32():
 # --- Fair
 
 
-def test_an_update_is_the_gradient_of_the_mean_over_all_its_labels(spy):
+def one_by_one(options, indices):
+    """A fresh model after the passes of the windows one by one, whose gradients are those of an update of them, and the update's losses."""
+    settings = config(**options)
+    model = build_model(settings, TABLE).train()
+    collate = Collator(WINDOWS, TABLE, separators=True, max_items=6, map_config=settings.map)
+    main, auxiliary = 0.0, 0.0
+    if settings.map is not None:
+        weights = settings.map.decay ** np.arange(settings.map.steps)
+        labels = collate(indices)["map_labels"]  # [B, S, L]
+        counts = (labels != -100).sum((0, 2)).tolist()
+        assert len(set(counts)) == len(counts) and 0 not in counts
+    for index in indices:
+        window = collate([index])
+        labels = window.pop("map_labels", None)
+        out = model(**window)
+        (out.main_loss / len(indices)).backward()
+        main += out.main_loss.item() / len(indices)
+        for step in range(settings.map.steps if settings.map is not None else 0):
+            if (labels[:, step] == -100).all():
+                continue
+            alone = torch.full_like(labels, -100)
+            alone[:, step] = labels[:, step]
+            share = (alone != -100).sum().item() / counts[step] * weights[step] / weights.sum()
+            loss = model(**window, map_labels=alone).map_loss * share  # the mean over the window's labels of this step
+            (settings.map.weight * loss).backward()
+            auxiliary += loss.item()
+    return model, main, main + (settings.map.weight * auxiliary if settings.map is not None else 0.0)
+
+
+@pytest.mark.parametrize("arch", ["t5", "qwen"])
+@pytest.mark.parametrize("map_config", [None, MapConfig(), MapConfig(unit="token", decay=0.5, weight=2.0)], ids=["plain", "items", "tokens"])
+def test_an_update_is_the_mean_over_its_windows_one_by_one(spy, arch, map_config):
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
-    found, options = [], {"dropout": 0.0, "accumulation": 3, "max_updates": 1, "pruning": PruningConfig()}
+    found, options = [], {"arch": arch, "map": map_config, "dropout": 0.0, "accumulation": 3, "batch_tokens": 200, "max_updates": 1}
     result = run(callbacks=[Gradients()], **options)
-    parts = [batch for _, batch in spy[:3]]
-    assert len({len(part["labels"]) for part in parts}) > 1  # unequal parts, or a mean of means would do as well
-    width = max(part["input_ids"].shape[1] for part in parts)
-    whole = {
-        name: torch.cat([F.pad(part[name], (0, width - part[name].shape[1])) for part in parts])
-        for name in ("input_ids", "attention_mask")
-    } | {"labels": torch.cat([part["labels"] for part in parts])}
-    model = build_model(config(**options), TABLE).train()
-    loss = model(**whole).loss
-    loss.backward()
+    parts = [indices for indices, _ in spy[:3]]
+    assert len(set(map(len, parts))) > 1 and len({WINDOWS.lengths[part].max() for part in parts}) == 3
+    spy.clear()
+    model, main, loss = one_by_one(options, [index for part in parts for index in part])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    assert result.log[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert result.log[0]["main_loss"] == pytest.approx(main, rel=1e-5)
+    assert result.log[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found[0] and ("map_head.projection" in found[0]) == (map_config is not None)
     for name, grad in found[0].items():
         torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("windows, accumulation", [("prefixes", 2), ("contiguous", 1)])
+def test_logged_losses_are_means_over_all_targets_since_the_last_log(spy, windows, accumulation):
+    options = {"windows": windows, "accumulation": accumulation, "learning_rate": 0.0, "dropout": 0.0}
+    result = run(max_updates=4, eval_every=10, **options)  # a log every two updates, and the weights stay
+    assert [e["step"] for e in result.log if "loss" in e] == [2, 4]
+    model = build_model(config(**options), TABLE).train()
+    updates = [spy[u : u + accumulation] for u in range(0, 4 * accumulation, accumulation)]
+    sizes = [sum(len(indices) for indices, _ in update) for update in updates]
+    assert (len(set(sizes)) > 1) == (windows == "contiguous")
+    for number, entry in enumerate(e for e in result.log if "loss" in e):
+        both = [batch for update in updates[2 * number : 2 * number + 2] for _, batch in update]
+        assert len({len(batch["labels"]) for batch in both}) > 1
+        mean = sum(model(**batch).main_loss.item() * len(batch["labels"]) for batch in both) / sum(len(batch["labels"]) for batch in both)
+        assert entry["loss"] == pytest.approx(mean, rel=1e-5) and entry["main_loss"] == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"pruning": PruningConfig(), "map": MapConfig()}])
@@ -530,7 +572,8 @@ def test_presets_take_changes():
         (lambda: build_model(config(), TABLE).set_pruning({"keep": 0.5}), "pruning must be a PruningConfig or None"),
         (lambda: recommend(build_model(config(), TABLE), [1, 2, 3]), r"of a single one, give \[history\]"),
         (lambda: config(pruning=PruningConfig(after_layer=4)), "after_layer=4 lies beyond the last encoder layer"),
-        (lambda: run(batch_tokens=20), "batch_tokens=20 is less than one window's 24 tokens"),
+        (lambda: run(batch_tokens=7), "batch_tokens=7 is less than a window takes on average; use 24"),
+        (lambda: run(accumulation=1000), "accumulation=1000 batches an update need as many windows, got"),
         (
             lambda: train(config(), WORLD, SidTable(WORLD.truth.tree[:9], TABLE.widths)),
             "table has 9 items, the catalogue",

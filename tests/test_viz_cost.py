@@ -139,7 +139,7 @@ def test_a_planted_speed_is_found(monkeypatch):
     def fake(config, table, batch):
         size, slots = batch["input_ids"].shape
         assert slots == config.max_items * 4
-        found = cost(dataclasses.replace(config, batch_tokens=10**9), table.widths, np.full(size, config.max_items))
+        found = cost(dataclasses.replace(config, batch_tokens=10**9, accumulation=1), table.widths, np.full(size, config.max_items))
         terms = (found.training * size, found.activation_bytes, config.num_layers + config.num_decoder_layers, config.pruning is not None)
         return lambda: float(np.dot(planted, terms)) * rng.lognormal(0, 0.02)
 
@@ -183,7 +183,8 @@ def test_calculator_shows_what_speed_and_cost_model_predict():
     values = {"items": 25, "levels": 4, "width": 64, "d_model": 64, "layers": 3, "keep": 0.4, "after": 1, "slots": 1024, "windows": 1000}
     explorer = CostCalculator(MACHINE, **values, epochs=3, tflops=2.0)
     full, config = plain_config(64, 3, 25), plain_config(64, 3, 25, PruningConfig(after_layer=1, keep=0.4))
-    plain, pruned = (cost(dataclasses.replace(c, batch_tokens=10**6), (64,) * 4, [25] * 8) for c in (full, config))  # 8 × 125 slots
+    plain, pruned = (cost(dataclasses.replace(c, batch_tokens=10**6, accumulation=1), (64,) * 4, [25] * 8)  # 8 × 125 slots
+                     for c in (full, config))
     before, after = (2e-11 * c.training * 8 + 3e-9 * c.activation_bytes + 6 * 4e-3 + extra for c, extra in ((plain, 0), (pruned, 3e-3)))
     *parts, seconds, flops, activations, ring = explorer.figure.data
     assert np.sum([part.x for part in parts], axis=0) == pytest.approx([before / 8 * 1000, after / 8 * 1000])

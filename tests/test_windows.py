@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sidlab.sids.table import PAD, SEP, SidTable
 from sidlab.windows import (
     Collator,
     LengthBatches,
+    StratifiedBatches,
     UserBatches,
     Windows,
     history_tokens,
@@ -220,17 +222,88 @@ def test_epochs_and_seeds_shuffle_anew():
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5
 
 
-def real_share(windows, per_item, budget):
-    lengths = windows.lengths
-    slots = sum(len(b) * int(lengths[b].max()) for b in LengthBatches(lengths, per_item, budget))
-    return lengths.sum() / slots
+def epoch_of(batches, epoch=0):
+    """Its updates, each a list of batches."""
+    batches.set_epoch(epoch)
+    found = list(batches)
+    assert len(found) == len(batches) and len(found) % batches.accumulation == 0
+    return [found[begin : begin + batches.accumulation] for begin in range(0, len(found), batches.accumulation)]
 
 
-def test_at_least_95_percent_of_the_slots_are_real():
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 6), st.integers(0, 400), st.integers(0, 3))
+def test_every_update_has_all_lengths_in_proportion(lengths, per_item, accumulation, budget, seed):
+    lengths = np.array(lengths)
+    if len(lengths) < accumulation:
+        with pytest.raises(ValueError, match=f"accumulation={accumulation} .* as many windows, got {len(lengths)}"):
+            StratifiedBatches(lengths, per_item, budget, seed, accumulation)
+        return
+    budget = max(budget, lengths.max() * per_item)  # which is said to be enough
+    batches = StratifiedBatches(lengths, per_item, budget, seed, accumulation)
+    size, epochs = batches.size, []
+    for epoch in (0, 1):
+        updates = epoch_of(batches, epoch)
+        assert updates == epoch_of(StratifiedBatches(lengths, per_item, budget, seed, accumulation), epoch)
+        drawn = [i for update in updates for batch in update for i in batch]
+        assert len(set(drawn)) == len(drawn) == size * len(updates) > len(lengths) - size  # at most once, and all that fill an update
+        for update in updates:
+            assert sum(map(len, update)) == size and all(update)
+            assert sum(len(batch) * lengths[batch].max() * per_item for batch in update) <= accumulation * budget
+            of_update = lengths[[i for batch in update for i in batch]]
+            for longest in range(1, 13):
+                share = size * (lengths <= longest).sum() / len(lengths)
+                assert math.floor(share + 1e-9) <= (of_update <= longest).sum() <= math.ceil(share - 1e-9)
+        epochs.append([list(map(len, update)) for update in updates])
+    assert len({tuple(sizes) for updates in epochs for sizes in updates}) == 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=4, max_size=40), st.integers(1, 4), st.integers(9, 30))
+def test_no_other_cut_of_an_update_has_less_padding(lengths, accumulation, budget):
+    lengths = np.array(lengths)
+    batches = StratifiedBatches(lengths, 1, budget, 0, accumulation)
+    # The longest that each of an update's windows can be, in order of length, whatever the epoch leaves out
+    width = [min(n for n in lengths if batches.size * (lengths <= n).sum() // len(lengths) > i) for i in range(batches.size)]
+    cuts = itertools.combinations(range(1, batches.size), accumulation - 1)
+    best = min(sum((end - begin) * width[end - 1] for begin, end in itertools.pairwise((0, *cut, batches.size))) for cut in cuts)
+    assert sum((end - begin) * width[end - 1] for begin, end in itertools.pairwise(batches.cuts)) == best
+    for epoch in range(3):
+        for update in epoch_of(batches, epoch):
+            ends = np.concatenate([[0], np.cumsum(sorted(map(len, update)))])
+            assert sorted(np.diff(ends)) == sorted(np.diff(batches.cuts))
+            assert sum(len(batch) * lengths[batch].max() for batch in update) <= best
+
+
+def test_every_window_is_left_out_equally_often_and_meets_others():
+    lengths = np.random.default_rng(0).geometric(0.3, 200)
+    batches, seen, beside = StratifiedBatches(lengths, 1, 40, 0, 5), np.zeros(200, int), np.zeros(200, int)
+    epochs = 2000
+    for epoch in range(epochs):
+        for update in epoch_of(batches, epoch):
+            update = np.concatenate(update)
+            seen[update] += 1
+            beside[update] += 0 in update
+    share = batches.size * (200 // batches.size) / 200
+    assert 0.7 < share < 0.95
+    assert abs(seen / epochs - share).max() < 4.5 * np.sqrt(share * (1 - share) / epochs)
+    for length in np.unique(lengths):
+        assert seen[lengths == length].mean() / epochs == pytest.approx(share, abs=0.02)
+    assert (beside > 0).all()
+
+
+def real_share(lengths, per_item, batch_tokens, accumulation):
+    updates = epoch_of(StratifiedBatches(lengths, per_item, batch_tokens, 0, accumulation))
+    drawn = [batch for update in updates for batch in update]
+    assert len({(len(batch), lengths[batch].max()) for batch in drawn}) <= 2 * accumulation  # shapes come back
+    slots = [sum(len(batch) * lengths[batch].max() * per_item for batch in update) for update in updates]
+    assert 0.9 * accumulation * batch_tokens < np.mean(slots) <= max(slots) <= accumulation * batch_tokens
+    return sum(lengths[batch].sum() for batch in drawn) * per_item / sum(slots)
+
+
+@pytest.mark.parametrize("batch_tokens", [256, 2048])
+def test_with_16_batches_an_update_at_least_95_percent_of_the_slots_are_real(batch_tokens):
     rng = np.random.default_rng(0)  # as Beauty: from 5 on, mean 8.9, a long tail
     sizes = np.minimum(5 + rng.geometric(1 / 4.9, 4000) - 1, 200)
     train = [rng.integers(1, N_ITEMS, size - 2) for size in sizes]
-    assert real_share(Windows(train, 30), 5, 4096) >= 0.95
+    assert real_share(Windows(train, 30).lengths, 5, batch_tokens, 16) >= 0.95
 
 
 @needs_shared
@@ -239,7 +312,7 @@ def test_at_least_95_percent_of_the_slots_are_real_on_beauty():
         histories = [np.array(line.split()[1:], np.int64) for line in lines]
     windows = Windows(leave_one_out(histories).train, 30)
     assert len(windows) == sum(len(h) - 3 for h in histories)
-    assert real_share(windows, 5, 4096) >= 0.95
+    assert real_share(windows.lengths, 5, 1024, 16) >= 0.95
 
 
 def test_fixed_slots_hold_the_same_windows_and_only_more_padding():
@@ -315,6 +388,8 @@ def test_collated_truth_is_that_of_the_window_alone():
         (lambda: leave_one_out([[1, 2, 3], [1.9, 2.9, 3.9]]), r"histories\[1\] must be .* integer item ids .* float64"),
         (lambda: pad_histories([["1"]], 3, 9), "integer item ids .* dtype <U1"),
         (lambda: LengthBatches(np.array([2, 6]), 4, 23), "batch_tokens=23 is less than one window's 24"),
+        (lambda: StratifiedBatches(np.array([2, 6]), 4, 23), "batch_tokens=23 is less .* use 24, the tokens of the longest"),
+        (lambda: StratifiedBatches(np.array([2, 6]), 4, 15, accumulation=2), "batch_tokens=15 is less .* use 24"),
         (lambda: pad_histories([[1], []], 3, 9), r"item ids in 1..9 and at least one, got \[\]"),
         (lambda: pad_histories([[1, 0]], 3, 9), r"got \[1, 0\]"),
         (lambda: pad_histories([[10]], 3, 9), r"got \[10\]"),
@@ -333,6 +408,16 @@ def test_mixed_batches_are_as_many_of_as_many_windows_without_regard_to_length()
     assert sorted(i for batch in other for i in batch) == list(range(500))
     spread = [np.mean([np.ptp(lengths[batch]) for batch in batches]) for batches in (one, other)]
     assert spread[0] < 0.5 and spread[1] > 5
+
+
+def test_mixed_updates_are_as_many_of_as_many_windows_without_regard_to_length():
+    lengths = np.random.default_rng(0).integers(1, 12, 500)
+    one, other = (epoch_of(StratifiedBatches(lengths, 4, 200, 1, 4, mixed=mixed)) for mixed in (False, True))
+    assert [list(map(len, update)) for update in one] == [list(map(len, update)) for update in other]
+    drawn = [i for update in other for batch in update for i in batch]
+    assert len(set(drawn)) == len(drawn)
+    spread = [np.mean([np.ptp(lengths[batch]) for update in updates for batch in update]) for updates in (one, other)]
+    assert spread[0] < 3 and spread[1] > 7
 
 
 @pytest.mark.parametrize("accumulation", (1, 3, 7))

@@ -66,21 +66,24 @@ split = sidlab.windows.leave_one_out(catalogue.histories)
 print(len(split.train), "users,", catalogue.n_items, "items,", sum(len(h) for h in split.train), "clicks to train on")
 
 # %% [markdown]
-# What is in one update? A **window** is a history and the item that followed. A batch holds windows of similar length; the model predicts
-# the codes of each window's next item, and the gradient of that loss moves the weights. Here is the first half of an update by hand:
+# What is in one update? A **window** is a history and the item that followed. An update takes windows of all lengths in proportion, and every
+# one of them weighs the same. It is cut by length into batches, since a batch of similar lengths needs little padding; the model predicts the
+# codes of each window's next item, and the gradient of that loss, summed over the batches, moves the weights. Here is the first batch of an
+# update by hand:
 
 # %%
 from sidlab.training import build_model
-from sidlab.windows import Collator, LengthBatches, Windows
+from sidlab.windows import Collator, StratifiedBatches, Windows
 
 config = configs["stamp"]
 windows = Windows(split.train, config.max_items)
-batch = next(iter(LengthBatches(windows.lengths, table.levels + 1, config.batch_tokens)))
+batches = StratifiedBatches(windows.lengths, table.levels + 1, config.batch_tokens, accumulation=config.accumulation)
+batch = next(iter(batches))
 inputs = Collator(windows, table, separators=True, max_items=config.max_items, map_config=config.map)(batch)
 out = build_model(config, table)(**inputs)
 out.loss.backward()
 before, behind = inputs["attention_mask"].sum().item(), out.encoder_attention_mask.sum().item()
-print(f"{len(batch)} of {len(windows)} windows; {before} history tokens, {behind} behind the pruner")
+print(f"{len(batch)} of an update's {batches.size} windows, and of {len(windows)} in all; {before} history tokens, {behind} behind the pruner")
 print(f"loss of the next item {out.main_loss.item():.3f}, with MAP's part {out.loss.item():.3f}")
 
 # %% [markdown]

@@ -118,7 +118,7 @@ padding
 from sidlab.calibration import stepper, time_steps
 from sidlab.cost import cost
 from sidlab.demo import load
-from sidlab.windows import Collator, LengthBatches, Windows
+from sidlab.windows import Collator, StratifiedBatches, Windows
 
 table, rng = load().table, np.random.default_rng(0)
 users = [rng.integers(1, table.n_items + 1, n - 2) for n in rng.choice(lengths, 200)]  # training parts: random items
@@ -142,7 +142,7 @@ configs = {
 def one_pass(config):
     """A function that makes a training step on every batch and returns the seconds of all."""
     collator = Collator(windows, table, separators=True, max_items=30, fixed_slots=config.padding == "fixed")
-    batches = LengthBatches(windows.lengths[chosen], 4, config.batch_tokens)
+    batches = StratifiedBatches(windows.lengths[chosen], 4, config.batch_tokens, accumulation=config.accumulation)
     steps = [stepper(config, table, collator(chosen[batch])) for batch in batches]
     return lambda: sum(step() for step in steps)
 

@@ -284,8 +284,8 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
                     init.zeros_(layer.mlp.down_proj.weight)
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, labels=None, map_labels=None, truth=None,
-                padded=True, past_key_values=None, use_cache=None, num_items_in_batch=None, position_ids=None, cache_position=None,
-                logits_to_keep=0, **kwargs) -> SidCausalOutput:
+                padded=True, past_key_values=None, use_cache=None, num_items_in_batch=None, map_items_in_batch=None, position_ids=None,
+                cache_position=None, logits_to_keep=0, **kwargs) -> SidCausalOutput:
         """One pass.
 
         Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
@@ -293,13 +293,14 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         and what follows (default: `labels` shifted). Without either, as `generate` calls it, `input_ids` are histories that end with
         BOS, all in the same column (layout "stream": that begin with it, padded on the left), or the next token behind `past_key_values`.
         Returns `SidCausalOutput`; `logits` [B, T, V] are −inf off each position's level, and left out (None) while training.
-        `num_items_in_batch` and `padded` as in `SidT5`.
+        `num_items_in_batch`, `map_items_in_batch` and `padded` as in `SidT5`.
 
         Every item of a stretch is taught at once (layout "stream", nothing pruned) where `labels` is int64 [B, T, L]: `input_ids` holds
         T + 1 items, of which all but the first are targets; `map_labels` is [B, T, S, L], `logits` [B, T, L, V].
         """
         if labels is not None and labels.ndim == 3:
-            return self._teach_all(input_ids, attention_mask, labels, map_labels, padded, num_items_in_batch)
+            return self._teach_all(input_ids, attention_mask, labels, map_labels, padded, num_items_in_batch,
+                                   map_items_in_batch)
         if labels is not None and decoder_input_ids is None:
             decoder_input_ids = self.shifted(labels)
         prefix = None
@@ -333,12 +334,12 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
             if past_key_values is not None:
                 past_key_values.sid_prefix = prefix  # `generate` hands the cache on and nothing else of ours
         if labels is not None:
-            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch)
+            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch)
         if labels is None or not self.training:
             out.logits = self.masked_logits(hidden, decoder_input_ids)
         return out
 
-    def _teach_all(self, input_ids, attention_mask, labels, map_labels, padded, num_items_in_batch):
+    def _teach_all(self, input_ids, attention_mask, labels, map_labels, padded, num_items_in_batch, map_items_in_batch):
         """One causal pass over stretches of T + 1 items: the last token of an item predicts the next item's first code, each code the next
         one."""
         if self.config.layout != "stream":
@@ -359,7 +360,7 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         hidden = torch.cat([states[:, :-1, -1:], states[:, 1:, : n_levels - 1]], dim=2)  # [B, T, L, d]
         mask = input_ids != PAD if attention_mask is None else attention_mask
         found = SidCausalOutput(encoder_attention_mask=mask)
-        self.add_losses(found, hidden, labels, map_labels, num_items_in_batch)
+        self.add_losses(found, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch)
         if not self.training:
             found.logits = self.masked_logits(hidden, self.shifted(labels))
         return found

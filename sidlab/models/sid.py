@@ -245,7 +245,7 @@ class SidModel(LibraryInit):
         first = 3 + sum(self.config.widths[:level])  # token id of the level's code 0
         return F.linear(hidden, self.lm_head.weight[first : first + self.config.widths[level]])
 
-    def add_losses(self, out, hidden, labels, map_labels, num_items_in_batch):
+    def add_losses(self, out, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch=None):
         """Fills `loss`, `main_loss` and `map_loss` of `out` from the states [B, L, d] that predict the target's tokens `labels` [B, L], or
         of T targets a row: [B, T, L, d] and [B, T, L]."""
         n_levels = len(self.config.widths)
@@ -267,8 +267,9 @@ class SidModel(LibraryInit):
             by_item = self.map_config.unit == "item"
             steps = [self._token_losses(states[:, s], map_labels[:, s], shift=0 if by_item else s + 1)
                      for s in range(self.map_config.steps)]
-            out.map_loss = map_loss(torch.stack(steps, dim=1), map_labels, self.map_config.decay)
-            out.loss = out.loss + self.map_config.weight * out.map_loss * share
+            out.map_loss = map_loss(torch.stack(steps, dim=1), map_labels, self.map_config.decay, map_items_in_batch)
+            part = share if map_items_in_batch is None else 1.0  # which the counts make it already
+            out.loss = out.loss + self.map_config.weight * out.map_loss * part
 
     def _token_losses(self, hidden, labels, shift=0):
         """Cross-entropy of each label against the codes of its own level: [B, L, d] and [B, L] → float32 [B, L], 0 at −100.

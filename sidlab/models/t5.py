@@ -261,21 +261,21 @@ class SidT5(SidModel, T5ForConditionalGeneration):
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None,
                 encoder_outputs=None, past_key_values=None, inputs_embeds=None, labels=None, map_labels=None, truth=None, padded=True,
-                use_cache=None, num_items_in_batch=None, **kwargs) -> SidOutput:
+                use_cache=None, num_items_in_batch=None, map_items_in_batch=None, **kwargs) -> SidOutput:
         """One pass.
 
         Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
         `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; `padded`: False promises that no
         slot of the histories is empty, so that no mask is needed (a CUDA graph cannot look); the others as in T5.
         Returns `SidOutput`; `logits` [B, L, V] are −inf off each position's level, and left out (None) while training.
-        `num_items_in_batch`, given by the Trainer, is the number of label tokens in the whole update: the loss is then this
-        batch's part of the update's mean.
+        `num_items_in_batch`, given by the Trainer, is the number of label tokens in the whole update, and `map_items_in_batch` int64 [S]
+        that of each of MAP's steps: the loss is then this batch's part of the update's mean.
 
         Every item of a stretch is taught at once (`encoder_mask="items"`, nothing pruned) where `labels` is int64 [B, T, L]: `input_ids`
         holds T + 1 items, of which all but the first are targets; `map_labels` is [B, T, S, L], `logits` [B, T, L, V].
         """
         if labels is not None and labels.ndim == 3:
-            return self._teach_all(input_ids, attention_mask, labels, map_labels, num_items_in_batch)
+            return self._teach_all(input_ids, attention_mask, labels, map_labels, num_items_in_batch, map_items_in_batch)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
                                            truth=truth, padded=padded, **kwargs)
@@ -300,7 +300,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
             encoder_attentions=encoder_outputs.attentions, encoder_attention_mask=seen,
         )
         if labels is not None:
-            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch)
+            self.add_losses(out, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch)
         if labels is None or not self.training:
             out.logits = self.masked_logits(hidden, decoder_input_ids)
         return out
@@ -317,7 +317,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         bias = self.cross_bias((items_back - 1).clamp(0, ITEMS_BACK - 1)).permute(0, 3, 1, 2)  # [B, H, Q, K]
         return bias if seen is None else torch.where(seen, bias, torch.finfo(bias.dtype).min)
 
-    def _teach_all(self, input_ids, attention_mask, labels, map_labels, num_items_in_batch):
+    def _teach_all(self, input_ids, attention_mask, labels, map_labels, num_items_in_batch, map_items_in_batch):
         """One pass over stretches of T + 1 items: the encoder reads the first T, each item seeing itself and those before it; the decoder
         reads the T targets side by side, each seeing its own tokens so far and the items before it."""
         if self.config.encoder_mask != "items":
@@ -345,7 +345,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
                               encoder_hidden_states=encoded.last_hidden_state, encoder_attention_mask=cross).last_hidden_state
         hidden = states.unflatten(1, (targets, n_levels))  # [B, T, L, d]
         out = SidOutput(encoder_attention_mask=tokens)
-        self.add_losses(out, hidden, labels, map_labels, num_items_in_batch)
+        self.add_losses(out, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch)
         if not self.training:
             out.logits = self.masked_logits(hidden, inputs)
         return out
