@@ -61,6 +61,7 @@ class TrainConfig:
     layout: str | None = None  # decoder-only: "bos_last" or "stream" (`SidQwenConfig`); None: as `targets` needs it
     encoder_mask: str | None = None  # T5: "full" or "items" (`SidT5Config`); None: as `targets` needs it
     cross_bias: bool = False  # T5: a learned bias of cross-attention by how many items back a token is
+    qk_norm: bool = False  # T5: queries and keys of each head are scaled to one size (Qwen3's always are)
     level_embeddings: bool = False  # a learned vector for each level is added to the token's
     embedding_norm: bool = False  # embeddings are scaled to a root mean square of 1
     tie_embeddings: bool = True  # the output heads are slices of the embedding; False: weights of their own

@@ -212,7 +212,8 @@ def _parameters(config, widths):
     attention, ffn = 4 * d * heads * config.d_kv + d, 2 * d * f + (config.ffn_hidden_layers - 1) * f**2 + d  # with their norms
     layers = config.num_layers * (attention + ffn) + config.num_decoder_layers * (2 * attention + ffn)
     # And embeddings (the heads may be slices of them), two last norms, 32 position biases a head in each stack, MAP's head.
-    return layers + embeddings + 2 * d + 64 * heads + config.cross_bias * ITEMS_BACK * heads + map_head
+    return layers + embeddings + 2 * d + 64 * heads + config.cross_bias * ITEMS_BACK * heads + map_head \
+        + config.qk_norm * 2 * config.d_kv * (config.num_layers + 2 * config.num_decoder_layers)
 
 
 def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16, taught=1):

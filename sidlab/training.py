@@ -136,7 +136,7 @@ def weights_digest(folder) -> str:
 
 # Fields of a model's configuration, T5's and Qwen3's, that a model which goes on keeps.
 MUST_MATCH = (
-    "widths", "separators", "level_embeddings", "embedding_norm", "cross_bias", "tie_embeddings", "tie_word_embeddings",
+    "widths", "separators", "level_embeddings", "embedding_norm", "cross_bias", "qk_norm", "tie_embeddings", "tie_word_embeddings",
     "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "ffn_hidden_layers",
     "hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers",
 )
@@ -148,7 +148,8 @@ def _t5(config, table, shared):
         widths=table.widths, d_model=config.d_model, d_kv=config.d_kv, num_heads=config.num_heads, d_ff=config.d_ff,
         ffn_hidden_layers=config.ffn_hidden_layers, num_layers=config.num_layers, num_decoder_layers=config.num_decoder_layers,
         dropout_rate=config.dropout, embedding_init=config.embedding_init, position_init=config.position_init,
-        encoder_mask=config.encoder_mask, cross_bias=config.cross_bias, tie_embeddings=config.tie_embeddings, **shared), table)
+        encoder_mask=config.encoder_mask, cross_bias=config.cross_bias,
+        qk_norm=config.qk_norm, tie_embeddings=config.tie_embeddings, **shared), table)
 
 
 def _qwen(config, table, shared):

@@ -41,7 +41,7 @@ MODELS = {
     "qwen, levers": lambda *a, **k: qwen(*a, tie_word_embeddings=False, residual_dropout=0.2, **LEVERS, **k),
     "t5": t5,
     "t5, cross bias": lambda *a, **k: t5(*a, cross_bias=True, **k),
-    "t5, levers": lambda *a, **k: t5(*a, cross_bias=True, tie_embeddings=False, **LEVERS, **k),
+    "t5, levers": lambda *a, **k: t5(*a, cross_bias=True, qk_norm=True, tie_embeddings=False, **LEVERS, **k),
 }
 each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 

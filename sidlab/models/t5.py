@@ -19,6 +19,7 @@ import copy
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
 from transformers import initialization as init
@@ -48,6 +49,7 @@ class SidT5Config(T5Config):
     max_items: int = 30  # of history
     encoder_mask: str = "full"  # whom a history token sees: all; "items": its own item and those before it
     cross_bias: bool = False  # a learned bias of cross-attention by how many items back a token is
+    qk_norm: bool = False  # queries and keys of each head are scaled to one size, which T5 does not
     ffn_hidden_layers: int = 1  # 2 in RASTP's model and 1 in T5's
     embedding_init: float = 0.05  # standard deviation of the initial token embeddings
     tie_embeddings: bool = True  # the output heads are slices of the embedding; False: weights of their own
@@ -177,6 +179,19 @@ def library_mask(seen: Tensor, config, dtype: torch.dtype) -> Tensor:
     return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
+class NormedProjection(nn.Linear):
+    """The product that makes queries or keys, each head's scaled to one size: a root mean square of `norm`, learned for each number. It
+    starts so that scores are as large as those divided by the root of their width."""
+
+    def __init__(self, linear: nn.Linear, width: int):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight, self.norm = linear.weight, nn.Parameter(torch.full((width,), width**-0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = super().forward(x).unflatten(-1, (-1, len(self.norm)))  # [..., H, dk]
+        return F.rms_norm(heads, self.norm.shape, self.norm.to(heads.dtype), eps=1e-6).flatten(-2)
+
+
 class DeepFeedForward(T5DenseActDense):
     """T5's feed-forward layer with `ffn_hidden_layers` hidden layers, two in RASTP's model (d → d_ff → d_ff → d)."""
 
@@ -235,22 +250,35 @@ class SidT5(SidModel, T5ForConditionalGeneration):
                 block.layer[-1].DenseReluDense = ours
         if not reference:
             fast.replace_dropout(self)
+        if config.qk_norm:
+            for layer in self._attentions():
+                layer.q, layer.k = (NormedProjection(linear, config.d_kv) for linear in (layer.q, layer.k))
         self.finish(config.d_model, table, decoder_start_token_id=BOS)
         self._keep_in_fp32_modules = set()  # T5's layer casts for a `wo` in float32, `DeepFeedForward` has all its weights in one dtype
 
+    def _attentions(self):
+        """All attention modules of both stacks."""
+        layers = (layer for stack in (self.encoder, self.decoder) for block in stack.block for layer in block.layer[:-1])
+        return [getattr(layer, "SelfAttention", None) or layer.EncDecAttention for layer in layers]
+
     def _init_weights(self, module):
         super()._init_weights(module)
+        if isinstance(module, NormedProjection):
+            init.constant_(module.norm, self.config.d_kv**-0.25)
         if isinstance(module, SidT5):
             init.normal_(module.shared.weight, std=self.config.embedding_init)
             if not self.config.tie_embeddings:  # the library would draw them fifty times as large
                 init.normal_(module.lm_head.weight, std=self.config.embedding_init)
             if module.cross_bias is not None:
-                init.zeros_(module.cross_bias.weight)
+                # Each head prefers newer items more gently than the one before it, as in ALiBi (arXiv 2108.12409); the last has no
+                # preference. From zero, biases would take thousands of steps to tell items apart.
+                slopes = 2.0 ** -torch.arange(self.config.num_heads)
+                slopes[-1] = 0.0
+                init.copy_(module.cross_bias.weight, -slopes * torch.arange(ITEMS_BACK)[:, None])
             if self.config.zero_init:
-                for layer in (layer for stack in (module.encoder, module.decoder) for block in stack.block for layer in block.layer):
-                    output = layer.DenseReluDense.wo if hasattr(layer, "DenseReluDense") else \
-                        getattr(layer, "SelfAttention", None) or layer.EncDecAttention
-                    init.zeros_(getattr(output, "o", output).weight)
+                blocks = [*module.encoder.block, *module.decoder.block]
+                for output in [*(layer.o for layer in module._attentions()), *(block.layer[-1].DenseReluDense.wo for block in blocks)]:
+                    init.zeros_(output.weight)
             if self.config.position_init is not None:
                 for stack in (module.encoder, module.decoder):
                     bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
