@@ -171,7 +171,8 @@ class TrainConfig:
         if overrides.get("targets") == "all":
             fields |= DENSE.get(name, {})
         if continued:
-            fields |= CONTINUED
+            name, _, needed = ROWS[overrides.get("arch", "t5")]  # as the base was taught
+            fields |= CONTINUED | {name: needed}
             fields |= {rate: fields[rate] * SLOWER for rate in ("learning_rate", "muon") if fields.get(rate)}
         return cls(**fields | overrides)
 

@@ -158,11 +158,12 @@ def _kept(config, widths, items):
     if p is None:
         return codes + separators
     whole = p.unit == "item"
-    sink = config.arch == "qwen" and not whole and p.reduce == "select"
+    # One token stays on top: of a stream the last one, otherwise the first, which no pooling spares.
+    sink = config.arch == "qwen" and not whole and (p.reduce == "select" or config.completed().layout == "stream")
     count = kept_count(torch.from_numpy(items if whole else codes + separators), p.keep).numpy()
     if p.protect_separators:
         return np.minimum(count * len(widths) if whole else count + sink, codes) + separators
-    if sink:  # the first token stays on top
+    if sink:
         return np.minimum(count + 1, codes + separators)
     return count * (len(widths) + config.separators) if whole else count
 
@@ -271,7 +272,9 @@ def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused,
         return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
 
     def in_kernel(n, masked):  # queries, keys, values, result; one number a query; a mask, and then keys and values for all heads
-        return n * (w * (2 * inner + 2 * kv) + 4 * heads) + masked * n * (w * 2 * (inner - kv) + w * n)
+        v = w if fused else 4  # a CPU's kernel gets float32 (`fast.attention`), and its result is read in w bytes
+        read = w * inner * (v != w)
+        return n * (v * (2 * inner + 2 * kv) + read + 4 * heads) + masked * n * (v * 2 * (inner - kv) + w * n)
 
     def explicit(n, masked):  # weights, what dropout drew, weights as read
         return 4 * n * w * inner + heads * n * n * (4 + drop + w * (drop or w < 4)) + masked * n * n

@@ -27,7 +27,15 @@ from sidlab.pruning import PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.sids.table import SidTable
 from sidlab.training import build_model
-from sidlab.windows import Collator, StratifiedBatches, Windows, leave_one_out
+from sidlab.windows import (
+    Collator,
+    LengthBatches,
+    StratifiedBatches,
+    StretchCollator,
+    Stretches,
+    Windows,
+    leave_one_out,
+)
 
 RNG = np.random.default_rng(0)
 TABLE = SidTable(np.stack(np.unravel_index(RNG.choice(240, 100, replace=False), (8, 6, 5)), axis=1), (8, 6, 5))
@@ -268,6 +276,30 @@ def test_activations_of_a_decoder_only_model_are_what_autograd_keeps(bf16, dropo
         config = dataclasses.replace(QWEN, dropout=dropout, **CHANGES[name])
         predicted = cost(config, TABLE.widths, epoch(config)[0], fused=False, bf16=bf16).activation_bytes
         assert predicted == pytest.approx(measured_activations(config, bf16), rel=0.02), name
+
+
+@pytest.mark.parametrize("arch", ("t5", "qwen"))
+@pytest.mark.parametrize("separators", (True, False))
+def test_dense_targets_cost_what_the_model_computes(arch, separators):
+    """FLOPs, slots, parameters with the levers on, and kept activations, all per target."""
+    config = dataclasses.replace(
+        SMALL, arch=arch, targets="all", map=MapConfig(steps=2), separators=separators, level_embeddings=True, tie_embeddings=False,
+        cross_bias=arch == "t5", qk_norm=arch == "t5", batch_tokens=200)
+    stretches = Stretches(HISTORIES, config.max_items)
+    collator = StretchCollator(stretches, TABLE, separators=separators, map_config=config.map)
+    batches = [collator(indices) for indices in LengthBatches(stretches.lengths, TABLE.levels + separators, config.batch_tokens)]
+    found, (forward, both) = cost(config, TABLE.widths, stretches, fused=False, bf16=False), counted(config, batches)
+    targets = sum(int((batch["labels"][..., 0] != -100).sum()) for batch in batches)
+    assert (found.windows, found.batches) == (targets, len(batches)) and targets == sum(len(h) - 1 for h in HISTORIES)
+    assert round(found.forward * targets) == forward
+    assert round(found.training * targets) == both
+    assert found.parameters == sum(p.numel() for p in build_model(config, TABLE).parameters())
+
+
+@pytest.mark.parametrize("reduce", ("select", "pool"))
+def test_a_stream_that_is_pruned_keeps_its_last_token_on_top(reduce):
+    config = dataclasses.replace(QWEN, layout="stream", pruning=PruningConfig(reduce=reduce))
+    assert_counts(config)
 
 
 def test_table_is_relative_to_unpadded():
