@@ -79,6 +79,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     muon: float | None = None
     weight_decay: float = 1e-4
+    bias_rate: float | None = None  # T5 with `muon`: learning rate of the tables of position biases; None: `learning_rate`
     beta2: float = 0.999  # AdamW's decay of the squared gradients
     average_last: float = 0.0  # share of the last updates whose weights are averaged; 0: the weights as they are
     warmup: float = 0.05
@@ -114,7 +115,7 @@ class TrainConfig:
             raise ValueError("epochs must be above 0 and finite, and warmup, a share of the updates, in [0, 1]; "
                              f"got {self.epochs} and {self.warmup}")
         below_one = ("dropout", "residual_dropout", "label_smoothing", "beta2", "average_last")
-        limits = dict.fromkeys(below_one, 1) | dict.fromkeys(("weight_decay", "learning_rate", "muon"), math.inf)
+        limits = dict.fromkeys(below_one, 1) | dict.fromkeys(("weight_decay", "learning_rate", "muon", "bias_rate"), math.inf)
         for name, below in limits.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value < below:
@@ -173,7 +174,7 @@ class TrainConfig:
         if continued:
             name, _, needed = ROWS[overrides.get("arch", "t5")]  # as the base was taught
             fields |= CONTINUED | {name: needed}
-            fields |= {rate: fields[rate] * SLOWER for rate in ("learning_rate", "muon") if fields.get(rate)}
+            fields |= {rate: fields[rate] * SLOWER for rate in ("learning_rate", "muon", "bias_rate") if fields.get(rate)}
         return cls(**fields | overrides)
 
     def completed(self, base: dict | None = None) -> "TrainConfig":

@@ -224,7 +224,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             data_collator=lambda indices: tell_padding(collator(indices)), batches=batches, cases=_eval_cases(split, config),
             beam=config.beam, truth=truth, meter=meter, replay=_replays(config, processes), callbacks=callbacks,
             optimizers=(None if config.muon is None else MuonAdamW(
-                model, config.muon, config.learning_rate, config.weight_decay, config.beta2), None),
+                model, config.muon, config.learning_rate, config.weight_decay, config.beta2, config.bias_rate), None),
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
