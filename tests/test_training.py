@@ -254,7 +254,7 @@ def one_by_one(options, indices):
 
 
 @pytest.mark.parametrize("arch", ["t5", "qwen"])
-@pytest.mark.parametrize("map_config", [None, MapConfig(), MapConfig(unit="token", decay=0.5, weight=2.0)], ids=["plain", "items", "tokens"])
+@pytest.mark.parametrize("map_config", [None, MapConfig(), MapConfig(unit="token", decay=0.5, weight=2.0)], ids=["plain", "item", "token"])
 def test_an_update_is_the_mean_over_its_windows_one_by_one(spy, arch, map_config):
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
