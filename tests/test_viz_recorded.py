@@ -1,5 +1,6 @@
 """The frontier shows exactly the recorded runs, the slider knows no others, and its words follow from the numbers."""
 
+import dataclasses
 import json
 import re
 
@@ -155,5 +156,6 @@ def test_bundled_recording():
     lengths = np.concatenate([np.arange(1, len(history)) for history in leave_one_out(planted_catalogue().histories).train])  # of windows
     for scorer, keep, method in ((None, None, "unpadded"), ("rastp", KEEPS[3], "rastp@1/2"), ("recent", KEEPS[2], "recent@1/3")):
         row = next(row for row in data["rows"] if (row["pruning.scorer"], row["pruning.keep"]) == (scorer, pytest.approx(keep)))
-        assert row["mflops"] == pytest.approx(cost(method_config(method, "quick", 0), (8, 8, 4), lengths).training / 1e6)
+        config = dataclasses.replace(method_config(method, "quick", 0), accumulation=64)  # it was recorded with hardly any padding
+        assert row["mflops"] == pytest.approx(cost(config, (8, 8, 4), lengths).training / 1e6, rel=0.005)
     assert {row["pruning.scorer"] for row in explorer.runs} >= {"rastp", "random", "recent"} and len(explorer.frames()) >= 5
