@@ -2,7 +2,6 @@
 
 import torch
 
-
 BIASES = ("relative_attention_bias", "cross_bias")  # tables of what is added to attention scores, by distance
 
 
