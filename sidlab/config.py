@@ -66,7 +66,9 @@ class TrainConfig:
     embedding_norm: bool = False  # embeddings are scaled to a root mean square of 1
     tie_embeddings: bool = True  # the output heads are slices of the embedding; False: weights of their own
     zero_init: bool = False  # the output projections of attention and feed-forward layers start at zero
-    residual_dropout: float = 0.0  # decoder-only: of embeddings and of what each attention and feed-forward layer adds
+    # Of embeddings and of what each attention and feed-forward layer adds; `dropout` is then that inside the layers. None: T5 takes
+    # `dropout` everywhere, a decoder-only model none here. T5's attention heads that look at one place suffer by dropout of their weights.
+    residual_dropout: float | None = None
     label_smoothing: float = 0.0  # of the training loss, over the codes of a level
     pruning: PruningConfig | None = None
     strategy: Strategy | None = None

@@ -259,7 +259,7 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
 
 def _embedded(config, n):
     """Bytes that the levers on embeddings and residuals keep of n tokens."""
-    dropped = (2 * config.num_layers + 1) * (config.residual_dropout > 0)  # a byte each
+    dropped = (2 * config.num_layers + 1) * bool(config.residual_dropout and config.arch == "qwen")  # a byte each
     return n * config.d_model * (dropped + 4 * config.embedding_norm)
 
 

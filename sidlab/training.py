@@ -149,7 +149,7 @@ def _t5(config, table, shared):
         ffn_hidden_layers=config.ffn_hidden_layers, num_layers=config.num_layers, num_decoder_layers=config.num_decoder_layers,
         dropout_rate=config.dropout, embedding_init=config.embedding_init, position_init=config.position_init,
         encoder_mask=config.encoder_mask, cross_bias=config.cross_bias,
-        qk_norm=config.qk_norm, tie_embeddings=config.tie_embeddings, **shared), table)
+        qk_norm=config.qk_norm, residual_dropout=config.residual_dropout, tie_embeddings=config.tie_embeddings, **shared), table)
 
 
 def _qwen(config, table, shared):
@@ -159,7 +159,7 @@ def _qwen(config, table, shared):
     return SidQwen(SidQwenConfig(
         widths=table.widths, hidden_size=config.d_model, head_dim=config.d_kv, num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads or config.num_heads, intermediate_size=config.d_ff, num_hidden_layers=config.num_layers,
-        attention_dropout=config.dropout, embedding_init=config.embedding_init, residual_dropout=config.residual_dropout,
+        attention_dropout=config.dropout, embedding_init=config.embedding_init, residual_dropout=config.residual_dropout or 0.0,
         tie_word_embeddings=config.tie_embeddings, layout=config.layout, **shared), table)
 
 

@@ -54,6 +54,7 @@ class SidT5Config(T5Config):
     embedding_init: float = 0.05  # standard deviation of the initial token embeddings
     tie_embeddings: bool = True  # the output heads are slices of the embedding; False: weights of their own
     position_init: float | None = None  # half of the heads start out looking 1, 2, 3, … tokens back, with so strong a bias; None: none does
+    residual_dropout: float | None = None  # of embeddings, and what layers and stacks give; None: `dropout_rate`, as everywhere in T5
     level_embeddings: bool = False  # a learned vector for each level, added to the token's
     embedding_norm: bool = False  # embeddings are scaled to a root mean square of 1
     zero_init: bool = False  # the output projections of attention and feed-forward layers start at zero
@@ -248,6 +249,10 @@ class SidT5(SidModel, T5ForConditionalGeneration):
                 if plain:  # the library's layer has drawn its weights already
                     ours.wi, ours.wo, ours._is_hf_initialized = theirs.wi, theirs.wo, True
                 block.layer[-1].DenseReluDense = ours
+        if config.residual_dropout is not None:
+            for stack in (self.encoder, self.decoder):
+                for module in (stack, *(layer for block in stack.block for layer in block.layer)):
+                    module.dropout = nn.Dropout(config.residual_dropout)
         if not reference:
             fast.replace_dropout(self)
         if config.qk_norm:
