@@ -225,6 +225,7 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
     p, levels, ahead, inner, drop = config.pruning, len(widths) * taught, _ahead(config, widths), heads * config.d_kv, config.dropout > 0
     w, reference = 2 if bf16 else 4, p is not None and p.mode == "reference"
     noise = drop * (4 if reference else 1)  # what dropout drew: a byte, or PyTorch's number on a processor
+    outer = noise if config.residual_dropout is None else int(config.residual_dropout > 0)  # of what is not inside a layer
 
     def norm(n, readers=1):  # input, scale, normalised; the result, which mixed precision casts for each product that reads it
         return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
@@ -236,12 +237,12 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
         return w * inner * 2 * (n + m) + heads * n * (4 + by_row * w * (-(-m // 8) * 8))
 
     def layer(n, attention):  # of a hidden layer, the result behind dropout is all; PyTorch keeps that before and the noise
-        return norm(n, 3) + attention + norm(n) + n * (2 * d * noise + f * hidden * (w + reference * drop * (noise + w)))
+        return norm(n, 3) + attention + norm(n) + n * (2 * d * outer + f * hidden * (w + reference * drop * (noise + w)))
 
     plain = in_kernel if fused and not reference else explicit
     cross = (plain if drop or reference else in_kernel)(levels, kept, padded_behind)  # a processor's kernel takes no learned bias
     masked = padded & ~np.bool_(reference)  # a mask of one byte; the library's plain attention adds one instead, and keeps none
-    total = slots * d * noise + masked * slots**2  # with the embeddings
+    total = slots * d * outer + masked * slots**2  # with the embeddings
     total = total + (p.after_layer - 1 if p is not None else config.num_layers) * layer(slots, plain(slots, slots, padded))
     if p is not None:
         behind, moved = config.num_layers - p.after_layer, p.positions == "original" and not reference  # each row its own bias, gathered
@@ -251,9 +252,9 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
         total = total + (8 * kept**2 if moved and behind else 0) + (padded_behind & ~np.bool_(reference)) * kept**2
         attention = in_kernel if p.positions == "none" and not drop and not reference else plain
         total = total + behind * layer(kept, attention(kept, kept, padded_behind | moved))
-    total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + noise))  # last norm, read by all cross-attention
-    total = total + decoders * (layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * noise)
-    total = total + norm(levels) + levels * d * (2 * noise + (8 + 2 * w * len(ahead) if ahead else 0))
+    total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + outer))  # last norm, read by all cross-attention
+    total = total + decoders * (layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * outer)
+    total = total + norm(levels) + levels * d * (2 * outer + (8 + 2 * w * len(ahead) if ahead else 0))
     return total + 4 * taught * (sum(widths) + sum(map(sum, ahead))) + _embedded(config, slots + levels)
 
 

@@ -235,9 +235,14 @@ def on_a_gpu(monkeypatch):
 
 
 def measured_activations(config, bf16):
+    """As `kept_by_autograd`, of an epoch of windows."""
+    return kept_by_autograd(config, epoch(config)[1], bf16)
+
+
+def kept_by_autograd(config, batches, bf16):
     """The largest sum, over batches, of the distinct storages that the graph of the loss keeps, without parameters and inputs."""
     model, most = build_model(config, TABLE).train(), 0
-    for batch in epoch(config)[1]:
+    for batch in batches:
         _Saved.alive.clear()
         hooks = saved_tensors_hooks(_Saved, lambda saved: saved.tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -300,6 +305,18 @@ def test_dense_targets_cost_what_the_model_computes(arch, separators):
 def test_a_stream_that_is_pruned_keeps_its_last_token_on_top(reduce):
     config = dataclasses.replace(QWEN, layout="stream", pruning=PruningConfig(reduce=reduce))
     assert_counts(config)
+
+
+@pytest.mark.parametrize("levers", (
+    {"residual_dropout": 0.1}, {"residual_dropout": 0.1, "dropout": 0.1}, {"residual_dropout": 0.0, "dropout": 0.1}, {}))
+@pytest.mark.parametrize("arch", ("t5", "qwen"))
+def test_activations_of_dense_targets_and_levers_are_what_autograd_keeps(arch, levers):
+    config = dataclasses.replace(SMALL, arch=arch, targets="all", batch_tokens=200, tie_embeddings=False, **levers)
+    stretches = Stretches(HISTORIES, config.max_items)
+    collator = StretchCollator(stretches, TABLE, separators=True)
+    batches = [collator(indices) for indices in LengthBatches(stretches.lengths, TABLE.levels + 1, config.batch_tokens)]
+    predicted = cost(config, TABLE.widths, stretches, fused=False, bf16=False).activation_bytes
+    assert predicted == pytest.approx(kept_by_autograd(config, batches, bf16=False), rel=0.1)
 
 
 def test_table_is_relative_to_unpadded():
