@@ -24,7 +24,7 @@ from sidlab.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, published
 
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
 MARGIN = 0.05  # of the unpruned recall
-MATURE = 0.75  # of the lowest recall@10 published of an unpruned TIGER: what reaches less can't say what pruning costs
+MATURE = 0.9  # of the lowest recall@10 published of an unpruned TIGER: what reaches less can't say what pruning costs
 SINGLE = 0.1  # taken for the spread of a single run's seconds, which has none of its own
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, UNTESTABLE = "confirmed", "not confirmed", "undecided", "not run", "not testable here"
 

@@ -18,83 +18,80 @@ SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constan
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything a training run depends on besides the data.
+    """Everything a training run depends on besides the data; `preset` gives whole configurations."""
 
-    Model: `arch`, "t5" (`SidT5`) or "qwen" (`SidQwen`, decoder-only); `d_model`, `d_kv`, `num_heads`, `d_ff`, `num_layers` (of the encoder,
-    or all of a decoder-only model), `dropout` (decoder-only: of attention weights), `embedding_init`, `separators`, `max_items` of history,
-    `pruning`, `strategy` (how it changes while training, see `adaptive`), `map`; for "t5" also `num_decoder_layers`, `ffn_hidden_layers`,
-    `position_init` (as in `SidT5Config`); for "qwen" also `num_kv_heads` (default: `num_heads`) and `checkpoint`, a pretrained Qwen3
-    (`SidQwen.from_checkpoint`, trained in float32) whose sizes count instead of these, with `prompt`, text in front of every history.
-    Batches: `windows` "prefixes", of which an update is a sample of all lengths in proportion, cut by length into `accumulation` batches of
-    `batch_tokens` history slots on average (`windows.StratifiedBatches`; the more batches the less padding, but each has its price; several
-    processes share them, so it must be a multiple of their number); or "contiguous", drawn as published, where `batch_tokens` means
-    nothing (`windows.UserBatches`). Every target weighs the same in an update. `padding`: "batch" (to the batch's longest) or "fixed" (to
-    `max_items`, the published way, in the same batches); `bucketing`: windows of similar length share a batch (False: any, then padded to
-    the longest).
-    Optimiser: AdamW with `learning_rate`, `weight_decay`, `warmup` (share of all updates) and `schedule` (one of `SCHEDULERS`); with
-    `muon`, a learning rate, the weight matrices inside the layers are Muon's (`MuonAdamW`), under the same schedule.
-    Length: `epochs`, cut to `max_updates` if given. Evaluation every `eval_every` updates on `eval_users` validation users (None: all),
-    stopping after `patience` evaluations without a better recall@5.
-    `precision`: "fp32", "bf16" (mixed precision) or "auto", the faster of them: on a CPU both are timed
-    before the first update, for it depends on the CPU and on the sizes; a GPU that has bf16 takes it
-    (see `sidlab.precision`). `plain`: the libraries' own attention and dropout, in place of the cheaper
-    ones of `models.fast` and `models.scoring`, for comparison. `seed` reaches weights, dropout and order.
-    """
-
-    arch: str = "t5"
-    d_model: int = 128
-    d_kv: int = 64
+    # --- The model
+    arch: str = "t5"  # "t5" (`SidT5`) or "qwen" (`SidQwen`, decoder-only)
+    d_model: int = 128  # size of the hidden states
+    d_kv: int = 64  # of a head's queries, keys and values
     num_heads: int = 6
-    d_ff: int = 1024
-    ffn_hidden_layers: int = 2
-    num_layers: int = 4
-    num_decoder_layers: int = 4
-    dropout: float = 0.15
-    embedding_init: float = 0.05
-    position_init: float | None = None
-    num_kv_heads: int | None = None
-    checkpoint: str | None = None
-    prompt: str | None = None
-    separators: bool = True
-    max_items: int = 30
-    targets: int | str = 1  # what one pass teaches: 1, the item after a window; "all", every item of a stretch but its first
+    d_ff: int = 1024  # of the hidden layer of a feed-forward layer
+    ffn_hidden_layers: int = 2  # T5: hidden layers of a feed-forward layer, two in RASTP's model
+    num_layers: int = 4  # of the encoder, or all of a decoder-only model
+    num_decoder_layers: int = 4  # T5
+    num_kv_heads: int | None = None  # decoder-only: heads of keys and values; None: `num_heads`
+    checkpoint: str | None = None  # decoder-only: a pretrained Qwen3, whose sizes count instead (`SidQwen.from_checkpoint`)
+    prompt: str | None = None  # text in front of every history, for a `checkpoint`
+    separators: bool = True  # one token after each item of a history
+    max_items: int = 30  # of history; the newest count
     layout: str | None = None  # decoder-only: "bos_last" or "stream" (`SidQwenConfig`); None: as `targets` needs it
     encoder_mask: str | None = None  # T5: "full" or "items" (`SidT5Config`); None: as `targets` needs it
+
+    # --- Levers, off in both papers' models
     cross_bias: bool = False  # T5: a learned bias of cross-attention by how many items back a token is
     qk_norm: bool = False  # T5: queries and keys of each head are scaled to one size (Qwen3's always are)
     level_embeddings: bool = False  # a learned vector for each level is added to the token's
     embedding_norm: bool = False  # embeddings are scaled to a root mean square of 1
     tie_embeddings: bool = True  # the output heads are slices of the embedding; False: weights of their own
+    embedding_init: float = 0.05  # standard deviation of the initial token embeddings
+    position_init: float | None = None  # T5: half of the heads start out looking 1, 2, 3, … tokens back, by a bias so strong
     zero_init: bool = False  # the output projections of attention and feed-forward layers start at zero
+
+    # --- What keeps it from learning by heart
+    dropout: float = 0.15  # T5: everywhere; decoder-only: of attention weights
     # Of embeddings and of what each attention and feed-forward layer adds; `dropout` is then that inside the layers. None: T5 takes
-    # `dropout` everywhere, a decoder-only model none here. T5's attention heads that look at one place suffer by dropout of their weights.
+    # `dropout`, a decoder-only model none. (T5's heads that look at one place suffer where dropout hides it.)
     residual_dropout: float | None = None
     label_smoothing: float = 0.0  # of the training loss, over the codes of a level
+    weight_decay: float = 1e-4  # with `muon`, of the matrices alone
+
+    # --- Pruning and supervision
     pruning: PruningConfig | None = None
-    strategy: Strategy | None = None
+    strategy: Strategy | None = None  # how pruning changes while training (`adaptive`)
     map: MapConfig | None = None
+    targets: int | str = 1  # what one pass teaches: 1, the item after a window; "all", every item of a stretch but its first
+
+    # --- Batches. Every target weighs the same in an update.
+    # "prefixes": an update is a sample of all lengths in proportion, cut by length into `accumulation` batches
+    # (`windows.StratifiedBatches`). "contiguous": drawn as published (`windows.UserBatches`), where `batch_tokens` means nothing.
     windows: str = "prefixes"
-    padding: str = "batch"
-    bucketing: bool = True
-    batch_tokens: int = 1024
+    padding: str = "batch"  # to the batch's longest; "fixed": to `max_items`, the published way, in the same batches
+    bucketing: bool = True  # windows of similar length share a batch; False: any, then padded to the longest
+    batch_tokens: int = 1024  # history slots of a batch, on average
+    # Batches of an update: the more the less padding, but each has its price. Several processes share them, so it must be a multiple of
+    # their number.
     accumulation: int = 16
-    learning_rate: float = 1e-3
-    muon: float | None = None
-    weight_decay: float = 1e-4
-    bias_rate: float | None = None  # T5 with `muon`: learning rate of the tables of position biases; None: `learning_rate`
+
+    # --- Optimiser
+    learning_rate: float = 1e-3  # AdamW's peak
+    muon: float | None = None  # the peak rate of Muon, which then has the weight matrices inside the layers (`MuonAdamW`)
+    bias_rate: float | None = None  # T5 with `muon`: AdamW's rate for tables of position biases; None: `learning_rate`
     beta2: float = 0.999  # AdamW's decay of the squared gradients
-    average_last: float = 0.0  # share of the last updates whose weights are averaged; 0: the weights as they are
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    epochs: float = 100
+    warmup: float = 0.05  # share of all updates
+    schedule: str = "cosine"  # one of `SCHEDULERS`, the same for both optimisers
+    epochs: float = 100  # cut to `max_updates`, if given
     max_updates: int | None = None
-    eval_every: int = 100
-    eval_users: int | None = None
-    patience: int = 10
-    beam: int = 10
-    precision: str = "auto"
-    plain: bool = False
-    seed: int = 0
+
+    # --- Evaluation, on validation users
+    eval_every: int = 100  # updates
+    eval_users: int | None = None  # so many, the same ones every time; None: all
+    patience: int = 10  # evaluations without a better recall@5 after which training stops
+    beam: int = 10  # width of the search, on test users too
+
+    # --- The machine
+    precision: str = "auto"  # "fp32", "bf16" (mixed precision) or "auto": the faster of both, as `sidlab.precision` finds
+    plain: bool = False  # the libraries' own attention and dropout in place of `models.fast` and `models.scoring`, to compare
+    seed: int = 0  # of weights, dropout and order
 
     def __post_init__(self):
         plain(self)
@@ -116,7 +113,7 @@ class TrainConfig:
         if not 0 < self.epochs < math.inf or not 0 <= self.warmup <= 1:
             raise ValueError("epochs must be above 0 and finite, and warmup, a share of the updates, in [0, 1]; "
                              f"got {self.epochs} and {self.warmup}")
-        below_one = ("dropout", "residual_dropout", "label_smoothing", "beta2", "average_last")
+        below_one = ("dropout", "residual_dropout", "label_smoothing", "beta2")
         limits = dict.fromkeys(below_one, 1) | dict.fromkeys(("weight_decay", "learning_rate", "muon", "bias_rate"), math.inf)
         for name, below in limits.items():
             value = getattr(self, name)

@@ -204,6 +204,13 @@ def test_an_item_sees_itself_and_what_came_before():
     assert not moved[:8].any() and moved[8:].all()
 
 
+@pytest.mark.parametrize("build", (qwen, t5), ids=("qwen", "t5"))
+def test_vectors_of_levels_start_as_small_as_those_of_tokens(build):
+    weights = build(level_embeddings=True, embedding_init=0.03).get_input_embeddings()
+    assert weights.level.weight.std().item() == pytest.approx(0.03, rel=0.3)
+    assert weights.weight.std().item() == pytest.approx(0.03, rel=0.1)
+
+
 def test_a_saved_model_keeps_its_layout_and_its_mask(tmp_path):
     for name, build in MODELS.items():
         model = build()

@@ -37,6 +37,7 @@ class LibraryInit:
         super()._init_weights(module)
         if isinstance(module, SidEmbedding) and module.level is not None:  # not saved, as it follows from the widths
             init.copy_(module.token_level, _levels_of(self.config))
+            init.normal_(module.level.weight, std=self.config.embedding_init)  # the library leaves it at 1 in T5, which drowns the tokens
 
 
 def token_levels(widths, further: int = 0) -> Tensor:
