@@ -9,9 +9,9 @@ METHODS = padded unpadded recent random rastp map stamp sasrec
 SEEDS = 3
 SIDS =
 ARCH = t5
-PROTOCOL = continue
+PROTOCOL =
 QUICK =
-OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)$(patsubst %,-%,$(filter-out t5,$(ARCH)) $(filter-out continue,$(PROTOCOL)))
+OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)$(patsubst %,-%,$(filter-out t5,$(ARCH)) $(PROTOCOL))
 
 # The build of torch: the CPU's, unless another index is named or was named before (.venv remembers it).
 LAST_INDEX := $(shell cat .venv/torch-index 2>/dev/null)

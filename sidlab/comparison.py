@@ -23,7 +23,7 @@ import transformers
 
 from sidlab.baselines import NeighbourTable, Popularity
 from sidlab.checks import SHARE, integer, one_of
-from sidlab.config import PRESETS, TrainConfig
+from sidlab.config import DENSE, PRESETS, TrainConfig
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
 from sidlab.metrics import paired_test, per_user, rank_of_target, ranks_of
@@ -74,22 +74,25 @@ BASE = "base"  # the row of the unpruned model that the others continue, and in 
 
 
 def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_METHODS, seeds: int = 3, output_dir: str = "",
-            sids: str = "", arch: str = "t5", protocol: str = "continue") -> dict:
+            sids: str = "", arch: str = "t5", protocol: str = "") -> dict:
     """Train and test every method with every seed; write `results.json` and `index.html` into `output_dir`; return the results.
 
     Args: `dataset`: what `load_catalogue` takes; `preset`: of `TrainConfig`; `methods`: names of `METHODS`, separated by spaces or
     in a list, or "module:function", an own scorer (see `saliency.named_scorer`); a pruning method may carry its kept share, as in
     "rastp@1/2" (default 1/3); `seeds`: how many, from 0 on;
     `output_dir`: default runs/<dataset>-<preset>; `sids`: a published SID file (default: `sweeps.sid_table`'s choice); `arch`: "t5" or
-    "qwen", decoder-only; `protocol`: "continue" or "scratch" (see the module). Raises ValueError naming what is valid before anything is
-    trained.
+    "qwen", decoder-only; `protocol`: "continue" or "scratch" (see the module; default: "continue", but "scratch" for the preset "paper").
+    Raises ValueError naming what is valid before anything is trained.
     """
     names = methods.split() if isinstance(methods, str) else list(methods)
     if not names:
         raise ValueError(f"give at least one method, got methods={methods!r}")
     seeds = integer("seeds", seeds)
-    one_of("protocol", protocol, PROTOCOLS)
     one_of("preset", preset, PRESETS)
+    protocol = protocol or default_protocol(preset)
+    one_of("protocol", protocol, PROTOCOLS)
+    if protocol == "continue" and preset not in DENSE:
+        raise ValueError(f"preset={preset!r} trains from scratch, as published: protocol must be 'scratch', got {protocol!r}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"methods={methods!r} names {', '.join(twice)} twice")
     names = rows_of(names, protocol)
@@ -100,7 +103,7 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
         start = f"{BASE}-seed{seed}" if protocol == "continue" and name not in (BASE, "sasrec") else None
         specs[f"{name}-seed{seed}"] = spec(dataset, method_config(name, preset, seed, arch, protocol), source, start)
     folder = pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}" + f"-{arch}" * (arch != "t5")
-                          + f"-{protocol}" * (protocol != "continue"))
+                          + f"-{protocol}" * (protocol != default_protocol(preset)))
     catalogue = load_catalogue(dataset)
     results = [{"method": name, "seed": seed, **result} for (name, seed), result in zip(runs, run_all(specs, folder))]
     results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids, arch, protocol)
@@ -109,6 +112,11 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
 
     write_page(results, folder / "index.html")
     return results
+
+
+def default_protocol(preset: str) -> str:
+    """"continue", but "scratch" for a preset that has no dense targets, the published one."""
+    return "continue" if preset in DENSE else "scratch"
 
 
 def rows_of(methods, protocol: str = "continue") -> list[str]:
@@ -218,7 +226,7 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch,
         "command": f'make reproduce DATASET={shlex.quote(str(dataset))} PRESET={preset} METHODS="{" ".join(asked)}" '
                    + f"SEEDS={len(runs) // len(names)}"
                    + f" SIDS={shlex.quote(str(sids))}" * bool(sids) + f" ARCH={arch}" * (arch != "t5")
-                   + f" PROTOCOL={protocol}" * (protocol != "continue"),
+                   + f" PROTOCOL={protocol}" * (protocol != default_protocol(preset)),
         "precision": sorted({r["precision"] for r in runs} - {None}),
         "seed_noise": noise and noise["recall@10"]._asdict(),
         "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
