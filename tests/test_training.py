@@ -173,10 +173,10 @@ def test_the_meter_holds_nothing_of_a_batch():
         gc.collect()
         return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
 
-    meter.count(mask, mask[:, :2])
+    meter.count(mask, mask[:, :2], mask[:, 0].sum())
     before = alive()
     for _ in range(50):
-        meter.count(mask, mask[:, :2])
+        meter.count(mask, mask[:, :2], mask[:, 0].sum())
     assert alive() <= before
     assert meter.tokens() == {"real_token_fraction": 1, "kept_token_fraction": 0.4}
 
@@ -341,7 +341,7 @@ def test_the_meter_counts_training_only(tmp_path, monkeypatch):
     clock.now += 50
     meter.pause()
     assert meter.seconds == 5
-    meter.count(torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1], [1]]))
+    meter.count(torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1], [1]]), torch.tensor(2))
     assert meter.tokens() == {"real_token_fraction": 0.5, "kept_token_fraction": 2 / 3}
     meter.save(tmp_path / "checkpoint-1")
     again = Meter()
@@ -462,7 +462,7 @@ def test_another_run_s_folder_is_refused(tmp_path):
         ({}, other_world, TABLE),
         ({}, WORLD, other_table),
     ):
-        with pytest.raises(ValueError, match="holds a run of another configuration, catalogue or table"):
+        with pytest.raises(ValueError, match="holds a run of another configuration, catalogue, table or start"):
             train(config(max_updates=1, **changes), world, table, output_dir=tmp_path, progress=False)
     assert run(tmp_path, max_updates=1).timing["updates"] == 1
     most = PruningConfig(scorer=lambda signals: signals.centrality)
