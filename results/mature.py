@@ -34,7 +34,7 @@ def main():
     write_json(HERE / f"mature-{name}-{args.arch}.json", {
         "command": f"python results/mature.py {args.dataset} --arch {args.arch} --seeds {args.seeds}{sids}",
         "dataset": name, "arch": args.arch, "preset": "long", "hardware": hardware(), "versions": versions(),
-        "summary": metrics_of(ranks_of(found)),
+        "metrics": metrics_of(ranks_of(found)),
         "runs": [{"seed": seed, "precision": one["precision"], "busy": one["busy"], **{metric: one["row"][metric] for metric in METRICS},
                   "train_seconds": one["row"]["train_seconds"], "updates": one["row"]["updates"], "curve": one["curve"],
                   "ranks": one["ranks"]} for seed, one in enumerate(found)],
