@@ -21,6 +21,7 @@ README, PAGE = HERE.parent / "README.md", HERE / "README.md"
 COSTS = {"s per 1,000 windows": ("seconds_per_1k_windows", "#.3g"), "MB": ("peak_memory_mb", ",.0f"),
          "tokens kept": ("kept_token_fraction", ".0%")}
 SECTION = re.compile(r"(<!-- results: made by results/show.py -->\n).*?(<!-- end of results -->)", re.DOTALL)
+MODELS = {"t5": "T5", "qwen": "decoder-only"}
 METHODS = ("rastp", "rastp-visible", "recent", "stamp", "map")  # whose difference to the unpruned model it tells
 
 
@@ -35,6 +36,10 @@ Memory is told of GPUs: on a processor it is that of the process, and repeats ba
 standard deviation estimated from all models on SIDs, or all settings of a study, together: intervals rest on it, those of differences
 on the part of it that is not common to all. Where it is missing, several seeds speak for their own model alone, which makes intervals
 wider.
+"""
+OLDER = """**Older models.** All comparisons and studies below were trained before dense targets and equal weights, with the presets of that
+time (on Beauty, SIDs of the kit's own are older, too). Their unpruned models are far from published quality, so they say little about what
+pruning costs a model that works; they will be run anew.
 """
 STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 95 %; preset `{}`, {}:
 `mkdir -p runs && papermill notebooks/studies/NAME.ipynb runs/NAME.ipynb --cwd . -k python3 -p dataset FOLDER -p seeds N`.
@@ -69,13 +74,13 @@ unpruned models of this kind (TIGER) reach {theirs.min():.4f} to {theirs.max():.
 {max(ours):.4f}: what pruning costs a fully trained model stays open. Every table, command and machine, and a verdict on each claim of
 both papers, is in [results/README.md](results/README.md).
 """
-    return "\n".join([head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
+    return "\n".join([_mature(), OLDER, head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
 
 
 def page() -> str:
     """results/README.md: everything."""
     comparisons, studies = load()
-    parts = [HEAD, *map(_comparison, comparisons)]
+    parts = [HEAD, _mature(), OLDER, *map(_comparison, comparisons)]
     parts += [_bench(json.loads(path.read_text())) for path in sorted(HERE.glob("bench-*.json"))]
     for name, write in (("levers", _levers), ("scale", _scale)):
         if (HERE / f"{name}.json").exists():
@@ -188,14 +193,36 @@ def _bench(bench):
 
 
 def _levers(levers):
-    rows = ["| {} | {:,} | {:.4f} | {:.4f} [{:.4f}, {:.4f}] | {:.1f} |".format(
-        row["lever"], row["updates"], row["recall@5"], row["recall@10"], *row["recall@10_interval"], row["train_seconds"] / 60)
-        for row in levers["rows"]]
-    title = (f"**What limits recall on Beauty**: preset `long`, one change at a time, one seed; {_machine(levers['hardware'])}: "
-             f"`{levers['command']}`. Rows of other lengths compare only among themselves.")
-    return "\n".join([title, "",
-                      "| lever | updates | R@5 | R@10 [95 %] | minutes |", "|---|---|---|---|---|", *rows, "",
-                      *([levers["note"], ""] if "note" in levers else [])])
+    rows = []
+    for row in levers["rows"]:
+        against = "–" if "interval" not in row else "{:+.4f} [{:+.4f}, {:+.4f}]".format(row["difference"], *row["interval"])
+        rows.append(f"| {MODELS[row['arch']]} | {row['lever']} | {row['recall@5']:.4f} | {row['recall@10']:.4f} | {against} | "
+                    f"{row['train_seconds'] / 60:.1f} |")
+    title = (f"**What makes a model work**: preset `long` with dense targets, {levers['about']['epochs']:g} epochs, one change at a time, "
+             f"one seed, all validation users (no test user was looked at); {_machine(levers['hardware'])}: `{levers['command']}`. "
+             "The differences to the first row of an architecture are over users, uncorrected.")
+    return "\n".join([title, "", "| model | lever | R@5 | R@10 | R@10 against as it is [95 %] | CPU minutes |",
+                      "|" + "---|" * 6, *rows, ""])
+
+
+def _mature():
+    """Models of published quality: every file that results/mature.py wrote, with what is published beside it."""
+    rows, commands = [], []
+    for path in sorted(HERE.glob("mature-*.json")):
+        found = json.loads(path.read_text())
+        runs, ours = found["runs"], found["metrics"]
+        minutes = [run["train_seconds"] / 60 for run in runs]
+        theirs = published(found["dataset"]).query("method == 'TIGER'")["recall@10"]
+        seeds = ", ".join(f"{run['recall@10']:.4f}" for run in runs)
+        rows.append(f"| {found['dataset']} | {MODELS[found['arch']]} | {len(runs)} | {ours['recall@5']:.4f} | {ours['recall@10']:.4f} "
+                    f"| {seeds} | {min(minutes):.0f}–{max(minutes):.0f} | {theirs.min():.4f}–{theirs.max():.4f} |")
+        commands.append(f"`{found['command']}` ({_machine(found['hardware'])}, {', '.join(sorted({run['precision'] for run in runs}))})")
+    if not rows:
+        return ""
+    title = ("**Models of published quality**: preset `long`, every item of every history taught (`targets=\"all\"`), nothing pruned; "
+             "test users, every item ranked, nothing excluded. CPU minutes are those of training alone, one thread.")
+    head = "| data | model | seeds | R@5 | R@10 | R@10 of each seed | CPU minutes | R@10, published TIGER |"
+    return "\n".join([title, "", head, "|" + "---|" * 8, *rows, "", "Commands: " + "; ".join(commands) + ".", ""])
 
 
 def _scale(scale):

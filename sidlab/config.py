@@ -236,8 +236,8 @@ PRESETS = {
 OF_ARCH = {
     ("smoke", "t5"): RECIPE_OF["t5"] | dict(d_ff=64), ("smoke", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=96),
     ("quick", "t5"): RECIPE_OF["t5"] | dict(d_ff=128, residual_dropout=0.05), ("quick", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=192),
-    ("long", "t5"): RECIPE_OF["t5"] | dict(d_ff=512, residual_dropout=0.1), ("long", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=384),
-    ("gpu", "t5"): RECIPE_OF["t5"] | dict(d_ff=1024, residual_dropout=0.1), ("gpu", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=1024),
+    ("long", "t5"): RECIPE_OF["t5"] | dict(d_ff=512, level_embeddings=True, residual_dropout=0.1), ("long", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=384),
+    ("gpu", "t5"): RECIPE_OF["t5"] | dict(d_ff=1024, level_embeddings=True, residual_dropout=0.1), ("gpu", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=1024),
 }
 DENSE = {
     "smoke": dict(batch_tokens=1024, accumulation=1),
