@@ -234,10 +234,14 @@ PRESETS = {
     "paper": dict(windows="contiguous", accumulation=16, schedule="constant", warmup=0.0, eval_every=100, patience=10, precision="fp32"),
 }
 OF_ARCH = {
-    ("smoke", "t5"): RECIPE_OF["t5"] | dict(d_ff=64), ("smoke", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=96),
-    ("quick", "t5"): RECIPE_OF["t5"] | dict(d_ff=128, residual_dropout=0.05), ("quick", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=192),
-    ("long", "t5"): RECIPE_OF["t5"] | dict(d_ff=512, level_embeddings=True, residual_dropout=0.1), ("long", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=384),
-    ("gpu", "t5"): RECIPE_OF["t5"] | dict(d_ff=1024, level_embeddings=True, residual_dropout=0.1), ("gpu", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=1024),
+    ("smoke", "t5"): RECIPE_OF["t5"] | dict(d_ff=64),
+    ("smoke", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=96),
+    ("quick", "t5"): RECIPE_OF["t5"] | dict(d_ff=128, residual_dropout=0.05),
+    ("quick", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=192),
+    ("long", "t5"): RECIPE_OF["t5"] | dict(d_ff=512, level_embeddings=True, residual_dropout=0.1),
+    ("long", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=384),
+    ("gpu", "t5"): RECIPE_OF["t5"] | dict(d_ff=1024, level_embeddings=True, residual_dropout=0.1),
+    ("gpu", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=1024),
 }
 DENSE = {
     "smoke": dict(batch_tokens=1024, accumulation=1),
