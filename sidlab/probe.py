@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_bidirectional_mask
 
 from sidlab.decoding import beam_search, items_of_leaves, table_of
 from sidlab.models.scoring import SCORED
@@ -64,13 +63,14 @@ class Probe:
         if truth is not None:
             nats = truth.information([self.history])
             self.truth = truth_tokens(nats, model.table.levels, config.separators, self.input_ids.shape)[0]
-        states, self._bias, self.attention = self._run(model.encoder.embed_tokens(self.input_ids), None, 0)
+        states, self._bias, self.attention = self._run(model.encoder.embed_tokens(self.input_ids), None, 0, self.item_index[None])
         self.hidden = [state[0] for state in states]
 
-    def _run(self, hidden, bias, first):
-        """Blocks `first`, `first` + 1, … of the encoder: the states before and after each, the position bias, and the attention."""
+    def _run(self, hidden, bias, first, item):
+        """Blocks `first`, `first` + 1, … of the encoder: the states before and after each, the position bias, and the attention. `item`
+        int64 [1, N], the item that each token belongs to."""
         states, attention = [hidden], []
-        mask = create_bidirectional_mask(config=self._encoder.config, inputs_embeds=hidden, attention_mask=self.mask[:, : hidden.shape[1]])
+        mask = self._encoder.self_mask(hidden, None, item)
         scored = copy.copy(self._encoder.config)
         scored._attn_implementation = SCORED
         for block in self._encoder.block[first:]:
@@ -98,7 +98,8 @@ class Probe:
             raise ValueError('a probe shows one history without padding, and mode="reference" prunes a share of the padded length')
         if len(without) and (pruning is None or pruning.reduce != "select"):
             raise ValueError(f'without needs pruning with reduce="select", got pruning={pruning}')
-        encoder, out = self._encoder, PrunedEncoderOutput(attention_mask=self.mask)
+        item = self.item_index[None]  # [1, N]
+        encoder, out = self._encoder, PrunedEncoderOutput(attention_mask=self.mask, items_back=len(self.history) - item)
         encoder.set_pruning(pruning)
         if pruning is None:
             states, attention = [state[None] for state in self.hidden], self.attention[:0]
@@ -109,10 +110,12 @@ class Probe:
                 keep[torch.as_tensor(without, device=keep.device)] = False
             out.attention_mask = self.mask * keep
             truth = self.truth[None].to(self.tokens.device) if self.truth is not None else None
-            hidden, bias, _ = encoder.prune(self.hidden[layer][None], self._bias, self.centrality(layer)[None], self.input_ids, truth, out)
+            hidden, bias, _ = encoder.prune(self.hidden[layer][None], self._bias, self.centrality(layer)[None], self.input_ids, truth, out,
+                                             item=item)
             used = int(out.attention_mask.sum())
             out.attention_mask, out.positions = out.attention_mask[:, :used], out.positions[:, :used]
-            states, _, attention = self._run(hidden[:, :used], bias[..., :used, :used], layer)
+            out.items_back = out.items_back[:, :used]
+            states, _, attention = self._run(hidden[:, :used], bias[..., :used, :used], layer, item.gather(1, out.positions))
         out.last_hidden_state = encoder.final_layer_norm(states[-1])
         leaves, scores = beam_search(self.model, out, beam or max(k, 10))
         k = min(k, self.model.table.n_items)

@@ -12,12 +12,13 @@ from sidlab.saliency import SCORERS
 from sidlab.training import build_model
 
 
-@pytest.fixture(scope="module")
-def world():
+@pytest.fixture(scope="module", params=["full", "items"])
+def world(request):
     catalogue = sidlab.load_catalogue("planted", n_users=20)
     encoder = sidlab.ResidualKMeans(3, (8, 8, 4), seed=0).fit(catalogue.embeddings)
     table = sidlab.SidTable(encoder.encode(catalogue.embeddings), (8, 8, 4))
-    return build_model(sidlab.TrainConfig.preset("quick"), table).eval(), catalogue
+    config = sidlab.TrainConfig.preset("quick", encoder_mask=request.param, zero_init=False)  # or a fresh model's layers would do nothing
+    return build_model(config, table).eval(), catalogue
 
 
 @pytest.fixture

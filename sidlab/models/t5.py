@@ -109,10 +109,10 @@ class PrunedEncoder(PrunedStack, T5Stack):
                              f'(TrainConfig(padding="fixed")), got {inputs_embeds.shape[1]}')
         out = PrunedEncoderOutput(attention_mask=attention_mask)
         hidden = self.dropout(inputs_embeds)
-        item = self._items(input_ids, attention_mask) if self.config.encoder_mask == "items" or self.config.cross_bias else None
+        item = self.items_of(input_ids, attention_mask) if self.config.encoder_mask == "items" or self.config.cross_bias else None
         if self.config.cross_bias:
             out.items_back = torch.where(attention_mask.bool(), item, -1).amax(1, keepdim=True) - item + 1
-        mask = self._self_mask(hidden, attention_mask if padded else None, item)
+        mask = self.self_mask(hidden, attention_mask if padded else None, item)
         bias, eager = None, reference or self.config._attn_implementation == "eager"
         for number, block in enumerate(self.block, start=1):
             ours = {"eager": eager} if block.layer[0].SelfAttention.config is not self.config else {}  # for `scored_attention`
@@ -126,16 +126,16 @@ class PrunedEncoder(PrunedStack, T5Stack):
         out.last_hidden_state = self.dropout(self.final_layer_norm(hidden))
         return out
 
-    def _items(self, input_ids, attention_mask):
+    def items_of(self, input_ids, attention_mask):
         """Which item of its history each token belongs to, from 0: int64 [B, N]."""
         if input_ids is None:
             raise ValueError(f"encoder_mask={self.config.encoder_mask!r} and cross_bias={self.config.cross_bias} need input_ids, which say "
                              "where an item begins; got inputs_embeds")
         return (((self.token_level[input_ids] == 0) & attention_mask.bool()).cumsum(1) - 1).clamp_min(0)
 
-    def _self_mask(self, hidden, tokens, item):
+    def self_mask(self, hidden, tokens, item):
         """The library's form of the mask among the tokens of `hidden` [B, N, d]: `tokens` [B, N], None where all are real; `item` as
-        `_items` gives it."""
+        `items_of` gives it."""
         if self.config.encoder_mask == "full":
             return create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=tokens)
         seen = item.unsqueeze(1) <= item.unsqueeze(2)  # [B, N, N], rows are queries
@@ -156,7 +156,7 @@ class PrunedEncoder(PrunedStack, T5Stack):
         seen = pruned.mask if self.padded_behind(padded) else None
         if out.items_back is not None:
             out.items_back = out.items_back.gather(1, pruned.positions)
-        mask = self._self_mask(pruned.hidden, seen, None if item is None else item.gather(1, pruned.positions))
+        mask = self.self_mask(pruned.hidden, seen, None if item is None else item.gather(1, pruned.positions))
         return pruned.hidden, self._bias_behind(bias, pruned), mask
 
     def _bias_behind(self, bias, pruned):
@@ -366,7 +366,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         history = input_ids[:, :-per_item]
         tokens = (history != PAD).long() if attention_mask is None else attention_mask[:, :-per_item]
         encoded = self.encoder(input_ids=history, attention_mask=tokens)
-        item = self.encoder._items(history, tokens).unsqueeze(1)  # [B, 1, N]
+        item = self.encoder.items_of(history, tokens).unsqueeze(1)  # [B, 1, N]
         target = torch.arange(targets, device=labels.device).repeat_interleave(n_levels)  # [T·L]
         place = torch.arange(targets * n_levels, device=labels.device)
         own = ((target == target[:, None]) & (place <= place[:, None]))[None, None]  # [1, 1, T·L, T·L]
