@@ -44,7 +44,7 @@ from sidlab.viz import MapExplorer
 from sidlab.viz.theme import template
 from sidlab.windows import Collator, StretchCollator, Stretches, Windows, leave_one_out
 
-catalogue, encoder, table, _ = demo.load()
+catalogue, _, table, _ = demo.load()
 split = leave_one_out(catalogue.histories)
 windows, stretches = Windows(split.train, max_items=30), Stretches(split.train, max_items=30)
 
@@ -55,7 +55,7 @@ windows, stretches = Windows(split.train, max_items=30), Stretches(split.train, 
 # 2. **MAP** (multi-step auxiliary prediction, of STAMP). The same windows; each also predicts items *after* the next.
 # 3. **All items in one pass.** Read the history once, predict the next item at *every* place, as SASRec does.
 #
-# One user's training part (all but the last two items). Each row is a pass.
+# One user's training part; each row is a pass:
 
 # %%
 part = split.train[0]
@@ -103,8 +103,7 @@ def count(batch, name):
 
 
 n_main, n_map, n_dense = count(batch, "labels"), count(batch, "map_labels"), count(dense, "labels")
-read = int(batch["attention_mask"].sum())
-read_dense = 4 * n_dense // 3  # one item, three codes and a separator, before each of the labels
+read, read_dense = int(batch["attention_mask"].sum()), 4 * n_dense // 3  # before each item's labels, one of three codes and a separator
 print(f"{users} users, one item a window: {n_main:,} labels from {read:,} tokens, {1000 * n_main / read:.0f} per 1,000")
 teach.predict("All items in one pass: how many labels per 1,000 history tokens read?", 1000 * n_dense / read_dense, range=(0, 1000),
               default=(600, 900), explain="Each item read is followed by one that is asked for: three labels for every four tokens, however long the history.")
@@ -130,8 +129,7 @@ counts.style.format("{:,.0f}").format("{:.1f}", subset="labels a pass")
 # would draw different numbers).
 
 # %%
-settings = sidlab.TrainConfig.preset("quick", arch="t5", targets="all", map=config)
-model = build_model(settings, table).eval()
+model = build_model(sidlab.TrainConfig.preset("quick", arch="t5", targets="all", map=config), table).eval()
 
 
 def gradient(model, loss, part=""):  # of all parameters, or of one part, without the head that only MAP has
@@ -141,15 +139,13 @@ def gradient(model, loss, part=""):  # of all parameters, or of one part, withou
 
 # %%
 together = gradient(model, model(**dense).main_loss)
-one_by_one = torch.zeros_like(together)
-for window in mine:
-    one_by_one += gradient(model, model(**collator([window])).main_loss) / len(mine)
+one_by_one = sum(gradient(model, model(**collator([window])).main_loss) for window in mine) / len(mine)
 gradient_difference = float((together - one_by_one).abs().max())
 print(f"{users} rows in one pass, against {len(mine)} passes: largest difference {gradient_difference:.1e} "
       f"(gradient norm {together.norm():.2f}), cosine {F.cosine_similarity(together, one_by_one, dim=0):.4f}")
 
 # %% [markdown]
-# Equal, but for rounding. Had any place seen a later item, the two would differ.
+# Equal, but for rounding.
 #
 # ## What a batch knows
 #
@@ -304,7 +300,7 @@ curves = pd.DataFrame([
     {"way": way, "seconds": result.timing["train_seconds"] * entry["step"] / result.timing["updates"], "recall@10": entry["recall@10"]}
     for way, result in own.items() for entry in result.log if "recall@10" in entry])
 final = curves.groupby("way", sort=False)["recall@10"].last()
-ceiling = float(catalogue.truth.bayes_recall(split.cases("test")[0]).mean())
+ceiling = float(catalogue.truth.bayes_recall(split.cases("validation")[0]).mean())
 print(f"validation recall@10 after as many seconds, one item a window: {final['one item a window']:.3f}; Bayes optimum: {ceiling:.3f}")
 teach.predict("And of all items in one pass?", final["all items"], range=(0, 0.7), default=(0.35, 0.6),
               explain="It has seen several times as many targets in the same time.")
