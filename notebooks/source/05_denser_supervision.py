@@ -69,7 +69,7 @@ marks = pd.DataFrame(marks, columns=["way", "pass", "item", "what"])
 figure = px.scatter(marks, x="item", y="pass", facet_col="way", color="what", symbol="what", height=360, template=template(),
                     category_orders={"way": ["one item a window", "MAP", "all items"]}, symbol_sequence=["square-open", "circle", "x-thin-open"],
                     title="What each pass reads of one user, and what it is asked")
-figure.update_traces(marker_size=11, marker_line_width=2).update_traces(marker_size=5, selector={"name": "label"})
+figure.update_traces(marker_size=11, marker_line_width=2).update_traces(marker_size=7, marker_line_width=0, selector={"name": "label"})
 figure.for_each_annotation(lambda a: a.update(text=a.text.removeprefix("way="))).update_yaxes(autorange="reversed")
 
 # %% [markdown]
