@@ -1,30 +1,30 @@
 # %% [markdown]
-# # 5. Denser supervision: predicting further ahead
+# # 5. Denser supervision: where labels come from, and what they cost
 #
-# Multi-step auxiliary prediction (MAP) asks a training window for more than its next item. You build its labels, its
-# head and its loss by hand, measure which parameters feel them, and see what it brought in recorded runs and in one
-# of your own.
+# One pass over a history can teach one item, a few more (MAP), or all of them. You count labels, measure what they
+# cost and what their gradients know, and train each way for equally many seconds.
 #
 # **Goals**
-# * Say exactly what MAP predicts, through which parameters, and from which labels it must keep away.
-# * Measure its gradient: how many labels an update has, how strongly each part of the model feels them, and whether
-#   they pull the same way.
-# * Judge learning curves over steps, weight and unit against a baseline that is always shown.
+# * Count labels per pass and per token read, and say which of them are new.
+# * Show that one pass over all items has the gradient of many passes.
+# * Say what MAP predicts, through which parameters, and which labels it must not see.
+# * Judge a training by recall after equally many seconds.
 #
 # **You need** PyTorch, and [notebook 1](01_semantic_ids.ipynb). [Notebook 2](02_semantic_dilution.ipynb) says why
 # labels are sparse.
 #
-# **Time** 35 minutes, of which about 3 for a training of your own; 25 more with the two exercises.
+# **Time** 35 minutes, of which about 4 for trainings of your own; 25 more with the two exercises.
 #
-# **Machine** 1–2 cores, about 1 GB of memory, no network, no GPU.
+# **Machine** 1–2 cores, about 2 GB of memory, no network, no GPU.
 
 # %% tags=["parameters"]
-steps = 2  # of the MAP that is taken apart here and trained below
+steps = 2  # of MAP, how many items further ahead
 weight = 0.3  # of its loss
-batch_windows = 128  # of the batch whose labels and gradients are measured
+users = 16  # whose labels and gradients are taken apart
+draws = 10  # batches whose gradients are compared with that of 500 users
+own_users = 2000  # of your own runs
+own_seconds = 30  # for each of four
 recorded = "data/map.json"  # or a recording of your own
-own_users = 2000  # of your own run: two trainings of about a minute each
-own_updates = 200
 
 # %% tags=["setup"]
 import json
@@ -39,26 +39,155 @@ import torch.nn.functional as F
 
 import sidlab
 from sidlab import demo, teach
-from sidlab.map_loss import MapHead
 from sidlab.training import build_model
 from sidlab.viz import MapExplorer
 from sidlab.viz.theme import template
-from sidlab.windows import Collator, Windows, leave_one_out
+from sidlab.windows import Collator, StretchCollator, Stretches, Windows, leave_one_out
 
-catalogue, encoder, table, _ = demo.load()
+catalogue, _, table, _ = demo.load()
 split = leave_one_out(catalogue.histories)
-windows = Windows(split.train, max_items=30)
+windows, stretches = Windows(split.train, max_items=30), Stretches(split.train, max_items=30)
 
 # %% [markdown]
-# ## The idea
+# ## Three ways to read one user
 #
-# One window: a user's history, and the next item, spelled in three tokens. Those three tokens are all the labels that
-# the window gives, however long its history is. STAMP (arXiv 2604.05329) adds labels: the model also predicts what
-# comes *after* the next item. In training only; at inference the extra part is dropped.
+# 1. **One item a window.** Read a prefix of the history, predict the next item: a user of ten items is read nine times.
+# 2. **MAP** (multi-step auxiliary prediction, of STAMP). The same windows; each also predicts items *after* the next.
+# 3. **All items in one pass.** Read the history once, predict the next item at *every* place, as SASRec does.
 #
-# **What is known and what is ours.** The paper says: several future steps, a shared projection, an auxiliary term
-# beside the next-token loss, heads dropped at inference. The number of steps, the weight and the formulas are not
-# available to us. What follows is *our reading* of it:
+# One user's training part; each row is a pass:
+
+# %%
+part = split.train[0]
+n = len(part)
+marks = [("all items", 1, item, "read") for item in range(1, n)] + [("all items", 1, item, "label") for item in range(2, n + 1)]
+for row in range(1, n):  # the window with `row` items of history
+    for way in ("one item a window", "MAP"):
+        marks += [(way, row, item, "read") for item in range(1, row + 1)] + [(way, row, row + 1, "label")]
+    marks += [("MAP", row, item, "MAP's label") for item in range(row + 2, min(row + 1 + steps, n) + 1)]
+marks = pd.DataFrame(marks, columns=["way", "pass", "item", "what"])
+figure = px.scatter(marks, x="item", y="pass", facet_col="way", color="what", symbol="what", height=360, template=template(),
+                    category_orders={"way": ["one item a window", "MAP", "all items"]}, symbol_sequence=["square-open", "circle", "x-thin-open"],
+                    title="What each pass reads of one user, and what it is asked")
+figure.update_traces(marker_size=11, marker_line_width=2).update_traces(marker_size=7, marker_line_width=0, selector={"name": "label"})
+figure.for_each_annotation(lambda a: a.update(text=a.text.removeprefix("way="))).update_yaxes(autorange="reversed")
+
+# %% [markdown]
+# **What to look for.** Windows read the first items again and again. MAP's labels are also labels of other windows.
+#
+# ## Labels by hand
+#
+# An item is three tokens, so a label of the figure is three for the loss. Stand one item before the end of that part,
+# so that MAP's second step would be an item held out for validation. Such a label must not be, or MAP would train on
+# what it is tested on. The package keeps to that border, where −100 means "no label". First the next item and MAP's
+# steps of one window, then all items in one pass: `[B, T, L]` in place of `[B, L]`.
+
+# %%
+config = sidlab.MapConfig(steps=steps, weight=weight, unit="item")
+collator = Collator(windows, table, separators=True, max_items=30, map_config=config)
+dense_collator = StretchCollator(stretches, table, separators=True, map_config=config)
+window = n - 3  # of the first user, whose windows stand first: n − 2 items of history
+batch = collator([window])
+batch["labels"], batch["map_labels"], dense_collator([0])["labels"]
+
+# %% [markdown]
+# Count, for a few users:
+
+# %%
+mine = np.arange(windows.of_user[users]).tolist()  # all windows of these users
+batch, dense = collator(mine), dense_collator(range(users))  # no history here is longer than a stretch, so each user is one
+
+
+def count(batch, name):
+    return int((batch[name] != -100).sum())
+
+
+n_main, n_map, n_dense = count(batch, "labels"), count(batch, "map_labels"), count(dense, "labels")
+read, read_dense = int(batch["attention_mask"].sum()), 4 * n_dense // 3  # before each item's labels, one of three codes and a separator
+print(f"{users} users, one item a window: {n_main:,} labels from {read:,} tokens, {1000 * n_main / read:.0f} per 1,000")
+teach.predict("All items in one pass: how many labels per 1,000 history tokens read?", 1000 * n_dense / read_dense, range=(0, 1000),
+              default=(600, 900), explain="Each item read is followed by one that is asked for: three labels for every four tokens, however long the history.")
+
+# %%
+rows = {"one item a window": (len(mine), read, n_main), "one item a window and MAP": (len(mine), read, n_main + n_map),
+        "all items": (users, read_dense, n_dense), "all items and MAP": (users, read_dense, n_dense + count(dense, "map_labels"))}
+counts = pd.DataFrame(rows, index=["passes", "history tokens read", "labels"]).T
+counts["labels a pass"] = counts["labels"] / counts["passes"]
+counts["labels per 1,000 tokens"] = 1000 * counts["labels"] / counts["history tokens read"]
+counts["different tokens asked for"] = n_main
+counts.style.format("{:,.0f}").format("{:.1f}", subset="labels a pass")
+
+# %% [markdown]
+# **What to look for.** No way asks for a token that the others do not ask for. MAP asks for the same ones again, from
+# further back. All items in one pass has exactly the windows' labels, for a fraction of the reading.
+#
+# ## The same gradient
+#
+# One pass may replace many only if no place sees what comes after it. In a decoder-only model attention is causal
+# anyway. Here `encoder_mask="items"` lets a history token see its own item and those before it, and a target the
+# items before it. Both ways then have the same mean loss, so their gradients must agree (in evaluation mode: dropout
+# would draw different numbers).
+
+# %%
+model = build_model(sidlab.TrainConfig.preset("quick", arch="t5", targets="all", map=config), table).eval()
+
+
+def gradient(model, loss, part=""):  # of all parameters, or of one part, without the head that only MAP has
+    parameters = [p for name, p in model.named_parameters() if name.startswith(part) and not name.startswith("map_head")]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+
+
+# %%
+together = gradient(model, model(**dense).main_loss)
+one_by_one = sum(gradient(model, model(**collator([window])).main_loss) for window in mine) / len(mine)
+gradient_difference = float((together - one_by_one).abs().max())
+print(f"{users} rows in one pass, against {len(mine)} passes: largest difference {gradient_difference:.1e} "
+      f"(gradient norm {together.norm():.2f}), cosine {F.cosine_similarity(together, one_by_one, dim=0):.4f}")
+
+# %% [markdown]
+# Equal, but for rounding.
+#
+# ## What a batch knows
+#
+# Let each batch read about 1,000 history tokens. How close is its gradient to that of 500 other users? Cosine 1: the
+# same direction; 0: unrelated.
+
+# %%
+def agreement(model, tokens=1000, others=500):
+    reference = gradient(model, model(**dense_collator(range(others))).main_loss)
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(draws):
+        some = rng.permutation(np.arange(windows.of_user[others], len(windows)))
+        few = rng.permutation(np.arange(others, len(stretches)))
+        some = some[: np.searchsorted(np.cumsum(4 * windows.lengths[some]), tokens)]
+        few = few[: np.searchsorted(np.cumsum(4 * (stretches.lengths[few] - 1)), tokens)]
+        for way, b in (("one item a window", collator(some.tolist())), ("all items", dense_collator(few.tolist()))):
+            out = model(**b)
+            main, auxiliary = gradient(model, out.main_loss), gradient(model, weight * out.map_loss)
+            for name, g, labels in ((way, main, count(b, "labels")), (f"{way} and MAP", main + auxiliary, count(b, "labels") + count(b, "map_labels"))):
+                rows.append({"batch of": name, "labels": labels, "gradient norm": float(g.norm()),
+                             "cosine with 500 users": float(F.cosine_similarity(g, reference, dim=0))})
+    return pd.DataFrame(rows).groupby("batch of", sort=False).mean()
+
+
+fresh = agreement(model)
+cosines = fresh["cosine with 500 users"]
+gain = cosines["all items"] - cosines["one item a window"], cosines["one item a window and MAP"] - cosines["one item a window"]
+answers = ["MAP", "all items", "neither, by less than 0.05"]
+teach.predict("Which of the two brings a batch of 1,000 tokens closer to the gradient of 500 users?",
+              answers[2] if max(gain) < 0.05 else answers[int(gain[0] > gain[1])], choices=answers, default=answers[1],
+              explain="A mean over more of the labels that count is less noisy.")
+
+# %%
+fresh.style.format(precision=2).format("{:.0f}", subset="labels")
+
+# %% [markdown]
+# **What to look for.** MAP's gradient is larger. Is it closer? More labels help if they point where the next item does.
+#
+# ## MAP by hand
+#
+# The paper says: several future steps, a shared projection, an auxiliary term beside the next-token loss, heads
+# dropped at inference. Steps, weight and formulas are not available to us. This is *our reading*:
 #
 # ```
 # h_t      state that predicts token t of the next item                                   [d]
@@ -67,214 +196,145 @@ windows = Windows(split.train, max_items=30)
 # ```
 #
 # Each h_t^(s) goes through the model's own output head. Its label is token t of the s-th item after the next one
-# (`unit="item"`), or token t + s of the next item itself (`unit="token"`).
-#
-# ## Labels by hand
-#
-# Take one user's training part and stand near its end.
+# (`unit="item"`), or token t + s of the next item itself (`unit="token"`). First what the package says of the windows
+# above, then the same by hand.
 
 # %%
-part = split.train[0]  # everything but the last two items, which are held out
-target = len(part) - 2  # the place of the next item
-ahead = part[target + 1 : target + 1 + steps]
-titles = catalogue.items.title
-print("history:", "; ".join(titles[i - 1] for i in part[max(0, target - 3) : target]))
-print("next   :", titles[part[target] - 1], table.item_tokens[part[target]].tolist())
-for s, i in enumerate(ahead, start=1):
-    print(f"step {s} :", titles[i - 1], table.item_tokens[i].tolist())
-print(f"{len(ahead)} of {steps} steps have a label")
-
-# %% [markdown]
-# One step has no label: the item behind it belongs to validation. If MAP could look there, it would train on what it
-# is tested on. The package's collator keeps to the same border; −100 means "no label". Compare:
-
-# %%
-config = sidlab.MapConfig(steps=steps, weight=weight, unit="item")
-collator = Collator(windows, table, separators=True, max_items=30, map_config=config)
-window = int(np.flatnonzero(windows.target == target)[0])  # the first user's items stand first
-batch = collator([window])
-batch["labels"], batch["map_labels"]
-
-# %% [markdown]
-# With `unit="token"` nothing further in the future is asked. Position t predicts token t + s of the *same* item: the
-# labels, moved to the left.
-
-# %%
-by_token = sidlab.MapConfig(steps=steps, weight=weight, unit="token")
-token_collator = Collator(windows, table, separators=True, max_items=30, map_config=by_token)
-token_collator([window])["map_labels"]
-
-# %% [markdown]
-# From here on, a whole batch:
-
-# %%
-some = np.random.default_rng(0).permutation(len(windows))[:batch_windows].tolist()
-batch = collator(some)
-n_main, n_map = (int((batch[name] != -100).sum()) for name in ("labels", "map_labels"))
-teach.predict(f"{batch_windows} windows have {n_main} labels. How many does MAP by item with {steps} steps add, in percent of these?",
-              100 * n_map / n_main, range=(0, 100.0 * steps), default=(30.0 * steps, 90.0 * steps), unit="%",
-              explain="Late windows lack steps: their users' training parts end too soon.")
-
-# %%
-rows = {}
-for unit, most in (("item", 4), ("token", 2)):
-    options = sidlab.MapConfig(steps=most, unit=unit)
-    labels = Collator(windows, table, separators=True, max_items=30, map_config=options)(some)["map_labels"]  # [B, S, L]
-    rows[f"by {unit}"] = {f"step {s + 1}": float((labels[:, s] != -100).float().mean()) for s in range(most)}
-pd.DataFrame(rows).T.style.format("{:.0%} of positions", na_rep="–")
-
-# %% [markdown]
-# **What to look for.** By item the share falls slowly with the step. By token with three levels, two steps are all
-# there is, and they add as many labels as one step with no gaps would.
-#
-# ## The shared projection by hand
-#
-# Four lines. The residual `hidden +` means: with P = 0 each step predicts exactly what the next-item head predicts.
-
-# %%
-d = 64
-hidden = torch.randn(2, 3, d)  # [B, L, d], decoder states
-P, e = torch.randn(d, d) / d**0.5, 0.02 * torch.randn(steps, d)
-normed = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-states = hidden[:, None] + (normed[:, None] + e[:, None]) @ P.T  # [B, S, L, d]
-
-# %%
-head = MapHead(d, steps)
-with torch.no_grad():
-    head.projection.copy_(P)
-    head.step.copy_(e)
-    difference = float((head(hidden) - states).abs().max())
-print(tuple(states.shape), "largest difference from the package:", difference)
-
-# %% [markdown]
-# **Sharing.** One projection serves all steps; only the small e_s says which step is meant. With one projection a
-# step the head would grow with S, and each would see only its own step's labels:
-
-# %%
-sizes = [{"steps": s, "shared: d² + d + S·d": sum(p.numel() for p in MapHead(d, s).parameters()),
-          "one P a step: S·d² + d": s * d * d + d} for s in (1, 2, 4, 8)]
-pd.DataFrame(sizes).style.hide(axis="index")
-
-# %% [markdown]
-# ## The loss by hand
-#
-# A fresh model with a MAP head, and the batch from above. First what the package says, then the same step by step:
-# decoder states, the head's states, and for each level the cross-entropy against the codes of that level.
-
-# %%
-model = build_model(sidlab.TrainConfig.preset("quick", map=config), table)
 out = model(**batch)
 print(f"next item {out.main_loss:.4f}, MAP {out.map_loss:.4f}, together {out.loss:.4f}")
+encoded = model.encode(batch["input_ids"], batch["attention_mask"])
+h = model.decoder(input_ids=model.shifted(batch["labels"]), encoder_hidden_states=encoded.last_hidden_state,
+                  encoder_attention_mask=model.cross_mask(encoded, encoded.attention_mask)).last_hidden_state  # [B, L, d]
+head = model.map_head
+normed = head.norm * h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+states = h[:, None] + (normed[:, None] + head.step[:, None]) @ head.projection.T  # [B, S, L, d]
 
 # %%
-decoded = model.decoder(input_ids=model._shift_right(batch["labels"]), encoder_attention_mask=out.encoder_attention_mask,
-                        encoder_hidden_states=out.encoder_last_hidden_state)
-ahead = model.map_head(decoded.last_hidden_state)  # [B, S, L, d]
 per_step = []
 for s in range(steps):
     total = 0.0
     for level, (first, width) in enumerate(zip(table.offsets, table.widths)):
-        logits = F.linear(ahead[:, s, level], model.lm_head.weight[first : first + width])  # the model's own head
+        logits = F.linear(states[:, s, level], model.lm_head.weight[first : first + width])  # the codes of this level
         label = batch["map_labels"][:, s, level]
         total += F.cross_entropy(logits[label != -100], label[label != -100] - first, reduction="sum").item()
     per_step.append(total / int((batch["map_labels"][:, s] != -100).sum()))
 print("steps", [round(x, 4) for x in per_step], "→ mean", round(sum(per_step) / steps, 4))
 
 # %% [markdown]
-# One thing to notice, because it limits what can be learned. The state at level 3 has seen the next item's levels 1
-# and 2. It has *not* seen levels 1 and 2 of the item after that, whose level 3 it is asked for. So the steps' losses
-# can't come down as far as the main one.
+# The state at level 3 has seen the next item's levels 1 and 2, but *not* those of the item after it, whose level 3 it
+# is asked for.
 #
-# ## Gradient density
-#
-# "Denser supervision" can be measured. On one batch: how many labels are there, how large is the gradient of each
-# loss in each part of the model, and do the two gradients point the same way? The cosine is 1 where they agree, 0
-# where they have nothing to do with each other, below 0 where MAP pulls against the next item.
+# Which parts of the model feel MAP, and in which direction? Below 0 it pulls against the next item.
 
 # %%
-def gradients(model, loss):
-    names, parameters = zip(*model.named_parameters())
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, parameters, found)}
+def density(model):
+    out, parts = model(**batch), {}
+    for part in ("shared", "encoder", "decoder"):  # shared: the embeddings
+        a, b = gradient(model, out.main_loss, part), gradient(model, weight * out.map_loss, part)
+        parts[part] = {"‖next item‖": float(a.norm()), "‖weight · MAP‖": float(b.norm()), "cosine": float(F.cosine_similarity(a, b, dim=0))}
+    return pd.DataFrame(parts).T
 
 
-def part_of(name):
-    parts = {"shared": "embeddings = output head", "map_head": "MAP head"}
-    return parts.get(name.split(".")[0], name.split(".")[0])
-
-
-# %%
-def density(model, batch):
-    out, rows = model(**batch), []
-    main, auxiliary = gradients(model, out.main_loss), gradients(model, weight * out.map_loss)
-    for part in dict.fromkeys(map(part_of, main)):
-        a, b = (torch.cat([g.flatten() for name, g in of.items() if part_of(name) == part]) for of in (main, auxiliary))
-        cosine = float(F.cosine_similarity(a, b, dim=0)) if a.any() else float("nan")  # the head has no part in the main loss
-        rows.append({"part": part, "parameters": len(a), "‖next item‖": float(a.norm()), "‖weight · MAP‖": float(b.norm()),
-                     "‖both‖": float((a + b).norm()), "cosine": cosine})
-    return pd.DataFrame(rows).set_index("part")
-
-
-# %%
-before = density(model, batch)
-
-
-def direction(cosine):
-    return "mostly the same" if cosine > 0.3 else "against each other" if cosine < -0.3 else "hardly related"
-
-
-teach.predict("In this fresh model, in which direction do the two losses pull the encoder?", direction(before.cosine["encoder"]),
-              choices=["mostly the same", "hardly related", "against each other"], default="hardly related",
-              explain="At first both gain from the same things, such as knowing which codes are frequent.")
-
-# %%
-before.style.format(precision=3, na_rep="–")
-
-# %%
-parameters = sum(p.numel() for p in model.parameters())
-rows = {name: {"labels": n, "labels per 1,000 parameters": 1000 * n / parameters, "gradient norm": (norms**2).sum() ** 0.5}
-        for name, n, norms in (("next item alone", n_main, before["‖next item‖"]), ("with MAP", n_main + n_map, before["‖both‖"]))}
-totals = pd.DataFrame(rows).T
-totals["gradient norm per label"] = totals["gradient norm"] / totals["labels"]
-totals.style.format(precision=4).format("{:.0f}", subset="labels")
+before = density(model)
+before.style.format(precision=3)
 
 # %% [markdown]
-# **What to look for.** Every part of the model feels MAP, not only its head: the extra labels reach embeddings,
-# decoder and encoder *through* the head. The norm per label says how much a label moves the model; more labels at the
-# same total norm are not more learning by themselves. Set `weight = 1.0` in the parameters: which column changes, and
-# does the cosine?
-#
-# ## Dropped at inference
-#
-# The head makes no recommendation. Save the model without it, and compare what both recommend:
+# MAP's head makes no recommendation. Save the model without it, and compare what both recommend:
 
 # %%
 histories = [history[:-1] for history in catalogue.histories[:50]]
 with tempfile.TemporaryDirectory() as folder:
-    model.eval().save_pretrained(folder, drop_map=True)
+    model.save_pretrained(folder, drop_map=True)
     bare = sidlab.SidT5.from_pretrained(folder).eval()
 same = torch.equal(sidlab.recommend(model, histories)[0], sidlab.recommend(bare, histories)[0])
 print(f"with head {model.num_parameters():,} parameters, without {bare.num_parameters():,}; same recommendations: {same}")
 
 # %% [markdown]
-# So MAP costs nothing at inference. It costs something in training: a few products of [d, d] a window, and a softmax
-# a step and level. The model of cost knows how many FLOPs. (Compare the seconds in the runs below: many small
-# operations take longer than their FLOPs say.)
+# ## What a target costs
+#
+# A target is one next item to learn from. FLOPs of training per target, by the cost model, for the whole shop:
 
 # %%
-def flops(map_config):
-    return sidlab.cost.cost(sidlab.TrainConfig.preset("quick", map=map_config), table.widths, windows.lengths).training
+common = {"arch": "t5", "encoder_mask": "items", "precision": "fp32"}
+ways = {"one item a window": {}, "one item a window and MAP": {"map": config}, "all items": {"targets": "all"},
+        "all items and MAP": {"targets": "all", "map": config}}
+costs = {way: sidlab.cost.cost(sidlab.TrainConfig.preset("quick", **common, **fields), table.widths, stretches if "targets" in fields else windows)
+         for way, fields in ways.items()}
+flops = pd.DataFrame({way: {**c.flops, "forward": c.forward, "training": c.training} for way, c in costs.items()}).T / 1e6
+relative = flops["training"] / flops["training"]["one item a window"]
+teach.predict("Training FLOPs per target of one item a window are 100 %. And of all items in one pass?", 100 * relative["all items"], range=(0, 100),
+              default=(5, 40), unit="%", explain="The encoder reads an item once, not in every window. The decoder's work stays: it spells every target.")
 
-
-relative = {f"{s} steps": flops(sidlab.MapConfig(steps=s)) / flops(None) for s in (1, 2, 4)}
-pd.DataFrame({"training FLOPs, × no MAP": relative}).style.format(precision=3)
+# %%
+flops.assign(relative=relative).drop(columns="behind").style.format(precision=2)
 
 # %% [markdown]
-# ## What it brought: recorded runs
+# (Millions; *relative* compares the column *training*.) Small operations take longer than their FLOPs say: compare the
+# seconds below.
 #
-# Trained with the `quick` preset on the planted shop: no MAP, MAP by item (1, 2 and 4 steps, three weights each), and
-# MAP by token (1 and 2 steps, one weight), three seeds each. With one seed all saw the same windows in the same order, from the same
-# initial weights; curves and points are means over seeds.
+# ## Runs of your own
+#
+# Four trainings, equal but for their labels: model, initial weights (MAP's head draws its weights aside), users,
+# seconds. A few updates tell how many fit. The learning rate falls to zero at the end of each.
+
+# %%
+shop = sidlab.load_catalogue("planted", n_users=own_users)  # the same world, as many users as you like
+
+
+def run(way, updates, points=5, eval_users=300):
+    options = sidlab.TrainConfig.preset("quick", max_updates=updates, epochs=1000, eval_every=max(1, updates // points),
+                                        eval_users=eval_users, **common, **ways[way])
+    return sidlab.train(options, shop, table, progress=False)
+
+
+own = {}
+for way in ways:
+    pace = run(way, updates=5, points=1, eval_users=10).timing["train_seconds"] / 5
+    own[way] = run(way, updates=max(5, 5 * int(own_seconds / pace / 5)))
+    timing = own[way].timing
+    print(f"{way:26}: {timing['train_seconds']:.0f} s, {timing['updates']} updates, {timing['windows']:,} targets, "
+          f"{timing['windows'] / timing['train_seconds']:,.0f} a second")
+
+# %%
+curves = pd.DataFrame([
+    {"way": way, "seconds": result.timing["train_seconds"] * entry["step"] / result.timing["updates"], "recall@10": entry["recall@10"]}
+    for way, result in own.items() for entry in result.log if "recall@10" in entry])
+final = curves.groupby("way", sort=False)["recall@10"].last()
+ceiling = float(catalogue.truth.bayes_recall(split.cases("validation")[0]).mean())
+print(f"validation recall@10 after as many seconds, one item a window: {final['one item a window']:.3f}; Bayes optimum: {ceiling:.3f}")
+teach.predict("And of all items in one pass?", final["all items"], range=(0, 0.7), default=(0.35, 0.6),
+              explain="It has seen several times as many targets in the same time.")
+
+# %%
+px.line(curves, x="seconds", y="recall@10", color="way", symbol="way", line_dash="way", markers=True, height=420, template=template(),
+        title="Validation recall@10 against seconds of training", range_y=[0, 0.7]).add_hline(y=ceiling, line_dash="dot", annotation_text="Bayes optimum")
+
+# %%
+final.to_frame().style.format("{:.3f}")
+
+# %% [markdown]
+# **What to look for.**
+# * 300 users, one seed: each recall is sure to about ± 0.06. Which differences are larger?
+# * At which second does "all items" reach the last value of one item a window?
+# * What does MAP add to the windows, and on top of all items?
+#
+# And the gradients after training, when MAP's head has learned its task?
+
+# %%
+trained = own["all items and MAP"].model.cpu().eval()
+after, late = density(trained), agreement(trained)
+both = pd.DataFrame({"fresh": cosines, "trained": late["cosine with 500 users"]}).rename("batch of {}, with 500 users".format)
+pd.concat([both, pd.DataFrame({"fresh": before.cosine, "trained": after.cosine}).rename("MAP with the next item, {}".format)]).style.format(precision=2)
+
+# %% [markdown]
+# **What to look for.** What is common is learned, and a batch knows less of the direction. Where MAP's cosine with the
+# next item falls towards 0, its labels ask for something else by now. Only recall on held-out users can say whether
+# that helps or takes room.
+#
+# ## What MAP brought: recorded runs
+#
+# One item a window with the `quick` preset: no MAP, MAP by item (1, 2 and 4 steps, three weights each) and by token (1
+# and 2 steps, one weight). Three seeds each, with the same windows, order and initial weights for all.
 
 # %%
 data = json.loads(pathlib.Path(recorded).read_text())
@@ -282,85 +342,26 @@ base = next(row for row in data["rows"] if row["map.unit"] is None)
 with_map = [row for row in data["rows"] if row is not base]
 differences = [row["against"][base["number"]] for row in with_map]  # mean, low, high of recall@10 − that of the baseline
 better, worse = sum(low > 0 for _, low, _ in differences), sum(high < 0 for _, _, high in differences)
-width = float(np.median([high - low for _, low, high in differences]))
 teach.predict(f"Of {len(with_map)} settings of MAP, how many are clearly better than the baseline, on the same users and seeds?",
-              better, range=(0, len(with_map)), default=(0, 5),
-              explain=f"The 95 % intervals of the differences are some {width / 2:.3f} to either side: what is smaller is undecided here.")
+              better, range=(0, len(with_map)), default=(0, 5), explain="Clearly: the 95 % interval of the difference lies above 0.")
 
 # %%
 MapExplorer(data)
 
 # %% [markdown]
-# **What to look for.**
-# * Move the weight from 0.1 to 1. The left curve is recall, the right one the loss of the next item *alone*, so all
-#   runs compare there.
-# * Compare 1, 2 and 4 steps by item: the further ahead, the less the present history tells.
-# * Switch to tokens. Two steps are all there is with three levels, and one weight was recorded: sliders that stood
-#   elsewhere move there.
-# * The lower figure shows all settings at once: how much more (or less) recall than without MAP, on the same users and with the same
-#   seeds. Which intervals leave the line?
+# **What to look for.** Move the weight from 0.1 to 1: the right curve is the loss of the next item *alone*, so all
+# runs compare there. Compare 1, 2 and 4 steps by item. In the lower figure, which intervals leave the line of no MAP?
 
 # %%
 best = max(with_map, key=lambda row: row["recall@10"])
-above = sum(row["recall@10"] > base["recall@10"] for row in with_map)
-ceiling = float(catalogue.truth.bayes_recall(split.cases("test")[0]).mean())
-print(f"no MAP {base['recall@10']:.3f}; {above} of {len(with_map)} settings are above it; clearly better {better}, clearly worse {worse}")
-print(f"best: by {best['map.unit']}, {best['map.steps']:g} steps, weight {best['map.weight']:g}: {best['recall@10']:.3f}")
-print(f"Bayes optimum {ceiling:.3f}")
+print(f"no MAP {base['recall@10']:.3f}; of {len(with_map)} settings {better} clearly better, {worse} clearly worse; best {best['recall@10']:.3f}: "
+      f"by {best['map.unit']}, {best['map.steps']:g} steps, weight {best['map.weight']:g}")
 
 # %% [markdown]
-# So none of these settings is clearly better than no MAP in this shop, and a weight of 1 is clearly worse where three seeds suffice to say so: the auxiliary labels then take
-# from the next item what it needs.
+# No setting is clearly better than no MAP in this shop. Read that with care: it is our reading of MAP, one shop, short
+# trainings. And the best of many settings is partly the luckiest.
 #
-# Read that with care. The best of many settings is partly the luckiest: picking it on the test items and reporting its
-# number is cheating, if a mild kind. Three seeds say little about others. These trainings are short, so "better"
-# may mean "faster at first". And whatever you see is about our reading of MAP in this shop, not about the paper's.
-#
-# ## A run of your own
-#
-# Two trainings, the second with MAP. Everything else is equal, the initial weights included: the head draws its
-# weights aside, so that it shifts no other random number.
-
-# %%
-shop = sidlab.load_catalogue("planted", n_users=own_users)  # the same world, as many users as you like
-common = {"max_updates": own_updates, "epochs": 100, "eval_every": max(1, own_updates // 5), "eval_users": 300}
-own = {name: sidlab.train(sidlab.TrainConfig.preset("quick", map=chosen, **common), shop, table, progress=False)
-       for name, chosen in (("no MAP", None), ("MAP", config))}
-for name, result in own.items():
-    print(f"{name}: {result.timing['train_seconds']:.0f} s, validation recall@10 {result.metrics['recall@10']:.3f}")
-
-# %%
-curve = pd.concat([pd.DataFrame(result.log).dropna(subset="main_loss")[["step", "main_loss"]].assign(run=name)
-                   for name, result in own.items()])
-last = curve.groupby("run").main_loss.apply(lambda losses: losses.tail(5).mean())
-answers = ["lower with MAP", "not lower with MAP"]
-teach.predict("After equally many updates, the training loss of the next item alone (mean of the last five values) is …", answers[int(last["MAP"] >= last["no MAP"])],
-              choices=answers, default=answers[0], explain="One run each: train with another seed (seed=1) before you believe it.")
-
-# %%
-px.line(curve, x="step", y="main_loss", color="run", symbol="run", line_dash="run", markers=True, height=360, template=template(),
-        title="Training loss of the next item alone, your own run", labels={"step": "updates", "main_loss": "loss (nats per token)"})
-
-# %%
-curve.pivot(index="step", columns="run", values="main_loss").iloc[::3].style.format(precision=3)
-
-# %% [markdown]
-# The loss compares well, for both runs saw the same batches. The two recalls above stand on 300 users: such a
-# number is sure to about ± 0.06, so a smaller difference decides nothing.
-#
-# And the gradients, after training? The head has learned its task now, so the comparison with the fresh model is
-# fair:
-
-# %%
-after = density(own["MAP"].model.cpu().train(), batch)
-compared = {f"{what}, {when}": values for when, t in (("fresh", before), ("trained", after)) for what, values in (
-    ("cosine", t.cosine), ("‖weight · MAP‖ / ‖next item‖", t["‖weight · MAP‖"] / t["‖next item‖"]))}
-pd.DataFrame(compared).drop("MAP head").style.format(precision=2)
-
-# %% [markdown]
-# **What to look for.** Where the cosine falls towards 0, the auxiliary labels ask for something else than the next
-# item by now. They may still help (a richer state) or only take room. Which of the two it is, only the recall on
-# held-out users can say. Things to try: `steps, weight = 1, 0.1`; `config` with `unit="token"`; 1,000 updates.
+# Things to try: `steps, weight = 1, 0.1`; `own_seconds = 120`; `encoder_mask="full"` for the two ways with windows.
 #
 # ## Exercises
 #
@@ -417,44 +418,43 @@ teach.check("map_loss", map_loss)
 # %% [markdown]
 # ## Summary
 #
-# MAP, as we read it, predicts the same level of the items after the next one, through one shared projection with a
-# small embedding a step, and never looks into the held-out items. It gives a window more labels, which reach the
-# whole model, and is gone at inference. Its gradient agrees with the main one in a fresh model; later that has to be
-# measured. Whether it brings recall is an empirical question with three knobs, and one seed does not answer it.
+# A history holds a label for every code; what costs is reading it again for each. One pass with a mask has the gradient
+# of all windows for a fraction of the FLOPs. MAP asks for the same items from further back, and its head is gone at
+# inference. Whether it brings recall is an empirical question, which one seed does not answer.
 
 # %%
 teach.quiz(
-    teach.Question("What does step 2 of MAP by item predict at level 1?",
-                   ["level 3 of the next item", "level 1 of the second item after the next one", "level 2 of the next item"], 1,
-                   "The same level, so many items further on. Within the item it would be unit=\"token\"."),
-    teach.Question("Why do late windows of a user lack labels?",
-                   ["their history is too long", "MAP never looks into validation and test items", "they are dropped at random"], 1,
-                   "Otherwise it would train on what it is tested on."),
-    teach.Question("What do the steps share?", ["the projection and the output head", "the step embedding", "nothing"], 0,
-                   "Only e_s differs between the steps."),
+    teach.Question("Why may one pass teach all items of a history?",
+                   ["the items are independent", "no place sees what comes after it", "the loss is a mean"], 1,
+                   "Its gradient is then the mean of the windows' gradients."),
+    teach.Question("Which tokens does MAP by item ask for that the windows alone do not?",
+                   ["those of the held-out items", "none: the same items, from further back", "the first item's"], 1,
+                   "And never the validation and test items, so late windows lack labels."),
+    teach.Question("Where does one pass over all items save most?", ["in the encoder", "in the decoder", "in the output heads"], 0,
+                   "It reads each item once; the decoder still spells every target."),
     teach.Question("What does MAP cost at inference?", ["S times the decoder", "one projection", "nothing"], 2,
                    "The head is dropped; the recommendations are the same."),
     teach.Question("The best of many settings beats the baseline by 0.01, and the interval of the difference holds 0. What follows?",
                    ["MAP works", "MAP does not work", "nothing is decided"], 2,
-                   "The best of many is partly the luckiest; repeat it with other seeds, and choose on validation items."),
+                   "Repeat it with other seeds, and choose on validation items."),
 )
 
 # %% [markdown]
 # ## Links
 #
-# * STAMP, which proposes MAP: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329) (steps and weight are not known to
-#   us). TIGER: [arXiv 2305.05065](https://arxiv.org/abs/2305.05065).
-# * Code: [map_loss.py](../sidlab/map_loss.py) (labels, head, loss), [windows.py](../sidlab/windows.py) (the border of
-#   the held-out items), [models/t5.py](../sidlab/models/t5.py) (where the loss is added),
-#   [viz/recorded.py](../sidlab/viz/recorded.py); [record.py](record.py) made the recording.
+# * STAMP, which proposes MAP: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329). SASRec, all items in one pass:
+#   [arXiv 1808.09781](https://arxiv.org/abs/1808.09781).
+# * Code: [windows.py](../sidlab/windows.py), [map_loss.py](../sidlab/map_loss.py),
+#   [models/t5.py](../sidlab/models/t5.py), [cost.py](../sidlab/cost.py); [record.py](record.py) made the recording.
 
 # %% tags=["record"]
 record = {
-    "added_labels": n_map / n_main, "loss_difference_by_hand": abs(sum(per_step) / steps - out.map_loss.item()),
-    "same_recommendations": float(same), "cosine_fresh_encoder": float(before.cosine["encoder"]),
-    "cosine_trained_encoder": float(after.cosine["encoder"]), "map_share_of_encoder_gradient": float(
-        before["‖weight · MAP‖"]["encoder"] / before["‖next item‖"]["encoder"]),
-    "recorded_runs": len(data["rows"]), "clearly_better": better, "clearly_worse": worse, "own_recall": {n: r.metrics["recall@10"] for n, r in own.items()},
-    "own_last_loss": {name: float(x) for name, x in last.items()},
+    "added_labels": n_map / n_main, "labels_factor": n_dense / read_dense / (n_main / read), "gradient_difference": gradient_difference,
+    "cosine_of_batch": cosines.to_dict(), "cosine_of_batch_trained": late["cosine with 500 users"].to_dict(),
+    "cosine_gain_fresh": float(gain[0]), "loss_difference_by_hand": abs(sum(per_step) / steps - out.map_loss.item()),
+    "same_recommendations": float(same), "flops_factor": float(relative["all items"]),
+    "cosine_fresh_encoder": float(before.cosine["encoder"]), "cosine_trained_encoder": float(after.cosine["encoder"]),
+    "recorded_runs": len(data["rows"]), "clearly_better": better, "clearly_worse": worse, "own_recall": final.to_dict(),
+    "own_targets_a_second": {way: r.timing["windows"] / r.timing["train_seconds"] for way, r in own.items()},
 }
 teach.record(record)
