@@ -440,7 +440,7 @@ print(f"Rank correlation with and without it: {agree:.2f}; of the {third} highes
 # %%
 m = int(np.median([len(history) for history in catalogue.histories]))  # items, so that all histories are of one length
 batch = history_tokens(np.stack([history[-m:] for history in catalogue.histories if len(history) >= m][:users]), demo.table, model.config.separators)
-causal = build_model(TrainConfig.preset("smoke", arch="qwen", max_items=model.config.max_items, pruning=PruningConfig(keep=1.0)), demo.table).eval()
+causal = build_model(TrainConfig.preset("smoke", arch="qwen", max_items=model.config.max_items, zero_init=False, pruning=PruningConfig(keep=1.0)), demo.table).eval()
 by_position = {}
 for scorer in ("rastp", "rastp-visible"):
     causal.set_pruning(PruningConfig(keep=1.0, scorer=scorer))

@@ -129,7 +129,7 @@ counts.style.format("{:,.0f}").format("{:.1f}", subset="labels a pass")
 # would draw different numbers).
 
 # %%
-model = build_model(sidlab.TrainConfig.preset("quick", arch="t5", targets="all", map=config), table).eval()
+model = build_model(sidlab.TrainConfig.preset("quick", arch="t5", targets="all", map=config, zero_init=False), table).eval()
 
 
 def gradient(model, loss, part=""):  # of all parameters, or of one part, without the head that only MAP has

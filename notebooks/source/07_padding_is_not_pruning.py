@@ -126,7 +126,7 @@ windows = Windows(users, max_items=30)
 chosen = rng.choice(len(windows), min(windows_timed, len(windows)), replace=False)
 
 # %%
-base = sidlab.TrainConfig.preset("quick", batch_tokens=512, precision="fp32", dropout=0.15)
+base = sidlab.TrainConfig.preset("quick", batch_tokens=512, precision="fp32", dropout=0.15, residual_dropout=None)
 configs = {
     "padded": dataclasses.replace(base, padding="fixed"),
     "padded, published pruning": dataclasses.replace(base, padding="fixed", pruning=PruningConfig(mode="reference")),
