@@ -1,15 +1,14 @@
 # %% [markdown]
 # # 6. Training runs: reading a comparison with intervals
 #
-# You train one model that works, prune it when it recommends, and then train it on, pruned and unpruned. Then comes the harder part:
-# saying what the numbers mean, and what they do not.
+# Train one model that works, prune it when it recommends, then train it on, pruned and unpruned. And say what the numbers mean.
 #
 # **Goals**
 #
-# * Train a model in about a minute that comes near what can be known, and see what pruning takes from it.
-# * Continue it with and without a pruner for the same few updates, and watch, stop and resume training from the notebook.
+# * Train a model in about a minute that comes near the best possible, and see what pruning takes from it.
+# * Continue it with and without a pruner, and watch and stop training from the notebook.
 # * Put an interval around a recall, compare two models on the same users, and know what one seed cannot tell.
-# * Read a quality–cost frontier: what does each kept share save, and what does it lose?
+# * Read a quality–cost frontier.
 #
 # **You need** the idea of pruning ([00](00_start_here.ipynb)); mean and variance. No further statistics.
 #
@@ -18,16 +17,15 @@
 # **Machine** Two cores and 1.5 GB of memory, as on Binder; no GPU, no network.
 
 # %% tags=["parameters"]
-arch = "qwen"            # "qwen", decoder-only, or "t5", encoder and decoder
-n_users = 2000           # customers of the planted shop
-epochs = 10              # how often the first model is taught every item
-more_updates = 60        # of each run that continues
-eval_every = 20          # updates between two evaluations
-eval_users = 500         # users of each evaluation on validation items
-keep = 1 / 3             # the share of tokens that the continued runs keep
-shares = (1 / 2, 1 / 3, 1 / 6)  # those tried without training
-seed = 0                 # weights and order of the batches
-resamples = 1000         # of a bootstrap by hand
+arch = "qwen"       # "qwen", decoder-only, or "t5", encoder and decoder
+n_users = 2000      # customers of the planted shop
+epochs = 10         # how often the first model is taught every item
+more_updates = 60   # of each run that continues
+eval_every = 20     # updates between two evaluations
+eval_users = 500    # users of each evaluation on validation items
+keep = 1 / 3        # the share of tokens that pruned models keep
+seed = 0            # weights and order of the batches
+resamples = 1000    # of a bootstrap by hand
 
 # %% tags=["setup"]
 import itertools
@@ -41,7 +39,7 @@ import plotly.graph_objects as go
 
 import sidlab
 from sidlab import PruningConfig, TrainConfig, teach
-from sidlab.metrics import bootstrap_interval, ndcg_at, paired_test, rank_of_target, recall_at
+from sidlab.metrics import bootstrap_interval, paired_test, rank_of_target, recall_at
 from sidlab.training import evaluate
 
 # %% [markdown]
@@ -55,12 +53,11 @@ catalogue = sidlab.load_catalogue("planted", n_users=n_users)
 encoder = sidlab.ResidualKMeans(levels=3, width=(8, 8, 4), seed=0).fit(catalogue.embeddings)
 table = sidlab.SidTable(encoder.encode(catalogue.embeddings), width=(8, 8, 4))
 split = sidlab.windows.leave_one_out(catalogue.histories)
-clicks = sum(map(len, split.train))
-print(len(split.train), "users,", catalogue.n_items, "items,", clicks, "clicks to train on")
+print(catalogue.n_items, "items,", sum(map(len, split.train)), "clicks to train on")
 
 # %% [markdown]
-# Two ways to teach. **One target a window**: read a history, predict the item after it. **Every target of a pass**: read a history
-# once, and predict each of its items from those before it.
+# Two ways to teach. **One target**: read a history, predict the item after it. **Every target**: read a history once, and predict each of
+# its items from those before it.
 
 # %%
 from sidlab.windows import training_windows
@@ -71,73 +68,59 @@ single = TrainConfig.preset("quick", continued=True, epochs=100, max_updates=mor
 stretches, windows = (training_windows(split.train, config) for config in (dense, single))
 
 # %% [markdown]
-# What is in one update? Batches of similar length, since such a batch needs little padding. Together they are a sample of all
-# lengths in proportion, so that every target weighs the same. Here is an update of each kind by hand:
+# What is in one update? Batches of similar length, which need little padding. Together they sample all lengths in proportion, so every
+# target weighs the same. An update of each kind by hand:
 
 # %%
-from sidlab.training import build_model
 from sidlab.windows import Collator, LengthBatches, StratifiedBatches, StretchCollator
 
 slots = table.levels + single.separators  # of an item
-kinds = {
-    "every target": (dense, LengthBatches(stretches.lengths, slots, dense.batch_tokens, seed, dense.accumulation),
-                     StretchCollator(stretches, table, separators=dense.separators)),
-    "one target": (single, StratifiedBatches(windows.lengths, slots, single.batch_tokens, seed, single.accumulation),
-                   Collator(windows, table, separators=single.separators, max_items=single.max_items)),
-}
-in_update, updates = {}, {}
-for kind, (config, batches, collator) in kinds.items():
-    updates[kind] = update = [collator(batch) for batch in itertools.islice(batches, config.accumulation)]
+every = LengthBatches(stretches.lengths, slots, dense.batch_tokens, seed, dense.accumulation)
+one = StratifiedBatches(windows.lengths, slots, single.batch_tokens, seed, single.accumulation)
+collators = (StretchCollator(stretches, table, separators=dense.separators),
+             Collator(windows, table, separators=single.separators, max_items=single.max_items))
+in_update = {}
+for name, batches, collate in zip(("every target", "one target"), (every, one), collators):
+    update = [collate(batch) for batch in itertools.islice(batches, batches.accumulation)]
     tokens = sum(batch["attention_mask"].sum().item() for batch in update)
-    targets = sum((batch["labels"][..., 0] >= 0).sum().item() for batch in update)
-    in_update[kind] = {"batches": len(update), "tokens read": tokens, "targets": targets, "tokens per target": tokens / targets}
+    taught = sum((batch["labels"][..., 0] >= 0).sum().item() for batch in update)  # −100 is no target
+    in_update[name] = {"tokens read": tokens, "targets": taught, "tokens per target": tokens / taught}
 pd.DataFrame(in_update).T.round(1)
 
 # %% [markdown]
-# The model predicts the codes of each target. The gradient of that loss, summed over the batches, moves the weights:
-
-# %%
-out = build_model(dense, table)(**updates["every target"][0])
-out.loss.backward()
-print(f"{out.loss.item():.2f} nats a code; a guess among all codes of its level costs {np.mean(np.log(table.widths)):.2f}")
-
-# %% [markdown]
-# `sidlab.train` does this with AdamW and Hugging Face's `Trainer`. (The matrices inside the layers have Muon instead, which makes each
-# step of a matrix orthogonal, so that all its directions learn equally fast: [muon.py](../sidlab/muon.py).) Every `eval_every` updates it
-# recommends to `eval_users` users and counts the validation items it finds. The best checkpoint by validation recall@5 is the result.
-#
-# The next cell takes about a minute.
+# Every `eval_every` updates `sidlab.train` recommends to `eval_users` users and counts the validation items it finds. The best checkpoint
+# by validation recall@5 is the result. The next cell takes about a minute.
 
 # %%
 first = sidlab.train(dense, catalogue, table, progress=False)
 model = first.model
-print(f"{first.timing['updates']} updates in {first.timing['train_seconds']:.0f} s of training, the evaluations left out")
-pd.Series({entry["step"]: entry["recall@10"] for entry in first.log if "recall@10" in entry}, name="validation recall@10").round(3)
+print(f"{first.timing['train_seconds']:.0f} s, the evaluations left out")
+evaluations = {entry["step"]: entry["recall@10"] for entry in first.log if "recall@10" in entry}
+pd.Series(evaluations, name="validation recall@10").round(3)
 
 # %% [markdown]
 # ## 2. What is a good number?
 #
-# A recall of its own says nothing. Three rulers need hardly any training: the most **popular** items for everyone; a table of what stood
-# **next to** each item in the training histories; and, as this shop is planted, the **Bayes optimum**, the list of one who knows by which
-# rules customers click. Nobody can expect to beat that.
+# A recall of its own says nothing. Three rulers: the most **popular** items for everyone; a table of what stood **next to** each item in
+# the training histories; and, as this shop is planted, the **Bayes optimum**, the list of one who knows by which rules customers click.
+# Nobody can expect to beat that.
 
 # %%
 from sidlab.baselines import NeighbourTable, Popularity
 
 histories, targets = split.cases("test")
-ranks = {
-    "popularity": rank_of_target(Popularity().fit(split.train, catalogue.n_items).recommend(histories), targets),
-    "neighbours": rank_of_target(NeighbourTable().fit(split.train, catalogue.n_items).recommend(histories), targets),
-    "bayes": rank_of_target(catalogue.truth.recommend(histories), targets),
-    "base": evaluate(model, histories, targets),
-}
+lists = {name: baseline().fit(split.train, catalogue.n_items).recommend(histories)
+         for name, baseline in (("popularity", Popularity), ("neighbours", NeighbourTable))}
+lists["bayes"] = catalogue.truth.recommend(histories)
+ranks = {name: rank_of_target(items, targets) for name, items in lists.items()}
+ranks["base"] = evaluate(model, histories, targets)
 pd.Series({name: recall_at(of, 10).mean() for name, of in ranks.items()}, name="recall@10").round(4)
 
 # %% [markdown]
-# `base` is our model. `ranks` holds a number for each test user: the place of the hidden item in the list of ten, 0 where it is missing.
-# **recall@10** is the share of users with a place from 1 to 10.
+# `base` is our model. `ranks` holds for each test user the place of the hidden item in the list of ten, 0 where it is missing;
+# **recall@10** is the share of users with a place.
 #
-# The test items took no part in any choice. The best *validation* recall above is flattered: its checkpoint was chosen because it was high.
+# The best *validation* recall above is flattered: its checkpoint was chosen because it was high. Test items took no part in any choice.
 #
 # Would the same shop with other customers have given the same recall? Not quite. How large is "not quite"?
 
@@ -155,8 +138,8 @@ teach.predict(f"The model finds {hits.mean():.0%} of {len(hits)} hidden items. H
               explain="A share p of n users has the standard deviation √(p (1 − p) / n); about four of them make the interval.")
 
 # %% [markdown]
-# The **bootstrap** answers without a formula: draw as many users as there are, with replacement, again and again, and look at where the
-# middle 95 % of the recalls lie.
+# The **bootstrap** answers without a formula: draw as many users as there are, with replacement, again and again. Where do the middle 95 %
+# of the recalls lie?
 
 # %%
 rng = np.random.default_rng(0)
@@ -167,12 +150,10 @@ deviation = np.sqrt(hits.mean() * (1 - hits.mean()) / len(hits))
 print("formula  ", (hits.mean() + np.array([-1.96, 1.96]) * deviation).round(4))
 
 # %% [markdown]
-# The three differ a little: the first two draw at random, and differently; the third takes the recall's distribution for a bell curve.
-#
 # ## 3. Prune it when it recommends
 #
-# A pruner has no weights, so a trained model can take one on at once. Three scorers choose what stays after layer 2: `rastp`, `random`,
-# and `recent`, the newest tokens.
+# A pruner has no weights, so a trained model can take one on at once. Three scorers choose what stays after layer 2: `rastp`, `random` and
+# `recent` (the newest).
 
 # %%
 def pruned(scorer, share):
@@ -183,40 +164,41 @@ def pruned(scorer, share):
     return found
 
 
-scorers = ("rastp", "random", "recent")
+scorers, shares = ("rastp", "random", "recent"), (1 / 2, keep, keep / 2)
 tried = {(scorer, share): pruned(scorer, share) for scorer in scorers for share in shares}
-ranks |= {f"base-{scorer}": tried[scorer, shares[1]] for scorer in ("rastp", "random")}
+ranks |= {f"base-{scorer}": tried[scorer, keep] for scorer in ("rastp", "random")}
 
 # %%
-teach.predict(f"RASTP keeps {shares[1]:.0%} of the tokens, without any training. How many percent of the unpruned recall are left?",
+teach.predict(f"RASTP keeps {keep:.0%} of the tokens, without training. How many percent of the recall are left?",
               100 * recall_at(ranks["base-rastp"], 10).mean() / hits.mean(), range=(0, 110), default=(60, 95), unit="%",
-              explain="Four layers were trained with all tokens; the last two and the prediction now have to do with fewer.")
+              explain="The layers after the pruner were trained with all tokens.")
 
 # %%
 from sidlab.viz.theme import mark, template
 
 figure = go.Figure()
 for place, scorer in enumerate(scorers):
-    of = [recall_at(tried[scorer, share], 10) for share in shares]
-    low, high = np.array([bootstrap_interval(values) for values in of]).T
-    mean, look = np.array([values.mean() for values in of]), mark(scorer)
-    figure.add_scatter(x=100 * np.array(shares) + place - 1, y=mean, error_y=dict(array=high - mean, arrayminus=mean - low, symmetric=False),
-                       name=scorer, mode="lines+markers", marker_symbol=look.symbol, marker_size=10, line_color=look.color, line_dash=look.dash)
+    values = [recall_at(tried[scorer, share], 10) for share in shares]
+    half = [np.ptp(bootstrap_interval(of)) / 2 for of in values]
+    look = mark(scorer)
+    figure.add_scatter(x=100 * np.array(shares) + place - 1, y=np.mean(values, axis=1), name=scorer,
+                       error_y_array=half, marker_symbol=look.symbol, marker_size=10, line_color=look.color,
+                       line_dash=look.dash)
 figure.add_hline(hits.mean(), line_dash="dot", annotation_text="nothing pruned")
-figure.update_layout(template=template(), height=380, xaxis_title="tokens kept, %", yaxis_title="test recall@10")
+figure.update_layout(template=template(), height=380, xaxis_title="tokens kept, %",
+                     yaxis_title="test recall@10")
 
 # %% [markdown]
 # **What to look for**
 #
-# * How much does each halving cost? Does any scorer reach the dotted line?
-# * Compare each scorer with `random` at the same share. That is what choosing is worth.
-# * The bars are 95 % intervals, the points moved apart so that you see them. Where they overlap, is the order settled? Hold that thought.
+# * Does any scorer reach the dotted line? What does `rastp` find that `random` does not? That is what choosing is worth.
+# * The bars are 95 % intervals, moved apart so that you see them. Where they overlap, is the order open? Hold that thought.
 #
 # ## 4. Train on, pruned and unpruned
 #
-# Can the model learn to live with the loss? We continue it: the same weights, a new optimiser, small steps, few updates. A comparison is
-# fair if everything else is equal: start, data, batches, number of updates, learning rate, seed. The run that prunes nothing goes on,
-# too. Else you would credit the pruner with what more training does.
+# Can the model learn to do with fewer tokens? We continue it: the same weights, a new optimiser, small steps, few updates. A comparison is
+# fair if all else is equal: start, data, batches, updates, learning rate, seed. So the unpruned model goes on, too. Else you would credit
+# the pruner with what more training does.
 
 # %%
 import dataclasses
@@ -229,13 +211,11 @@ with sidlab.training.quiet():  # no bar over the saved files
     model.save_pretrained(folder.name)
 
 # %% [markdown]
-# These runs teach one target a window: a pruner would keep other tokens for each target of a pass.
+# These runs teach one target a window, since a pruner would keep other tokens for each target of a pass.
 #
-# Why not train each method from nothing? The papers do (`protocol="scratch"` of [comparison.py](../sidlab/comparison.py)), but it takes
-# several times as long until the models work, and models cut short tell who learns faster. It matters where you ask what a model becomes
-# that never saw all tokens: it may learn to put its knowledge where its pruner looks.
-#
-# After layer 2 only a part of the tokens is left. But layers 1 and 2 see all of them, and so do the embeddings.
+# Why not train each method from nothing, as the papers do (`protocol="scratch"` of [comparison.py](../sidlab/comparison.py))? Each would
+# have to learn from single targets, and runs cut short show who learns faster. It matters where you ask what a model becomes that never
+# saw all tokens: it may learn to put what it knows where its pruner looks.
 
 # %%
 from sidlab.cost import cost
@@ -251,7 +231,7 @@ teach.predict(f"{1 - keep:.0%} of the tokens go, after 2 of 4 layers. How many p
               explain="The layers up to the pruner cost the same; only what comes after it gets cheaper.")
 
 # %% [markdown]
-# Press **Start**. The three runs follow each other in a background thread, so the notebook stays yours: go on reading and running cells.
+# Press **Start**. The three runs follow each other in a background thread: go on reading and running cells.
 
 # %%
 from sidlab.viz import TrainingMonitor
@@ -262,13 +242,10 @@ monitor
 # %% [markdown]
 # **What to look for**
 #
-# * Where does each loss begin, and where does recall? The weights are the same; the tokens are not.
-# * Look at how far recall jumps from one evaluation to the next. That is the noise of few users.
-# * Press **Stop** when you have seen enough. A run that has been evaluated keeps its best checkpoint so far. **Start** then trains the
-#   runs that are not complete, from their beginning.
-#
-# The seconds in the table are rough: what you run meanwhile shares the processor. (PyTorch's random numbers are shared, too. The
-# cells of the next section draw none of them.)
+# * Where does each loss begin? All start from the same weights, but not with the same tokens.
+# * How far does recall jump from one evaluation to the next? Much of that is the noise of few users.
+# * After **Stop** a run that has been evaluated keeps its best checkpoint. **Start** trains the incomplete runs anew.
+# * The seconds are rough: what you run meanwhile shares the processor. (And PyTorch's random numbers; the next section draws none.)
 #
 # ## 5. While it trains: a published claim
 #
@@ -278,15 +255,15 @@ monitor
 beauty = sidlab.papers.published("amazon-beauty")
 stored = pathlib.Path(sidlab.__file__).parents[1] / "results" / "amazon-beauty-long.json"  # wherever this notebook lies
 ours = {row["method"]: row["recall@10"] for row in json.loads(stored.read_text())["summary"]}
-added = pd.DataFrame([{"method": name, "source": "this kit", "recall@10": ours[name]} for name in ("neighbours", "sasrec", "unpadded")])
-pd.concat([beauty[["method", "source", "recall@10"]], added], ignore_index=True).sort_values("recall@10")
+added = pd.DataFrame([{"method": name, "source": "this kit", "recall@10": ours[name]}
+                      for name in ("neighbours", "sasrec", "unpadded")])
+both = pd.concat([beauty[["method", "source", "recall@10"]], added])
+both.set_index("method").sort_values("recall@10")
 
 # %% [markdown]
 # `neighbours` is the table of section 2, `sasrec` a transformer over plain item ids, `unpadded` our unpruned SID model. **A table that
-# knows nothing but which items stand side by side finds more than TIGER and RASTP in their papers.** (Preparations of the data differ, so
-# mind small gaps.) A comparison among SID models says nothing about whether to use one.
-#
-# And the gain itself? The last line is the same paper's on another data set.
+# knows only which items stand side by side finds more than TIGER and RASTP in their papers.** (Preparations of the data differ, so mind
+# small gaps.) A comparison among SID models does not say whether to use one.
 
 # %%
 pair = beauty[beauty.source.str.contains("2511.16943")].set_index("method")["recall@10"]
@@ -302,48 +279,44 @@ print(f"on Amazon Sports RASTP reports {sports['RASTP'] - sports['TIGER']:+.4f}"
 
 # %% [markdown]
 # The reported gain is smaller than half the interval, and much smaller than the spread between honest reproductions of one method. That
-# does not make it false. It means that these tables cannot show it: no deviation and no interval was published.
+# does not make it false. But these tables cannot show it: no interval was published.
 #
 # ## 6. The result
 #
-# The next cell waits until training is done. If you did not press Start, it does. If you don't want to wait, press Stop (or interrupt the
-# kernel with ■, and run the cell again): you then compare what is there. Mind that a run cut short had fewer updates than the others.
+# The next cell waits until training is done; if you did not press Start, it does. After Stop you compare what is there, but a run cut
+# short had fewer updates.
 
 # %%
 results = monitor.wait()
-assert {"unpruned", "rastp"} <= results.keys(), "stopped too early to compare: press Start again and let two runs get to an evaluation"
+assert {"unpruned", "rastp"} <= results.keys(), "stopped too early to compare: press Start again"
 ranks |= {name: evaluate(result.model, histories, targets) for name, result in results.items()}
-
-
-def row(of):
-    low, high = bootstrap_interval(recall_at(of, 10))
-    return {"recall@10": recall_at(of, 10).mean(), "from": low, "to": high, "ndcg@10": ndcg_at(of, 10).mean()}
-
-
-pd.DataFrame({name: row(of) for name, of in ranks.items()}).T.round(4)
 
 # %%
 from sidlab.sweeps import metrics_of
 from sidlab.viz.figures import quality
 
-quality({"dataset": "planted", "rows": [], "summary": [{"method": name, **metrics_of(of)} for name, of in ranks.items()]})
+summary = [{"method": name, **metrics_of(of)} for name, of in ranks.items()]
+quality({"dataset": "planted", "rows": [], "summary": summary})
+
+# %%
+pd.DataFrame(summary).set_index("method")[["recall@10", "ndcg@10"]].round(4)
 
 # %% [markdown]
 # **What to look for**
 #
-# * `base-rastp` is the first model, pruned; `rastp` was trained on, pruned. What did that give? And what did it give `unpruned`?
+# * `base-rastp` is the first model, pruned; `rastp` was trained on, pruned. What did that give? What did it give `random`, and `unpruned`?
 # * The price of pruning is `unpruned` against `rastp`, after the same updates, not `base` against `rastp`.
 # * Do the intervals of `rastp` and `random` overlap?
 #
 # ## 7. The same users, twice
 #
-# The intervals above answer: *what if the users had been others?* But all models were tested on the **same** users. A user whose next
-# item is a random purchase is missed by both of two models; whoever is easy is found by both. Those users say nothing about which is better.
+# The intervals above answer: *what if the users had been others?* But all models were tested on the **same** users. Whoever buys at random
+# is missed by both of two models, whoever is easy is found by both. Those users say nothing about which is better.
 
 # %%
 a, b = (recall_at(ranks[name], 10) for name in ("unpruned", "rastp"))
-pd.DataFrame([[np.sum((a == 1) & (b == 1)), np.sum((a == 1) & (b == 0))], [np.sum((a == 0) & (b == 1)), np.sum((a == 0) & (b == 0))]],
-             index=["unpruned finds it", "unpruned misses it"], columns=["rastp finds it", "rastp misses it"])
+verdict = np.array(["misses it", "finds it"])
+pd.crosstab(pd.Series(verdict[a.astype(int)], name="unpruned"), pd.Series(verdict[b.astype(int)], name="rastp"))
 
 # %%
 def ratio():
@@ -360,8 +333,10 @@ difference = b - a  # −1, 0 or 1 for each user
 means = [rng.choice(difference, len(difference)).mean() for _ in range(resamples)]
 print("rastp minus unpruned by hand ", np.quantile(means, [0.025, 0.975]).round(4))
 
-pairs = [("base-rastp", "base"), ("rastp", "base-rastp"), ("unpruned", "base"), ("rastp", "unpruned"), ("random", "unpruned"), ("rastp", "random")]
-tests = {pair: paired_test(*(recall_at(ranks[name], 10) for name in pair)) for pair in pairs if ranks.keys() >= set(pair)}
+pairs = [("base-rastp", "base"), ("base-rastp", "base-random"), ("rastp", "base-rastp"), ("unpruned", "base"),
+         ("rastp", "unpruned"), ("rastp", "random")]
+tests = {pair: paired_test(*(recall_at(ranks[name], 10) for name in pair))
+         for pair in pairs if ranks.keys() >= set(pair)}
 rows = [(" minus ".join(pair), test.difference, *test.interval, test.p_value) for pair, test in tests.items()]
 pd.DataFrame(rows, columns=["", "recall@10", "from", "to", "p"]).set_index("").round(4)
 
@@ -369,15 +344,14 @@ pd.DataFrame(rows, columns=["", "recall@10", "from", "to", "p"]).set_index("").r
 # Read a row like this:
 #
 # * **The interval leaves 0 out**: on users like these, *this* trained model is better (or worse) than *that* trained model.
-# * **The interval holds 0**: these users do not tell them apart. That is not "equal". The ends say how large a difference would still go
-#   unnoticed.
-# * **p** asks: if the two models were interchangeable, how often would chance alone give a difference at least this large? It is computed
-#   by swapping the two models' results for random users. A small p says nothing about whether the difference *matters*; look at its size.
+# * **The interval holds 0**: these users do not tell them apart. That is not "equal". The ends say what would still go unnoticed.
+# * **p** asks: if the two models were interchangeable, how often would chance alone give a difference at least this large? (Swap the two
+#   results of random users, again and again.) A small p does not say that the difference *matters*; look at its size.
+# * `rastp` led `random` in the model that was only pruned. Is the lead still clear after both were trained on?
 #
 # ## 8. What one seed cannot say
 #
-# All of that is about these models. Train again with another seed, and the weights, the batches and the result are others. One seed
-# cannot show how much others.
+# All of that is about these models. With another seed, the weights, the batches and the result are others. One seed cannot show how much.
 #
 # | you want to say | you need |
 # |---|---|
@@ -387,39 +361,37 @@ pd.DataFrame(rows, columns=["", "recall@10", "from", "to", "p"]).set_index("").r
 # | this method is cheaper | both costs measured the same way, on a machine with nothing else to do |
 #
 # `bootstrap_interval` and `paired_test` take `[seeds, users]` as well. Three numbers say little about a spread, so the interval over three
-# seeds is wide (Student's t with two degrees of freedom). `make reproduce` in a terminal does all of this notebook for eight methods and
-# three seeds, a base for each.
+# seeds is wide. `make reproduce` in a terminal does this notebook's comparison for eight methods and three seeds.
 #
-# **Try it:** set `seed = 1` in the parameters cell and run the notebook again. Which rows of the last table keep their sign?
+# **Try it:** `seed = 1` in the parameters cell, and run the notebook again. Which rows of the last table keep their sign?
 #
-# **And then:** `arch = "t5"`. Here a token is seen by its own item and later ones only, so the oldest tokens collect most attention. What does that do
-# to `rastp`? Put `"rastp-visible"`, which divides by how many see a token, among the `scorers`.
+# **And then:** `arch = "t5"`. Taught this way, its encoder lets no token see later items, so old tokens collect most attention. What does
+# that do to `rastp`? Add `"rastp-visible"` to `scorers`: it divides by how many see a token.
 #
 # ## 9. What it cost
 #
-# Seconds are for the training steps alone, without evaluation. FLOPs are predicted from the configuration and the lengths of the
-# histories.
+# Seconds are of training alone, without evaluation. FLOPs are predicted from the configuration and the lengths of the histories.
 
 # %%
-runs = {"base": (dense, stretches, first)} | {name: (configs[name], windows, result) for name, result in results.items()}
+runs = {"base": (dense, stretches, first)}
+runs |= {name: (configs[name], windows, result) for name, result in results.items()}
 costs = pd.DataFrame({name: {"MFLOPs per target": cost(config, table.widths, of).training / 1e6,
-                             "seconds per 1,000 targets": result.timing["seconds_per_1k_windows"],
-                             "tokens after the pruner": result.tokens["kept_token_fraction"]} for name, (config, of, result) in runs.items()}).T
-for column in costs.columns[:2]:
+                             "seconds per 1,000": result.timing["seconds_per_1k_windows"],
+                             "tokens after the pruner": result.tokens["kept_token_fraction"]}
+                      for name, (config, of, result) in runs.items()}).T
+for column in ("MFLOPs per target", "seconds per 1,000"):
     costs[f"{column}, ×"] = costs[column] / costs.loc["unpruned", column]
 costs.round(3)
 
 # %% [markdown]
-# * The largest saving is no pruning at all: `base` reads a history once for all its targets.
-# * Seconds rarely shrink as much as FLOPs. A small model on a processor spends much of its time on what is no product of matrices:
-#   optimiser, look-ups, sorting, Python.
-# * Memory is missing on purpose. The runs shared one process, which keeps what the run before had asked for.
-# * Nothing here is trained with padding. RASTP's paper compares with a padded model: [notebook 07](07_padding_is_not_pruning.ipynb).
+# * The largest saving needs no pruner: `base` reads a history once for all its targets.
+# * Seconds rarely shrink as much as FLOPs, if at all: a small model spends much of its time on what is no product of matrices.
+# * Nothing here is padded to a fixed length. RASTP's paper compares with a model that is: [notebook 07](07_padding_is_not_pruning.ipynb).
 #
 # ## 10. The frontier
 #
-# The next explorer shows models that were **recorded** on the same shop for several kept shares and scorers, three seeds each, all trained
-# from nothing, the papers' way. The slider stops at recorded shares only: what lies between was not measured.
+# Models that were **recorded** on the same shop for several kept shares and scorers, three seeds each, all trained from nothing, the
+# papers' way. The slider stops at recorded shares only: what lies between was not measured.
 
 # %%
 from sidlab.viz import FrontierExplorer
@@ -431,13 +403,12 @@ frontier
 # %% [markdown]
 # **What to look for**
 #
-# * Up and left is better: less recall lost, for less. Move the slider down from 70 %. Does the interval of any scorer reach the dotted
-#   line, nothing pruned, at any share? What would you have to save for that loss to be worth it?
-# * Where is `rastp` ahead of `recent`, and where not? This shop was built so that what matters was often last seen far back. But where
-#   hardly anything may stay, the newest items are a safe choice.
-# * Compare with the figure of section 3. Which order of scorers is the same for a model that pruned from the start?
-# * Switch *cost* to predicted MFLOPs. Now all scorers of one share stand on one vertical line. What moves them apart in seconds?
-# * Every point is the mean of three seeds. Look at the intervals of one share only: which order would you bet on?
+# * Up and left is better. Move the slider down from 70 %. Does the interval of any scorer reach the dotted line, nothing pruned? What
+#   would you have to save for that loss to be worth it?
+# * Where is `rastp` ahead of `recent`, and where not? In this shop, what matters was often last seen far back. But where hardly anything
+#   may stay, the newest items are a safe choice.
+# * Compare with section 3. Is the order of the scorers the same for models that pruned from the start?
+# * Switch *cost* to predicted MFLOPs: all scorers of one share stand on one vertical line. What moves them apart in seconds?
 
 # %% [markdown]
 # ### Exercise 1 · ★★☆ · 10 minutes
@@ -486,11 +457,10 @@ teach.check("paired_interval", paired_interval)
 # %% [markdown]
 # ## Summary
 #
-# Teach every target of a pass, and a model works in a minute; prune it, and continue it with and without the pruner. A fair comparison
-# changes one thing and keeps start, data, batches, updates and seed. A recall on a few thousand users is known to about two digits; its
-# interval comes from drawing users again. Two models tested on the same users are compared user by user, which is sharper than comparing
-# two intervals. One seed speaks about two models, not about two methods. And a pruner is judged by the whole frontier, against random
-# choice and against an unpruned model that had the same updates.
+# A fair comparison changes one thing and keeps start, data, batches, updates and seed. A recall on a few thousand users is known to about
+# two digits; its interval comes from drawing users again. Two models tested on the same users are compared user by user, which is sharper
+# than comparing two intervals. One seed speaks about two models, not about two methods. And a pruner is judged at every kept share,
+# against random choice and against an unpruned model that had the same updates.
 
 # %%
 teach.quiz(
