@@ -10,7 +10,7 @@
 # * Put an interval around a recall, compare two models on the same users, and know what one seed cannot tell.
 # * Read a quality–cost frontier.
 #
-# **You need** the idea of pruning ([00](00_start_here.ipynb)); mean and variance. No further statistics.
+# **You need** the idea of pruning ([00](00_start_here.ipynb)); mean and variance.
 #
 # **Time** 40 minutes, of which about 4 are training and evaluation; 25 more with the two exercises.
 #
@@ -88,8 +88,8 @@ for name, batches, collate in zip(("every target", "one target"), (every, one), 
 pd.DataFrame(in_update).T.round(1)
 
 # %% [markdown]
-# Every `eval_every` updates `sidlab.train` recommends to `eval_users` users and counts the validation items it finds. The best checkpoint
-# by validation recall@5 is the result. The next cell takes about a minute.
+# Every `eval_every` updates `sidlab.train` recommends to `eval_users` users and counts the validation items it finds. The checkpoint with
+# the best recall@5 is the result. The next cell takes about a minute.
 
 # %%
 first = sidlab.train(dense, catalogue, table, progress=False)
@@ -103,7 +103,6 @@ pd.Series(evaluations, name="validation recall@10").round(3)
 #
 # A recall of its own says nothing. Three rulers: the most **popular** items for everyone; a table of what stood **next to** each item in
 # the training histories; and, as this shop is planted, the **Bayes optimum**, the list of one who knows by which rules customers click.
-# Nobody can expect to beat that.
 
 # %%
 from sidlab.baselines import NeighbourTable, Popularity
@@ -146,8 +145,6 @@ rng = np.random.default_rng(0)
 means = [rng.choice(hits, len(hits)).mean() for _ in range(resamples)]
 print("by hand  ", np.quantile(means, [0.025, 0.975]).round(4))
 print("package  ", np.round(bootstrap_interval(hits), 4))
-deviation = np.sqrt(hits.mean() * (1 - hits.mean()) / len(hits))
-print("formula  ", (hits.mean() + np.array([-1.96, 1.96]) * deviation).round(4))
 
 # %% [markdown]
 # ## 3. Prune it when it recommends
@@ -389,8 +386,7 @@ frontier
 # %% [markdown]
 # **What to look for**
 #
-# * Up and left is better. Move the slider down from 70 %. Does the interval of any scorer reach the dotted line, nothing pruned? What
-#   would you have to save for that loss to be worth it?
+# * Up and left is better. Move the slider down from 70 %. Does the interval of any scorer reach the dotted line, nothing pruned?
 # * Where is `rastp` ahead of `recent`, and where not? In this shop, what matters was often last seen far back. But where hardly anything
 #   may stay, the newest items are a safe choice.
 # * Compare with section 3. Is the order of the scorers the same for models that pruned from the start?
@@ -475,8 +471,7 @@ teach.quiz(
 # * NDCG: K. Järvelin and J. Kekäläinen, *Cumulated gain-based evaluation of IR techniques* (2002). The bootstrap: B. Efron and R.
 #   Tibshirani, *An Introduction to the Bootstrap* (1993).
 # * In the kit: [training.py](../sidlab/training.py), [metrics.py](../sidlab/metrics.py), [baselines.py](../sidlab/baselines.py),
-#   [comparison.py](../sidlab/comparison.py), and the monitor itself, [viz/training.py](../sidlab/viz/training.py). The runs of section 10
-#   are made by [record.py](record.py).
+#   [comparison.py](../sidlab/comparison.py), [viz/training.py](../sidlab/viz/training.py). Section 10 is made by [record.py](record.py).
 
 # %% tags=["record"]
 record = {f"recall_{name}": float(recall_at(of, 10).mean()) for name, of in ranks.items()}
