@@ -96,9 +96,9 @@ def scramble(x: Tensor) -> Tensor:
 SCORERS: dict[str, Callable[[Signals], Tensor]] = {
     "rastp": lambda s: _need(s, "rastp", "centrality") * semantic_saliency(s.hidden),
     "rastp-l2": lambda s: _need(s, "rastp-l2", "centrality") * semantic_saliency(s.hidden, p=2),
-    # Where attention is causal a token is seen by itself and those behind it, so this is what it receives of each.
+    # What a token receives of each query that sees it: where attention is causal, older tokens are seen by more.
     "rastp-visible": lambda s: _need(s, "rastp-visible", "centrality") * semantic_saliency(s.hidden)
-    / (s.mask.sum(1, keepdim=True) - _need(s, "rastp-visible", "positions")).clamp_min(1),
+    / _need(s, "rastp-visible", "visible").clamp_min(1),
     "norm": lambda s: semantic_saliency(s.hidden),
     "centrality": lambda s: _need(s, "centrality", "centrality"),
     "random": _random,

@@ -58,6 +58,17 @@ def test_monitored_training_is_training(finished):
         assert all(torch.equal(a, b) for a, b in zip(watched.model.state_dict().values(), alone.model.state_dict().values(), strict=True))
 
 
+def test_monitored_runs_go_on_from_a_saved_model(finished, tmp_path):
+    finished.results["unpruned"].model.save_pretrained(tmp_path)
+    more = {name: dataclasses.replace(config, learning_rate=1e-4) for name, config in CONFIGS.items()}
+    monitor = TrainingMonitor(more, WORLD, TABLE, start_from=tmp_path)
+    for name, watched in monitor.wait().items():
+        alone = train(more[name], WORLD, TABLE, start_from=tmp_path, progress=False)
+        fresh = train(more[name], WORLD, TABLE, progress=False)
+        assert watched.log[0]["main_loss"] == alone.log[0]["main_loss"] < fresh.log[0]["main_loss"]
+        assert all(torch.equal(a, b) for a, b in zip(watched.model.state_dict().values(), alone.model.state_dict().values(), strict=True))
+
+
 def test_figure_and_text_hold_what_was_logged(finished):
     for name, result in finished.results.items():
         recall, loss = (trace for trace in finished.figure.data if trace.name == name)

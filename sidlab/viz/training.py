@@ -29,17 +29,18 @@ class TrainingMonitor(Explorer):
     "Start" (or `start()`) trains what is not done yet; "Stop" (or `stop()`) ends training after the update in progress. A stopped run
     that has been evaluated keeps its best checkpoint so far, another one leaves nothing; "Start" trains both anew. `wait()` starts if
     need be, blocks until training ends and returns `results`. One monitor trains at a time: to start another (of the same cell, run
-    again, say) stops the one before. Where a run fails, the reader sees why and `wait()` raises it.
+    again, say) stops the one before. Where a run fails, the reader sees why and `wait()` raises it. `start_from`: the folder of a saved
+    model that every run goes on from (`train`); the folder must still be there when training starts.
     Attributes: `results` {name: `TrainResult`} so far, `states` {name: "waiting", "training", "done", "stopped" or "failed"}.
     """
 
     heading = "Training runs side by side"
     _starting, _last = threading.Lock(), None  # of all monitors: the one started last
 
-    def __init__(self, configs: dict[str, TrainConfig], catalogue, table):
+    def __init__(self, configs: dict[str, TrainConfig], catalogue, table, *, start_from=None):
         if not configs:
             raise ValueError("configs must hold at least one run {name: TrainConfig}")
-        self.catalogue, self.table = catalogue, table
+        self.catalogue, self.table, self.start_from = catalogue, table, start_from
         self._runs = {name: _Run(name, config) for name, config in configs.items()}
         self._thread, self._error, self._drawn, self._points = None, None, -PAUSE, None
         self._stopping = threading.Event()
@@ -122,7 +123,8 @@ class TrainingMonitor(Explorer):
     def _train(self, run):
         run.state, run.begin = "training", clock()
         try:
-            run.result = train(run.config, self.catalogue, self.table, progress=False, callbacks=[_Watch(self, run)])
+            run.result = train(run.config, self.catalogue, self.table, start_from=self.start_from, progress=False,
+                               callbacks=[_Watch(self, run)])
             run.state = "stopped" if self._stopping.is_set() and run.step < run.updates else "done"
         except _Stopped:
             run.state = "stopped"
