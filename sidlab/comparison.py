@@ -48,7 +48,7 @@ METHODS = {
     "random": "keeps tokens at random",
     "rastp": "keeps the tokens with most attention received × size of hidden state (RASTP, STAMP's SAP)",
     "rastp-l2": "as rastp, the size of the hidden state being its Euclidean norm",
-    "rastp-visible": "as rastp, the attention received being divided by the number of queries that can see the token (arch=qwen)",
+    "rastp-visible": "as rastp, the attention received being divided by how many tokens see the token: older ones are seen by more",
     "rastp-reference": "padded, and pruned as RASTP's published code does it",
     "pool": "averages neighbouring tokens down to the kept share",
     "norm": "keeps the tokens with the largest hidden states",
@@ -67,7 +67,7 @@ SETTINGS = {  # by name, as in `sweeps.sweep`, where they are not a scorer's nam
     "padded": {"padding": "fixed"}, "unpadded": {}, "rastp-reference": {"padding": "fixed", "pruning.mode": "reference"},
     "pool": {"pruning.reduce": "pool"}, "map": {"map.steps": 2}, "stamp": {"pruning.scorer": "rastp", "map.steps": 2}}
 PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map", "sasrec"))
-DEFAULT_METHODS = "padded unpadded recent random rastp map stamp sasrec"
+DEFAULT_METHODS = "padded unpadded recent random rastp rastp-visible map stamp sasrec"
 PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir", "sids", "arch", "protocol")
 PROTOCOLS = ("continue", "scratch")
 BASE = "base"  # the row of the unpruned model that the others continue, and in front of a pruner's name: that model, pruned so

@@ -29,8 +29,9 @@ class Signals:
     Shapes: `hidden` float [B, N, d], the state after the scoring layer; `centrality` float [B, N]; `mask` [B, N], 1 real, 0
     padding; `positions` int64 [B, N], the token's place in its history, 0 for the oldest; `levels` int64 [B, N], its level
     in its SID counted from 0, `L` for a separator; `item_index` int64 [B, N], which item of the history it belongs to, 0 for the
-    oldest; `truth` float [B, N], true information in nats (planted catalogue); `seed` int64 [B], one a row, for random scorers
-    that must not depend on the other rows; `generator` for random scorers without it.
+    oldest; `visible` int64 [B, N], how many tokens of its history see it; `truth` float [B, N], true information in nats (planted
+    catalogue); `seed` int64 [B], one a row, for random scorers that must not depend on the other rows; `generator` for random
+    scorers without it.
     """
 
     hidden: Tensor
@@ -39,6 +40,7 @@ class Signals:
     positions: Tensor | None = None
     levels: Tensor | None = None
     item_index: Tensor | None = None
+    visible: Tensor | None = None
     truth: Tensor | None = None
     seed: Tensor | None = None
     generator: torch.Generator | None = None
@@ -93,12 +95,19 @@ def scramble(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
+def _visible(signals: Signals) -> Tensor:
+    """`visible`, or where nobody says it, what it is under causal attention: a token is seen by itself and those after it."""
+    if signals.visible is not None:
+        return signals.visible
+    return signals.mask.sum(1, keepdim=True) - _need(signals, "rastp-visible", "positions")
+
+
 SCORERS: dict[str, Callable[[Signals], Tensor]] = {
     "rastp": lambda s: _need(s, "rastp", "centrality") * semantic_saliency(s.hidden),
     "rastp-l2": lambda s: _need(s, "rastp-l2", "centrality") * semantic_saliency(s.hidden, p=2),
     # What a token receives of each query that sees it: where attention is causal, older tokens are seen by more.
     "rastp-visible": lambda s: _need(s, "rastp-visible", "centrality") * semantic_saliency(s.hidden)
-    / _need(s, "rastp-visible", "visible").clamp_min(1),
+    / _visible(s).clamp_min(1),
     "norm": lambda s: semantic_saliency(s.hidden),
     "centrality": lambda s: _need(s, "centrality", "centrality"),
     "random": _random,

@@ -211,6 +211,31 @@ def test_vectors_of_levels_start_as_small_as_those_of_tokens(build):
     assert weights.weight.std().item() == pytest.approx(0.03, rel=0.1)
 
 
+@pytest.mark.parametrize("build", (qwen, t5, test_t5.build), ids=("qwen", "items", "full"))
+@pytest.mark.parametrize("side", ("right", "left"))
+def test_visible_is_how_many_of_its_history_look_at_a_token(build, side):
+    """Against the attention weights themselves: whose row gives a token any."""
+    model = build(PruningConfig(after_layer=1, keep=1.0))
+    seen, inputs = {}, test_qwen.batch(side=side)
+
+    def scorer(signals):
+        seen["visible"] = signals.visible.expand(signals.mask.shape)
+        return signals.positions.float()
+
+    model.set_scorer(scorer)
+    model.encode(**inputs)
+    record = {}
+    attention = model.stack.attentions[0]
+    attention.register_forward_pre_hook(lambda module, args, kwargs: kwargs["record"].update(keep_attention=True), with_kwargs=True)
+    attention.register_forward_hook(lambda module, args, kwargs, out: record.update(kwargs["record"]), with_kwargs=True)
+    model.encode(**inputs)
+    mask = inputs["attention_mask"].bool()
+    weights = record["attention"][:, 0]  # [B, P + N, P + N]; of a stream BOS stands first
+    weights = weights[:, -mask.shape[1] :, -mask.shape[1] :]
+    expected = ((weights > 1e-9) & mask.unsqueeze(2)).sum(1)
+    assert torch.equal(seen["visible"][mask], expected[mask])
+
+
 def test_a_saved_model_keeps_its_layout_and_its_mask(tmp_path):
     for name, build in MODELS.items():
         model = build()

@@ -19,7 +19,7 @@
 # %% tags=["parameters"]
 arch = "qwen"       # "qwen", decoder-only, or "t5", encoder and decoder
 n_users = 2000      # customers of the planted shop
-epochs = 10         # how often the first model is taught every item
+epochs = 8          # how often the first model is taught every item
 more_updates = 60   # of each run that continues
 eval_every = 20     # updates between two evaluations
 eval_users = 500    # users of each evaluation on validation items

@@ -160,6 +160,11 @@ class PrunedStack(LibraryInit):
         """Whether slots may be empty behind the pruner; rows of one length are pruned to one length, unless it goes by their scores."""
         return padded or (self.pruning is not None and self.pruning.mass is not None)
 
+    def visible(self, tokens: Tensor, positions: Tensor, levels: Tensor | None) -> Tensor:
+        """How many tokens of its history see each one: int64 [B, N] or [B, 1]. Causal attention: itself and those after it. `tokens`
+        [B, N], the mask; `positions`, `levels` int64 [B, N], as in `Signals`."""
+        return tokens.sum(1, keepdim=True) - positions
+
     def select(self, hidden: Tensor, centrality: Tensor, input_ids: Tensor | None, truth: Tensor | None, out: PrunedHistory,
                always: Tensor | None = None) -> Pruned:
         """Scores and chooses tokens of `hidden` [B, N, d] and gathers them; `out.attention_mask` is their mask. Fills the scores of `out`.
@@ -173,7 +178,8 @@ class PrunedStack(LibraryInit):
         positions = (tokens.cumsum(1) - 1).clamp_min(0)
         # Random scorers draw from the global state in training, and otherwise by the history itself, so that recommendations repeat.
         seed = None if self.training or input_ids is None else (scramble(input_ids + (positions << 32)) * tokens).sum(1)
-        signals = Signals(hidden.detach(), centrality, tokens, positions, levels, item_index, truth, seed)
+        visible = self.visible(tokens, positions, levels)
+        signals = Signals(hidden.detach(), centrality, tokens, positions, levels, item_index, visible, truth, seed)
         out.importance = token_importance(signals, pruning.scorer)
         out.centrality, out.saliency = centrality, semantic_saliency(signals.hidden) * tokens
         if pruning.mode == "reference":

@@ -133,6 +133,12 @@ class PrunedEncoder(PrunedStack, T5Stack):
                              "where an item begins; got inputs_embeds")
         return (((self.token_level[input_ids] == 0) & attention_mask.bool()).cumsum(1) - 1).clamp_min(0)
 
+    def visible(self, tokens, positions, levels):
+        n = tokens.sum(1, keepdim=True)  # [B, 1]; all see all, but under the mask of items its own item's and later ones
+        if self.config.encoder_mask == "full":
+            return n
+        return n - torch.where(levels == 0, positions, 0).cummax(1).values
+
     def self_mask(self, hidden, tokens, item):
         """The library's form of the mask among the tokens of `hidden` [B, N, d]: `tokens` [B, N], None where all are real; `item` as
         `items_of` gives it."""
