@@ -105,6 +105,7 @@ def _differences(comparisons):
     for results in comparisons:
         rows = _by_method(results)
         marks = ", published SIDs" * ("SIDS=" in results["command"]) + "\\*" * ("note" in results)
+        marks = ", continued" * (results.get("protocol") == "continue") + marks
         cells = [_name(results) + f", `{results['preset']}`" + marks, str(rows["unpadded"]["seeds"]),
                  f"{rows['unpadded']['recall@10']:.4f}"]
         for name in names:

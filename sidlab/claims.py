@@ -65,7 +65,8 @@ def _found(results, verdict, figures):
         where = f"the benchmark, {machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)"
         return {"verdict": verdict, "figures": figures, "data": "benchmark", "where": where, "command": results["command"]}
     data = _name(results["dataset"])
-    where = (f"{data}, {results.get('arch', 't5')}, preset {results['preset']}, "
+    continued = "continued from one model, " if results.get("protocol") == "continue" else ""  # of older files: from scratch
+    where = (f"{data}, {results.get('arch', 't5')}, preset {results['preset']}, {continued}"
              f"{_seeds(results)} seed(s), "
              f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)")
     names = ("dataset", "preset", "seeds", "arch", "sids")

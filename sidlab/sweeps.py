@@ -273,14 +273,14 @@ def launch(arguments) -> None:
     """`accelerate launch -m sidlab.training --config run.json`: one run on any number of processes and machines.
 
     The file: {"dataset", "output_dir", "preset", "seed", "settings": {name: value, as in `sweep`}, "sids": {name: value, as in
-    `sid_table`}; only `output_dir` must be there. Writes the model, its table and result.json (configuration, test metrics, costs) into it;
+    `sid_table`}, "start_from": folder of a model to go on from}; only `output_dir` must be there. Writes the model, its table and result.json (configuration, test metrics, costs) into it;
     a run that was stopped goes on.
     """
     parser = argparse.ArgumentParser("sidlab.training", description=launch.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the JSON file")
     path = pathlib.Path(parser.parse_args(arguments).config)
     given = json.loads(path.read_text())
-    known = {"dataset": "planted", "output_dir": None, "preset": "quick", "seed": 0, "settings": {}, "sids": {}}
+    known = {"dataset": "planted", "output_dir": None, "preset": "quick", "seed": 0, "settings": {}, "sids": {}, "start_from": None}
     if unknown := given.keys() - known.keys():
         raise ValueError(f"{path}: {sorted(unknown)} are unknown; use {', '.join(known)}")
     if not given.get("output_dir"):
@@ -290,12 +290,13 @@ def launch(arguments) -> None:
     _check_sids(one["sids"])
     sids = one["sids"] | {name.removeprefix("sids."): value for name, value in one["settings"].items() if name.startswith("sids.")}
     _check_sids(sids)
-    config = config_with(one["preset"], one["seed"], {k: v for k, v in one["settings"].items() if not k.startswith("sids.")})
+    config = config_with(one["preset"], one["seed"], {k: v for k, v in one["settings"].items() if not k.startswith("sids.")},
+                         continued=one["start_from"] is not None)
     folder, catalogue = pathlib.Path(one["output_dir"]), load_catalogue(one["dataset"])
     with state.main_process_first():  # the others read what it made
         table, _ = sid_table(catalogue, folder, sids)
     config = fitted(config, catalogue)
-    result = train(config, catalogue, table, output_dir=folder / "run", progress=state.is_main_process)
+    result = train(config, catalogue, table, output_dir=folder / "run", start_from=one["start_from"], progress=state.is_main_process)
     gc.collect()  # the trainer's cycles hold the group of processes
     state.destroy_process_group()  # an interpreter that ends while the group's threads still drop tensors aborts, now and then
     if not state.is_main_process:

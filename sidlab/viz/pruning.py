@@ -35,7 +35,9 @@ class PruningExplorer(HistoryExplorer):
     def __init__(self, model=None, catalogue=None, *, histories=None, scorers=None, user=1, keep=1 / 3, layer=2,
                  scorer="rastp", unit="token", positions="original", protect=False):
         self.take(model, catalogue, histories)
-        without = {"rastp-visible"} | ({"oracle"} if self.catalogue.truth is None else set())  # the first is for causal attention
+        # Where all tokens see all, "rastp-visible" is "rastp".
+        without = {"rastp-visible"} if self.model.config.encoder_mask == "full" else set()
+        without |= {"oracle"} if self.catalogue.truth is None else set()
         self._scorers = {name: name for name in SCORERS if name not in without} | (scorers or {})
         self._full, self._cost = functools.lru_cache(8)(self._full), functools.lru_cache(512)(self._cost)
         names, last = list(self._scorers), self.model.config.num_layers
