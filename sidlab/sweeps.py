@@ -273,8 +273,8 @@ def launch(arguments) -> None:
     """`accelerate launch -m sidlab.training --config run.json`: one run on any number of processes and machines.
 
     The file: {"dataset", "output_dir", "preset", "seed", "settings": {name: value, as in `sweep`}, "sids": {name: value, as in
-    `sid_table`}, "start_from": folder of a model to go on from}; only `output_dir` must be there. Writes the model, its table and result.json (configuration, test metrics, costs) into it;
-    a run that was stopped goes on.
+    `sid_table`}, "start_from": folder of a model to go on from}; only `output_dir` must be there. Writes the model, its table and
+    result.json (configuration, test metrics, costs) into it; a run that was stopped goes on.
     """
     parser = argparse.ArgumentParser("sidlab.training", description=launch.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the JSON file")
