@@ -18,7 +18,7 @@ from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
 from sidlab.sweeps import COSTS, metrics_of, seed_noise
-from sidlab.training import build_model
+from sidlab.training import build_model, evaluate, weights_digest
 from sidlab.windows import leave_one_out
 
 METHODS = ["unpadded", "rastp@1/2", "stamp", "rastp-reference", "pool", "sasrec"]
@@ -26,10 +26,10 @@ METHODS = ["unpadded", "rastp@1/2", "stamp", "rastp-reference", "pool", "sasrec"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A smoke comparison of three methods, run once."""
+    """A smoke comparison from scratch, run once."""
     folder = tmp_path_factory.mktemp("comparison")
     os.chdir(ROOT)  # the children import sidlab from here where it is not installed
-    return folder, comparison.compare("planted", "smoke", METHODS, 1, str(folder))
+    return folder, comparison.compare("planted", "smoke", METHODS, 1, str(folder), protocol="scratch")
 
 
 def test_rows_have_every_field_and_costs_are_measured(finished):
@@ -82,7 +82,7 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys
     one = folder / "runs" / "stamp-seed0.json"
     one.unlink()
     kept = (folder / "runs" / "unpadded-seed0.json").stat().st_mtime_ns
-    again = comparison.compare("planted", "smoke", METHODS, 1, str(folder))
+    again = comparison.compare("planted", "smoke", METHODS, 1, str(folder), protocol="scratch")
     assert "unpadded-seed0: already in" in capsys.readouterr().out
     assert one.exists() and (folder / "runs" / "unpadded-seed0.json").stat().st_mtime_ns == kept
     recalls = [[row["recall@10"] for row in r["rows"]] for r in (results, again)]
@@ -104,7 +104,7 @@ def test_p_is_told_of_single_seeds_and_other_jobs_are_told_on_the_page(finished,
     assert all(row["versus_unpadded"]["p_value"] > 0 for row in results["summary"] if row["method"] != "unpadded")
     runs = [run | {"busy": True} for run in stored(folder).values()]
     monkeypatch.setattr(comparison, "run_all", lambda specs, folder: runs * 2)
-    results = comparison.compare("planted", "smoke", METHODS, 2, str(folder))
+    results = comparison.compare("planted", "smoke", METHODS, 2, str(folder), protocol="scratch")
     assert {row["method"]: row["versus_unpadded"]["p_value"] for row in results["summary"] if row["versus_unpadded"]} == dict.fromkeys(
         [*METHODS[1:], "popularity", "neighbours", "bayes"])
     assert results["busy"].startswith("Other jobs ran") and results["busy"] in (folder / "index.html").read_text()
@@ -115,7 +115,7 @@ def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
     runs = stored(folder)
     runs["stamp"] |= {"device": "NVIDIA H100"}
     monkeypatch.setattr(comparison, "run_all", lambda specs, folder: [run | {"busy": False} for run in runs.values()])
-    told = comparison.compare("planted", "smoke", METHODS, 1, str(folder))["busy"]
+    told = comparison.compare("planted", "smoke", METHODS, 1, str(folder), protocol="scratch")["busy"]
     assert told.startswith("The runs were made on NVIDIA H100 and a processor (threads: ") and "do not compare" in told
 
 
@@ -154,6 +154,8 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
         (dict(dataset="beauty"), "no catalogue 'beauty'"),
         (dict(methods="rastp unpadded rastp"), "names rastp twice"),
         (dict(seeds=0), "seeds must be at least 1, got 0"),
+        (dict(protocol="both"), "protocol='both' is unknown; use one of 'continue', 'scratch'"),
+        (dict(preset="paper", protocol="continue"), "preset='paper' trains from scratch"),
         (dict(methods=""), "give at least one method"),
         (dict(sids="nowhere.txt.gz"), "sids='.*nowhere.txt.gz' is no file; give a published table"),
     ],
@@ -175,7 +177,7 @@ def test_of_two_seeds_the_models_on_sids_tell_of_noise_together(seeds):
             row = metrics_of(ranks) | dict.fromkeys(COSTS, 1.0) | {"kept_informative": None}
             runs.append({"method": name, "seed": seed, "ranks": ranks, "row": row, "curve": None, "busy": False, "device": "a processor",
                          "precision": "fp32"})
-    found = comparison._collect("planted", "smoke", names, runs, catalogue, table, dict(table.report()), "", "t5")
+    found = comparison._collect("planted", "smoke", names, runs, catalogue, table, dict(table.report()), "", "t5", "scratch")
     rows = {row["method"]: row for row in found["summary"]}
     ranks = {name: np.array([run["ranks"] for run in runs if run["method"] == name]) for name in names}
     noise, of_difference = seed_noise([ranks[name] for name in names[:4]]) if seeds == 2 else (None, lambda squares: None)
@@ -210,6 +212,66 @@ def test_a_published_sid_table_is_what_every_method_speaks(tmp_path):
     assert results["sids"]["collision_rate"] == 0 and f"SIDS={tmp_path / 'sids.txt'}" in results["command"]
     table = SidT5.from_pretrained(tmp_path / "out" / "runs" / "unpadded-seed0").table
     assert table.codes.tolist() == [[item // 64, item // 8 % 8, item % 8] for item in range(1, catalogue.n_items + 1)]
+
+
+# --- Going on from one model
+
+CONTINUED = ["unpadded", "rastp@1/2", "pool", "map"]
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory):
+    """A smoke comparison of methods that continue one model, run once."""
+    folder = tmp_path_factory.mktemp("continued")
+    os.chdir(ROOT)
+    return folder, comparison.compare("planted", "smoke", CONTINUED, 1, str(folder))
+
+
+def test_methods_go_on_from_one_base_and_the_base_itself_is_shown(continued):
+    folder, results = continued
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == ["base", *CONTINUED, "base-rastp@1/2", "base-pool", "popularity", "neighbours", "bayes"]
+    assert results["protocol"] == "continue" and "base" not in results["command"] and "PROTOCOL" not in results["command"]
+    trained = [rows[name] for name in CONTINUED]
+    assert len({(row["windows"], row["updates"]) for row in trained}) == 1
+    assert rows["base"]["seconds_per_1k_windows"] > 0 and rows["base-pool"]["train_seconds"] is None
+    digest = weights_digest(folder / "runs" / "base-seed0")
+    for name in CONTINUED:
+        spec = json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".spec").read_text())
+        assert spec["start"] == "base-seed0" and spec["config"]["targets"] == 1 and spec["config"]["encoder_mask"] == "items"
+    assert digest != weights_digest(sweeps._path(folder, "unpadded-seed0"))
+    summary = {row["method"]: row for row in results["summary"]}
+    assert summary["base-pool"]["versus_unpadded"]["against"] == "base" and summary["map"]["versus_unpadded"]["against"] == "unpadded"
+    assert all(summary[name]["predicted_flops"] > 0 for name in ("base", *CONTINUED))
+    page = (folder / "index.html").read_text()
+    assert "base-rastp@1/2" in page and "against base" in page
+
+
+def test_the_base_pruned_when_recommending_is_that_model_pruned(continued):
+    folder, _ = continued
+    model = SidT5.from_pretrained(folder / "runs" / "base-seed0")
+    model.set_pruning(PruningConfig(scorer="rastp", keep=0.5))
+    histories, targets = leave_one_out(load_catalogue("planted").histories).cases("test")
+    stored = json.loads((folder / "runs" / f"{sweeps._path(folder, 'base-rastp@1/2-seed0').name}.json").read_text())
+    assert evaluate(model, histories, targets).tolist() == stored["ranks"]
+
+
+def test_another_base_means_other_runs(continued):
+    folder, _ = continued
+    path = sweeps._path(folder, "unpadded-seed0")
+    spec = json.loads(sweeps._file(path, ".spec").read_text())
+    catalogue = load_catalogue("planted")
+    table, _ = sweeps.sid_table(catalogue, folder, {})
+    digest = weights_digest(folder / "runs" / "base-seed0")
+    assert sweeps._key(spec, catalogue, table, digest) == spec["key"] != sweeps._key(spec, catalogue, table, "0" * 12)
+
+
+def test_a_start_must_be_one_of_the_runs(tmp_path):
+    config = TrainConfig.preset("smoke", continued=True)
+    for start in ("nowhere", "b"):
+        specs = {"a": sweeps.spec("planted", config, start=start), "b": sweeps.spec("planted", config, start="a")}
+        with pytest.raises(ValueError, match=f"start='{start}' of the run 'a' must name one of these runs"):
+            list(sweeps.run_all(specs, tmp_path))
 
 
 NOTEBOOK = ROOT / "notebooks" / "reproduce.ipynb"
