@@ -344,14 +344,8 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         one."""
         if self.config.layout != "stream":
             raise ValueError(f'labels {tuple(labels.shape)} of many targets need the layout "stream", got {self.config.layout!r}')
-        if self.pruning is not None and (self.training or self.pruning.at_inference):
-            raise ValueError("a pass that teaches every item prunes nothing, for each target would keep other tokens: set_pruning(None), "
-                             "or teach one target a pass, labels [B, L]")
-        batch, targets, n_levels = labels.shape
-        per_item = n_levels + self.config.separators
-        if input_ids.shape != (batch, (targets + 1) * per_item):
-            raise ValueError(f"input_ids must be [{batch}, {(targets + 1) * per_item}], one item more than there are labels, got "
-                             f"{tuple(input_ids.shape)}")
+        _, targets, n_levels = labels.shape
+        per_item = self.tokens_per_item(input_ids, labels)
         unread = 1 + self.config.separators  # nothing is predicted from the last item's last code on
         mask = None if attention_mask is None else attention_mask[:, :-unread]
         out = self.model(input_ids=input_ids[:, :-unread], attention_mask=mask, padded=padded)

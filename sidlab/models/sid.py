@@ -247,6 +247,19 @@ class SidModel(LibraryInit):
         """BOS and all but the last label: int64 [..., L]."""
         return F.pad(labels[..., :-1].masked_fill(labels[..., :-1] == -100, 0), (1, 0), value=BOS)
 
+    def tokens_per_item(self, input_ids: Tensor, labels: Tensor) -> int:
+        """Of the histories in `input_ids` [B, N], where `labels` [B, T, L] teach all their items but the first. ValueError where the two do
+        not fit, or the model prunes."""
+        if self.pruning is not None and (self.training or self.pruning.at_inference):
+            raise ValueError("a pass that teaches every item prunes nothing, for each target would keep other tokens: set_pruning(None), "
+                             "or teach one target a pass, labels [B, L]")
+        batch, targets, n_levels = labels.shape
+        per_item = n_levels + self.config.separators
+        if input_ids.shape != (batch, (targets + 1) * per_item):
+            raise ValueError(f"input_ids must be [{batch}, {(targets + 1) * per_item}], one item more than there are labels, got "
+                             f"{tuple(input_ids.shape)}")
+        return per_item
+
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
         """Logits of the codes of `level` (from 0): [..., d] → [..., W]."""
         first = 3 + sum(self.config.widths[:level])  # token id of the level's code 0

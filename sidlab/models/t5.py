@@ -361,14 +361,8 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         reads the T targets side by side, each seeing its own tokens so far and the items before it."""
         if self.config.encoder_mask != "items":
             raise ValueError(f'labels {tuple(labels.shape)} of many targets need encoder_mask="items", got {self.config.encoder_mask!r}')
-        if self.pruning is not None and (self.training or self.pruning.at_inference):
-            raise ValueError("a pass that teaches every item prunes nothing, for each target would keep other tokens: set_pruning(None), "
-                             "or teach one target a pass, labels [B, L]")
-        batch, targets, n_levels = labels.shape
-        per_item = n_levels + self.config.separators
-        if input_ids.shape != (batch, (targets + 1) * per_item):
-            raise ValueError(f"input_ids must be [{batch}, {(targets + 1) * per_item}], one item more than there are labels, got "
-                             f"{tuple(input_ids.shape)}")
+        _, targets, n_levels = labels.shape
+        per_item = self.tokens_per_item(input_ids, labels)
         history = input_ids[:, :-per_item]
         tokens = (history != PAD).long() if attention_mask is None else attention_mask[:, :-per_item]
         encoded = self.encoder(input_ids=history, attention_mask=tokens)
