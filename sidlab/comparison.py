@@ -23,7 +23,7 @@ import transformers
 
 from sidlab.baselines import NeighbourTable, Popularity
 from sidlab.checks import SHARE, integer, one_of
-from sidlab.config import DENSE, PRESETS, TrainConfig
+from sidlab.config import DENSE, PRESETS, ROWS, TrainConfig
 from sidlab.cost import cost
 from sidlab.data.catalogue import load_catalogue
 from sidlab.metrics import paired_test, per_user, rank_of_target, ranks_of
@@ -87,6 +87,8 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     names = methods.split() if isinstance(methods, str) else list(methods)
     if not names:
         raise ValueError(f"give at least one method, got methods={methods!r}")
+    if made := [name for name in names if name.partition("-")[0] == BASE]:
+        raise ValueError(f"methods={methods!r} names {made[0]}, a row that protocol='continue' adds by itself; leave it out")
     seeds = integer("seeds", seeds)
     one_of("preset", preset, PRESETS)
     protocol = protocol or default_protocol(preset)
@@ -178,6 +180,9 @@ def method_config(name: str, preset: str, seed: int, arch: str = "t5", protocol:
         return {"sasrec": {"max_items": TrainConfig.preset(preset).max_items, "seed": seed, **short}}
     share = {"pruning.keep": float(fractions.Fraction(keep))} if keep else {}
     settings = {"arch": arch} | SETTINGS.get(base, {"pruning.scorer": base}) | share
+    if protocol == "continue":  # told, so that the cost model knows it too
+        row, _, needed = ROWS[arch]
+        settings[row] = needed
     return config_with(preset, seed, settings, continued=protocol == "continue")
 
 

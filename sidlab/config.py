@@ -132,12 +132,25 @@ class TrainConfig:
                 raise ValueError(f"eval_every={self.eval_every} must be a multiple of strategy.every={self.strategy.every}")
         if self.checkpoint is not None and self.arch != "qwen":
             raise ValueError(f'checkpoint={self.checkpoint!r} needs arch="qwen", got arch={self.arch!r}')
+        if self.checkpoint is not None and (levers := [name for name in FRESH if getattr(self, name) != getattr(type(self), name)]):
+            raise ValueError(f"{levers[0]}={getattr(self, levers[0])!r} is for models that start from nothing, and checkpoint="
+                             f"{self.checkpoint!r} has its own weights; leave it out")
+        self._check_levers()
         if self.arch == "qwen" and self.checkpoint is None and self.d_kv % 2:
             raise ValueError(f'd_kv={self.d_kv} must be even with arch="qwen", which rotates pairs of numbers')
         if self.prompt is not None and self.checkpoint is None:
             raise ValueError(f"prompt={self.prompt!r} needs a checkpoint, whose tokenizer reads it")
         if self.pruning is not None and self.checkpoint is None:  # what does not fit a model is refused before anything is loaded
             (sid_qwen.check if self.arch == "qwen" else check_after_layer)(self.pruning, self.num_layers)
+
+    def _check_levers(self):
+        """What would change nothing is refused."""
+        if self.arch == "qwen":
+            for name in ("cross_bias", "qk_norm", "position_init", "bias_rate"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name}={getattr(self, name)!r} belongs to arch='t5', got arch='qwen'; leave it out")
+        if self.bias_rate is not None and self.muon is None:
+            raise ValueError(f"bias_rate={self.bias_rate} needs muon, whose optimiser knows tables of biases; got muon=None")
 
     def _check_targets(self):
         """`targets` and what has to fit it."""
@@ -173,9 +186,10 @@ class TrainConfig:
         fields = PRESETS[name] | OF_ARCH.get((name, arch), {})
         if overrides.get("targets") == "all":
             fields |= DENSE.get(name, {})
+        if overrides.get("checkpoint") is not None:
+            fields = {field: value for field, value in fields.items() if field not in FRESH}
         if continued:
-            row, _, needed = ROWS[arch]  # as the base was taught
-            fields |= dict(epochs=100, warmup=0.1) | CONTINUED.get(name, {}) | {row: needed}
+            fields |= dict(epochs=100, warmup=0.1) | CONTINUED.get(name, {})
             fields |= {rate: fields[rate] * SLOWER for rate in ("learning_rate", "muon", "bias_rate") if fields.get(rate)}
         return cls(**fields | overrides)
 
@@ -200,6 +214,8 @@ class TrainConfig:
 
 # By architecture: the field that says how a row is read, its values (the published one first), and what dense targets need.
 ROWS = {"qwen": ("layout", sid_qwen.LAYOUTS, "stream"), "t5": ("encoder_mask", sid_t5.ENCODER_MASKS, "items")}
+# How a model that starts from nothing is made, which a pretrained checkpoint is not.
+FRESH = ("level_embeddings", "embedding_norm", "embedding_init", "tie_embeddings", "zero_init")
 PARTS = {"pruning": PruningConfig, "strategy": Strategy, "map": MapConfig}
 
 # Heads that look back from the start: under Adam a bias moves by no more than the learning rate a step, and from T5's initial

@@ -21,7 +21,7 @@ class MuonAdamW(torch.optim.Optimizer):
         tables = {id(p) for p in biases}
         groups = [{"params": [p for p in others if id(p) not in tables]}]
         if biases:
-            groups.append({"params": biases, "lr": bias_rate or learning_rate})
+            groups.append({"params": biases, "lr": learning_rate if bias_rate is None else bias_rate})
         self.parts = (torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True),
                       torch.optim.Muon(matrices, lr=muon, weight_decay=weight_decay))
         super().__init__([*others, *matrices], {})

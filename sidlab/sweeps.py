@@ -166,9 +166,14 @@ def run_all(specs: dict[str, dict], folder):
         first = one.get("start")
         if first is not None and (first not in specs or "start" in specs[first]):
             raise ValueError(f"start={first!r} of the run {name!r} must name one of these runs, one that starts from nothing itself")
+        if first is not None and any(one[part] != specs[first][part] for part in ("dataset", "sids")):
+            raise ValueError(f"the run {name!r} must have the dataset and the sids of its start={first!r}, got "
+                             f"{one['dataset']!r} with {one['sids']} and {specs[first]['dataset']!r} with {specs[first]['sids']}")
+        if first is None and "recommend" in one["config"]:
+            raise ValueError(f"the run {name!r} recommends with the model of another run: it needs a start")
         tables[name] = sid_table(catalogue, folder, one["sids"])[0]
         specs[name] = _in_one_precision(one, catalogue, tables[name], folder)
-    results, waiting = {}, list(specs)
+    results, waiting, starts = {}, list(specs), {one.get("start") for one in specs.values()}
     for number, name in enumerate(sorted(specs, key=lambda name: "start" in specs[name]), start=1):
         one, path = specs[name], paths[name]
         if _version(one["config"]) != versions[name]:
@@ -178,6 +183,8 @@ def run_all(specs: dict[str, dict], folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_file(path, ".lock")):  # another sweep in this folder may be at the same run: then its result is taken
             result = _finished(path, key)
+            if name in starts and not (path / "model.safetensors").exists():
+                result = None  # its weights are needed, too
             if result is None:
                 stamp = _file(path, ".spec")
                 if stamp.exists() and json.loads(stamp.read_text())["key"] != key:  # a killed run of other data, settings or code

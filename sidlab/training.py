@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from sidlab.adaptive import SCHEDULES, AdaptPruning
 from sidlab.checks import one_of
-from sidlab.config import TrainConfig
+from sidlab.config import FRESH, TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
 from sidlab.files import read_json, reading, write_json
@@ -105,6 +105,10 @@ def _start(model, config, base, table):
         if hasattr(theirs, name) and getattr(theirs, name) != getattr(model.config, name):
             raise ValueError(f"start_from={str(base)!r} has {name}={getattr(theirs, name)!r}, this configuration "
                              f"{getattr(model.config, name)!r}: a model that goes on keeps its architecture; give TrainConfig the same")
+    steps = [config and config["steps"] for config in (theirs.map, model.config.map)]
+    if None not in steps and steps[0] != steps[1]:
+        raise ValueError(f"start_from={str(base)!r} has a MAP head of map.steps={steps[0]}, this configuration of {steps[1]}; "
+                         "use the same, or save that model with drop_map=True")
     other = SidTable.load(base)
     with reading(base / "model.safetensors"):
         weights = load_file(base / "model.safetensors")
@@ -136,7 +140,8 @@ def weights_digest(folder) -> str:
 
 # Fields of a model's configuration, T5's and Qwen3's, that a model which goes on keeps.
 MUST_MATCH = (
-    "widths", "separators", "level_embeddings", "embedding_norm", "cross_bias", "qk_norm", "tie_embeddings", "tie_word_embeddings",
+    "widths", "text_vocab", "separators",
+    "level_embeddings", "embedding_norm", "cross_bias", "qk_norm", "tie_embeddings", "tie_word_embeddings",
     "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "ffn_hidden_layers",
     "hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers",
 )
@@ -154,7 +159,9 @@ def _t5(config, table, shared):
 
 def _qwen(config, table, shared):
     if config.checkpoint is not None:
-        model = SidQwen.from_checkpoint(config.checkpoint, table, config.prompt, attention_dropout=config.dropout, **shared)
+        shared = {name: value for name, value in shared.items() if name not in FRESH}
+        model = SidQwen.from_checkpoint(config.checkpoint, table, config.prompt, attention_dropout=config.dropout, layout=config.layout,
+                                        residual_dropout=config.residual_dropout or 0.0, **shared)
         return model.float()  # in bfloat16 most updates would be rounded away
     return SidQwen(SidQwenConfig(
         widths=table.widths, hidden_size=config.d_model, head_dim=config.d_kv, num_attention_heads=config.num_heads,
@@ -188,6 +195,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     if oracle and catalogue.truth is None:
         raise ValueError('scorer="oracle" needs catalogue.truth, which only the planted catalogue has')
     base = None if start_from is None else pathlib.Path(start_from)
+    if base is not None and not (base / "config.json").is_file():
+        raise ValueError(f"start_from={str(base)!r} holds no model: config.json is missing; give a folder that save_pretrained wrote")
     config = config.completed(None if base is None else read_json(base / "config.json"))
     processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
     if config.accumulation % processes:
@@ -267,7 +276,7 @@ def _collator(config, table, windows, truth=None):
 def _batches(config, table, windows):
     """Batches of window indices in the order of training."""
     per_item = table.levels + config.separators
-    if config.targets == "all":  # as many slots hold as many targets, whatever the lengths
+    if config.targets == "all":  # as many slots hold about as many targets: of long stretches some more, as each has one item less to teach
         return LengthBatches(windows.lengths, per_item, config.batch_tokens, config.seed, config.accumulation)
     if config.windows == "prefixes":
         return StratifiedBatches(windows.lengths, per_item, config.batch_tokens, config.seed, config.accumulation,

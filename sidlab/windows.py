@@ -103,7 +103,7 @@ class Stretches(torch.utils.data.Dataset):
         if not usable:
             raise ValueError("nothing to teach: every user has fewer than two items before the held-out ones")
         self.items = np.concatenate(usable)
-        before = max(max_items // 2, 1)  # items of context in front of what a later stretch teaches
+        before = -(-max_items // 2)  # items of context in front of what a later stretch teaches
         rows, begin = [], 0
         for history in usable:
             taught = 1

@@ -154,6 +154,7 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
         (dict(dataset="beauty"), "no catalogue 'beauty'"),
         (dict(methods="rastp unpadded rastp"), "names rastp twice"),
         (dict(seeds=0), "seeds must be at least 1, got 0"),
+        (dict(methods="base unpadded"), "names base, a row that protocol='continue' adds by itself"),
         (dict(protocol="both"), "protocol='both' is unknown; use one of 'continue', 'scratch'"),
         (dict(preset="paper", protocol="continue"), "preset='paper' trains from scratch"),
         (dict(methods=""), "give at least one method"),
@@ -272,6 +273,36 @@ def test_a_start_must_be_one_of_the_runs(tmp_path):
         specs = {"a": sweeps.spec("planted", config, start=start), "b": sweeps.spec("planted", config, start="a")}
         with pytest.raises(ValueError, match=f"start='{start}' of the run 'a' must name one of these runs"):
             list(sweeps.run_all(specs, tmp_path))
+
+
+def test_a_start_has_the_same_data_and_sids_and_is_asked_for(tmp_path):
+    config = TrainConfig.preset("smoke", continued=True)
+    other = sweeps.spec("planted", config, {"levels": 2}, start="a")
+    with pytest.raises(ValueError, match="must have the dataset and the sids of its start='a'"):
+        list(sweeps.run_all({"a": sweeps.spec("planted", config), "b": other}, tmp_path))
+    with pytest.raises(ValueError, match="needs a start"):
+        list(sweeps.run_all({"a": sweeps.spec("planted", {"recommend": 10, "pruning": PruningConfig().to_dict()})}, tmp_path))
+
+
+def test_a_base_without_its_weights_is_trained_again(tmp_path, monkeypatch):
+    done = []
+
+    def child(folder, name, label):
+        path = sweeps._path(folder, name)
+        path.mkdir(exist_ok=True)
+        (path / "model.safetensors").write_bytes(b"the same every time")
+        result = {"key": json.loads(sweeps._file(path, ".spec").read_text())["key"]}
+        sweeps.write_json(sweeps._file(path, ".json"), result)
+        done.append(name)
+        return result
+
+    monkeypatch.setattr(sweeps, "_run_child", child)
+    config = TrainConfig.preset("smoke", precision="fp32")
+    specs = {"b": sweeps.spec("planted", config, start="a"), "a": sweeps.spec("planted", config)}
+    first = list(sweeps.run_all(specs, tmp_path))
+    assert done == ["a", "b"] and len(first) == 2
+    (tmp_path / "runs" / "a" / "model.safetensors").unlink()
+    assert list(sweeps.run_all(specs, tmp_path)) == first and done == ["a", "b", "a"]
 
 
 NOTEBOOK = ROOT / "notebooks" / "reproduce.ipynb"

@@ -161,6 +161,30 @@ def test_a_wide_beam_is_exact_scoring(build, way):
     assert (items.sort(1).values == torch.arange(1, 51)).all()
 
 
+@pytest.mark.parametrize("separators", (True, False))
+@pytest.mark.parametrize("keep", (0.5, 1 / 3))
+def test_pooling_a_stream_needs_no_padding_to_be_right(keep, separators):
+    model = qwen(PruningConfig(keep=keep, reduce="pool"), separators=separators)
+    for n in range(1, 9):
+        tokens = history_tokens(np.arange(1, n + 1)[None], TABLE, separators)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": LABELS[:1]}
+        torch.testing.assert_close(model(**inputs, padded=False).loss, model(**inputs, padded=True).loss, **CLOSE)
+
+
+def test_a_stretch_may_be_padded_on_the_left():
+    tokens = history_tokens(np.array([[5, 9, 2, 30], [7, 3, 0, 0]]), TABLE)
+    labels = TABLE.item_tokens[torch.tensor([[9, 2, 30], [3, 0, 0]])]
+    labels[1, 1:] = -100
+    left, left_labels = tokens.clone(), labels.clone()
+    left[1], left_labels[1] = tokens[1].roll(8), labels[1].roll(2, 0)
+    for build in MODELS.values():
+        model = build()
+        right = model(input_ids=tokens, labels=labels)
+        moved = model(input_ids=left, labels=left_labels)
+        torch.testing.assert_close(moved.logits[1, 2], right.logits[1, 0], **CLOSE)
+        torch.testing.assert_close(moved.loss, right.loss, **CLOSE)
+
+
 @pytest.mark.parametrize("way", ("none", "rastp", "pool", "items"))
 def test_generate_finds_the_first_of_the_beam(way):
     model = qwen(WAYS[way])
@@ -259,6 +283,10 @@ def test_a_saved_model_keeps_its_layout_and_its_mask(tmp_path):
     ({"targets": "all", "padding": "fixed"}, "padding='fixed'"),
     ({"layout": "stream"}, "arch='qwen'"),
     ({"arch": "qwen", "encoder_mask": "items"}, "arch='t5'"),
+    ({"arch": "qwen", "cross_bias": True}, "cross_bias=True belongs to arch='t5'"),
+    ({"arch": "qwen", "position_init": 8.0}, "position_init=8.0 belongs to arch='t5'"),
+    ({"bias_rate": 0.1}, "bias_rate=0.1 needs muon"),
+    ({"arch": "qwen", "checkpoint": "x", "level_embeddings": True}, "level_embeddings=True is for models that start from nothing"),
 ])
 def test_settings_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -278,6 +306,10 @@ def test_models_that_do_not_fit_are_refused():
             build()(input_ids=tokens[:, :-4], labels=labels)
     with pytest.raises(ValueError, match="BOS"):
         qwen()(input_ids=tokens)
+    with pytest.raises(ValueError, match="use_cache=True alone"):
+        qwen().generate(F.pad(tokens, (1, 0), value=BOS), use_cache=False)
+    with pytest.raises(ValueError, match="cross_bias=True needs encoder_outputs"):
+        t5(cross_bias=True)(encoder_outputs=(torch.zeros(1, 4, 32),), labels=LABELS[:1])
 
 
 # --- Training
@@ -296,6 +328,7 @@ def test_training_teaches_every_item(arch):
     an_epoch = sum(len(part) - 1 for part in parts)
     assert 0 < result.timing["windows"] and result.timing["updates"] == 20
     assert result.timing["windows"] <= 20 * an_epoch
+    assert result.tokens["kept_token_fraction"] == 1
 
 
 # --- Continuing from a trained model
@@ -370,5 +403,23 @@ def test_a_start_of_other_sids_or_none_is_refused(base, tmp_path):
     codes[[0, 1]] = codes[[1, 0]]
     with pytest.raises(ValueError, match="other SIDs"):
         train(continuing("qwen"), catalogue, SidTable(codes, table.widths), start_from=folders["qwen"], progress=False)
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match="start_from=.* holds no model: config.json is missing"):
         train(continuing("qwen"), catalogue, table, start_from=tmp_path, progress=False)
+
+
+def test_a_map_head_of_other_steps_is_refused(base, tmp_path):
+    catalogue, table, folders = base
+    three = continuing("qwen", max_updates=1, map=MapConfig(steps=3))
+    train(three, catalogue, table, start_from=folders["qwen"], progress=False).model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="map.steps=3, this configuration of 2"):
+        train(continuing("qwen", map=MapConfig(steps=2)), catalogue, table, start_from=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("arch, field, value", (("qwen", "layout", "bos_last"), ("t5", "encoder_mask", "full")))
+def test_a_continued_preset_keeps_how_its_base_reads_a_row(base, arch, field, value, tmp_path):
+    catalogue, table, _ = base
+    first = TrainConfig.preset("smoke", arch=arch, max_updates=1)
+    train(first, catalogue, table, progress=False).model.save_pretrained(tmp_path)
+    then = TrainConfig.preset("smoke", arch=arch, continued=True, max_updates=1)
+    after = train(then, catalogue, table, start_from=tmp_path, progress=False)
+    assert getattr(after.model.config, field) == value

@@ -124,7 +124,9 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
         # The token that always stays comes on top of whole items only where its own is not among them (it has no say in that), so rows of
         # one length may differ by one.
         on_top = self.pruning is not None and self.pruning.unit == "item" and self._protects()
-        return super().padded_behind(padded) or on_top
+        # Pooled are all tokens but the last, for which a slot may be left over.
+        pools_but_last = self.pruning is not None and self.pruning.reduce == "pool" and self.config.layout == "stream"
+        return super().padded_behind(padded) or on_top or pools_but_last
 
     def _protects(self) -> bool:
         """Whether a token of the history always stays: the attention sink, or the one that predicts."""
@@ -307,6 +309,9 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         if decoder_input_ids is None:
             prefix = getattr(past_key_values, "sid_prefix", None)
             if prefix is None:
+                if self.config.layout == "stream" and use_cache is False:
+                    raise ValueError('the layout "stream" generates with use_cache=True alone: without the cache nothing tells codes '
+                                     "that were generated from those of the history")
                 cut = _without_bos if self.config.layout == "stream" else _cut_at_bos
                 input_ids, attention_mask, decoder_input_ids = cut(input_ids, attention_mask)
             else:

@@ -349,6 +349,8 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         None where all is seen alike."""
         if self.cross_bias is None:
             return seen
+        if encoded.items_back is None:
+            raise ValueError("cross_bias=True needs encoder_outputs as this model's own encoder gives them, with items_back")
         return self._biased(encoded.items_back.unsqueeze(1), None if seen is None else seen.bool()[:, None, None])
 
     def _biased(self, items_back, seen):
@@ -368,16 +370,17 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         encoded = self.encoder(input_ids=history, attention_mask=tokens)
         item = self.encoder.items_of(history, tokens).unsqueeze(1)  # [B, 1, N]
         target = torch.arange(targets, device=labels.device).repeat_interleave(n_levels)  # [T·L]
+        newest = item[:, 0, ::per_item].repeat_interleave(n_levels, 1)  # [B, T·L], the item before each target, padding aside
         place = torch.arange(targets * n_levels, device=labels.device)
         own = ((target == target[:, None]) & (place <= place[:, None]))[None, None]  # [1, 1, T·L, T·L]
-        back = target[None, :, None] - item + 1  # [B, T·L, N]
+        back = newest.unsqueeze(2) - item + 1  # [B, T·L, N]
         seen = ((back >= 1) & tokens.bool().unsqueeze(1)).unsqueeze(1)  # [B, 1, T·L, N]
         cross = self._biased(back, seen) if self.cross_bias is not None else library_mask(seen, self.config, self.dtype)
         inputs = self.shifted(labels)  # [B, T, L]
         states = self.decoder(input_ids=inputs.flatten(1), attention_mask=library_mask(own, self.config, self.dtype),
                               encoder_hidden_states=encoded.last_hidden_state, encoder_attention_mask=cross).last_hidden_state
         hidden = states.unflatten(1, (targets, n_levels))  # [B, T, L, d]
-        out = SidOutput(encoder_attention_mask=tokens)
+        out = SidOutput(encoder_attention_mask=input_ids != PAD if attention_mask is None else attention_mask)
         self.add_losses(out, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch)
         if not self.training:
             out.logits = self.masked_logits(hidden, inputs)
