@@ -55,7 +55,8 @@ def test_losses_recalls_and_counts_are_those_of_one_process(finished):
 
 
 def test_a_decoder_only_model_guided_by_its_loss_is_the_same_in_two_processes(tmp_path):
-    settings, logs = SETTINGS | {"arch": "qwen", "strategy.kind": "loss-gap", "strategy.every": 2, "strategy.bound": 1.0}, []
+    guided = {"arch": "qwen", "residual_dropout": 0.0, "strategy.kind": "loss-gap", "strategy.every": 2, "strategy.bound": 1.0}
+    settings, logs = SETTINGS | guided, []
     for processes in (1, 2):
         code, output = run(write(tmp_path / f"{processes}.json", tmp_path / str(processes), settings=settings), processes)
         assert code == 0, output
@@ -64,6 +65,21 @@ def test_a_decoder_only_model_guided_by_its_loss_is_the_same_in_two_processes(tm
     assert one["kept_token_fraction"] == two["kept_token_fraction"] < 1 and one["windows"] == two["windows"]
     losses = [[e["main_loss"] for e in result["log"] if "main_loss" in e] for result in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) >= 2
+
+
+@pytest.mark.parametrize("arch", ("t5", "qwen"))
+def test_a_model_taught_every_item_is_the_same_in_two_processes(arch, tmp_path):
+    settings, logs = {"arch": arch, "targets": "all", "map.steps": 2, "residual_dropout": 0.0, "batch_tokens": 256, "accumulation": 2,
+                      "max_updates": 6, "eval_every": 3}, []
+    for processes in (1, 2):
+        code, output = run(write(tmp_path / f"{processes}.json", tmp_path / str(processes), settings=settings), processes)
+        assert code == 0, output
+        logs.append(json.loads((tmp_path / str(processes) / "result.json").read_text()))
+    one, two = logs
+    assert one["windows"] == two["windows"] and one["kept_token_fraction"] == two["kept_token_fraction"] == 1
+    for name in ("loss", "main_loss"):
+        losses = [[e[name] for e in result["log"] if name in e] for result in logs]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) >= 2
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
