@@ -74,13 +74,13 @@ unpruned models of this kind (TIGER) reach {theirs.min():.4f} to {theirs.max():.
 {max(ours):.4f}: what pruning costs a fully trained model stays open. Every table, command and machine, and a verdict on each claim of
 both papers, is in [results/README.md](results/README.md).
 """
-    return "\n".join([_mature(), OLDER, head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
+    return "\n".join([_mature(), _pruned(), OLDER, head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
 
 
 def page() -> str:
     """results/README.md: everything."""
     comparisons, studies = load()
-    parts = [HEAD, _mature(), OLDER, *map(_comparison, comparisons)]
+    parts = [HEAD, _mature(), _pruned(), OLDER, *map(_comparison, comparisons)]
     parts += [_bench(json.loads(path.read_text())) for path in sorted(HERE.glob("bench-*.json"))]
     for name, write in (("levers", _levers), ("scale", _scale)):
         if (HERE / f"{name}.json").exists():
@@ -224,6 +224,22 @@ def _mature():
              "test users, every item ranked, nothing excluded. CPU minutes are those of training alone, one thread.")
     head = "| data | model | seeds | R@5 | R@10 | R@10 of each seed | CPU minutes | R@10, published TIGER |"
     return "\n".join([title, "", head, "|" + "---|" * 8, *rows, "", "Commands: " + "; ".join(commands) + ".", ""])
+
+
+def _pruned():
+    """What such a model gives up for free: every file that results/pruned.py wrote."""
+    parts = []
+    for path in sorted(HERE.glob("pruned-*.json")):
+        found = json.loads(path.read_text())
+        base, rows = found["rows"][0], found["rows"][1:]
+        scorers, keeps = (list(dict.fromkeys(row[name] for row in rows)) for name in ("scorer", "keep"))
+        cells = {(row["scorer"], row["keep"]): "{:+.4f} [{:+.4f}, {:+.4f}]".format(row["difference"], *row["interval"]) for row in rows}
+        title = (f"**What such a model gives up for free**: {MODELS[found['arch']]}, {found['dataset']}, seed 0, pruned after layer "
+                 f"{found['after_layer']} when it recommends, nothing trained; R@10 against {base['recall@10']:.4f} unpruned, on all "
+                 f"{len(base['ranks']):,} test users (95 % over users; of other seeds it says nothing); `{found['command']}`.")
+        parts += [title, "", "| kept | " + " | ".join(scorers) + " |", "|" + "---|" * (1 + len(scorers)),
+                  *(f"| {keep} | " + " | ".join(cells.get((scorer, keep), "–") for scorer in scorers) + " |" for keep in keeps), ""]
+    return "\n".join(parts)
 
 
 def _scale(scale):
