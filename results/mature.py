@@ -11,8 +11,9 @@ import pathlib
 
 import sidlab
 from sidlab.comparison import hardware, versions
+from sidlab.files import write
 from sidlab.metrics import METRICS, ranks_of
-from sidlab.sweeps import metrics_of, write_json
+from sidlab.sweeps import metrics_of
 
 HERE = pathlib.Path(__file__).parent
 
@@ -31,14 +32,15 @@ def main():
     found = [json.loads(pathlib.Path(file).read_text()) for file in frame["file"]]
     name = pathlib.Path(args.dataset).resolve().name
     sids = f" --sids {args.sids}" if args.sids else ""
-    write_json(HERE / f"mature-{name}-{args.arch}.json", {
+    content = {
         "command": f"python results/mature.py {args.dataset} --arch {args.arch} --seeds {args.seeds}{sids}",
         "dataset": name, "arch": args.arch, "preset": "long", "hardware": hardware(), "versions": versions(),
         "metrics": metrics_of(ranks_of(found)),
         "runs": [{"seed": seed, "precision": one["precision"], "busy": one["busy"], **{metric: one["row"][metric] for metric in METRICS},
                   "train_seconds": one["row"]["train_seconds"], "updates": one["row"]["updates"], "curve": one["curve"],
                   "ranks": one["ranks"]} for seed, one in enumerate(found)],
-    })
+    }
+    write(HERE / f"mature-{name}-{args.arch}.json", json.dumps(content))
 
 
 if __name__ == "__main__":

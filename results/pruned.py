@@ -15,8 +15,8 @@ import numpy as np
 
 import sidlab
 from sidlab.comparison import hardware, versions
-from sidlab.files import write_json
-from sidlab.metrics import METRICS, paired_test, recall_at, summary
+from sidlab.files import write
+from sidlab.metrics import paired_test, recall_at, summary
 from sidlab.training import evaluate, load_model, weights_digest
 from sidlab.windows import leave_one_out
 
@@ -49,9 +49,9 @@ def main():
             test = paired_test(recall_at(ranks, 10), recall_at(np.array(rows[0]["ranks"]), 10))
             row |= {"difference": test.difference, "interval": list(test.interval)}
         rows.append(row)
-        write_json(path, {"command": f"python results/pruned.py {args.model} {args.dataset}", "arch": arch, "after_layer": 2,
-                          "dataset": pathlib.Path(args.dataset).resolve().name, "hardware": hardware(), "versions": versions(),
-                          "metrics": list(METRICS), "rows": rows})
+        content = {"command": f"python results/pruned.py {args.model} {args.dataset}", "arch": arch, "after_layer": 2,
+                   "dataset": pathlib.Path(args.dataset).resolve().name, "hardware": hardware(), "versions": versions(), "rows": rows}
+        write(path, json.dumps(content))
         print(f"{scorer} {keep}: {row['recall@10']:.4f} {row.get('interval', '')}", flush=True)
 
 
