@@ -212,11 +212,11 @@ def _mature():
     for path in sorted(HERE.glob("mature-*.json")):
         found = json.loads(path.read_text())
         runs, ours = found["runs"], found["metrics"]
-        minutes = [run["train_seconds"] / 60 for run in runs]
+        minutes = "–".join(dict.fromkeys(f"{run['train_seconds'] / 60:.0f}" for run in sorted(runs, key=lambda run: run["train_seconds"])))
         theirs = published(found["dataset"]).query("method == 'TIGER'")["recall@10"]
         seeds = ", ".join(f"{run['recall@10']:.4f}" for run in runs)
         rows.append(f"| {found['dataset']} | {MODELS[found['arch']]} | {len(runs)} | {ours['recall@5']:.4f} | {ours['recall@10']:.4f} "
-                    f"| {seeds} | {min(minutes):.0f}–{max(minutes):.0f} | {theirs.min():.4f}–{theirs.max():.4f} |")
+                    f"| {seeds} | {minutes} | {theirs.min():.4f}–{theirs.max():.4f} |")
         commands.append(f"`{found['command']}` ({_machine(found['hardware'])}, {', '.join(sorted({run['precision'] for run in runs}))})")
     if not rows:
         return ""
