@@ -43,6 +43,9 @@ GUIDE = {
         published code keeps a share of the padded length.""",
 }
 
+# Results from before there were two have none.
+PROTOCOLS = {"continue": "every method went on from the row base", "scratch": "every method was trained from nothing"}
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --soft: #5a5a5a; --paper: #fff; --line: #c9ccd0; --link: #00568a }
 @media (prefers-color-scheme: dark) {
@@ -117,6 +120,7 @@ def _run(results):
         "Semantic IDs": sids and (f"{sids['n_items']:,} items, {sids['levels']} levels; {sids['collision_rate']:.1%} "
                                   "of the items shared theirs before collisions were resolved"),
         "Preset": results["preset"],
+        "Protocol": PROTOCOLS.get(results.get("protocol")),
         "Hardware": ", ".join(form.format(hardware[part]) for part, form in parts.items() if hardware.get(part)),
         "Versions": ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items()),
     }
