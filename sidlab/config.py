@@ -199,8 +199,9 @@ class TrainConfig:
         name, valid, needed = ROWS[self.arch]
         if getattr(self, name) is not None:
             return self
-        fresh = needed if self.targets == "all" else valid[0]
-        return dataclasses.replace(self, **{name: (base or {}).get(name, fresh)})
+        if base is not None:  # one that was saved before there was a choice names none, and has the first
+            return dataclasses.replace(self, **{name: base.get(name, valid[0])})
+        return dataclasses.replace(self, **{name: needed if self.targets == "all" else valid[0]})
 
     def to_dict(self) -> dict:
         """JSON-ready; a callable scorer becomes "own:<name>"."""
@@ -265,7 +266,8 @@ DENSE = {
     "long": dict(batch_tokens=4096, accumulation=1, epochs=20, eval_every=632),
     "gpu": dict(batch_tokens=16384, accumulation=1, epochs=40, eval_every=200),
 }
-# Going on from a trained model: at a third of the peak rates it forgets, at a fifteenth it does not.
+# Going on from a trained model, gently, so that it does not forget. The fifteenth is a choice: on real data it was not compared with
+# others here.
 CONTINUED = {
     "quick": dict(max_updates=60, eval_every=20),
     "long": dict(max_updates=250, eval_every=50),

@@ -276,7 +276,7 @@ def _collator(config, table, windows, truth=None):
 def _batches(config, table, windows):
     """Batches of window indices in the order of training."""
     per_item = table.levels + config.separators
-    if config.targets == "all":  # as many slots hold about as many targets: of long stretches some more, as each has one item less to teach
+    if config.targets == "all":  # as many slots hold about as many targets: more in long stretches, for the first item of each is none
         return LengthBatches(windows.lengths, per_item, config.batch_tokens, config.seed, config.accumulation)
     if config.windows == "prefixes":
         return StratifiedBatches(windows.lengths, per_item, config.batch_tokens, config.seed, config.accumulation,

@@ -423,3 +423,7 @@ def test_a_continued_preset_keeps_how_its_base_reads_a_row(base, arch, field, va
     then = TrainConfig.preset("smoke", arch=arch, continued=True, max_updates=1)
     after = train(then, catalogue, table, start_from=tmp_path, progress=False)
     assert getattr(after.model.config, field) == value
+    older = {"model_type": f"sid_{arch}"}  # as models were saved that had no choice
+    assert getattr(then.completed(older), field) == value
+    with pytest.raises(ValueError, match=f'targets="all" needs {field}='):
+        TrainConfig.preset("smoke", arch=arch, targets="all").completed(older)
