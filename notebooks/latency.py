@@ -39,7 +39,7 @@ class Comm:
 
 def connect(explorer, sent):
     """Let an explorer talk to a `Comm`."""
-    for widget in (explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
+    for widget in (explorer.view.state, *explorer.controls.values()):
         widget.comm = Comm(sent)
 
 
@@ -51,7 +51,7 @@ def measure(name, moves):
 
     recorded = [json.loads((HERE / "data" / f"{RECORDED[name]}.json").read_text())] if name in RECORDED else []
     explorer = getattr(viz, name)(*recorded)
-    explorer.figure.to_json()
+    json.dumps(explorer.content)
     first, sent = time.time() - psutil.Process().create_time(), []
     connect(explorer, sent)
     slider, rng = explorer.controls[explorer.exported], np.random.default_rng(0)

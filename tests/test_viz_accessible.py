@@ -56,16 +56,20 @@ def test_controls_have_labels_and_work_by_keyboard_and_the_figure_has_a_text(nam
     for control in found:
         assert isinstance(control, KEYBOARD), f"{name}: {type(control).__name__} is not known to work by keyboard"
         assert re.search(r"\w", control.description), f"{name}: a {type(control).__name__} without a label"
-    assert explorer.heading and any(isinstance(child, Labels) and child.heading == explorer.heading for child in explorer.children)
-    words = re.sub(r"<[^>]*>", " ", explorer.text.value).split()
+    assert explorer.heading and explorer.view.heading == explorer.heading
+    assert any(isinstance(child, Labels) for child in explorer.children)
+    words = re.sub(r"<[^>]*>", " ", explorer.text).split()
     assert len(words) > 15 or name == "TrainingMonitor", "before a run there is little to tell"
-    assert re.search(r"\d", explorer.text.value)
+    assert re.search(r"\d", explorer.text)
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_the_dark_theme_is_dark(name, dark):
-    layout = MADE[name]().figure.layout
-    assert layout.template.layout.paper_bgcolor == "#14171A" and layout.paper_bgcolor is None
+def test_a_state_leaves_light_and_dark_to_the_view(name):
+    explorer = MADE[name]()
+    layout = explorer.content.get("figure", {}).get("layout", {})
+    assert not {"template", "paper_bgcolor", "plot_bgcolor"} & layout.keys()
+    light, dark = (look["layout"]["paper_bgcolor"] for look in explorer.view.library.looks)
+    assert (light, dark) == ("#FFFFFF", "#14171A")
 
 
 # Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision deficiency" (2009), severity 1, linear RGB.

@@ -35,8 +35,7 @@ def plain(figure):
 
 
 def click(explorer, trace, x, y):
-    points = Points(point_inds=[0], xs=[x], ys=[y], trace_name="", trace_index=trace)
-    explorer.figure.data[trace]._dispatch_on_click(points, InputDeviceState())
+    explorer.acted({"trace": trace, "x": x, "y": y})
 
 
 def test_factors_are_column_sums_and_l1_norms(world):
@@ -105,8 +104,8 @@ def test_recommendations_without_a_token_are_the_models(world, explorer, remove)
     change = float(after[target - 1] - before[target - 1])
     assert abs(change) > 0.01, "a token that moves nothing would show nothing"
     places = [1 + int((scores > scores[target - 1]).sum()) for scores in (before, after)]
-    assert f"<b>{change:+.3f}</b>), place {places[0]} → {places[1]}" in explorer.text.value
-    cells = re.findall(r"<td>(.*?)</td>", explorer.text.value)
+    assert f"<b>{change:+.3f}</b>), place {places[0]} → {places[1]}" in explorer.text
+    cells = re.findall(r"<td>(.*?)</td>", explorer.text)
     ranked = torch.argsort(-after, stable=True)[:SHOWN].tolist()
     was = torch.argsort(-before, stable=True).tolist()
     for place, item in enumerate(ranked, start=1):
@@ -119,7 +118,7 @@ def test_recommendations_without_a_token_are_the_models(world, explorer, remove)
 
 def test_nothing_removed_moves_nothing(explorer):
     explorer.set(remove="nothing")
-    assert "(<b>+0.000</b>)" in explorer.text.value and "▲" not in explorer.text.value and "▼" not in explorer.text.value
+    assert "(<b>+0.000</b>)" in explorer.text and "▲" not in explorer.text and "▼" not in explorer.text
     assert not explorer.figure.layout.shapes[-1].visible
 
 
@@ -131,7 +130,7 @@ def test_following_equals_a_fresh_one(world, explorer):
     assert explorer.value("token") == 4 * (len(world.catalogue.histories[1]) - 1) - 1, "the last token of a shorter history"
     fresh = AttentionExplorer(world.model, world.catalogue, layer=4, user=2, token=explorer.value("token"), remove="its whole item")
     assert plain(explorer.figure) == plain(fresh.figure)
-    assert explorer.text.value == fresh.text.value
+    assert explorer.text == fresh.text
     explorer.set(user=longest, token=60)
     assert explorer.value("token") == 60, "a token that only the new user has"
 
@@ -140,7 +139,7 @@ def test_tokens_are_named_by_item_and_level(world, explorer):
     title = world.catalogue.items.title[world.catalogue.histories[0][1] - 1]
     labels = [label for label, _ in explorer.controls["token"].options]
     assert labels[5] == f"item 2, level 2: {title}" and labels[7] == f"item 2, separator: {title}"
-    assert explorer.text.value.startswith(f"<p><b>{labels[5]}: ")
+    assert explorer.text.startswith(f"<p><b>{labels[5]}: ")
 
 
 def test_clicks_choose(explorer):
@@ -195,7 +194,7 @@ def test_exported_page_has_a_frame_per_token(explorer, tmp_path):
 def test_without_a_truth_and_with_wrong_arguments(world, dark):
     bare = sidlab.Catalogue("own", world.catalogue.items, world.catalogue.histories[:2], ["a", "b"], embeddings=world.catalogue.embeddings)
     explorer = AttentionExplorer(world.model, bare)
-    assert len(explorer.figure.data[STARS].x) == 0 and "nats" not in explorer.text.value
+    assert len(explorer.figure.data[STARS].x) == 0 and "nats" not in explorer.text
     assert explorer.figure.layout.template.layout.paper_bgcolor == "#14171A"
     with pytest.raises(ValueError, match="model and catalogue"):
         AttentionExplorer(world.model)

@@ -124,11 +124,11 @@ def test_padding_explorer_shows_its_rows():
         assert list(trace.x) == pytest.approx([row[key] for row in rows])
     assert list(flops.x) == pytest.approx([row["flops"] for row in rows])
     assert list(known.x) == [x for x in ON_BEAUTY if x] and known.marker.symbol == "diamond-open"
-    cells = numbers(explorer.text.value)
+    cells = numbers(explorer.text)
     assert [float(cells[row["name"].replace("'", "&#x27;")][5]) for row in rows] == [round(row["flops"], 2) for row in rows]
     lost = np.mean(np.minimum(LENGTHS - 1, 30) > 15)  # 75 slots are 15 items
-    assert f"{lost:.0%} of the histories lose a real token" in explorer.text.value
-    assert "approximation" not in explorer.text.value and "approximation" in PaddingExplorer().text.value
+    assert f"{lost:.0%} of the histories lose a real token" in explorer.text
+    assert "approximation" not in explorer.text and "approximation" in PaddingExplorer().text
     looks = {(trace.marker.pattern.shape, trace.marker.color) for trace in fates}
     assert len(looks) == 4 and [trace.marker.pattern.shape for trace in fates] == [None, "x", None, "/"]
 
@@ -192,27 +192,27 @@ def test_calculator_shows_what_speed_and_cost_model_predict():
     assert seconds.y[at] == pytest.approx(after / before) and (ring.x[0], ring.y[0]) == (25, seconds.y[at])
     assert flops.y[at] == pytest.approx(pruned.training / plain.training)
     assert activations.y[at] == pytest.approx(pruned.activation_bytes / plain.activation_bytes)
-    cells = numbers(explorer.text.value)
+    cells = numbers(explorer.text)
     assert cells["milliseconds a training step, here"][:2] == [f"{1000 * s:,.1f}" for s in (before, after)]
     assert cells["GPU-hours at 2 TFLOP/s"][:2] == [f"{c.training * 3000 / 2e12 / 3600:,.3g}" for c in (plain, pruned)]
     assert cells["time here, 375 updates"][0] == f"{375 * before:,.1f} s"
     assert cells["MB of parameters, gradients, AdamW"][0] == f"{plain.state_bytes / 2**20:,.0f}"
     assert cells["MFLOPs to recommend to one user"][1] == f"{recommend_flops(config, (64,) * 4, [25]) / 1e6:,.0f}"
-    assert f"Pruning saves {1 - after / before:.0%} of the time" in explorer.text.value and "a planted machine" in explorer.text.value
+    assert f"Pruning saves {1 - after / before:.0%} of the time" in explorer.text and "a planted machine" in explorer.text
 
 
 def test_where_a_step_only_waits_pruning_does_not_pay():
     explorer = CostCalculator(WAITING, layers=4)
-    assert "Pruning costs 9% of the time" in explorer.text.value and "It pays at no length shown" in explorer.text.value  # 3 of 8 × 4 ms
+    assert "Pruning costs 9% of the time" in explorer.text and "It pays at no length shown" in explorer.text  # 3 of 8 × 4 ms
     assert all(y == pytest.approx(35 / 32) for y in explorer.figure.data[4].y)
-    assert "It pays at every length shown" in CostCalculator(dataclasses.replace(MACHINE, pruner=0.0)).text.value
+    assert "It pays at every length shown" in CostCalculator(dataclasses.replace(MACHINE, pruner=0.0)).text
 
 
 def test_pruning_behind_more_layers_than_there_are_is_behind_the_last():
     explorer = CostCalculator(MACHINE, layers=2, after=7)
-    assert "behind layer 2 of 2" in explorer.text.value
+    assert "behind layer 2 of 2" in explorer.text
     explorer.controls["layers"].value = 12
-    assert "behind layer 7 of 12" in explorer.text.value
+    assert "behind layer 7 of 12" in explorer.text
 
 
 MADE = {"calculator": (lambda **values: CostCalculator(MACHINE, **values),
@@ -235,7 +235,7 @@ def test_following_equals_a_fresh_explorer_and_sends_little(name):
         assert 1 <= len(sent) <= (6 if control in ("source", "which") else 4) and sum(sent) < 200_000, control
     fresh = make(**values)
     assert json.loads(go.Figure(explorer.figure).to_json()) == json.loads(go.Figure(fresh.figure).to_json())
-    assert explorer.text.value == fresh.text.value
+    assert explorer.text == fresh.text
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -247,4 +247,4 @@ def test_export_holds_a_frame_per_value_and_the_dark_theme_is_dark(name, tmp_pat
     frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1].replace("<\\/", "</"))
     assert len({frame["text"] for frame in frames}) == len(frames) > 20
     explorer.set(**{explorer.exported: float(frames[7]["value"]) if name == "padding" else int(frames[7]["value"])})
-    assert frames[7]["text"] == explorer.text.value
+    assert frames[7]["text"] == explorer.text

@@ -1,4 +1,4 @@
-"""What every explorer stands on: following by one message, errors that reach the reader, exported frames."""
+"""What every explorer stands on: a state that follows by one message, errors that reach the reader, exported frames."""
 
 import json
 import re
@@ -10,10 +10,12 @@ import latency
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from plotly.subplots import make_subplots
 
 from sidlab.viz import theme
-from sidlab.viz.explorer import Explorer, _Figure, sync, write_frames
+from sidlab.viz.explorer import Explorer, State, chart_state, write_frames
 
 
 class Squares(Explorer):
@@ -39,41 +41,98 @@ class Squares(Explorer):
         return figure.update_layout(template=theme.template(), title_text=f"{n} squares"), f"<p>{n} squares</p>"
 
 
-def plain(figure):
-    """A figure's content, arrays as lists, without the ids that a widget adds."""
-    content = json.loads(go.Figure(figure).to_json())
-    for trace in content["data"]:
-        trace.pop("uid", None)
-    return content
+class Listener:
+    """Stands in for a page: applies every message to what the state was when it opened, as the model in a browser does."""
+
+    comm_id = kernel = "none"
+
+    def __init__(self, state):
+        self.attributes, self.messages = state.get_state(), []
+        state.comm = self
+
+    def send(self, data=None, metadata=None, buffers=None):
+        self.messages.append(json.loads(json.dumps(data["state"], allow_nan=False)))
+        self.attributes |= self.messages[-1]
+
+    def on_msg(self, *args):
+        """Nothing ever arrives."""
+
+    on_close = close = on_msg
+
+    def nested(self):
+        """What `nested` in explorer.js makes of them, put together in another way."""
+        def branch(leaves):
+            if "" in leaves:
+                return leaves[""]
+            steps = {}
+            for path, value in leaves.items():
+                step, slash, rest = path[1:].partition("/")
+                steps.setdefault(step, {})[slash + rest] = value
+            if steps and all(step.startswith("#") for step in steps):
+                return [branch(steps[step]) for step in sorted(steps, key=lambda step: int(step[1:]))]
+            return {step.replace("~1", "/"): branch(inner) for step, inner in steps.items()}
+
+        return branch({path: value for path, value in self.attributes.items() if path[0] == "/" and value is not None})
 
 
 def no_nones(node):
-    return {k: no_nones(v) for k, v in node.items() if v is not None} if isinstance(node, dict) else node
+    if isinstance(node, dict):
+        return {k: no_nones(v) for k, v in node.items() if v is not None}
+    branches = isinstance(node, list) and all(isinstance(part, dict) for part in node)
+    return [no_nones(part) for part in node] if branches else node
+
+
+LEAF = st.integers() | st.text(max_size=3) | st.lists(st.integers() | st.none(), max_size=3)
+KEY = st.text("ab/.~ ", min_size=1, max_size=3).filter(lambda key: "~1" not in key)
+STATES = st.dictionaries(KEY, st.recursive(LEAF, lambda inner: st.dictionaries(KEY, inner, min_size=1, max_size=3) | st.lists(
+    st.dictionaries(KEY, inner, min_size=1, max_size=2), min_size=1, max_size=3), max_leaves=8) | st.none(), max_size=4)
+
+
+@given(st.lists(STATES, min_size=2, max_size=5))
+def test_a_page_holds_the_present_state_whatever_came_before(states):
+    """One that was there from the start, and one that opens at the end, as after a reload."""
+    state = State(states[0], print)
+    page = Listener(state)
+    for content in states[1:]:
+        before = len(page.messages)
+        state.show(content)
+        assert len(page.messages) - before <= 1
+    assert page.nested() == no_nones(states[-1]) == Listener(state).nested()
+    count = len(page.messages)
+    state.show(states[-1])
+    assert len(page.messages) == count
 
 
 def test_following_equals_drawing_anew():
     explorer = Squares()
+    page = Listener(explorer.view.state)
     for n, kind in ((5, 1), (4, -1), (1, -1), (8, 1), (3, 1)):
         explorer.controls["n"].value, explorer.controls["kind"].value = n, kind
         fresh = Squares()
         fresh.set(n=n, kind=kind)
-        wanted, _ = fresh.draw()
-        assert no_nones(plain(explorer.figure)) == no_nones(plain(wanted))
-        assert explorer.text.value == f"<p>{n} squares</p>"
+        assert page.nested() == no_nones(explorer.content) == no_nones({"alert": "", **fresh.content}), "whatever was there before"
+        assert page.nested()["text"] == f"<p>{n} squares</p>"
 
 
-def test_only_what_differs_is_sent(monkeypatch):
-    explorer, sent = Squares(), []
-
-    def send(self, restyle_data, relayout_data=None, **rest):
-        sent.append((restyle_data, relayout_data))
-
-    for name in ("_send_update_msg", "_send_restyle_msg"):
-        monkeypatch.setattr(type(explorer.figure), name, send)
+def test_only_what_differs_is_sent():
+    explorer = Squares()
+    page = Listener(explorer.view.state)
     explorer.controls["kind"].value = -1
-    assert len(sent) == 1 and not sent[0][1]
-    changed = sent[0][0]
-    assert set(changed) == {"y"}, "the heatmap, the texts and the layout are the same"
+    (message,) = page.messages
+    assert set(message) == {"/figure/data/#0/y", "/alert"}, "the heatmap, the texts and the layout are the same"
+    explorer.controls["kind"].value = 1
+    assert set(page.messages[-1]) == {"/figure/data/#0/y"}
+
+
+def test_a_view_is_told_where_what_it_said_fails():
+    class Clicked(Squares):
+        def acted(self, content):
+            raise ValueError(f"<{content['x']}>")
+
+    explorer = Clicked()
+    with pytest.raises(ValueError, match="<3>"):
+        explorer._heard({"x": 3})
+    assert explorer.alert == '<p role="alert"><b>ValueError:</b> &lt;3&gt;</p>'
 
 
 def test_set_draws_once_and_knows_its_controls():
@@ -89,9 +148,9 @@ def test_errors_reach_the_reader_and_are_raised():
     explorer = Squares()
     with pytest.raises(ValueError, match="too"):
         explorer.controls["n"].value = 9
-    assert 'role="alert"' in explorer.alert.value and "nine is &lt;too&gt; many" in explorer.alert.value
+    assert 'role="alert"' in explorer.alert and "nine is &lt;too&gt; many" in explorer.alert
     explorer.controls["n"].value = 2
-    assert explorer.alert.value == "", "gone as soon as it works again"
+    assert explorer.alert == "", "gone as soon as it works again"
 
 
 def test_slow_controls_act_on_release_and_every_control_needs_a_label():
@@ -106,20 +165,14 @@ def test_slow_controls_act_on_release_and_every_control_needs_a_label():
         Nameless()
 
 
-def test_other_traces_cannot_be_followed():
-    widget = go.FigureWidget(go.Figure(go.Scatter(x=[1])))
-    with pytest.raises(ValueError, match="same traces"):
-        sync(widget, go.Figure(go.Bar(x=[1])))
-
-
 def test_exported_page_holds_a_frame_a_value_and_needs_no_network(tmp_path):
     explorer = Squares()
     path = explorer.export(tmp_path / "deep" / "x.html", values=[1, 2, 5])
     page = path.read_text()
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page)[1])
+    frames = json.loads(re.search(r"const frames = (\[.*?\]), env = ", page)[1])
     assert [frame["value"] for frame in frames] == ["1", "2", "5"]
-    assert [frame["text"] for frame in frames] == [f"<p>{n} squares</p>" for n in (1, 2, 5)]
-    assert [len(frame["data"][0]["text"]) for frame in frames] == [1, 2, 5]
+    assert [frame["state"]["text"] for frame in frames] == [f"<p>{n} squares</p>" for n in (1, 2, 5)]
+    assert [len(frame["state"]["figure"]["data"][0]["text"]) for frame in frames] == [1, 2, 5]
     assert explorer.value("n") == 3, "the live one stays as it was"
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="http', page)
     assert "Squares &lt;/script&gt; &amp; more" in page
@@ -142,7 +195,7 @@ def test_a_frame_shows_what_its_label_says_and_leaves_all_controls_as_they_were(
     explorer = Snaps()
     explorer.set(n=4)
     frames = explorer.frames([2, 3, 6])
-    assert [(value, text) for value, _, text in frames] == [(n, f"<p>{n} squares</p>") for n in ("2", "6")]
+    assert [(value, state["text"]) for value, state in frames] == [(n, f"<p>{n} squares</p>") for n in ("2", "6")]
     assert explorer.value("n") == 4 and explorer.value("slow") == 0.4 and not explorer._quiet
 
 
@@ -150,18 +203,18 @@ def test_where_one_of_several_values_is_refused_the_figure_follows_the_others():
     explorer = Squares()
     with pytest.raises(Exception, match="value not found"):
         explorer.set(n=5, kind="sideways")
-    assert explorer.value("n") == 5 and explorer.text.value == "<p>5 squares</p>"
+    assert explorer.value("n") == 5 and explorer.text == "<p>5 squares</p>"
 
 
 def test_frames_of_a_slider_cover_its_range():
     explorer = Squares()
     explorer.exported = "slow"
-    shown = [float(value) for value, *_ in explorer.frames()]
+    shown = [float(value) for value, _ in explorer.frames()]
     assert len(shown) == 21 and min(shown) == 0 and max(shown) == 1 and sorted(shown) == shown
 
 
 def test_a_text_cannot_end_the_script(tmp_path):
-    page = write_frames(tmp_path / "x.html", "t", "l", [("a", go.Figure(), "</script><b>")]).read_text()
+    page = write_frames(tmp_path / "x.html", "t", "l", [("a", chart_state(go.Figure(), "</script><b>"))]).read_text()
     assert page.count("</script>") == 2  # plotly.js and ours
 
 
@@ -176,8 +229,7 @@ def test_site_shows_the_exported_page(tmp_path, monkeypatch):
     assert "application/vnd.jupyter.widget-view+json" in explorer._repr_mimebundle_()
 
 
-def test_theme(dark):
-    assert Squares().figure.layout.template.layout.paper_bgcolor == "#14171A"
+def test_the_theme_has_a_name():
     with pytest.raises(ValueError, match="theme='pink' is unknown"):
         theme.use_theme("pink")
 
@@ -189,15 +241,11 @@ def test_latency_is_measured_in_a_process_of_its_own():
     assert name == "MapExplorer" and len(numbers) == 6 and all(float(number) > 0 for number in numbers) and "p95 (ms)" in head
 
 
-def test_a_figure_reaches_the_browser_whole(monkeypatch):
-    opened = []
-    monkeypatch.setattr(go.FigureWidget, "open", lambda self: opened.append((len(self._widget_data), bool(self._widget_layout))))
-    _Figure(go.Figure(go.Scatter(x=[1]), {"title": {"text": "one"}}))
-    assert opened == [(1, True)]
-
-
-def test_following_leaves_the_width_to_the_browser():
-    widget = _Figure(go.Figure(go.Scatter(x=[1])))
-    widget.layout.autosize = True  # as the browser reports it
-    sync(widget, go.Figure(go.Scatter(x=[2])))
-    assert widget.layout.autosize is True and list(widget.data[0].x) == [2]
+def test_a_notebook_without_a_kernel_has_a_picture(capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("sidlab.viz.explorer.display", lambda bundle, raw: shown.append(bundle))
+    Squares()._ipython_display_()
+    widget, picture = shown
+    assert "application/vnd.jupyter.widget-view+json" in widget
+    figure = picture["application/vnd.plotly.v1+json"]
+    assert len(figure["data"]) == 2 and figure["layout"]["template"]["layout"]["paper_bgcolor"] == "#FFFFFF"

@@ -34,7 +34,7 @@ def shown(explorer):
     kept, _, pruned, texts, _, before, after = explorer.figure.data
     strip = {(int(x), int(base)) for x, base in zip(kept.x, kept.base)}
     assert len(strip) + len(pruned.x) == len(before.z) and len(texts.x) == len(pruned.x)
-    rows = re.findall(r"<tr><td>(\d+)</td><td>(?:★ )?([^<]*)</td><td>", explorer.text.value)
+    rows = re.findall(r"<tr><td>(\d+)</td><td>(?:★ )?([^<]*)</td><td>", explorer.text)
     return strip, np.array([[cell is not None for cell in row] for row in np.array(after.z)]), [title for _, title in rows]
 
 
@@ -85,7 +85,7 @@ def test_strip_heatmap_and_list_are_what_recommend_gives(world, values):
         wanted[np.ix_(stay, stay)] = True
     assert (cells == wanted).all()
     assert titles == catalogue.items.title[items[0].numpy() - 1].tolist()
-    assert f"<b>{len(stay)} of {len(history) * LEVELS} tokens kept.</b>" in explorer.text.value
+    assert f"<b>{len(stay)} of {len(history) * LEVELS} tokens kept.</b>" in explorer.text
     place, target = explorer.pruned.items.tolist(), int(explorer.histories[explorer.value("user") - 1][-1])
     found = f"place {place.index(target) + 1}" if target in place else "not in the list"
     assert explorer.figure.layout.title.text.startswith(f"{len(stay)} of {len(history) * LEVELS} tokens kept; next item: {found} (")
@@ -120,7 +120,7 @@ def test_following_equals_fresh(world):
             follower.controls[name].value = value
         fresh = PruningExplorer(model, catalogue, **{name: control.value for name, control in follower.controls.items()})
         assert plain(follower.figure) == plain(fresh.figure)
-        assert without_time(follower.text.value) == without_time(fresh.text.value)
+        assert without_time(follower.text) == without_time(fresh.text)
 
 
 def test_a_move_sends_at_most_4_messages_and_200_kb(world):
@@ -150,9 +150,9 @@ def test_own_scorers_join_the_menu_and_their_errors_are_shown_and_raised(world):
     assert shown(explorer)[0] == {(p // LEVELS, p % LEVELS) for p in range(n)}
     with pytest.raises(RuntimeError, match="no <idea>"):
         explorer.controls["scorer"].value = "broken"
-    assert 'role="alert"' in explorer.alert.value and "no &lt;idea&gt;" in explorer.alert.value
+    assert 'role="alert"' in explorer.alert and "no &lt;idea&gt;" in explorer.alert
     explorer.controls["scorer"].value = "recent"
-    assert explorer.alert.value == ""
+    assert explorer.alert == ""
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -181,7 +181,7 @@ def test_real_data_has_no_stars_and_no_oracle(world):
     real = sidlab.Catalogue("real", catalogue.items, catalogue.histories, catalogue.user_ids, embeddings=catalogue.embeddings)
     explorer = PruningExplorer(model, real)
     assert "oracle" not in explorer.controls["scorer"].options and len(explorer.figure.data[4].x) == 0
-    assert "informative" not in explorer.text.value
+    assert "informative" not in explorer.text
     assert len(PruningExplorer(model, catalogue).figure.data[4].x) > 0
     with pytest.raises(ValueError, match="model and catalogue, or neither"):
         PruningExplorer(model)

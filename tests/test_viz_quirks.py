@@ -125,7 +125,7 @@ def test_every_quirk_of_the_table_is_there_and_both_codes_are_in_the_text(demo):
         shown = explorer.evidence(number)
         for name in shown["reference"].bars:
             values = [f"{shown[mode].bars[name]:.3f}".rstrip("0").rstrip(".") for mode in ("reference", "corrected")]
-            assert re.search(f"<td>{name}</td><td>{values[0]}</td><td>{values[1]}</td>", explorer.text.value)
+            assert re.search(f"<td>{name}</td><td>{values[0]}</td><td>{values[1]}</td>", explorer.text)
 
 
 def test_following_equals_a_fresh_explorer_and_switching_the_mode_sends_little(demo):
@@ -137,7 +137,7 @@ def test_following_equals_a_fresh_explorer_and_switching_the_mode_sends_little(d
     explorer.controls["quirk"].value = 6
     fresh = QuirkExplorer(demo.model, demo.catalogue, quirk=6, mode="corrected")
     assert json.loads(go.Figure(explorer.figure).to_json()) == json.loads(go.Figure(fresh.figure).to_json())
-    assert explorer.text.value == fresh.text.value
+    assert explorer.text == fresh.text
 
 
 def test_figure_tells_fates_and_modes_apart_without_colour(evidence):

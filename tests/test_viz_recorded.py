@@ -81,7 +81,7 @@ def test_the_slider_holds_recorded_shares_only(data):
 
 def test_words_follow_from_the_numbers(data):
     explorer = FrontierExplorer(data, keep=0.5)
-    said = dict(re.findall("<li><b>(.*?)</b>: (.*?)</li>", explorer.text.value))
+    said = dict(re.findall("<li><b>(.*?)</b>: (.*?)</li>", explorer.text))
     assert list(said) == list(SCORERS)
     for scorer in SCORERS:
         row = recorded(data, scorer, 0.5)
@@ -90,20 +90,20 @@ def test_words_follow_from_the_numbers(data):
         assert ("undecided" in said[scorer]) == (scorer in ("rastp", "oracle"))
         assert ("clearly worse" in said[scorer]) == (scorer in ("recent", "random"))
         assert f"Cost {1 - row[COST] / 2:.0%} lower" in said[scorer]
-        assert f"{row['recall@10']:.4f}" in explorer.text.value and f"{row[COST]:.3g} (× {row[COST] / 2:.2f})" in explorer.text.value
+        assert f"{row['recall@10']:.4f}" in explorer.text and f"{row[COST]:.3g} (× {row[COST] / 2:.2f})" in explorer.text
     recorded(data, "rastp", 0.5).update(run("rastp", 0.5, 0.56, 2.5))
     numbered(data["rows"])
-    better = FrontierExplorer(data, keep=0.5).text.value
+    better = FrontierExplorer(data, keep=0.5).text
     assert "recall@10 +0.0600 [+0.0450, +0.0750], clearly better. Cost 25% higher" in better
 
 
 def test_text_holds_all_runs(data):
-    text = FrontierExplorer(data).text.value
+    text = FrontierExplorer(data).text
     folded = text[text.index("<details>") :]
     for row in data["rows"]:
         assert f"<td>{row['recall@10']:.4f}</td>" in folded and f"<td>{row[COST]:.3g} (×" in folded
     assert "an abacus" in text and data["command"] in text and "3 seeds. The intervals are over test users and seeds.</p>" in text
-    rough = FrontierExplorer(data | {"seeds": 1, "busy": True}).text.value
+    rough = FrontierExplorer(data | {"seeds": 1, "busy": True}).text
     assert "1 seed. The intervals are over test users: another seed" in rough and "the seconds are rough" in rough
 
 
@@ -112,7 +112,7 @@ def test_following_equals_a_fresh_explorer(data, cost_name):
     explorer, fresh = FrontierExplorer(data), FrontierExplorer(data, keep=0.7, cost=cost_name)
     explorer.controls["keep"].value = 0.7
     explorer.controls["cost"].value = cost_name
-    assert explorer.text.value == fresh.text.value
+    assert explorer.text == fresh.text
     for moved, new in zip(explorer.figure.data, fresh.figure.data, strict=True):
         assert (moved.name, moved.x, moved.y, moved.error_y, moved.marker) == (new.name, new.x, new.y, new.error_y, new.marker)
     assert explorer.figure.layout.xaxis == fresh.figure.layout.xaxis and explorer.figure.layout.shapes == fresh.figure.layout.shapes

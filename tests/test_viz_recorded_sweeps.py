@@ -81,7 +81,7 @@ def test_grid_and_cost_show_every_recorded_run_and_the_cursor_stands_on_the_chos
 
 
 def test_text_of_the_granularity_sweep_says_cost_collisions_perplexity_and_tokens():
-    text = DilutionExplorer(granularity(), levels=1, width=8, items=10).text.value
+    text = DilutionExplorer(granularity(), levels=1, width=8, items=10).text
     row = next(row for row in granularity()["rows"] if (row["sids.levels"], row["sids.width"]) == (1, 8))
     chosen = [re.findall("<td>(.*?)</td>", line)[1] for line in re.findall("<tr>(.*?)</tr>", text)[1:11]]
     assert chosen == [
@@ -96,7 +96,7 @@ def test_clear_differences_are_counted():
         row["recall@10"] = (0.37, 0.39)[number] if number < 2 else 0.4
     numbered(data["rows"], half=0.015)
     for levels, width, better, worse in ((1, 4, 0, 15), (1, 8, 1, 0), (3, 8, 1, 0)):
-        text = DilutionExplorer(data, levels=levels, width=width).text.value
+        text = DilutionExplorer(data, levels=levels, width=width).text
         assert f"it is clearly better than {better} of the other 15 settings, clearly worse than {worse}; the rest is undecided" in text
 
 
@@ -117,9 +117,9 @@ def test_curves_are_the_chosen_runs_and_the_baseline_is_always_shown():
         assert list(ring.y) == [dots.y[ring.x[0]]] == [run["recall@10"] - base["recall@10"]]
         np.testing.assert_allclose([dots.error_y.array, dots.error_y.arrayminus], 0.015)
         gain = run["recall@10"] - base["recall@10"]
-        assert f"{gain:+.4f} [{gain - 0.015:+.4f}, {gain + 0.015:+.4f}]" in explorer.text.value
+        assert f"{gain:+.4f} [{gain - 0.015:+.4f}, {gain + 0.015:+.4f}]" in explorer.text
         said = "clearly better" if gain > 0.015 else "clearly worse" if gain < -0.015 else "undecided"
-        assert f"On the same users and seeds: {said}." in explorer.text.value
+        assert f"On the same users and seeds: {said}." in explorer.text
     assert recall_without.line.dash != recall_with.line.dash and recall_without.marker.symbol != recall_with.marker.symbol
 
 
@@ -146,7 +146,7 @@ def test_following_equals_a_fresh_explorer_and_sends_little(made):
         assert 1 <= len(sent) <= 4 and sum(sent) < 200_000
     fresh = make(data, **values)
     assert json.loads(go.Figure(explorer.figure).to_json()) == json.loads(go.Figure(fresh.figure).to_json())
-    assert explorer.text.value == fresh.text.value
+    assert explorer.text == fresh.text
 
 
 def test_export_holds_a_frame_per_recorded_value(made, tmp_path):

@@ -92,7 +92,7 @@ def test_text_holds_the_meters(explorer):
     for setting in SETTINGS:
         explorer.set(**setting)
         encoder, codes = fitted(setting["levels"], setting["width"])
-        report, text = SidTable(codes, setting["width"]).report(encoder, WORLD.embeddings), explorer.text.value
+        report, text = SidTable(codes, setting["width"]).report(encoder, WORLD.embeddings), explorer.text
         said = " ".join(re.sub(r"<[^>]+>", " ", text).split())
         assert f"{report['unique_sids']} different ones" in said and f"{report['collision_rate']:.1%} of the items share" in said
         assert ("de-duplication digit" in said) == (report["largest_group"] > 1)
@@ -134,7 +134,7 @@ def test_following_equals_a_fresh_explorer(explorer):
             explorer.controls[name].value = value
         values = {name: control.value for name, control in explorer.controls.items()}
         fresh = SidExplorer(WORLD, **values)
-        assert no_nones(plain(explorer.figure)) == no_nones(plain(fresh.figure)) and explorer.text.value == fresh.text.value
+        assert no_nones(plain(explorer.figure)) == no_nones(plain(fresh.figure)) and explorer.text == fresh.text
 
 
 def test_each_width_is_fitted_once(monkeypatch):
@@ -171,18 +171,18 @@ def test_large_catalogues_are_sampled_and_say_so():
     embeddings = (np.repeat(WORLD.embeddings, copies, axis=0) + noise).astype(np.float32)
     large = dataclasses.replace(WORLD, items=items, embeddings=embeddings, truth=None)
     explorer = SidExplorer(large, sample=50, levels=3, width=8)
-    assert "a random sample of 50 items" in explorer.text.value and "prefixes of fewer than 11 items" in explorer.text.value
+    assert "a random sample of 50 items" in explorer.text and "prefixes of fewer than 11 items" in explorer.text
     assert len(explorer.figure.data[1].x) == 50 and not explorer.controls["width"].continuous_update
     tree = explorer.figure.data[3]
     assert tree.values[0] == 3200 and min(tree.values) >= 11 and len(tree.ids) <= 1 + 3 * 300
-    assert "random sample" not in SidExplorer(WORLD).text.value
+    assert "random sample" not in SidExplorer(WORLD).text
 
 
 def test_titles_are_escaped_and_missing_ones_numbered():
     titles = ["<script>", None, *WORLD.items.title[2:]]
     text = ["<b>bold</b> & wild", None, *WORLD.items.text[2:]]
     explorer = SidExplorer(dataclasses.replace(WORLD, items=WORLD.items.assign(title=titles, text=text), embeddings=WORLD.embeddings))
-    assert "<script>" not in explorer.text.value and "&lt;script&gt;" in explorer.text.value and "item 2" in explorer.text.value
+    assert "<script>" not in explorer.text and "&lt;script&gt;" in explorer.text and "item 2" in explorer.text
     assert all("<script>" not in hover for trace in explorer.figure.data for hover in trace.hovertext or ())
 
 

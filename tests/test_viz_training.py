@@ -75,11 +75,11 @@ def test_figure_and_text_hold_what_was_logged(finished):
         evaluations = {e["step"]: e["recall@10"] for e in result.log if "recall@10" in e}
         assert dict(zip(recall.x, recall.y)) == evaluations and set(evaluations) == {3, 6}
         assert dict(zip(loss.x, loss.y)) == {e["step"]: e["main_loss"] for e in result.log if "loss" in e}
-        row = next(row for row in re.findall("<tr>(.*?)</tr>", finished.text.value) if row.startswith(f"<td>{name}</td>"))
+        row = next(row for row in re.findall("<tr>(.*?)</tr>", finished.text) if row.startswith(f"<td>{name}</td>"))
         _, state, update, _, last, best = re.findall("<td>(.*?)</td>", row)
         assert (state, update, best) == ("done", "6 of 6", f"{max(evaluations.values()):.4f}") and last == f"{loss.y[-1]:.3f}"
-        assert f"<td>{evaluations[3]:.4f}</td>" in finished.text.value
-    assert finished.start_button.disabled and finished.stop_button.disabled and finished.alert.value == ""
+        assert f"<td>{evaluations[3]:.4f}</td>" in finished.text
+    assert finished.start_button.disabled and finished.stop_button.disabled and finished.alert == ""
 
 
 def test_start_after_the_end_does_nothing(finished):
@@ -92,7 +92,7 @@ def test_stop_before_an_evaluation_leaves_nothing_and_start_trains_anew():
     monitor = StopsAfter(1)
     assert monitor.wait() == {}
     assert monitor.states == {"unpruned": "stopped", "stamp": "waiting"} and monitor.stop_button.disabled
-    assert monitor._runs["unpruned"].step == 2 and "2 of 6" in monitor.text.value  # ended with the update in progress
+    assert monitor._runs["unpruned"].step == 2 and "2 of 6" in monitor.text  # ended with the update in progress
     monitor.updates = None
     assert not monitor.start_button.disabled
     monitor.start()
@@ -130,10 +130,10 @@ def test_an_error_reaches_the_reader_and_whoever_waits():
     monitor = TrainingMonitor(bad, WORLD, TABLE)
     with pytest.raises(ValueError, match="batch_tokens=4 is less"):
         monitor.wait()
-    assert 'role="alert"' in monitor.alert.value and "batch_tokens=4" in monitor.alert.value
+    assert 'role="alert"' in monitor.alert and "batch_tokens=4" in monitor.alert
     assert monitor.states == {"unpruned": "done", "<narrow>": "failed"} and list(monitor.results) == ["unpruned"]
     assert not monitor.start_button.disabled and monitor.stop_button.disabled
-    assert "&lt;narrow&gt;" in monitor.text.value and "<narrow>" not in monitor.text.value
+    assert "&lt;narrow&gt;" in monitor.text and "<narrow>" not in monitor.text
     with pytest.raises(ValueError, match="batch_tokens=4"):
         monitor.wait()
 
@@ -226,7 +226,7 @@ def test_only_text_is_sent_while_no_curve_grows(monkeypatch):
         if grows:
             run.loss.append((run.step, 2.0))
         monitor.show()
-        assert (f"<td>{run.step} of 9</td>" in monitor.text.value) == (run.step != 3)  # 0.4 s after a picture
+        assert (f"<td>{run.step} of 9</td>" in monitor.text) == (run.step != 3)  # 0.4 s after a picture
     assert (len(text.sent), list(monitor.figure.data[1].x)) == (4, [1, 3])
     assert len(figure.sent) == 4  # two pictures, at 1 and, with the point of 2.4, at 3 s
 
@@ -261,6 +261,6 @@ def test_controls_theme_and_refusal(dark):
     monitor = viz.TrainingMonitor(CONFIGS, WORLD, TABLE)
     assert monitor.figure.layout.template.layout.paper_bgcolor == "#14171A"
     assert [b.description for b in monitor.children[0].children] == ["Start", "Stop"]
-    assert "waiting" in monitor.text.value and monitor.results == {} and not monitor.running
+    assert "waiting" in monitor.text and monitor.results == {} and not monitor.running
     with pytest.raises(ValueError, match="at least one run"):
         TrainingMonitor({}, WORLD, TABLE)

@@ -51,8 +51,6 @@ class AttentionExplorer(HistoryExplorer):
                                      description="head"),
             "user": users,
         }, slow=("user",))
-        for trace in self.figure.data[:5]:
-            trace.on_click(self._clicked)
 
     def _without(self, user, layer, tokens):
         """{item: log-probability}, best first, when `tokens` are taken out behind `layer`; no tokens: as it is."""
@@ -75,14 +73,12 @@ class AttentionExplorer(HistoryExplorer):
         finally:
             self._quiet = before
 
-    def _clicked(self, trace, points, state):
-        if not points.xs:
-            return
-        if trace is self.figure.data[0]:
-            side = len(trace.z) // self.model.config.num_layers
-            self.set(layer=int(points.ys[0]) // side + 1, head=int(points.xs[0]) // side + 1)
-        else:
-            self.set(token=round(points.xs[0]))
+    def acted(self, content):
+        if content["trace"] == 0:
+            side = len(self.figure.data[0].z) // self.model.config.num_layers
+            self.set(layer=int(content["y"]) // side + 1, head=int(content["x"]) // side + 1)
+        elif content["trace"] < 5:
+            self.set(token=round(content["x"]))
 
     def removed(self) -> tuple[int, ...]:
         """Places of the tokens that are taken out behind the layer."""

@@ -1,20 +1,25 @@
-"""What all explorers share: a figure that follows its controls, in a notebook and as a file that needs no notebook.
+"""What all explorers share: a state that follows the controls, and a view that draws it, in a notebook and on a page without one.
 
-An explorer is drawn by a pure function from values to a plotly Figure and a text that says the same. When a control moves, the
-new figure is compared with the one on the screen and only what differs is sent: one message for the figure, one for the text.
+An explorer is a pure function from its controls' values to a state, which is ready for JSON. A view in JavaScript draws the state: that
+of the package's charts, or one of the explorer's own. `State` holds the state for all views; when a control moves, one message carries
+what differs. A view that starts late, a second one, and one after a reload of the page draw the state as it is.
 """
 
 import functools
+import gzip
 import hashlib
 import html
 import json
 import os
 import pathlib
 
+import anywidget
 import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
+import traitlets
+from IPython.display import display
 from plotly.offline import get_plotlyjs
 
 from sidlab.checks import as_histories, one_of
@@ -24,22 +29,124 @@ from sidlab.probe import Probe, on_processor
 from sidlab.viz.labels import Labels
 from sidlab.viz.theme import TEMPLATES
 
+HERE = pathlib.Path(__file__).parent
+
+
+class State(widgets.Widget):
+    """A nested state for views, a leaf at a time: dicts and lists of dicts are branches, anything else is a leaf.
+
+    This is a widget of ipywidgets itself, not an anywidget: anywidget gives a model two seconds to start, and where a busy page takes
+    longer, the model hears no message any more. `heard`: called with what a view says, a dict.
+    """
+
+    def __init__(self, content: dict, heard):
+        self._leaves = dict(_leaves(content))
+        super().__init__()
+        self.on_msg(lambda _, said, buffers: heard(said))
+
+    def get_state(self, key=None, drop_defaults=False):
+        """All leaves besides the widget's own traits: what a page asks for when it opens."""
+        own = super().get_state(key, drop_defaults)
+        return own | self._leaves if key is None else own
+
+    def show(self, content: dict) -> None:
+        """Take on `content`: one message with the leaves that differ, those that have gone as null; none where nothing differs."""
+        leaves = dict(_leaves(content))
+        changed = dict.fromkeys(self._leaves.keys() - leaves.keys())
+        changed |= {path: value for path, value in leaves.items() if path not in self._leaves or self._leaves[path] != value}
+        self._leaves = leaves
+        if changed:
+            self._send({"method": "update", "state": changed, "buffer_paths": []})
+
+
+def _leaves(node, path=""):
+    """(path, value) of every leaf: "/figure/data/#0/x". A typed array of plotly's, {"bdata": …}, is a leaf."""
+    if isinstance(node, dict):
+        steps = [(str(key).replace("/", "~1"), value) for key, value in node.items()]
+    else:
+        steps = [(f"#{place}", value) for place, value in enumerate(node)]
+    for step, value in steps:
+        within = isinstance(value, dict) and "bdata" not in value
+        within |= isinstance(value, list) and all(isinstance(part, dict) and "bdata" not in part for part in value)
+        if within and value:
+            yield from _leaves(value, f"{path}/{step}")
+        else:
+            yield f"{path}/{step}", value
+
+
+class _Library(widgets.Widget):
+    """What the charts of all explorers share: plotly.min.js, packed, and the light and the dark template."""
+
+    plotly = traitlets.Bytes().tag(sync=True)
+    looks = traitlets.List().tag(sync=True)
+
+
+@functools.cache
+def _library():
+    """One for a kernel, so that a page gets Plotly once."""
+    return _Library(plotly=gzip.compress(get_plotlyjs().encode(), 6, mtime=0), looks=_looks())
+
+
+def _looks():
+    return [pio.templates[name].to_plotly_json() for name in TEMPLATES.values()]
+
+
+class View(anywidget.AnyWidget):
+    """Base class of what draws a `State` in a notebook. A subclass names its JavaScript file, which defines
+    `function draw(el, state, env)`:
+
+    * `el`: an empty element the first time, the same one afterwards.
+    * `state`: the whole state; leaves that are null are missing.
+    * `env`: {`dark`: whether the page is dark; `reduced`: whether the reader wants no motion; `act(content)`: calls
+      `Explorer.acted(content)` in Python; `heading`; for charts `plotly`, a promise of Plotly, and `looks`, both templates}.
+    """
+
+    file = ""
+    state = traitlets.Instance(State).tag(sync=True, **widgets.widget_serialization)
+    library = traitlets.Instance(_Library, allow_none=True).tag(sync=True, **widgets.widget_serialization)
+    heading = traitlets.Unicode().tag(sync=True)
+    _css = """
+    .sidlab-text { overflow-x: auto; overflow-wrap: anywhere }
+    .sidlab-text table { border-collapse: collapse }
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        if "file" in cls.__dict__:  # not in the classes that traitlets derives to add traits
+            cls._esm = f"{cls.script()}\n{(HERE / 'explorer.js').read_text(encoding='utf-8')}"
+        super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def script(cls) -> str:
+        """The source of `draw`."""
+        return (HERE / cls.file).read_text(encoding="utf-8")
+
+
+class ChartView(View):
+    """Draws {"figure": a Plotly figure without its template, "text": HTML that says the same, "alert": HTML or ""}."""
+
+    file = "charts.js"
+
+    def __init__(self, **kwargs):
+        super().__init__(library=_library(), **kwargs)
+
 
 class Explorer(widgets.VBox):
-    """Base class. A subclass makes its controls, calls `super().__init__`, and writes `draw`.
+    """Base class. A subclass makes its controls, calls `super().__init__`, and writes `draw`; one with a `View` of its own names it in
+    `kind` and writes `state` and `picture` instead.
 
     Args: `controls`: {name: widget with a `value` and a `description`}; `slow`: names of those whose change takes longer than a
-    blink: they act on release and say that they work. It is light or dark as `use_theme` says.
-    Attributes: `controls`, `figure` (a FigureWidget), `text` and `alert` (HTML widgets).
+    blink: they act on release and say that they work. Views are light or dark as their page is.
+    Attributes: `controls`; `view`, a `View`, whose `state` all views draw; `content`, the present state; of charts `figure`, as last
+    drawn, and `text` and `alert` (HTML).
     """
 
     heading = ""  # the title of an exported page
     exported = ""  # the control that an exported page has
+    kind = ChartView
 
     def __init__(self, controls: dict, *, slow=()):
         super().__init__()
         self.controls, self._quiet = controls, False
-        self.alert, self.text = widgets.HTML(), widgets.HTML()
         for name, control in controls.items():
             if not control.description:
                 raise ValueError(f"controls[{name!r}] needs a description: it is the label that assistive technology reads")
@@ -47,16 +154,38 @@ class Explorer(widgets.VBox):
             if name in slow and hasattr(control, "continuous_update"):
                 control.continuous_update = False
             control.observe(functools.partial(self._changed, slow=name in slow), "value")
-        figure, text = self.draw()
-        self.figure, self.text.value = _Figure(figure), text
-        self.figure._config = {"responsive": True, "displayModeBar": False}
+        self.content = self.state()
+        self.view = self.kind(state=State(self.content, self._heard), heading=self.heading)
         row = widgets.Box(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px"))
-        self.children = [row, self.alert, self.figure, self.text, Labels(heading=self.heading)]
+        self.children = [row, self.view, Labels()]
         self.add_class("sidlab-explorer")
 
     def draw(self) -> tuple[go.Figure, str]:
-        """The figure and the text (HTML) for the controls' values. Always the same number of traces, so that they can be updated."""
+        """Of charts: the figure and the text (HTML) for the controls' values."""
         raise NotImplementedError
+
+    def state(self) -> dict:
+        """What the view draws for the controls' values, ready for JSON."""
+        self.figure, text = self.draw()
+        return chart_state(self.figure, text)
+
+    def acted(self, content: dict) -> None:
+        """What a view says. Charts: {"trace": number, "x": …, "y": …} of a point that was clicked."""
+
+    def _heard(self, content):
+        try:
+            self.acted(content)
+        except Exception as error:
+            self.show(alert=alert(error))
+            raise
+
+    @property
+    def text(self) -> str:
+        return self.content["text"]
+
+    @property
+    def alert(self) -> str:
+        return self.content.get("alert", "")
 
     def value(self, name: str):
         return self.controls[name].value
@@ -76,23 +205,27 @@ class Explorer(widgets.VBox):
     def refresh(self) -> None:
         """Draw again. What is raised on the way is shown to the reader, and raised."""
         try:
-            figure, text = self.draw()
-            sync(self.figure, figure)
+            content = self.state()
         except Exception as error:
-            self.alert.value = f'<p role="alert"><b>{type(error).__name__}:</b> {html.escape(str(error))}</p>'
+            self.show(alert=alert(error))
             raise
-        self.text.value, self.alert.value = text, ""
+        self.show(**{"alert": "", **content})
+
+    def show(self, **parts) -> None:
+        """Change parts of the state for all views."""
+        self.content = self.content | parts
+        self.view.state.show(self.content)
 
     def _changed(self, change, slow):
         if self._quiet:
             return
         if slow:
-            self.alert.value = '<p role="status">working …</p>'
+            self.show(alert='<p role="status">working …</p>')
         self.refresh()
 
-    def frames(self, values=None) -> list[tuple[str, go.Figure, str]]:
-        """(value as text, figure, text) for each of `values` of the control `exported` (default: all its options, or the present value and
-        21 steps)."""
+    def frames(self, values=None) -> list[tuple[str, dict]]:
+        """(value as text, state) for each of `values` of the control `exported` (default: all its options, or the present value and 21
+        steps)."""
         one_of("exported", self.exported, self.controls)
         widget = self.controls[self.exported]
         if values is None:
@@ -103,21 +236,33 @@ class Explorer(widgets.VBox):
         try:
             for value in values:
                 widget.value = value
-                drawn = self.draw()  # which moves the control to what there is
+                drawn = self.state()  # which moves the control to what there is
                 out.setdefault(_shown(widget), drawn)
         finally:
             for name, value in before.items():
                 self.controls[name].value = value
             self._quiet = False
-        self.draw()  # what a draw leaves behind is that of the control's own value again
-        return [(value, *drawn) for value, drawn in out.items()]
+        self.state()  # what drawing leaves behind is that of the control's own value again
+        return [*out.items()]
 
     def export(self, path, values=None) -> pathlib.Path:
-        """Write one HTML file that holds plotly.js and a frame for each value of one control (see `frames`): it works without a kernel and
+        """Write one HTML file that holds the view and a state for each value of one control (see `frames`): it works without a kernel and
         without a network. It opens at the control's present value if that is one of them."""
         frames, widget = self.frames(values), self.controls[self.exported]
-        first = next((i for i, (value, _, _) in enumerate(frames) if value == _shown(widget)), 0)
-        return write_frames(path, self.heading or type(self).__name__, widget.description, frames, first)
+        first = next((i for i, (value, _) in enumerate(frames) if value == _shown(widget)), 0)
+        return write_frames(path, self.heading or type(self).__name__, widget.description, frames, first, self.kind)
+
+    def picture(self) -> dict:
+        """What stands for the explorer where a saved notebook is opened without a kernel, by MIME type."""
+        return {"application/vnd.plotly.v1+json": {
+            "data": self.content["figure"]["data"], "layout": self.content["figure"]["layout"] | {"template": _looks()[0]},
+            "config": {"displayModeBar": False}}}
+
+    def _ipython_display_(self):
+        """The widget, and below it the picture, which the live view hides."""
+        display(self._repr_mimebundle_(), raw=True)
+        if not os.environ.get("SIDLAB_SITE"):
+            display(self.picture(), raw=True)
 
     def _repr_mimebundle_(self, **kwargs):
         """While a static site is rendered ($SIDLAB_SITE names its folder of explorers), the exported page stands in for the live widget."""
@@ -127,11 +272,23 @@ class Explorer(widgets.VBox):
         page = self.export(pathlib.Path(site) / "explorer.html")
         name = f"{type(self).__name__}-{hashlib.sha256(page.read_bytes()).hexdigest()[:10]}.html"
         os.replace(page, page.with_name(name))
-        height = int(self.figure.layout.height or 450) + 420
+        height = int(self.content.get("figure", {}).get("layout", {}).get("height", 450)) + 420
         source, title = f"{pathlib.Path(site).name}/{name}", html.escape(self.heading)
         frame = (f'<iframe src="{source}" title="{title}" width="100%" height="{height}"></iframe>'
                  f"<p><small>Here only its slider moves; the rest needs JupyterLab.</small></p>")
         return {"text/html": frame, "text/plain": f"{type(self).__name__}: {name}"}
+
+
+def chart_state(figure: go.Figure, text: str) -> dict:
+    """The state of a `ChartView`."""
+    content = figure.to_dict()
+    content["layout"].pop("template", None)
+    return {"figure": json.loads(pio.json.to_json_plotly(content)), "text": text}
+
+
+def alert(error: Exception) -> str:
+    """How a reader sees an error, as HTML."""
+    return f'<p role="alert"><b>{type(error).__name__}:</b> {html.escape(str(error))}</p>'
 
 
 def demo_or(model, catalogue):
@@ -186,54 +343,6 @@ def folded(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 
-class _Figure(go.FigureWidget):
-    """Opens once and whole: a view that the browser draws before traces and layout are there stays empty. Sends an update in two messages,
-    not four: the edit ids travel within the update as well."""
-
-    def __init__(self, figure):
-        self._whole = False
-        super().__init__(figure)
-        self._whole = True
-        self.open()
-
-    def open(self):
-        if self._whole:
-            super().open()
-
-    def send_state(self, key=None):
-        if key not in ("_last_layout_edit_id", "_last_trace_edit_id"):
-            super().send_state(key)
-
-
-def sync(widget: go.FigureWidget, figure: go.Figure) -> None:
-    """Make `widget` look like `figure`, by one message with what differs. Both have the same number of traces of the same types."""
-    if [trace.type for trace in widget.data] != [trace.type for trace in figure.data]:
-        raise ValueError("a figure can only be followed with the same traces, got types "
-                         f"{[trace.type for trace in figure.data]} after {[trace.type for trace in widget.data]}")
-    with widget.batch_update():
-        for part, wanted in [*zip(widget.data, figure.data), (widget.layout, figure.layout)]:
-            before, after = dict(_leaves(part.to_plotly_json())), dict(_leaves(wanted.to_plotly_json()))
-            for path in before.keys() - after.keys() - {"uid", "autosize"}:  # these are the browser's; without autosize no width follows
-                part[path] = None
-            for path, value in after.items():
-                if path not in before or not _same(before[path], value):
-                    part[path] = wanted[path]
-
-
-def _leaves(node, path=""):
-    """(dotted path, value) of everything below `node`; an array is one value ({"bdata": …}), and templates stay as they are."""
-    for key, value in node.items():
-        if isinstance(value, dict) and "bdata" not in value:
-            yield from _leaves(value, f"{path}{key}.") if key != "template" else ()
-        else:
-            yield path + key, value
-
-
-def _same(a, b):
-    arrays = isinstance(a, np.ndarray) or isinstance(b, np.ndarray)  # of objects: others are {"bdata": …} here
-    return np.array_equal(a, b) if arrays else a == b
-
-
 def _shown(widget):
     """The value of a control as a reader sees it."""
     if hasattr(widget, "_options_full"):
@@ -258,29 +367,31 @@ PAGE = """<!DOCTYPE html>
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; margin: 1rem; color: #222; background: #fff }
 label { font-weight: 600 }
 input[type=range] { width: min(30rem, 60%%); vertical-align: middle }
-#text { overflow-x: auto }
+.sidlab-text { overflow-x: auto; overflow-wrap: anywhere }
 table { border-collapse: collapse } th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #8886 }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #14171a } }
 </style>
-<script>%(plotly)s</script>
+%(library)s
 </head>
 <body>
 <main>
 <h1>%(title)s</h1>
 <p><label for="control">%(label)s</label>
 <input id="control" type="range" min="0" max="%(last)d" step="1" value="%(first)d"> <output id="value" for="control"></output></p>
-<div id="figure" role="img" aria-label="%(title)s. The text below says the same."></div>
-<div id="text" role="status"></div>
+<div id="view" class="sidlab-view"></div>
 </main>
 <script>
-const frames = %(frames)s, looks = %(looks)s;
+%(script)s
+const frames = %(frames)s, env = %(env)s;
 const control = document.getElementById("control"), dark = matchMedia("(prefers-color-scheme: dark)");
+env.plotly = Promise.resolve(globalThis.Plotly);
+env.reduced = matchMedia("(prefers-reduced-motion: reduce)").matches;
+env.act = () => {};
 function show() {
-  const frame = frames[control.value];
-  Plotly.react("figure", frame.data, {...frame.layout, template: looks[dark.matches ? 1 : 0]}, {responsive: true, displayModeBar: false});
-  document.getElementById("text").innerHTML = frame.text;
-  document.getElementById("value").textContent = frame.value;
-  control.setAttribute("aria-valuetext", frame.value);
+  const { value, state } = frames[control.value];
+  draw(document.getElementById("view"), state, { ...env, dark: dark.matches });
+  document.getElementById("value").textContent = value;
+  control.setAttribute("aria-valuetext", value);
 }
 control.addEventListener("input", show);
 dark.addEventListener("change", show);
@@ -291,17 +402,16 @@ show();
 """
 
 
-def write_frames(path, title: str, label: str, frames, first: int = 0) -> pathlib.Path:
-    """Write `frames`, (value as text, figure, text as HTML) each, as one HTML page with a slider. It needs no network; the figures are
-    light or dark as the reader's system is."""
-    out = []
-    for value, figure, text in frames:
-        content = json.loads(pio.to_json(figure, validate=False))
-        content["layout"].pop("template", None)
-        out.append({"value": value, "text": text, **content})
-    looks = [pio.templates[name].to_plotly_json() for name in TEMPLATES.values()]
-    page = PAGE % {"title": html.escape(title), "label": html.escape(label), "plotly": get_plotlyjs(), "last": len(out) - 1, "first": first,
-                   "frames": _script(out), "looks": _script(looks)}
+def write_frames(path, title: str, label: str, frames, first: int = 0, kind: type[View] = ChartView) -> pathlib.Path:
+    """Write `frames`, (value as text, state) each, as one HTML page with a slider and a view of `kind`. It needs no network, and is light or
+    dark as the reader's system is."""
+    charts = issubclass(kind, ChartView)
+    page = PAGE % {
+        "title": html.escape(title), "label": html.escape(label), "last": len(frames) - 1, "first": first, "script": kind.script(),
+        "library": f"<script>{get_plotlyjs()}</script>" if charts else "",
+        "frames": _script([{"value": value, "state": state} for value, state in frames]),
+        "env": _script({"heading": title} | ({"looks": _looks()} if charts else {})),
+    }
     return write(path, page)
 
 

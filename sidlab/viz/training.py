@@ -5,7 +5,6 @@ draws from PyTorch's global random state, so code that does the same meanwhile c
 """
 
 import dataclasses
-import html
 import os
 import threading
 import time
@@ -15,7 +14,7 @@ from transformers import TrainerCallback
 
 from sidlab.config import TrainConfig
 from sidlab.training import TrainResult, train
-from sidlab.viz.explorer import Explorer, write_frames
+from sidlab.viz.explorer import Explorer, alert, chart_state, write_frames
 from sidlab.viz.figures import learning_curves
 from sidlab.viz.pruning import table as html_table
 
@@ -114,8 +113,7 @@ class TrainingMonitor(Explorer):
             self.refresh()
         except Exception as error:  # noqa: BLE001 `wait` raises it; as nobody may wait, the reader sees it here
             self._error = error
-            self.text.value = self._text()
-            self.alert.value = f'<p role="alert"><b>{type(error).__name__}:</b> {html.escape(str(error))}</p>'
+            self.show(text=self._text(), alert=alert(error))
         finally:
             self.start_button.disabled = all(run.state == "done" for run in self._runs.values())
             self.stop_button.disabled = True
@@ -132,7 +130,7 @@ class TrainingMonitor(Explorer):
             run.state = "failed"
             raise
 
-    def show(self) -> None:
+    def follow(self) -> None:
         """Bring text and, where a curve has grown, figure up to date, but at most every `PAUSE` seconds: it is time lost for training."""
         if clock() - self._drawn < PAUSE:
             return
@@ -140,7 +138,7 @@ class TrainingMonitor(Explorer):
         if points != self._points:
             self.refresh()
         else:
-            self.text.value = self._text()
+            self.show(text=self._text())
         self._drawn, self._points = clock(), points
 
     def draw(self):
@@ -175,7 +173,7 @@ class TrainingMonitor(Explorer):
         if values is None:
             steps = sorted({step for run in self._runs.values() for step, _ in run.recall}) or [0]
             values = steps[::-1][:: -(-len(steps) // 21)][::-1]
-        return [(str(value), self._figure(value), self._text(value)) for value in values]
+        return [(str(value), chart_state(self._figure(value), self._text(value))) for value in values]
 
     def export(self, path, values=None):
         """Write one HTML file with the final curves and a slider back to how they grew (see `frames`)."""
@@ -219,7 +217,7 @@ class _Watch(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         self.run.recall.append((state.global_step, metrics["eval_recall@10"]))
         self.run.seconds = clock() - self.run.begin
-        self.monitor.show()
+        self.monitor.follow()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.run.step, self.run.seconds = state.global_step, clock() - self.run.begin
@@ -227,7 +225,7 @@ class _Watch(TrainerCallback):
             if not self.run.recall:
                 raise _Stopped  # without an evaluation there is no checkpoint that `train` could return
             control.should_training_stop = True
-        self.monitor.show()
+        self.monitor.follow()
 
 
 class _Stopped(Exception):
