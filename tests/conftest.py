@@ -1,7 +1,9 @@
 """Shared by all tests: where the real data stand, if they do, and how Triton's kernels run."""
 
+import json
 import os
 import pathlib
+import re
 import sys
 
 import hypothesis
@@ -40,3 +42,8 @@ def connect(explorer) -> list:
     sent = []
     latency.connect(explorer, sent)
     return sent
+
+
+def frames_of(page: str) -> list[dict]:
+    """The frames of an exported page: {"value": what the slider shows, "state": what is drawn}."""
+    return json.loads(re.search(r"const frames = (\[.*?\]), env = ", page, re.DOTALL)[1].replace("<\\/", "</"))

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from plotly.callbacks import InputDeviceState, Points
+from conftest import frames_of
 
 import sidlab
 from sidlab import demo
@@ -169,16 +169,16 @@ def test_messages_and_bytes_of_a_move(world, explorer):
 
         on_msg = on_close = close
 
-    for widget in (explorer.figure, explorer.text, explorer.alert, *explorer.controls.values()):
+    for widget in (explorer.view.state, *explorer.controls.values()):
         widget.comm = Comm()
     for name, value in (("token", 30), ("token", 31), ("layer", 4), ("head", 1), ("remove", "nothing")):
         sent.clear()
         explorer.controls[name].value = value
         assert 0 < len(sent) <= 4 and sum(size for size, _ in sent) < 200_000
-        updates = [data["state"]["_py2js_update"] for _, data in sent if data["state"].get("_py2js_update")]
-        traces = [number for update in updates if update["style_data"] for number in update["style_traces"]]
+        paths = [path for _, data in sent for path in data["state"] if path.startswith("/figure/data/")]
+        traces = {int(path.split("#")[1].split("/")[0]) for path in paths}
         wanted = {"layer": {LARGE, CENTRALITY, SALIENCY, IMPORTANCE, STARS}, "head": {LARGE, CENTRALITY, IMPORTANCE, STARS}}
-        assert set(traces) == wanted.get(name, set()), "the small multiples stay on the page, and all heatmaps if only the token moves"
+        assert traces == wanted.get(name, set()), "the small multiples stay on the page, and all heatmaps if only the token moves"
     sent.clear()
     explorer.controls["user"].value = 1
     assert sum(size for size, _ in sent) < 200_000
@@ -186,9 +186,9 @@ def test_messages_and_bytes_of_a_move(world, explorer):
 
 def test_exported_page_has_a_frame_per_token(explorer, tmp_path):
     page = explorer.export(tmp_path / "x.html").read_text()
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page)[1])
+    frames = frames_of(page)
     assert [frame["value"] for frame in frames] == [label for label, _ in explorer.controls["token"].options]
-    assert [frame["layout"]["shapes"][-1]["x0"] for frame in frames] == [i - 0.5 for i in range(len(frames))]
+    assert [frame["state"]["figure"]["layout"]["shapes"][-1]["x0"] for frame in frames] == [i - 0.5 for i in range(len(frames))]
 
 
 def test_without_a_truth_and_with_wrong_arguments(world, dark):

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
-from conftest import SHARED, connect, needs_shared
+from conftest import SHARED, connect, frames_of, needs_shared
 
 from sidlab import calibration
 from sidlab.calibration import Speed, calibrate, one_batch, plain_config, random_table, time_steps
@@ -244,7 +244,7 @@ def test_export_holds_a_frame_per_value_and_the_dark_theme_is_dark(name, tmp_pat
     explorer = make()
     assert explorer.figure.layout.template.layout.paper_bgcolor == "#14171A"
     page = explorer.export(tmp_path / "page.html").read_text(encoding="utf-8")
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1].replace("<\\/", "</"))
-    assert len({frame["text"] for frame in frames}) == len(frames) > 20
+    frames = frames_of(page)
+    assert len({frame["state"]["text"] for frame in frames}) == len(frames) > 20
     explorer.set(**{explorer.exported: float(frames[7]["value"]) if name == "padding" else int(frames[7]["value"])})
-    assert frames[7]["text"] == explorer.text
+    assert frames[7]["state"]["text"] == explorer.text

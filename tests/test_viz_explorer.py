@@ -10,6 +10,7 @@ import latency
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from conftest import frames_of
 from hypothesis import given
 from hypothesis import strategies as st
 from plotly.subplots import make_subplots
@@ -169,7 +170,7 @@ def test_exported_page_holds_a_frame_a_value_and_needs_no_network(tmp_path):
     explorer = Squares()
     path = explorer.export(tmp_path / "deep" / "x.html", values=[1, 2, 5])
     page = path.read_text()
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), env = ", page)[1])
+    frames = frames_of(page)
     assert [frame["value"] for frame in frames] == ["1", "2", "5"]
     assert [frame["state"]["text"] for frame in frames] == [f"<p>{n} squares</p>" for n in (1, 2, 5)]
     assert [len(frame["state"]["figure"]["data"][0]["text"]) for frame in frames] == [1, 2, 5]

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import connect
+from conftest import connect, frames_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -191,9 +191,9 @@ def test_export_has_a_frame_for_each_value_and_opens_at_the_present_one(world, t
     model, catalogue = world
     explorer = PruningExplorer(model, catalogue, keep=1 / 3)
     page = explorer.export(tmp_path / "x.html").read_text()
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page)[1])
+    frames = frames_of(page)
     values = [frame["value"] for frame in frames]
     assert values[0] == "5%" and values[-1] == "100%" and "33%" in values and len(values) == 22
     assert f'value="{values.index("33%")}"' in page
-    kept = [len(frame["data"][1]["text"]) for frame in frames]
+    kept = [len(frame["state"]["figure"]["data"][1]["text"]) for frame in frames]
     assert kept == sorted(kept) and kept[-1] == 4 * (len(catalogue.histories[0]) - 1)

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
-from conftest import ROOT, connect
+from conftest import ROOT, connect, frames_of
 
 from sidlab.config import TrainConfig
 from sidlab.demo import load
@@ -151,7 +151,7 @@ def test_figure_tells_fates_and_modes_apart_without_colour(evidence):
 
 def test_export_has_a_frame_per_quirk(demo, tmp_path):
     page = QuirkExplorer(demo.model, demo.catalogue).export(tmp_path / "quirks.html").read_text(encoding="utf-8")
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1].replace("<\\/", "</"))
+    frames = frames_of(page)
     assert [frame["value"] for frame in frames] == [name for name, *_ in QUIRKS]
 
 

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT, connect
+from conftest import ROOT, connect, frames_of
 from traitlets import TraitError
 
 from sidlab import viz
@@ -128,12 +128,12 @@ def test_nothing_rests_on_colour(data):
 
 def test_export_has_a_frame_for_each_share_and_opens_at_the_chosen_one(data, tmp_path, dark):
     page = FrontierExplorer(data, keep=0.5).export(tmp_path / "frontier.html").read_text()
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1])
+    frames = frames_of(page)
     assert [frame["value"] for frame in frames] == ["10%", "20%", "33%", "50%", "70%"] and 'step="1" value="3"' in page
     for frame, keep in zip(frames, KEEPS):
-        chosen = next(t for t in frame["data"] if t["name"] == "rastp" and t["mode"] == "markers")
+        chosen = next(t for t in frame["state"]["figure"]["data"] if t["name"] == "rastp" and t["mode"] == "markers")
         assert chosen["y"] == [recorded(data, "rastp", keep)["recall@10"] - 0.5]
-        assert f"<b>{keep:.0%} of the tokens kept</b>" in frame["text"]
+        assert f"<b>{keep:.0%} of the tokens kept</b>" in frame["state"]["text"]
 
 
 def test_a_move_sends_little(data):

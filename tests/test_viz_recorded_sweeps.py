@@ -6,7 +6,7 @@ import re
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from conftest import ROOT, connect
+from conftest import ROOT, connect, frames_of
 from test_viz_recorded import numbered
 
 from sidlab.viz import DilutionExplorer, MapExplorer
@@ -153,10 +153,10 @@ def test_export_holds_a_frame_per_recorded_value(made, tmp_path):
     make, data, _ = made
     explorer = make(data)
     page = explorer.export(tmp_path / "page.html").read_text(encoding="utf-8")
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1].replace("<\\/", "</"))
+    frames = frames_of(page)
     key = {"levels": "sids.levels", "weight": "map.weight"}[explorer.exported]
     assert [frame["value"] for frame in frames] == [f"{v:g}" for v in sorted({row[key] for row in explorer.runs})]
-    assert len({frame["text"] for frame in frames}) == len(frames)
+    assert len({frame["state"]["text"] for frame in frames}) == len(frames)
 
 
 def test_both_themes_and_figures_by_themselves(dark):

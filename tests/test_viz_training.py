@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from conftest import frames_of
 
 from sidlab import viz
 from sidlab.config import TrainConfig
@@ -233,12 +234,12 @@ def test_only_text_is_sent_while_no_curve_grows(monkeypatch):
 
 def test_export_replays_the_curves(finished, tmp_path):
     page = finished.export(tmp_path / "curves.html").read_text()
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1])
+    frames = frames_of(page)
     assert [frame["value"] for frame in frames] == ["3", "6"] and 'value="1"' in page  # the last one first
-    before, after = (frame["data"] for frame in frames)
+    before, after = (frame["state"]["figure"]["data"] for frame in frames)
     assert [len(trace["x"]) for trace in before if "markers" in trace["mode"]] == [1, 1]
     assert [list(trace["x"]) for trace in after if "markers" in trace["mode"]] == [[3, 6], [3, 6]]
-    assert "<script src" not in page and "6 of 6" in frames[1]["text"] and "3 of 6" in frames[0]["text"]
+    assert "<script src" not in page and "6 of 6" in frames[1]["state"]["text"] and "3 of 6" in frames[0]["state"]["text"]
 
 
 def test_a_site_shows_finished_curves(tmp_path, monkeypatch):

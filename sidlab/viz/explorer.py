@@ -403,8 +403,10 @@ show();
 
 
 def write_frames(path, title: str, label: str, frames, first: int = 0, kind: type[View] = ChartView) -> pathlib.Path:
-    """Write `frames`, (value as text, state) each, as one HTML page with a slider and a view of `kind`. It needs no network, and is light or
-    dark as the reader's system is."""
+    """Write `frames`, (value as text, state) each, as one HTML page with a slider and a view of `kind`.
+
+    It needs no network, and is light or dark as the reader's system is.
+    """
     charts = issubclass(kind, ChartView)
     page = PAGE % {
         "title": html.escape(title), "label": html.escape(label), "last": len(frames) - 1, "first": first, "script": kind.script(),
