@@ -27,6 +27,7 @@ BOTH = {
     "residual dropout .3": {"residual_dropout": 0.3},
     "label smoothing .1": {"label_smoothing": 0.1},
     "AdamW alone": {"muon": None},
+    "average of the last third": {"average_last": 1 / 3},
     "MAP, two steps, weight .3": {"map": sidlab.MapConfig(steps=2, weight=0.3)},
 }
 OF_ARCH = {

@@ -75,10 +75,12 @@ class TrainConfig:
     # --- Optimiser
     learning_rate: float = 1e-3  # AdamW's peak
     muon: float | None = None  # the peak rate of Muon, which then has the weight matrices inside the layers (`MuonAdamW`)
-    bias_rate: float | None = None  # T5 with `muon`: AdamW's rate for tables of position biases; None: `learning_rate`
     beta2: float = 0.999  # AdamW's decay of the squared gradients
     warmup: float = 0.05  # share of all updates
     schedule: str = "cosine"  # one of `SCHEDULERS`, the same for both optimisers
+    # Share of all updates, the last ones, whose weights are averaged (`torch.optim.swa_utils`). From then on the average is
+    # evaluated, and it is what training returns; 0: no average.
+    average_last: float = 0.0
     epochs: float = 100  # cut to `max_updates`, if given
     max_updates: int | None = None
 
@@ -113,8 +115,8 @@ class TrainConfig:
         if not 0 < self.epochs < math.inf or not 0 <= self.warmup <= 1:
             raise ValueError("epochs must be above 0 and finite, and warmup, a share of the updates, in [0, 1]; "
                              f"got {self.epochs} and {self.warmup}")
-        below_one = ("dropout", "residual_dropout", "label_smoothing", "beta2")
-        limits = dict.fromkeys(below_one, 1) | dict.fromkeys(("weight_decay", "learning_rate", "muon", "bias_rate"), math.inf)
+        below_one = ("dropout", "residual_dropout", "label_smoothing", "beta2", "average_last")
+        limits = dict.fromkeys(below_one, 1) | dict.fromkeys(("weight_decay", "learning_rate", "muon"), math.inf)
         for name, below in limits.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value < below:
@@ -146,11 +148,12 @@ class TrainConfig:
     def _check_levers(self):
         """What would change nothing is refused."""
         if self.arch == "qwen":
-            for name in ("cross_bias", "qk_norm", "position_init", "bias_rate"):
+            for name in ("cross_bias", "qk_norm", "position_init"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(f"{name}={getattr(self, name)!r} belongs to arch='t5', got arch='qwen'; leave it out")
-        if self.bias_rate is not None and self.muon is None:
-            raise ValueError(f"bias_rate={self.bias_rate} needs muon, whose optimiser knows tables of biases; got muon=None")
+        if self.average_last and self.strategy is not None:
+            raise ValueError(f"average_last={self.average_last} needs a model that stays the same, and strategy={self.strategy} changes "
+                             "its pruning; leave one of them out")
 
     def _check_targets(self):
         """`targets` and what has to fit it."""
@@ -190,7 +193,7 @@ class TrainConfig:
             fields = {field: value for field, value in fields.items() if field not in FRESH}
         if continued:
             fields |= dict(epochs=100, warmup=0.1) | CONTINUED.get(name, {})
-            fields |= {rate: fields[rate] * SLOWER for rate in ("learning_rate", "muon", "bias_rate") if fields.get(rate)}
+            fields |= {rate: fields[rate] * SLOWER for rate in ("learning_rate", "muon") if fields.get(rate)}
         return cls(**fields | overrides)
 
     def completed(self, base: dict | None = None) -> "TrainConfig":

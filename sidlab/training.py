@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -138,6 +139,8 @@ def weights_digest(folder) -> str:
         return hashlib.sha256((pathlib.Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
+# In a checkpoint: the averaged weights, and of how many updates they are.
+AVERAGE, AVERAGED = "average.safetensors", "updates averaged"
 # Fields of a model's configuration, T5's and Qwen3's, that a model which goes on keeps.
 MUST_MATCH = (
     "widths", "text_vocab", "separators",
@@ -232,13 +235,15 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
             data_collator=lambda indices: tell_padding(collator(indices)), batches=batches, cases=_eval_cases(split, config),
             beam=config.beam, truth=truth, meter=meter, replay=_replays(config, processes), callbacks=callbacks,
+            average_from=None if config.average_last == 0 else updates - math.ceil(config.average_last * updates),
             optimizers=(None if config.muon is None else MuonAdamW(
-                model, config.muon, config.learning_rate, config.weight_decay, config.beta2, config.bias_rate), None),
+                model, config.muon, config.learning_rate, config.weight_decay, config.beta2), None),
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             trainer.meter.load(checkpoint)
+            trainer.load_average(checkpoint)
             if config.strategy is not None:
                 _prune_as(model, checkpoint)
             trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
@@ -255,6 +260,9 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         trainer.meter.pause()
         if config.strategy is not None:
             _prune_as(model, trainer.state.best_model_checkpoint)
+        # What was evaluated, where averaging had begun.
+        if (average := pathlib.Path(trainer.state.best_model_checkpoint, AVERAGE)).exists():
+            model.load_state_dict(load_file(average), strict=False)
     # Without the library's wrapper of `forward`, which would leave it in mixed precision and all else of the model in float32.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     best = max((e for e in trainer.state.log_history if "eval_recall@5" in e), key=lambda e: e["eval_recall@5"])
@@ -277,7 +285,8 @@ def _batches(config, table, windows):
     """Batches of window indices in the order of training."""
     per_item = table.levels + config.separators
     if config.targets == "all":  # as many slots hold about as many targets: more in long stretches, for the first item of each is none
-        return LengthBatches(windows.lengths, per_item, config.batch_tokens, config.seed, config.accumulation)
+        return LengthBatches(windows.lengths, per_item, config.batch_tokens, config.seed, config.accumulation,
+                             mixed=not config.bucketing)
     if config.windows == "prefixes":
         return StratifiedBatches(windows.lengths, per_item, config.batch_tokens, config.seed, config.accumulation,
                                  mixed=not config.bucketing)
@@ -476,8 +485,11 @@ def _in_its_precision(stamp):
 class _SidTrainer(Trainer):
     """The Trainer with our batches, our evaluation and a meter."""
 
-    def __init__(self, *, batches, cases, beam, truth, meter, replay, **kwargs):
+    def __init__(self, *, batches, cases, beam, truth, meter, replay, average_from=None, **kwargs):
         super().__init__(**kwargs)
+        self.average_from, self.average = average_from, None
+        if average_from is not None:
+            self.add_callback(_Average(self))
         self.replay, self.passes = replay, None
         self.batches, self.cases, self.beam, self.truth, self.meter = batches, cases, beam, truth, meter
         # Since the last log: loss and main loss, each summed over targets, and the targets; on the device, which is not waited for
@@ -516,7 +528,8 @@ class _SidTrainer(Trainer):
         """Every process takes a share of the users."""
         (histories, targets), state = self.cases, PartialState()
         mine = slice(state.process_index, None, state.num_processes)
-        shares = gather_object([evaluate(self.model, histories[mine], targets[mine], beam=self.beam, truth=self.truth)])
+        model = self.model if self.average is None else self.average.module
+        shares = gather_object([evaluate(model, histories[mine], targets[mine], beam=self.beam, truth=self.truth)])
         ranks = np.empty(len(targets), shares[0].dtype)
         for process, share in enumerate(shares):
             ranks[process :: state.num_processes] = share
@@ -524,9 +537,28 @@ class _SidTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         self.meter.pause()
-        # The meter first: a checkpoint counts once its trainer_state.json, written last, can be read.
-        self.meter.save(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        # These first: a checkpoint counts once its trainer_state.json, written last, can be read.
+        folder = pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.meter.save(folder)
+        if self.average is not None and self.args.should_save:
+            weights = {name: weight for name, weight in self.average.module.named_parameters()}
+            save_file(weights | {AVERAGED: self.average.n_averaged}, folder / AVERAGE)
         super()._save_checkpoint(model, trial)
+
+    def update_average(self):
+        """Takes the present weights into the average, once it has begun."""
+        if self.state.global_step > self.average_from:
+            self.average = self.average or AveragedModel(self.model)
+            self.average.update_parameters(self.model)
+
+    def load_average(self, checkpoint):
+        """The average as it was when `checkpoint` was written, if it had begun."""
+        path = pathlib.Path(checkpoint) / AVERAGE
+        if path.exists():
+            weights = load_file(path)
+            self.average = AveragedModel(self.model)
+            self.average.n_averaged.copy_(weights.pop(AVERAGED))
+            self.average.module.load_state_dict(weights, strict=False)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.meter.resume()  # an update begins; a strategy looks at its probe behind this
@@ -553,6 +585,16 @@ class _SidTrainer(Trainer):
         inputs = {name: x for name, x in batch.items() if name != "num_items_in_batch"}
         loss = super().training_step(model, inputs, batch["num_items_in_batch"])
         return loss, *self.beside
+
+
+class _Average(TrainerCallback):
+    """Tells the trainer after each update, before it evaluates."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.update_average()
 
 
 def _stale(state):

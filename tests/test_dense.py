@@ -285,7 +285,7 @@ def test_a_saved_model_keeps_its_layout_and_its_mask(tmp_path):
     ({"arch": "qwen", "encoder_mask": "items"}, "arch='t5'"),
     ({"arch": "qwen", "cross_bias": True}, "cross_bias=True belongs to arch='t5'"),
     ({"arch": "qwen", "position_init": 8.0}, "position_init=8.0 belongs to arch='t5'"),
-    ({"bias_rate": 0.1}, "bias_rate=0.1 needs muon"),
+    ({"average_last": 1.0}, "average_last must be from 0 and below 1, got 1.0"),
     ({"arch": "qwen", "checkpoint": "x", "level_embeddings": True}, "level_embeddings=True is for models that start from nothing"),
 ])
 def test_settings_that_do_not_fit_are_refused(fields, message):

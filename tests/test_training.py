@@ -620,3 +620,28 @@ def test_a_killed_run_with_muon_goes_on_as_if_nothing_had_happened(tmp_path):
         run(tmp_path / "cut", [Stop(5)], muon=0.01, **STAMP)
     assert_same(run(tmp_path / "cut", muon=0.01, **STAMP), expected)
     assert any(not torch.equal(a, b) for a, b in zip(expected.model.parameters(), run(**STAMP).model.parameters()))
+
+
+class Weights(TrainerCallback):
+    """Keeps the weights after each update."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.seen[state.global_step] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def test_the_average_of_the_last_weights_is_evaluated_returned_and_resumed(tmp_path):
+    """Of 8 updates the last 7 are averaged, so every evaluation is one of an average."""
+    watch = Weights()
+    result = run(tmp_path / "whole", [watch], average_last=0.8, **STAMP)
+    plain = run(**STAMP)
+    best = max((e for e in result.log if "recall@5" in e), key=lambda e: e["recall@5"])["step"]
+    expected = {name: torch.stack([watch.seen[step][name] for step in range(2, best + 1)]).mean(0) for name in watch.seen[8]}
+    for name, weight in result.model.named_parameters():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+    assert [e["loss"] for e in result.log if "loss" in e] == [e["loss"] for e in plain.log if "loss" in e], "training is as it was"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", [Stop(7)], average_last=0.8, **STAMP)
+    assert_same(run(tmp_path / "cut", average_last=0.8, **STAMP), result)
