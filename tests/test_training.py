@@ -622,7 +622,7 @@ def test_a_killed_run_with_muon_goes_on_as_if_nothing_had_happened(tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(expected.model.parameters(), run(**STAMP).model.parameters()))
 
 
-class Weights(TrainerCallback):
+class AllWeights(TrainerCallback):
     """Keeps the weights after each update."""
 
     def __init__(self):
@@ -634,7 +634,7 @@ class Weights(TrainerCallback):
 
 def test_the_average_of_the_last_weights_is_evaluated_returned_and_resumed(tmp_path):
     """Of 8 updates the last 7 are averaged, so every evaluation is one of an average."""
-    watch = Weights()
+    watch = AllWeights()
     result = run(tmp_path / "whole", [watch], average_last=0.8, **STAMP)
     plain = run(**STAMP)
     best = max((e for e in result.log if "recall@5" in e), key=lambda e: e["recall@5"])["step"]
