@@ -79,6 +79,10 @@ OTHERS = {"Qwen shape, 24 layers": ({"nothing pruned": Variant(QWEN), "a third k
           "100 items × 8 levels": ({"nothing pruned": Variant(dataclasses.replace(OURS, max_items=100)),
                                     "a third kept": Variant(pruned(dataclasses.replace(OURS, max_items=100)))}, (256,) * 8)}
 
+# Full histories, of which a pass teaches the next item or every item but the first.
+DENSE = {"one target a window": Variant(dataclasses.replace(OURS, encoder_mask="items")),
+         "every item a target": Variant(dataclasses.replace(OURS, targets="all"))}
+
 
 class Report:
     """Collects `rows` (what was measured) and `targets` (figures with what they should be)."""
@@ -177,6 +181,15 @@ def run(quick: bool, device: str = "cpu") -> Report:
         bound = predicted[plain].training / predicted[third].training
         share = ratio(times[third], times[plain], lambda r, bound=bound: (1 - r) / (1 - 1 / bound))
         report.target(f"{workload}, a third kept: time saved ÷ predicted (bound {bound:.2f}×)", *share, at_least=0.9)
+    say("one target a window, and every item")
+    runs = in_faster_precision(DENSE, size, device)
+    runs = replayed(runs) if gpu else runs
+    times = time_histories(runs, max(2, size // 4), rounds, device)
+    predicted = {"one target a window": cost(runs["one target a window"].config, WIDTHS, items),
+                 "every item a target": cost(runs["every item a target"].config, WIDTHS, items + 1)}
+    report.times("full histories, seconds per 1,000 targets", runs, times, predicted, device)
+    one, every = times.values()
+    report.target("one target a window ÷ every item taught, seconds per target, 30 items", *ratio(one, every), at_least=5)
     say("recommending")
     by_size = time_recommend((10_000, 1_000_000), 32, 20, rounds, device)
     report.target("recommend(), beam 20, per user: 1,000,000 ÷ 10,000 items", *ratio(by_size[1_000_000], by_size[10_000]), at_most=1.3)

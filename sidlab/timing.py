@@ -27,7 +27,16 @@ from sidlab.precision import faster_precision, sizes, uses_bf16
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
 from sidlab.training import build_model
-from sidlab.windows import Collator, StratifiedBatches, Windows, history_tokens, pad_histories, tell_padding
+from sidlab.windows import (
+    Collator,
+    StratifiedBatches,
+    StretchCollator,
+    Stretches,
+    Windows,
+    history_tokens,
+    pad_histories,
+    tell_padding,
+)
 
 # Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and cut there.
 BEAUTY = (22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989, 2550, 2189, 1927, 1720, 1507, 1366, 1248, 1136, 1019, 935, 869,
@@ -61,7 +70,7 @@ def stock_model(table, config: TrainConfig):
 
 class Training:
     """A model of `variant` and its batches, `lengths`: a list of int arrays, the items of history of each batch's windows; `widths`: codes
-    per level."""
+    per level. `windows`: how many targets a pass of each batch teaches, one a window, or with `targets="all"` one for each item of it."""
 
     def __init__(self, variant: Variant, lengths, device="cpu", widths=WIDTHS):
         self.config, self.device, rng = variant.config, torch.device(device), np.random.default_rng(0)
@@ -69,15 +78,20 @@ class Training:
         self.model = stock_model(table, self.config) if variant.stock else build_model(self.config, table)
         self.model.train().to(self.device)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, fused=True)
-        self.batches = []
+        self.batches, self.windows = [], 0
         for items in lengths:
-            windows = Windows([rng.integers(1, table.n_items + 1, n + 1) for n in items], self.config.max_items)
-            collator = Collator(windows, table, separators=True, max_items=self.config.max_items,
-                                fixed_slots=self.config.padding == "fixed")
-            batch = collator(windows.of_user[1:] - 1)  # of each user the last window, which has all of these items
+            histories = [rng.integers(1, table.n_items + 1, n + 1) for n in items]
+            if self.config.targets == "all":
+                stretches = Stretches(histories, self.config.max_items)
+                batch = StretchCollator(stretches, table, separators=True)(np.arange(len(stretches)))
+            else:
+                windows = Windows(histories, self.config.max_items)
+                collator = Collator(windows, table, separators=True, max_items=self.config.max_items,
+                                    fixed_slots=self.config.padding == "fixed")
+                batch = collator(windows.of_user[1:] - 1)  # of each user the last window, which has all of these items
+            self.windows += int((batch["labels"][..., 0] != -100).sum())
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             self.batches.append(batch if variant.stock else tell_padding(batch))
-        self.windows = sum(map(len, lengths))
         self.both_passes = functools.partial(_both_passes, self.model, uses_bf16(self.config.precision), len(lengths))
         if variant.replay:  # the first time they run as they are, the second they are recorded
             self.both_passes = ReplayedPasses(self.model, self.both_passes)
@@ -161,9 +175,10 @@ def time_beauty(variants: dict[str, Variant], batch_tokens: int, count: int, rou
 
 
 def time_histories(variants: dict[str, Variant], size: int, rounds: int, device="cpu", widths=WIDTHS):
-    """As `time_beauty`, of windows with as many items as fit; an update has four batches of `size`, and one of them is run."""
+    """As `time_beauty`, of windows with as many items as fit (seconds per 1,000 targets, where a pass teaches them all); an update has four
+    batches of `size`, and one of them is run."""
     runs = {name: Training(v, [np.full(size, v.config.max_items)], device, widths) for name, v in variants.items()}
-    return take_turns({name: lambda run=run: 1000 / size * (run.passes() + run.step() / 4) for name, run in runs.items()}, rounds)
+    return take_turns({name: lambda run=run: 1000 / run.windows * (run.passes() + run.step() / 4) for name, run in runs.items()}, rounds)
 
 
 def take_turns(functions: dict, rounds: int) -> dict[str, np.ndarray]:

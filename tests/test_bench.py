@@ -74,6 +74,15 @@ def test_every_variant_trains_the_same_model_on_the_same_windows():
     assert len(sizes) == 1
 
 
+def test_a_pass_that_teaches_every_item_has_as_many_targets():
+    lengths = [np.array([3, 4]), np.array([30])]
+    every = timing.Training(tiny(bench.DENSE["every item a target"]), lengths)
+    one = timing.Training(tiny(bench.DENSE["one target a window"]), lengths)
+    assert (every.windows, one.windows) == (3 + 4 + 30, 3)
+    assert every.passes() >= 0
+    assert all(p.grad is not None for p in every.model.parameters())
+
+
 def test_stock_and_reference_variant_are_the_same_encoder():
     variants = (timing.Variant(timing.PUBLISHED, stock=stock) for stock in (False, True))
     ours, stock = (timing.Training(tiny(variant), [np.array([5, 30])]) for variant in variants)
