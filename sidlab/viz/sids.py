@@ -21,8 +21,9 @@ NODES = 300  # of the tree, at most that many on a level
 LARGE = 2000  # with more items than this a fit takes longer than a blink
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY, YELLOW)  # of codes: as many as the planted widths have
 PALE = "#C8C8C8"
-SHAPES = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "triangle-down", "pentagon", "hourglass", "bowtie",
-          "hexagram", "triangle-left", "star-diamond", "triangle-right", "hexagon")
+# None with arcs: between those and others a browser cannot draw a marker that changes on its way.
+SHAPES = ("octagon", "square", "diamond", "cross", "x", "triangle-up", "star", "triangle-down", "pentagon", "hourglass", "bowtie",
+          "hexagram", "triangle-left", "diamond-tall", "triangle-right", "hexagon")
 DARK_INK = (ORANGE, SKY, PURPLE, YELLOW)  # the others take white letters
 SYMBOLS = (*SHAPES, *(f"{shape}-open" for shape in SHAPES))  # 32 codes can be told apart without their colours
 AXES = ("of what is left", "of the embeddings")
