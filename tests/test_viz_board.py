@@ -1,8 +1,7 @@
 """The board of one's own runs: it keeps, replaces, sorts, and draws what was written down."""
 
-import io
+import re
 
-import pandas as pd
 import pytest
 
 from sidlab.viz.board import Board
@@ -46,9 +45,9 @@ def test_the_table_leaves_empty_what_is_missing_and_names_bounds(tmp_path):
     board.add("other", "b", {"recall@10": 0.9, "anchor": False})
     for said in (board._repr_html_(), board.table("a").data):
         assert "NaN" not in said and "True" not in said and "anchor" not in said
-    (table,) = pd.read_html(io.StringIO(board.table("a").data), keep_default_na=False)
-    assert table.astype(str).values.tolist() == [["Bayes optimum", "bound", "0.6", "", ""], ["mine", "", "0.3", "0.25", "0.33"]]
-    assert "0.600" in board.table("a").data and "bound" not in board.table("b").data
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", board.table("a").data, re.DOTALL)[1:]]
+    assert rows == [["Bayes optimum", "bound", "0.600", "", ""], ["mine", "", "0.300", "0.250", "0.330"]]
+    assert "bound" not in board.table("b").data
 
 
 def test_long_names_are_cut_on_the_axis(tmp_path):

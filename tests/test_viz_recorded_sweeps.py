@@ -180,7 +180,8 @@ def test_export_holds_a_frame_per_recorded_value(made, tmp_path):
 def test_both_themes_and_figures_by_themselves(dark):
     rows = granularity()["rows"]
     figure = dilution_figure(rows, rows[5], "updates", "updates")
-    assert figure.layout.template.layout.paper_bgcolor == "#14171A" and "<b>updates</b>" in [note.text for note in figure.layout.annotations]
+    assert figure.layout.template.layout.paper_bgcolor == "#14171A"
+    assert "<b>updates</b>" in [note.text for note in figure.layout.annotations]
     runs = map_runs()["rows"]
     assert len(map_figure(runs[1:], runs[0], runs[3]).data) == 6
     assert MapExplorer(map_runs()).figure.layout.template == go.Figure(layout_template="sidlab_dark").layout.template

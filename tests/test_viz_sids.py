@@ -145,7 +145,7 @@ def test_items_are_known_again_and_move_only_on_axes_that_stay(explorer):
     explorer.set(after=1)
     after = explorer.figure.data[1]
     assert after.ids == before.ids and explorer.figure.layout.xaxis.range == reach and "The axes stay" in explorer.text
-    encoder, codes = fitted(3, 8)  # all items of a code move by the same step: its centroid
+    _, codes = fitted(3, 8)  # all items of a code move by the same step: its centroid
     step = np.column_stack([np.subtract(before.x, after.x), np.subtract(before.y, after.y)])
     for code in np.unique(codes[:, 0]):
         assert np.ptp(step[codes[:, 0] == code], axis=0) == pytest.approx(0, abs=1e-4)

@@ -300,7 +300,8 @@ def quirk_figure(evidence: dict[str, Evidence], mode: str) -> go.Figure:
         look = {"color": color, "pattern": {"shape": shape, "solidity": 0.4}, "line": {"color": color, "width": 1 + 3 * (name == mode)}}
         groups = ["<br>".join(textwrap.wrap(group, 9)) for group in evidence[name].bars]
         bars.append(go.Bar(y=groups, x=values, name=name, marker=look, xaxis="x2", yaxis="y2", orientation="h",
-                           textposition="outside", text=[f"{round(v, 3):.2g}" for v in values], cliponaxis=False, constraintext="none", textfont_size=11,
+                           textposition="outside", text=[f"{round(v, 3):.2g}" for v in values], cliponaxis=False,
+                           constraintext="none", textfont_size=11,
                            hovertemplate=f"{name}, %{{y}}: %{{x:.4f}}<extra></extra>"))
     top, names = 1.25 * max(max(e.bars.values()) for e in evidence.values()), shown.rows
     every = list(range(0, len(names), 1 if len(names) <= DRAWS + 1 else 4))
