@@ -244,7 +244,7 @@ def test_all_controls_are_on_the_page_and_most_of_them_folded():
 
 
 MADE = {"calculator": (lambda **values: CostCalculator(MACHINE, **values),
-                       {"preset": "a million items",
+                       {"preset": "wide and deep",
                         "items": 33, "levels": 5, "width": 16, "d_model": 256, "layers": 6, "keep": 0.7, "after": 3, "slots": 8192,
                         "windows": 1e6, "epochs": 4, "catalogue": 1e6, "tflops": 55.0}),
         "padding": (lambda **values: PaddingExplorer({"mine": LENGTHS}, **values),

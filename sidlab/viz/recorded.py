@@ -34,7 +34,9 @@ class Recorded(Explorer):
         for name, (setting, value, description) in controls.items():
             values = sorted({row[setting] for row in self.runs})
             kind = widgets.Dropdown if isinstance(value, str) else widgets.SelectionSlider
-            made[name] = kind(options=[(_text(v, self.form), v) for v in values], value=_nearest(values, value), description=description)
+            value = _nearest(values, value)
+            made[name] = kind(options=[(_text(v, self.form), v) for v in values], value=value, description=description)
+            made[name].label = _text(value, self.form)  # which ipywidgets leaves empty if it is the first one
         super().__init__(made | others)
 
     def run(self) -> dict:
