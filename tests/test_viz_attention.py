@@ -242,7 +242,7 @@ def test_messages_and_bytes_of_a_move(world, explorer):
         paths = [path for _, data in sent for path in data["state"] if path.startswith("/figure/data/")]
         traces = {int(path.split("#")[1].split("/")[0]) for path in paths}
         wanted = {"layer": {LARGE, CENTRALITY, SALIENCY, IMPORTANCE, STARS}, "head": {LARGE, CENTRALITY, IMPORTANCE, STARS}}
-        assert traces - {LINES, ENDS} == wanted.get(name, set()), "the small multiples stay on the page, and all heatmaps if only the token moves"
+        assert traces - {LINES, ENDS} == wanted.get(name, set()), "the small maps stay on the page, and all maps if only the token moves"
     sent.clear()
     explorer.controls["user"].value = 1
     assert sum(size for size, _ in sent) < 200_000
