@@ -298,7 +298,7 @@ def quirk_figure(evidence: dict[str, Evidence], mode: str) -> go.Figure:
     for name, color, shape in zip(MODES, (VERMILLION, BLUE), ("/", "")):
         values = list(evidence[name].bars.values())
         look = {"color": color, "pattern": {"shape": shape, "solidity": 0.4}, "line": {"color": color, "width": 1 + 3 * (name == mode)}}
-        groups = ["<br>".join(textwrap.wrap(group, 7, break_long_words=False)) for group in evidence[name].bars]
+        groups = ["<br>".join(textwrap.wrap(group, 6, break_long_words=False)) for group in evidence[name].bars]
         bars.append(go.Bar(y=groups, x=values, name=name, marker=look, xaxis="x2", yaxis="y2", orientation="h",
                            textposition="outside", text=[f"{round(v, 3):.2g}" for v in values], cliponaxis=False,
                            constraintext="none", textfont_size=11,
