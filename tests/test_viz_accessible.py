@@ -72,6 +72,13 @@ def test_a_state_leaves_light_and_dark_to_the_view(name):
     assert (light, dark) == ("#FFFFFF", "#14171A")
 
 
+@pytest.mark.parametrize("name", MADE)
+def test_every_menu_shows_what_is_chosen(name):
+    menus = [control for control in inputs(MADE[name]()) if hasattr(control, "_options_full")]
+    blank = [control.description for control in menus if control.index is None or not control._options_labels[control.index]]
+    assert not blank, "a value of None leaves a menu blank"
+
+
 # Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision deficiency" (2009), severity 1, linear RGB.
 VISION = {
     "full": np.eye(3),

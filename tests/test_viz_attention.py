@@ -13,9 +13,9 @@ from sidlab import demo
 from sidlab.decoding import score_items
 from sidlab.probe import Probe
 from sidlab.viz import AttentionExplorer
-from sidlab.viz.attention import SHOWN, factors, small_multiples
+from sidlab.viz.attention import FAINT, SHADES, SHOWN, factors, small_multiples
 
-SMALL, LARGE, CENTRALITY, SALIENCY, IMPORTANCE, STARS = range(6)
+SMALL, LARGE, CENTRALITY, SALIENCY, IMPORTANCE, STARS, LINES, ENDS = range(8)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,12 @@ def test_small_multiples_are_tiles_of_layers_and_heads():
     attention = torch.rand(2, 3, 50, 50)
     tiles = small_multiples(attention)
     assert tiles.shape == (2 * 25, 3 * 25) and tiles.dtype == np.uint8, "50 tokens share 25 cells"
-    top = float(np.quantile(attention, 0.995))
-    for layer, head, row, column in ((0, 0, 0, 0), (1, 2, 24, 3), (0, 1, 7, 24)):
+    attention[1, 2] /= 100  # a head that is faint has a scale of its own
+    tiles = small_multiples(attention)
+    for layer, head, row, column in ((0, 0, 0, 0), (1, 2, 24, 3), (1, 2, 5, 5), (0, 1, 7, 24)):
+        top = float(np.quantile(attention[layer, head], 0.98))
         strongest = float(attention[layer, head, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].max())
-        assert abs(tiles[25 * layer + row, 25 * head + column] - 255 * min(strongest / top, 1)) <= 1
+        assert abs(tiles[25 * layer + row, 25 * head + column] - SHADES * min(strongest / top, 1)) <= 1
     assert small_multiples(attention[:, :, :48, :48]).shape == (2 * 48, 3 * 48)
 
 
@@ -147,10 +149,72 @@ def test_clicks_choose(explorer):
     assert explorer.value("token") == 9
     click(explorer, SALIENCY, 12, 0)
     assert explorer.value("token") == 12 and explorer.figure.layout.shapes[-1].x0 == 11.5
-    side = len(explorer.figure.data[SMALL].z) // 4
+    click(explorer, ENDS, 3, 0)
+    assert explorer.value("token") == 3
+    click(explorer, SALIENCY, 12, 0)
+    side = explorer.content["figure"]["layout"]["xaxis"]["range"][1] / 4 + 0.125
+    assert side == len(explorer._probe(1).tokens)
     click(explorer, SMALL, 3 * side, 2 * side - 1)
     assert (explorer.value("layer"), explorer.value("head")) == (2, 4)
     assert explorer.value("token") == 12, "as it was"
+
+
+def test_it_opens_where_the_removal_moves_the_list(explorer, world):
+    opening = AttentionExplorer(world.model, world.catalogue)
+    moved = re.findall(r"<td>(=|new|[▲▼] \d+)</td>", opening.text)
+    assert len(moved) == SHOWN and sum(cell != "=" for cell in moved) > SHOWN // 2
+
+
+@pytest.mark.parametrize("user", [1, 2, 12])
+def test_hover_labels_name_tokens_and_no_tick_stands_on_one(world, user):
+    """The label of place i is the alias of "+i" (`hoverformat`), but where a tick stands plotly shows the tick's own text."""
+    explorer = AttentionExplorer(world.model, world.catalogue, user=user)
+    layout, history = explorer.figure.layout, world.catalogue.histories[user - 1][:-1]
+    n = 4 * len(history)
+    names = [f"{level} of item {m} ({world.catalogue.items.title[item - 1]})" for m, item in enumerate(history, start=1)
+             for level in ("level 1", "level 2", "level 3", "separator")]
+    for axis in (layout.xaxis2, layout.yaxis2):
+        assert axis.hoverformat == "+d" and axis.labelalias == {f"+{i}": name for i, name in enumerate(names)}
+    step = -(-n // 48)
+    side = -(-n // step)
+    assert len(explorer.figure.data[SMALL].z) == 4 * side and (side < n) == (user == 12), "user 12: two tokens share a cell"
+    for place in (0, 1, side + 2, 4 * side - 1):
+        tile, cell = divmod(place, side)
+        assert layout.xaxis.labelalias[f"+{place}"].startswith(names[cell * step])
+        assert layout.xaxis.labelalias[f"+{place}"].endswith(f" in head {tile + 1}")
+        assert layout.yaxis.labelalias[f"+{place}"].startswith(f"layer {tile + 1}: {names[cell * step]}")
+    for axis in (layout.xaxis, layout.yaxis, layout.xaxis2, layout.yaxis2):
+        assert all(abs(tick - round(tick)) > (axis.range[1] - axis.range[0]) / 10_000 for tick in axis.tickvals)
+    for trace in explorer.figure.data[:2]:
+        assert trace.hovertemplate.startswith("%{y} looks at %{x}: ")
+
+
+def test_lines_lead_from_the_token_to_what_it_looks_at_and_are_as_thick_as_the_weights(explorer):
+    explorer.set(layer=2, head=4, token=21)
+    weights = np.array(explorer.figure.data[LARGE].z)[21]
+    lines, ends = explorer.figure.data[LINES], explorer.figure.data[ENDS]
+    assert list(ends.x) == np.flatnonzero(weights >= FAINT).tolist() and list(ends.customdata) == pytest.approx(weights[ends.x])
+    corners = np.array(lines.x, float).reshape(-1, 5)  # top left, bottom left, bottom right, top right, a gap
+    for corner, end in zip(corners, ends.x, strict=True):
+        assert [corner[0] + corner[3], corner[1] + corner[2]] == pytest.approx([2 * 21, 2 * end], abs=0.01)
+        assert corner[2] - corner[1] == pytest.approx(weights[end] / weights.max(), abs=0.01)
+    most = int(weights.argmax())
+    assert f"It looks most at {explorer._names(explorer._probe(1))[most]}: {weights[most]:.3f}" in explorer.text
+
+
+def test_titles_of_axes_lie_on_no_other_panel(explorer):
+    layout = explorer.figure.layout
+    axes = [layout[f"yaxis{number}"] for number in ("", 2, 3, 4, 5)]
+    assert not any(axis.title.text for axis in axes), "beside the large heatmap there is another one"
+    assert {note.text for note in layout.annotations} == {"what the chosen token looks at", "centrality", "saliency", "importance"}
+
+
+def test_a_word_of_400_letters_stays_out_of_the_labels(world):
+    items = world.catalogue.items.assign(title="a" * 400)
+    long = sidlab.Catalogue("own", items, world.catalogue.histories[:2], ["a", "b"], embeddings=world.catalogue.embeddings)
+    explorer = AttentionExplorer(world.model, long)
+    labels = [label for label, _ in explorer.controls["token"].options] + list(explorer.figure.layout.xaxis2.labelalias.values())
+    assert max(map(len, labels)) < 80
 
 
 def test_messages_and_bytes_of_a_move(world, explorer):
@@ -178,7 +242,7 @@ def test_messages_and_bytes_of_a_move(world, explorer):
         paths = [path for _, data in sent for path in data["state"] if path.startswith("/figure/data/")]
         traces = {int(path.split("#")[1].split("/")[0]) for path in paths}
         wanted = {"layer": {LARGE, CENTRALITY, SALIENCY, IMPORTANCE, STARS}, "head": {LARGE, CENTRALITY, IMPORTANCE, STARS}}
-        assert traces == wanted.get(name, set()), "the small multiples stay on the page, and all heatmaps if only the token moves"
+        assert traces - {LINES, ENDS} == wanted.get(name, set()), "the small maps stay on the page, and all maps if only the token moves"
     sent.clear()
     explorer.controls["user"].value = 1
     assert sum(size for size, _ in sent) < 200_000

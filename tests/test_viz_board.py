@@ -1,5 +1,7 @@
 """The board of one's own runs: it keeps, replaces, sorts, and draws what was written down."""
 
+import re
+
 import pytest
 
 from sidlab.viz.board import Board
@@ -34,3 +36,23 @@ def test_figure_shows_entries_with_intervals_and_anchors_as_lines(tmp_path):
     assert [line.x0 for line in figure.layout.shapes] == [0.6] and "Bayes optimum 0.600" in figure.layout.annotations[0].text
     board.add("mine @ home", "a", {"recall@10": 0.2})  # no kept share, as in rastp@1/2
     assert list(board.figure("a").data[0].y) == ["rastp", "mine", "mine @ home"]
+
+
+def test_the_table_leaves_empty_what_is_missing_and_names_bounds(tmp_path):
+    board = Board(tmp_path / "board.json")
+    board.add("mine", "a", {"recall@10": 0.3, "low": 0.25, "high": 0.33})
+    board.add("Bayes optimum", "a", {"recall@10": 0.6, "anchor": True})
+    board.add("other", "b", {"recall@10": 0.9, "anchor": False})
+    for said in (board._repr_html_(), board.table("a").data):
+        assert "NaN" not in said and "True" not in said and "anchor" not in said
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", board.table("a").data, re.DOTALL)]
+    assert rows == [["Bayes optimum", "bound", "0.600", "", ""], ["mine", "", "0.300", "0.250", "0.330"]]
+    assert "bound" not in board.table("b").data
+
+
+def test_long_names_are_cut_on_the_axis(tmp_path):
+    board = Board(tmp_path / "board.json")
+    for letter in "ab":
+        board.add("x" * 400 + letter, "a", {"recall@10": 0.3})
+    axis = board.figure("a").layout.yaxis
+    assert len(set(axis.tickvals)) == 2 and max(map(len, axis.ticktext)) <= 40

@@ -21,6 +21,7 @@ from sidlab.pruning import PruningConfig, TokenPruner, reference_choice
 from sidlab.viz import CostCalculator, PaddingExplorer
 from sidlab.viz.cost import (
     ON_BEAUTY,
+    PRESETS,
     WIDTHS,
     expected_prefixes,
     five_core_lengths,
@@ -215,8 +216,36 @@ def test_pruning_behind_more_layers_than_there_are_is_behind_the_last():
     assert "behind layer 7 of 12" in explorer.text
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_all_controls_and_loses_its_name_with_the_next_move(name):
+    explorer = CostCalculator(MACHINE, items=3, tflops=7.0)
+    assert explorer.value("preset") == ""
+    drawn = []
+    draw = explorer.draw
+    explorer.draw = lambda: drawn.append(1) or draw()
+    explorer.controls["preset"].value = name
+    assert len(drawn) == 1 and {control: explorer.value(control) for control in PRESETS[name]} == pytest.approx(PRESETS[name])
+    assert PRESETS[name].keys() == explorer.controls.keys() - {"preset", "tflops"} and explorer.value("tflops") == 7
+    fresh = CostCalculator(MACHINE, **PRESETS[name], tflops=7.0)
+    assert fresh.text == explorer.text and fresh.value("preset") == name
+    explorer.controls["epochs"].value += 1
+    assert explorer.value("preset") == "" and len(drawn) == 2
+    explorer.controls["epochs"].value -= 1
+    assert explorer.value("preset") == name
+
+
+def test_all_controls_are_on_the_page_and_most_of_them_folded():
+    explorer = CostCalculator(MACHINE)
+    shown, folded, *_ = explorer.children
+    assert {*shown.children, *folded.children} == {*explorer.controls.values(), explorer.more}
+    assert folded.layout.display == "none" and len(shown.children) < 7
+    explorer.more.value = True
+    assert folded.layout.display == "flex"
+
+
 MADE = {"calculator": (lambda **values: CostCalculator(MACHINE, **values),
-                       {"items": 33, "levels": 5, "width": 16, "d_model": 256, "layers": 6, "keep": 0.7, "after": 3, "slots": 8192,
+                       {"preset": "wide and deep",
+                        "items": 33, "levels": 5, "width": 16, "d_model": 256, "layers": 6, "keep": 0.7, "after": 3, "slots": 8192,
                         "windows": 1e6, "epochs": 4, "catalogue": 1e6, "tflops": 55.0}),
         "padding": (lambda **values: PaddingExplorer({"mine": LENGTHS}, **values),
                     {"mean": 14.0, "keep": 0.6, "which": "prefixes", "source": "mine"})}
@@ -232,8 +261,10 @@ def test_following_equals_a_fresh_explorer_and_sends_little(name):
         sent.clear()
         explorer.controls[control].value = value
         # A slow one also says that it works, and that it is done.
-        assert 1 <= len(sent) <= (6 if control in ("source", "which") else 4) and sum(sent) < 200_000, control
-    fresh = make(**values)
+        # A preset moves all controls.
+        most = {"source": 6, "which": 6, "preset": 4 + len(values)}.get(control, 4)
+        assert 1 <= len(sent) <= most and sum(sent) < 200_000, control
+    fresh = make(**{control: value for control, value in values.items() if control != "preset"})
     assert json.loads(go.Figure(explorer.figure).to_json()) == json.loads(go.Figure(fresh.figure).to_json())
     assert explorer.text == fresh.text
 

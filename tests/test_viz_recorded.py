@@ -86,22 +86,22 @@ def test_words_follow_from_the_numbers(data):
     for scorer in SCORERS:
         row = recorded(data, scorer, 0.5)
         lost = row["recall@10"] - 0.5
-        assert f"recall@10 {lost:+.4f} [{lost - 0.015:+.4f}, {lost + 0.015:+.4f}]" in said[scorer]
+        assert f"recall@10 {lost:+.3f} [{lost - 0.015:+.3f}, {lost + 0.015:+.3f}]" in said[scorer]
         assert ("undecided" in said[scorer]) == (scorer in ("rastp", "oracle"))
         assert ("clearly worse" in said[scorer]) == (scorer in ("recent", "random"))
         assert f"Cost {1 - row[COST] / 2:.0%} lower" in said[scorer]
-        assert f"{row['recall@10']:.4f}" in explorer.text and f"{row[COST]:.3g} (× {row[COST] / 2:.2f})" in explorer.text
+        assert f"{row['recall@10']:.3f}" in explorer.text and f"{row[COST]:.3g} (× {row[COST] / 2:.2f})" in explorer.text
     recorded(data, "rastp", 0.5).update(run("rastp", 0.5, 0.56, 2.5))
     numbered(data["rows"])
     better = FrontierExplorer(data, keep=0.5).text
-    assert "recall@10 +0.0600 [+0.0450, +0.0750], clearly better. Cost 25% higher" in better
+    assert "recall@10 +0.060 [+0.045, +0.075], clearly better. Cost 25% higher" in better
 
 
 def test_text_holds_all_runs(data):
     text = FrontierExplorer(data).text
     folded = text[text.index("<details>") :]
     for row in data["rows"]:
-        assert f"<td>{row['recall@10']:.4f}</td>" in folded and f"<td>{row[COST]:.3g} (×" in folded
+        assert f"<td>{row['recall@10']:.3f}</td>" in folded and f"<td>{row[COST]:.3g} (×" in folded
     assert "an abacus" in text and data["command"] in text and "3 seeds. The intervals are over test users and seeds.</p>" in text
     rough = FrontierExplorer(data | {"seeds": 1, "busy": True}).text
     assert "1 seed. The intervals are over test users: another seed" in rough and "the seconds are rough" in rough

@@ -62,22 +62,40 @@ def made(request):
     return make, data(), values
 
 
-def test_grid_and_cost_show_every_recorded_run_and_the_cursor_stands_on_the_chosen_one():
+def test_panels_show_every_recorded_run_and_the_cursor_stands_on_the_chosen_one():
     data = granularity()
     explorer = DilutionExplorer(data, levels=2, width=16, cost="seconds_per_1k_windows")
     by_setting = {(row["sids.levels"], row["sids.width"]): row for row in data["rows"]}
-    grid, frame, *lines, cursor = explorer.figure.data
+    figure = explorer.figure
     for i, levels in enumerate(LEVELS):
         of_level = [by_setting[levels, width] for width in WIDTHS]
-        assert list(grid.z[i]) == [row["recall@10"] for row in of_level]
-        assert list(lines[i].x) == [row["seconds_per_1k_windows"] for row in of_level]
-        assert list(lines[i].y) == [row["recall@10"] for row in of_level]
-        bars, y = lines[i].error_y, np.array(lines[i].y)
+        recalls, costs, ring = figure.data[3 * i : 3 * i + 3]
+        assert list(recalls.y) == [row["recall@10"] for row in of_level]
+        assert list(costs.y) == [row["seconds_per_1k_windows"] for row in of_level]
+        assert list(recalls.x) == list(costs.x) == list(range(len(WIDTHS)))
+        bars, y = recalls.error_y, np.array(recalls.y)
         np.testing.assert_allclose([y - bars.arrayminus, y + bars.array], np.transpose([row["recall@10_interval"] for row in of_level]))
-    chosen = by_setting[2, 16]
-    assert (cursor.x[1], cursor.y[1]) == (chosen["seconds_per_1k_windows"], chosen["recall@10"])
-    assert (np.mean([min(frame.x), max(frame.x)]), np.mean([min(frame.y), max(frame.y)])) == (WIDTHS.index(16), LEVELS.index(2))
-    assert len({(line.marker.symbol, line.line.dash) for line in lines}) == len(LEVELS)  # told apart without colour
+        # Told apart without colour: a ring and a pattern.
+        chosen = [levels == 2 and width == 16 for width in WIDTHS]
+        assert list(ring.x) == [WIDTHS.index(16)] * (levels == 2) and [shape == "/" for shape in costs.marker.pattern.shape] == chosen
+        for trace in (recalls, costs):  # no mark at an edge, where it would be cut
+            low, high = figure.layout["xaxis" + trace.xaxis[1:]].range
+            assert low < min(trace.x) - 0.5 and max(trace.x) + 0.5 < high
+    assert list(figure.data[3 + 2].y) == [by_setting[2, 16]["recall@10"]]
+    assert [note.text for note in figure.layout.annotations[:4]] == ["1 level", "2 levels", "3 levels", "4 levels"]
+
+
+def test_it_opens_beside_the_best():
+    data = json.loads((ROOT / "notebooks" / "data" / "granularity.json").read_text())
+    explorer = DilutionExplorer(data)
+    assert explorer.run()["recall@10"] < max(row["recall@10"] for row in data["rows"])
+
+
+@pytest.mark.parametrize("make", ["granularity", "map"])
+def test_values_and_intervals_have_as_many_decimals(make):
+    text = MADE[make][0](MADE[make][1]()).text
+    found = re.findall(r"([-+]?\d\.\d+) \[([-+]?\d\.\d+), ([-+]?\d\.\d+)\]", text)
+    assert found and all(len({len(number.partition(".")[2]) for number in numbers}) == 1 for numbers in found)
 
 
 def test_text_of_the_granularity_sweep_says_cost_collisions_perplexity_and_tokens():
@@ -85,7 +103,7 @@ def test_text_of_the_granularity_sweep_says_cost_collisions_perplexity_and_token
     row = next(row for row in granularity()["rows"] if (row["sids.levels"], row["sids.width"]) == (1, 8))
     chosen = [re.findall("<td>(.*?)</td>", line)[1] for line in re.findall("<tr>(.*?)</tr>", text)[1:11]]
     assert chosen == [
-        "1 × 8", f"{row['recall@10']:.3f}", f"[{row['recall@10'] - 0.021:.4f}, {row['recall@10'] + 0.022:.4f}]",
+        "1 × 8", f"{row['recall@10']:.3f}", f"[{row['recall@10'] - 0.021:.3f}, {row['recall@10'] + 0.022:.3f}]",
         f"{row['mflops']:.3g}", f"{row['seconds_per_1k_windows']:.3g}",
         str(row["updates"]), "3", "30", "100%", "7.5 · (8.5, added against collisions)"]
 
@@ -117,7 +135,7 @@ def test_curves_are_the_chosen_runs_and_the_baseline_is_always_shown():
         assert list(ring.y) == [dots.y[ring.x[0]]] == [run["recall@10"] - base["recall@10"]]
         np.testing.assert_allclose([dots.error_y.array, dots.error_y.arrayminus], 0.015)
         gain = run["recall@10"] - base["recall@10"]
-        assert f"{gain:+.4f} [{gain - 0.015:+.4f}, {gain + 0.015:+.4f}]" in explorer.text
+        assert f"{gain:+.3f} [{gain - 0.015:+.3f}, {gain + 0.015:+.3f}]" in explorer.text
         said = "clearly better" if gain > 0.015 else "clearly worse" if gain < -0.015 else "undecided"
         assert f"On the same users and seeds: {said}." in explorer.text
     assert recall_without.line.dash != recall_with.line.dash and recall_without.marker.symbol != recall_with.marker.symbol
@@ -162,7 +180,8 @@ def test_export_holds_a_frame_per_recorded_value(made, tmp_path):
 def test_both_themes_and_figures_by_themselves(dark):
     rows = granularity()["rows"]
     figure = dilution_figure(rows, rows[5], "updates", "updates")
-    assert figure.layout.template.layout.paper_bgcolor == "#14171A" and figure.layout.xaxis2.title.text == "updates"
+    assert figure.layout.template.layout.paper_bgcolor == "#14171A"
+    assert "<b>updates</b>" in [note.text for note in figure.layout.annotations]
     runs = map_runs()["rows"]
     assert len(map_figure(runs[1:], runs[0], runs[3]).data) == 6
     assert MapExplorer(map_runs()).figure.layout.template == go.Figure(layout_template="sidlab_dark").layout.template

@@ -137,6 +137,40 @@ def test_following_equals_a_fresh_explorer(explorer):
         assert no_nones(plain(explorer.figure)) == no_nones(plain(fresh.figure)) and explorer.text == fresh.text
 
 
+def test_items_are_known_again_and_move_only_on_axes_that_stay(explorer):
+    explorer.set(levels=3, width=8, after=0, axes=AXES[1])
+    before = explorer.figure.data[1]
+    assert len(set(before.ids)) == len(before.ids) == 160 and explorer.figure.layout.transition.duration == 600
+    reach = explorer.figure.layout.xaxis.range
+    explorer.set(after=1)
+    after = explorer.figure.data[1]
+    assert after.ids == before.ids and explorer.figure.layout.xaxis.range == reach and "The axes stay" in explorer.text
+    _, codes = fitted(3, 8)  # all items of a code move by the same step: its centroid
+    step = np.column_stack([np.subtract(before.x, after.x), np.subtract(before.y, after.y)])
+    for code in np.unique(codes[:, 0]):
+        assert np.ptp(step[codes[:, 0] == code], axis=0) == pytest.approx(0, abs=1e-4)
+    explorer.set(axes=AXES[0])
+    assert explorer.figure.layout.transition.duration is None and "The axes change" in explorer.text
+
+
+def test_small_parts_of_the_tree_have_codes_only_and_words_on_hover(explorer):
+    explorer.set(levels=3, width=8)
+    tree = explorer.figure.data[3]
+    for name, label, items, hover in zip(tree.ids[1:], tree.labels[1:], tree.values[1:], tree.hovertext[1:]):
+        code, _, word = label.partition(" ")
+        assert code == name.rpartition("-")[2]
+        assert bool(word) == (items >= 160 / 72) or "word" not in hover
+    assert any(items < 3 and "have the word" in hover for items, hover in zip(tree.values, tree.hovertext))
+
+
+def test_a_word_of_400_letters_stays_out_of_the_labels():
+    items = WORLD.items.assign(title="a" * 400, text="a" * 400)
+    explorer = SidExplorer(dataclasses.replace(WORLD, items=items, embeddings=WORLD.embeddings))
+    tree = explorer.figure.data[3]
+    assert max(map(len, tree.labels)) < 30 and max(map(len, tree.hovertext)) < 400
+    assert max(len(hover) for hover in explorer.figure.data[1].hovertext) < 120
+
+
 def test_each_width_is_fitted_once(monkeypatch):
     fits = []
     fit = ResidualKMeans.fit
@@ -150,7 +184,7 @@ def test_each_width_is_fitted_once(monkeypatch):
 def test_a_move_sends_at_most_four_messages_and_200_kb(explorer):
     explorer = SidExplorer(WORLD)
     sent = connect(explorer)
-    for name, value in (("width", 32), ("levels", 4), ("after", 2), ("axes", AXES[1]), ("width", 12)):
+    for name, value in (("width", 32), ("levels", 4), ("after", 2), ("axes", AXES[0]), ("width", 12)):
         sent.clear()
         explorer.controls[name].value = value
         assert 2 <= len(sent) <= 4 and sum(sent) < 200_000, (name, sent)

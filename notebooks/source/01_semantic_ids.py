@@ -152,8 +152,9 @@ spelled.iloc[:10]
 # %% [markdown]
 # ## See it: residuals shrink, prefixes form
 #
-# Left: the items on their two main directions, marked by the code that they get next. Right: the tree of all SIDs, first code innermost;
-# the ring of the level shown on the left has the same colours. A word says what sets the items under a prefix apart.
+# Left: the items on the two main directions of the embeddings, marked by the code that they get next. Right: the tree of all SIDs, first code
+# innermost; the ring of the level shown on the left has the same colours. A word says what sets the items under a prefix apart; where there is no
+# room for it, it comes with the mouse.
 
 # %%
 from sidlab.viz import SidExplorer
@@ -165,10 +166,11 @@ SidExplorer(catalogue, levels=levels, width=width)
 #
 # * The meters. *Used codes*: the others are **dead**, no item has them. *Perplexity*: how many codes are used in effect; W if all are equally
 #   common, 1 if one code has all items (exercise 3 builds it).
-# * Move *map after level* from 0 to 3. The dashed circle is the root mean square length of what is left, in all dimensions. Which level takes the
-#   most away? After level 1 the map falls into new clusters: what are they now? (The ring of level 2 tells.)
-# * Set *main directions* to *of the embeddings* after level 1. The clusters lie on top of each other now: the directions in which departments
-#   differ are used up, and brands differ in others.
+# * Move *map after level* from 0 to 1 and watch: each item loses the centroid of its code, all items of a code move by the same step. The clusters lie
+#   on top of each other now: the directions in which departments differ are used up.
+# * Go on to 3. The dashed circle is the root mean square length of what is left, in all dimensions. Which level takes the most away?
+# * Set *main directions* to *of what is left* after level 1: brands differ in other directions. The map falls into new clusters: what are they now?
+#   (The ring of level 2 tells. These axes change with the level, so no item moves from one such map to the next.)
 # * With *levels* at 3, move *codes per level* from 8 down to 4. Hatched parts of the tree are SIDs that several items share.
 # * Now go up to 32. Do the words on level 1 still name departments only? More codes than departments must split something.
 # * Find a setting with 3 levels and no collisions whose codes are used most evenly (perplexity close to the number of codes).

@@ -313,11 +313,11 @@ DilutionExplorer(data)
 
 # %% [markdown]
 # **What to look for.**
-# * Go through the levels at `W = 8`, the width of the planted tree, and watch the cursor. Does it move right with every level? (2 × 8 has a level more, against collisions, so as many tokens as
-#   3 × 8.) Does it move up?
+# * A panel for each number of levels: recall above, cost below. Go through the levels at `W = 8`, the width of the planted tree, and watch the cursor. Is its bar higher with every level?
+#   (2 × 8 has a level more, against collisions, so as many tokens as 3 × 8.) Is its point?
 # * And at `W = 4`, with too few codes? At `W = 16`, with too many?
 # * Switch the cost from predicted FLOPs to measured seconds. FLOPs are exact arithmetic; seconds also tell what else
-#   the machine was doing, so trust them only where the order of the points makes sense.
+#   the machine was doing, so trust them only where the order of the bars makes sense.
 # * Take `L = 1`: one level of 4 codes leaves 160 items in 4 groups. The table says how many items share their codes,
 #   and how large the added level has to be. It numbers the items of a group, without meaning: coarse SIDs move the
 #   difficulty into that number. What does it cost in recall?

@@ -137,15 +137,16 @@ print("rank correlation of the product with the wrong axis and the saliency alon
 #
 # ## The explorer
 #
-# Left: every layer and head, small; click one to see it large. Right: the large one, above it the sums of its columns (centrality), the
-# saliencies, and their product. A star marks the tokens that **truly** tell something about the next item: the planted world knows. A
-# click on a column or a bar chooses a token, and so does the slider; the text says how the recommendations move without it. Removal
-# happens *behind* the shown layer: the layers before have seen the token.
+# Left: every layer and head, small, each with a scale of its own, so that faint heads can be seen, too; click one to see it large. Right:
+# the large one. Above it lines lead from the chosen token to those that it looks at, as thick as the weights; then come the sums of the
+# columns (centrality), the saliencies, and their product. A star marks the tokens that **truly** tell something about the next item: the
+# planted world knows. A click on a column or a bar chooses a token, and so does the slider; the text says how the recommendations move
+# without it. Removal happens *after* the shown layer: the layers before have seen the token.
 
 # %%
 from sidlab.viz import AttentionExplorer
 
-explorer = AttentionExplorer(model, catalogue, token=1, layer=layer)
+explorer = AttentionExplorer(model, catalogue, token=2, layer=layer)
 explorer
 
 # %% [markdown]
@@ -153,11 +154,12 @@ explorer
 #
 # * Heads 1 and 2 are stripes in all layers. Which heads have bright *columns*, and in which layer? A bright column is a token that
 #   everybody looks at.
-# * The chosen token, the brand of the oldest item, is the most informative one of this history (the text says how many nats). Read its
-#   places in centrality and importance. Then read by how much the log-probability of the ★ item changes without it.
-# * Go one token to the right, to level 3 of the same item: the kind of thing. It has no star. What does removing it do to the ★ item?
-# * Set *layer* to 1 and remove `this token`: one layer has handed the brand on to somebody. Then `its whole item`, layers 1 to 4: does
-#   anybody *outside* the item ever know it?
+# * The chosen token is level 3 of the oldest item, the kind of thing. It has no star. What does its removal do to the ★ item, and to the
+#   list?
+# * Go one token to the left, to the brand: it is the most informative one of this history (the text says how many nats). Read its places
+#   in centrality and importance. Then read by how much the log-probability of the ★ item changes without it.
+# * Back at level 3: where do its thickest lines lead? Set *layer* to 1, so that it is taken out one layer earlier: the brand has been
+#   handed on already. Then remove `its whole item`, layers 1 to 4: does anybody *outside* the item ever know the brand?
 # * Compare the bars of saliency and centrality. Which of the two decides the order of the product, and which hardly differs between
 #   tokens?
 #

@@ -131,7 +131,7 @@ held_out.rename_axis(["width", "layers", "items", "slots", "pruned"]).round(2)
 # %% [markdown]
 # ## The calculator
 #
-# All of that behind sliders, with your machine's coefficients. On the left what a step is made of; on the right what pruning leaves of seconds, FLOPs and memory at every length of
+# All of that behind sliders, with your machine's coefficients; *preset* sets them all at once, *all settings* shows those that are folded away. On the left what a step is made of; on the right what pruning leaves of seconds, FLOPs and memory at every length of
 # history. (A *window* is one training example: a history and the item that followed.) Type in what a GPU of yours *sustains* (often far less than its data sheet says) and read off GPU-hours.
 
 # %%
@@ -143,11 +143,11 @@ calculator
 # %% [markdown]
 # **Things to try**
 #
-# * Model width 32, slots per batch 256: a step that only waits. What does pruning save now?
+# * The preset *a step that mostly waits*: a narrow model, hardly any tokens in a batch. What does pruning save now?
 # * Items per history down to 1 or 2, kept share 90 %. Where does the vermilion curve cross the line?
-# * Prune after the last layer. FLOPs are still saved, and where? (The decoder reads fewer tokens.)
-# * Model width 1024, 12 layers: the fixed prices vanish. Now seconds follow FLOPs and bytes, and pruning pays what it promises.
-# * Catalogue from 10 thousand to 10 million items: what moves? What does not?
+# * *All settings*: prune after the last layer. FLOPs are still saved, and where? (The decoder reads fewer tokens.)
+# * The preset *wide and deep*: the fixed prices vanish. Now seconds follow FLOPs and bytes, and pruning pays what it promises.
+# * The presets *my shop* and *a million items*. Then only the catalogue, from 10 thousand to 10 million items: what moves? What does not?
 # * SID levels from 3 to 8: which rows of the table grow faster than the tokens?
 #
 # ## When pruning does not pay

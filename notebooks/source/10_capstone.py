@@ -221,7 +221,7 @@ found = {name: enter(name, scorer) for name, scorer in entries.items()}
 board.figure(contest)
 
 # %%
-board.frame(contest).drop(columns="contest").round(3)
+board.table(contest)
 
 # %% [markdown]
 # Two entries saw the same users, so compare them user by user. The interval of the difference is much narrower than the two intervals suggest.

@@ -12,11 +12,14 @@ from sidlab.checks import one_of
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality, semantic_saliency
 from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
+from sidlab.viz.figures import shorten
 from sidlab.viz.pruning import _level_names, table
 from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION, template
 
 SHOWN, SEARCHED = 10, 200  # places of the list; how many items are scored, so that one that leaves the list is still found
 REMOVALS = ("nothing", "this token", "its whole item")
+CELLS, SHADES = 48, 100  # of a small heatmap: cells on a side at most, and how many shades can be told apart at this size
+FAINT = 0.02  # what is looked at less than this gets no line
 
 
 class AttentionExplorer(HistoryExplorer):
@@ -25,13 +28,13 @@ class AttentionExplorer(HistoryExplorer):
 
     Args: `model`, `catalogue`, `histories` as in `PruningExplorer`; other arguments set controls: `user` (1 is the first), `layer`
     (from 1), `head` (from 1; 0 is the mean of all), `token` (its place from 0), `remove` (one of `REMOVALS`). A click on a column of the
-    large heatmap or on a bar chooses the token, a click on a small heatmap its layer and head.
+    large heatmap, on a bar or on the end of a line chooses the token, a click on a small heatmap its layer and head.
     """
 
     heading = "Which tokens are looked at, and which ones matter?"
     exported = "token"
 
-    def __init__(self, model=None, catalogue=None, *, histories=None, user=1, layer=2, head=0, token=1, remove="this token"):
+    def __init__(self, model=None, catalogue=None, *, histories=None, user=1, layer=2, head=0, token=2, remove="this token"):
         self.take(model, catalogue, histories)
         within("user", user, 1, len(self.histories))
         within("layer", layer, 1, self.model.config.num_layers)
@@ -61,7 +64,7 @@ class AttentionExplorer(HistoryExplorer):
     def _options(self, user):
         probe, levels = self._probe(user), _level_names(self.model)
         titles = self.titles(probe.history)
-        return [(f"item {m + 1}, {levels[level]}: {titles[m]}", place)
+        return [(f"item {m + 1}, {levels[level]}: {shorten(titles[m])}", place)
                 for place, (m, level) in enumerate(zip(probe.item_index.tolist(), probe.levels.tolist()))]
 
     def _other_tokens(self, change):
@@ -74,11 +77,18 @@ class AttentionExplorer(HistoryExplorer):
             self._quiet = before
 
     def acted(self, content):
+        """A click on a point x, y of the trace of that number chooses a token, or a layer and a head."""
         if content["trace"] == 0:
-            side = len(self.figure.data[0].z) // self.model.config.num_layers
+            _, side = _cells(len(self._probe(self.value("user")).tokens))
             self.set(layer=int(content["y"]) // side + 1, head=int(content["x"]) // side + 1)
-        elif content["trace"] < 5:
+        else:
             self.set(token=round(content["x"]))
+
+    def _names(self, probe):
+        """Of the tokens, as a sentence has them."""
+        levels, titles = _level_names(self.model), self.titles(probe.history)
+        return [f"{levels[level]} of item {m + 1} ({shorten(titles[m])})"
+                for m, level in zip(probe.item_index.tolist(), probe.levels.tolist())]
 
     def removed(self) -> tuple[int, ...]:
         """Places of the tokens that are taken out behind the layer."""
@@ -91,12 +101,14 @@ class AttentionExplorer(HistoryExplorer):
         probe, removed = self._probe(user), self.removed()
         before, after = self._without(user, layer, ()), self._without(user, layer, removed)
         scores = factors(probe, layer, head)
-        figure = attention_figure(probe, scores, layer, head, token, removed, [label for label, _ in self._tokens.options])
+        figure = attention_figure(probe, scores, layer, head, token, removed, self._names(probe))
         return figure, self._text(probe, scores, before, after, int(self.histories[user - 1][-1]))
 
     def _text(self, probe, scores, before, after, target):
         layer, head, token, removed = self.value("layer"), self.value("head"), self.value("token"), self.removed()
         names, n, heads = [label for label, _ in self._tokens.options], len(probe.tokens), self.model.config.num_heads
+        weights, said = scores["attention"][token], self._names(probe)
+        most = ", ".join(f"{html.escape(said[i])}: {weights[i]:.3f}" for i in np.argsort(-weights, kind="stable")[:3])
         scores = {name: values for name, values in scores.items() if name != "attention"}
         truth = [""] * n if probe.truth is None else [f"{nats:.2g} nats" if nats > 0 else "–" for nats in probe.truth.tolist()]
         informative = {"": "", "–": ". As an input it adds nothing to what the others say"}.get(
@@ -116,6 +128,7 @@ class AttentionExplorer(HistoryExplorer):
         seen = f" Layers up to {layer} have seen it all, {behind} not seen what is removed." if removed else ""
         return (f"<p><b>{html.escape(names[token])}: {self.value('remove')} removed.</b>{seen}</p>"
                 f"<p>In layer {layer}, {f'head {head}' if head else 'mean of all heads'}: {facts}{informative}.{of_heads}</p>"
+                f"<p>It looks most at {most}. Each small map has a scale of its own: yellow is what its head looks at most.</p>"
                 f"<p>The next item was <b>★ {html.escape(self.titles([target])[0])}</b>: {change}.</p>"
                 + table(("place", "recommended", "probability", "before", "moved"), self._moves(before, after, target))
                 + folded("All tokens as a table", table(("token", *scores, "truth"), rows))
@@ -143,51 +156,65 @@ def factors(probe, layer: int, head: int = 0) -> dict[str, np.ndarray]:
 
 
 def attention_figure(probe, scores, layer: int, head: int, token: int, removed=(), names=None) -> go.Figure:
-    """Left, every layer (row) and head (column) small, the shown one framed; right, one large, above it the sums of its columns, the
-    saliency and the importance of the same tokens.
+    """Left, every layer (row) and head (column) small, the shown one framed; right, one large, above it lines from `token` to what it looks
+    at, as thick as the weights, then the sums of the large one's columns, the saliency and the importance of the same tokens.
 
     Args: `probe`: a `Probe`; `scores`: what `factors` gives for `layer` and `head`; `token` is framed with dots, the `removed` ones
     (neighbours) with a line; `names` of the tokens, for hover labels. Traces: small heatmaps, large heatmap, bars of centrality,
-    saliency and importance, stars of truly informative tokens.
+    saliency and importance, stars of truly informative tokens, the lines and their ends.
     """
     n, (n_layers, n_heads), small = len(probe.tokens), probe.attention.shape[:2], small_multiples(probe.attention)
-    side = len(small) // n_layers
-    names = names or [f"token {i}" for i in range(n)]
+    step, side = _cells(n)
+    names = [html.escape(name) for name in names or [f"token {i}" for i in range(n)]]
     heat = {"type": "heatmap", "colorscale": SCALE, "zmin": 0}
-    traces = [heat | {"z": small, "zmax": 255, "showscale": False, "hoverinfo": "none"},
+    traces = [heat | {"z": small, "zmax": SHADES, "showscale": False,
+                      "hovertemplate": "%{y} looks at %{x}: %{z} % of this map's yellow<extra></extra>"},
               heat | {"z": scores["attention"].astype(float).round(4), "zmax": float(np.quantile(scores["attention"], 0.995)),
                       "xaxis": "x2", "yaxis": "y2",
-                      "colorbar": {"title": "weight", "len": 0.56, "y": 0, "yanchor": "bottom", "thickness": 14},
-                      "hovertemplate": "token %{y} looks at token %{x}: %{z:.3f}<extra></extra>"}]
+                      "colorbar": {"title": "weight", "len": 0.5, "y": 0, "yanchor": "bottom", "thickness": 14},
+                      "hovertemplate": "%{y} looks at %{x}: %{z:.3f}<extra></extra>"}]
     bars = ("centrality", "saliency", "importance")
     for number, name in enumerate(bars, start=3):
         traces.append({"type": "bar", "x": np.arange(n), "y": scores[name], "marker": {"color": BLUE, "line": {"width": 0}},
-                       "showlegend": False, "hovertext": names, "hovertemplate": f"%{{hovertext}}<br>{name} %{{y:.4g}}<extra></extra>",
+                       "showlegend": False, "hovertemplate": f"%{{x}}<br>{name} %{{y:.4g}}<extra></extra>",
                        "xaxis": "x2", "yaxis": f"y{number}"})
     informative = np.flatnonzero(probe.truth.numpy() > 0) if probe.truth is not None else np.empty(0, int)
     traces.append({"type": "scatter", "x": informative, "y": np.full(len(informative), 1.13 * float(scores["importance"].max())),
                    "mode": "markers", "name": "truly informative", "hoverinfo": "skip", "xaxis": "x2", "yaxis": "y5",
                    "marker": {"symbol": "star", "size": 8, "color": ORANGE, "line": {"width": 0.8, "color": "#222222"}}})
+    traces += _lines(scores["attention"][token], token, names[token])
 
     # The layout at once: make_subplots and update_layout take longer than the model.
     bare = {"showgrid": False, "zeroline": False}
     per_item = int((probe.item_index == 0).sum())
-    items = bare | {"tickvals": list(range(0, n, per_item)), "ticktext": [str(m + 1) for m in range(len(probe.history))]}
+    # Hover labels are aliases of the tokens' places, written "+3" so that no tick is taken for one. A tick that stands on a token would
+    # lend it its own text: all stand a little beside.
+    hover = {"hoverformat": "+d", "labelalias": {f"+{i}": name for i, name in enumerate(names)}}
+    items = bare | hover | {"tickvals": (per_item * np.arange(len(probe.history)) + (per_item - 1) / 2 + 0.1).tolist(),
+                            "ticktext": [str(m + 1) for m in range(len(probe.history))]}
+    cells = [name if step == 1 else f"{name} and the next" for name in names[::step]]
+    tiles = [{"hoverformat": "+d", "ticks": "", "tickvals": [side * (t + 0.5) - 0.4 for t in range(count)],
+              "ticktext": [f"{what} {t + 1}" for t in range(count)],
+              "labelalias": {f"+{side * t + i}": form.format(name, t + 1) for t in range(count) for i, name in enumerate(cells)}}
+             for what, count, form in (("head", n_heads, "{} in head {}"), ("layer", n_layers, "layer {1}: {0}"))]
+    title = {"xref": "x2 domain", "yref": "paper", "x": 0, "xanchor": "left", "yanchor": "bottom", "showarrow": False, "font": {"size": 12}}
     layout = {
         "template": template(), "height": 720, "bargap": 0.25, "margin": {"l": 20, "r": 20, "t": 50, "b": 40}, "uirevision": "same",
-        "legend": {"orientation": "h", "x": 0.46, "y": 1.01, "yanchor": "bottom"},
-        "xaxis": bare | {"domain": [0, 0.4], "range": [-0.5, side * n_heads - 0.5], "ticks": "", "side": "top", "anchor": "y",
-                         "tickvals": [side * (h + 0.5) for h in range(n_heads)], "ticktext": [f"head {h + 1}" for h in range(n_heads)]},
-        "yaxis": bare | {"domain": [0, 1], "range": [side * n_layers - 0.5, -0.5], "ticks": "", "tickangle": -90, "anchor": "x",
-                         "tickvals": [side * (v + 0.5) for v in range(n_layers)], "ticktext": [f"layer {v + 1}" for v in range(n_layers)]},
-        "xaxis2": items | {"domain": [0.48, 1], "range": [-0.5, n - 0.5], "title": {"text": "looked at, by item (oldest first)"},
+        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
+        "xaxis": bare | tiles[0] | {"domain": [0, 0.4], "range": [-0.5, side * n_heads - 0.5], "side": "top", "anchor": "y"},
+        "yaxis": bare | tiles[1] | {"domain": [0, 1], "range": [side * n_layers - 0.5, -0.5], "tickangle": -90, "anchor": "x"},
+        "xaxis2": items | {"domain": [0.48, 1], "range": [-0.5, n - 0.5], "title": {"text": "rows look at columns; items, oldest first"},
                            "anchor": "y2"},
-        "yaxis2": items | {"domain": [0, 0.56], "range": [n - 0.5, -0.5], "title": {"text": "looking, by item"}, "anchor": "x2"},
+        "yaxis2": items | {"domain": [0, 0.5], "range": [n - 0.5, -0.5], "anchor": "x2"},
+        "yaxis6": {"domain": [0.505, 0.64], "range": [-0.04, 1.04], "visible": False, "anchor": "x2"},
+        # Titles above and not beside: beside there is the other heatmap.
+        "annotations": [title | {"text": "what the chosen token looks at", "y": 0.64}],
     }
     for number, name in enumerate(bars, start=3):
-        low = 0.59 + 0.14 * (number - 3)
-        layout[f"yaxis{number}"] = {"domain": [low, low + 0.12], "range": [0, 1.25 * float(scores[name].max())], "nticks": 3,
-                                    "anchor": "x2", "title": {"text": name, "font": {"size": 12}}}
+        low = 0.685 + 0.11 * (number - 3)
+        layout[f"yaxis{number}"] = {"domain": [low, low + 0.075], "range": [0, 1.25 * float(scores[name].max())], "nticks": 3,
+                                    "anchor": "x2"}
+        layout["annotations"].append(title | {"text": name, "y": low + 0.075})
     edges = [f"M{side * h - 0.5},-0.5V{side * n_layers - 0.5}" for h in range(1, n_heads)]
     edges += [f"M-0.5,{side * v - 0.5}H{side * n_heads - 0.5}" for v in range(1, n_layers)]
     first, last = (1, n_heads) if head == 0 else (head, head)
@@ -201,9 +228,31 @@ def attention_figure(probe, scores, layer: int, head: int, token: int, removed=(
     return go.Figure(traces, layout)
 
 
+def _lines(weights, token, name):
+    """A band from the token on top to each that it looks at, as broad as the weight (the broadest: one token), and a mark at its end."""
+    seen = np.flatnonzero(weights >= FAINT)
+    half = 0.5 * weights[seen] / weights.max()
+    corners = np.stack([token - half, seen - half, seen + half, token + half, np.full(len(seen), np.nan)], axis=1)
+    x = [None if np.isnan(value) else round(value, 3) for value in corners.ravel().tolist()]
+    place = {"type": "scatter", "showlegend": False, "xaxis": "x2", "yaxis": "y6"}
+    return [place | {"x": x, "y": [1, 0, 0, 1, None] * len(seen), "mode": "lines", "fill": "toself", "hoverinfo": "skip",
+                     "fillcolor": "rgba(213,94,0,0.55)", "line": {"color": VERMILLION, "width": 0.6}},
+            place | {"x": seen, "y": np.zeros(len(seen)), "mode": "markers", "marker": {"color": VERMILLION, "size": 5},
+                     "customdata": weights[seen].astype(float).round(4),
+                     "hovertemplate": f"{name} looks at %{{x}}: %{{customdata:.3f}}<extra></extra>"}]
+
+
+def _cells(n):
+    """How many tokens share a cell of a small heatmap, and how many cells it has on a side."""
+    step = -(-n // CELLS)
+    return step, -(-n // step)
+
+
 def small_multiples(attention) -> np.ndarray:
-    """Attention [layers, H, N, N] side by side as uint8 [layers · n, H · n], n ≤ 48: of more tokens neighbours share a cell, that of the
-    strongest. 255 stands for its 99.5 % quantile and above. Shades and cells are as many as can be told apart at this size."""
-    shades = (255 * (attention / np.quantile(attention, 0.995)).clamp(max=1))
-    shades = max_pool2d(shades, -(-shades.shape[-1] // 48), ceil_mode=True).byte()
+    """Attention [layers, H, N, N] side by side as uint8 [layers · n, H · n], n ≤ CELLS: of more tokens neighbours share a cell, that of the
+    strongest. SHADES stands for the 98 % quantile of the layer and head, and above: each has a scale of its own, or heads that spread
+    their attention would be black beside those that look at one token."""
+    tops = attention.flatten(2).quantile(0.98, dim=2).clamp(min=1e-9)[..., None, None]
+    shades = SHADES * (attention / tops).clamp(max=1)
+    shades = max_pool2d(shades, _cells(shades.shape[-1])[0], ceil_mode=True).byte()
     return shades.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [layers, n, H, n] → [layers · n, H · n]

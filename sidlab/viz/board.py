@@ -6,8 +6,10 @@ import pathlib
 
 import pandas as pd
 import plotly.graph_objects as go
+from IPython.display import HTML
 
 from sidlab.files import write_json
+from sidlab.viz.figures import shorten
 from sidlab.viz.theme import BLUE, GREY, mark, template
 
 
@@ -41,6 +43,17 @@ class Board:
         frame = pd.DataFrame(rows, columns=None if rows else ["name", "contest", "recall@10"])
         return frame.sort_values(["contest", "recall@10"], ascending=[True, False], kind="stable", ignore_index=True)
 
+    def table(self, contest: str | None = None) -> HTML:
+        """The entries as a reader wants them: three decimals, nothing where a number is missing, and in words which are bounds."""
+        frame = self.frame(contest)
+        if frame.empty:
+            return HTML("<p>No entry yet.</p>")
+        if "anchor" in frame:
+            frame.insert(1, "", ["bound" if anchor is True else "" for anchor in frame.pop("anchor")])
+        if contest is not None:
+            del frame["contest"]
+        return HTML(frame.to_html(index=False, float_format="{:.3f}".format, na_rep=""))
+
     def figure(self, contest: str) -> go.Figure:
         """recall@10 of the entries of `contest` with their intervals, best on top; anchors are lines."""
         rows = sorted((row for row in self.rows if row["contest"] == contest), key=lambda row: -row["recall@10"])
@@ -54,9 +67,11 @@ class Board:
         for place, row in enumerate(anchors):  # names of neighbours on either side, or one covers the other
             figure.add_vline(row["recall@10"], line_dash="dot", line_color=GREY, annotation_yanchor="bottom",
                              annotation_position=("top right", "top left")[place % 2],
-                             annotation_text=html.escape(f"{row['name']} {row['recall@10']:.3f}"))
-        figure.update_xaxes(title_text="recall@10").update_yaxes(autorange="reversed", type="category")
+                             annotation_text=html.escape(f"{shorten(row['name'])} {row['recall@10']:.3f}"))
+        names = [row["name"] for row in entries]
+        figure.update_xaxes(title_text="recall@10")
+        figure.update_yaxes(autorange="reversed", type="category", tickvals=names, ticktext=[html.escape(shorten(name)) for name in names])
         return figure.update_layout(template=template(), height=160 + 30 * len(entries), margin_t=60, showlegend=False)
 
     def _repr_html_(self):
-        return self.frame().to_html(index=False, float_format="{:.4f}".format, na_rep="") if self.rows else "<p>No entry yet.</p>"
+        return self.table().data

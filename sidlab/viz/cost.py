@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import textwrap
 
 import ipywidgets as widgets
 import numpy as np
@@ -127,11 +128,12 @@ def padding_figure(rows) -> go.Figure:
                            hovertemplate="Beauty: %{x:.2f} ×<extra></extra>"))
     down = {"range": [len(rows) - 0.5, -0.5], "showgrid": False, "zeroline": False}
     across, far = {"text": "slots of a history"}, {"text": "FLOPs, × 150 slots"}
-    layout = {"template": template(), "barmode": "stack", "height": 430, "margin": {"l": 20, "r": 30, "t": 70, "b": 40},
+    lines = ["<br>".join(textwrap.wrap(name, 20)) for name in names]
+    layout = {"template": template(), "barmode": "stack", "height": 450, "margin": {"l": 20, "r": 30, "t": 70, "b": 40},
               "uirevision": "same", "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
-              "xaxis": {"domain": [0, 0.61], "anchor": "y", "range": [0, 1.02 * SLOTS], "title": across},
-              "yaxis": down | {"anchor": "x", "tickvals": places, "ticktext": names},
-              "xaxis2": {"domain": [0.65, 1], "anchor": "y2", "range": [0, 1.1], "title": far},
+              "xaxis": {"domain": [0, 0.6], "anchor": "y", "range": [0, 1.02 * SLOTS], "title": across},
+              "yaxis": down | {"anchor": "x", "tickvals": places, "ticktext": lines},
+              "xaxis2": {"domain": [0.68, 1], "anchor": "y2", "range": [0, 1.1], "title": far, "nticks": 3},
               "yaxis2": down | {"anchor": "x2", "tickvals": places, "showticklabels": False}}
     return go.Figure(bars, layout)
 
@@ -149,16 +151,16 @@ class PaddingExplorer(Explorer):
     def __init__(self, lengths: dict | None = None, *, mean=8.9, keep=1 / 3, which="published", source=None):
         self.lengths = lengths or {}
         self._batches = functools.lru_cache(256)(self._batches)
-        sources = [("like Amazon 5-core, of that mean", None), *((name, name) for name in self.lengths)]
+        sources = [("like Amazon 5-core, of that mean", ""), *((name, name) for name in self.lengths)]  # "", since a menu shows no None
         super().__init__({
             "mean": widgets.FloatSlider(value=mean, min=5.5, max=40, step=0.1, description="mean items per history", readout_format=".1f"),
             "keep": widgets.FloatSlider(value=keep, min=0.05, max=1, step=0.01, description="kept share", readout_format=".0%"),
-            "source": widgets.Dropdown(options=sources, value=source, description="lengths"),
+            "source": widgets.Dropdown(options=sources, value=source or "", description="lengths"),
             "which": widgets.Dropdown(options=[(text, name) for name, text in HISTORIES.items()], value=which, description="histories"),
         }, slow=("source", "which"))
 
     def _batches(self, source, mean, which):
-        return windows_of_batches(five_core_lengths(mean) if source is None else self.lengths[source], which)
+        return windows_of_batches(self.lengths[source] if source else five_core_lengths(mean), which)
 
     def draw(self):
         source, keep = self.value("source"), self.value("keep")
@@ -185,8 +187,26 @@ class PaddingExplorer(Explorer):
                 + table(head, cells))
 
 
+# Settings of the calculator that belong together, by name. Beauty: its mean history, training prefixes and items; four levels, for RASTP
+# adds a digit to three.
+PRESETS = {
+    "my shop": {"items": 20, "levels": 3, "width": 256, "d_model": 128, "layers": 4, "keep": 1 / 3, "after": 2, "slots": 4096,
+                "windows": 100_000, "epochs": 10, "catalogue": 10_000},
+    "Amazon Beauty": {"items": 9, "levels": 4, "width": 256, "d_model": 128, "layers": 4, "keep": 1 / 3, "after": 2, "slots": 4096,
+                      "windows": 131_413, "epochs": 20, "catalogue": 12_101},
+    "a million items": {"items": 50, "levels": 3, "width": 1024, "d_model": 256, "layers": 6, "keep": 1 / 3, "after": 2, "slots": 16384,
+                        "windows": 1e8, "epochs": 3, "catalogue": 1e6},
+    "a step that mostly waits": {"items": 2, "levels": 3, "width": 16, "d_model": 32, "layers": 4, "keep": 1 / 3, "after": 2, "slots": 256,
+                                 "windows": 10_000, "epochs": 10, "catalogue": 1000},
+    "wide and deep": {"items": 100, "levels": 3, "width": 256, "d_model": 1024, "layers": 12, "keep": 1 / 3, "after": 2, "slots": 65536,
+                      "windows": 1e7, "epochs": 3, "catalogue": 100_000},
+}
+FIRST = ("preset", "items", "d_model", "layers", "keep")  # controls that are always shown
+
+
 class CostCalculator(Explorer):
-    """What a training run of any size costs, with and without pruning: seconds on this machine, GPU-hours, memory, FLOPs.
+    """What a training run of any size costs, with and without pruning: seconds on this machine, GPU-hours, memory, FLOPs. The menu of
+    presets sets all controls but the GPU's at once.
 
     Args: `speed`: how fast this machine is (default: `calibrate()` measures it now, which takes seconds); the others set controls, among
     them `items` of every history, `levels` and `width` of the SIDs, `layers` of the encoder and of the decoder, `slots` a batch, `windows`
@@ -198,11 +218,12 @@ class CostCalculator(Explorer):
 
     def __init__(self, speed: Speed | None = None, *, items=20, levels=3, width=256, d_model=128, layers=4, keep=1 / 3, after=2, slots=4096,
                  windows=100_000, epochs=10, catalogue=10_000, tflops=10.0):
-        self.speed = speed or calibrate()
+        self.speed, self._following = speed or calibrate(), False
         self._step = functools.lru_cache(4096)(self._step)
         integer, choice = widgets.IntSlider, widgets.SelectionSlider
         power = functools.partial(widgets.FloatLogSlider, step=0.1, readout_format=",.0f")
-        super().__init__({
+        controls = {
+            "preset": widgets.Dropdown(options=[("own settings", ""), *((name, name) for name in PRESETS)], value="", description="preset"),
             "items": integer(value=items, min=1, max=200, description="items per history"),
             "levels": integer(value=levels, min=1, max=12, description="SID levels (L)"),
             "width": choice(value=width, options=[2**k for k in range(2, 15)], description="codes per level (W)"),
@@ -215,7 +236,38 @@ class CostCalculator(Explorer):
             "epochs": integer(value=epochs, min=1, max=100, description="epochs"),
             "catalogue": power(value=catalogue, min=2, max=7, description="items in the catalogue"),
             "tflops": widgets.BoundedFloatText(value=tflops, min=0.001, max=1e6, description="TFLOP/s that a GPU sustains"),
-        })
+        }
+        # Before all other observers, so that these find everything in place and draw once.
+        for name, control in controls.items():
+            control.observe(self._take if name == "preset" else self._name, "value")
+        super().__init__(controls)
+        self._name()
+        self.more = widgets.Checkbox(value=False, description="all settings", indent=False)
+        row, *rest = self.children
+        row.children = [*(controls[name] for name in FIRST), self.more]
+        others = [control for name, control in controls.items() if name not in FIRST]
+        folded = widgets.Box(others, layout=widgets.Layout(flex_flow="row wrap", grid_gap="4px 16px", display="none"))
+        self.more.observe(lambda change: folded.layout.set_trait("display", "flex" if change["new"] else "none"), "value")
+        self.children = [row, folded, *rest]
+
+    def _take(self, change):
+        """Set all controls that the chosen preset knows."""
+        self._quietly(PRESETS.get(change["new"], {}))
+
+    def _name(self, change=None):
+        """Show the preset that the controls make up, if they do."""
+        self._quietly({"preset": next((name for name, values in PRESETS.items() if all(
+            np.isclose(self.value(control), value) for control, value in values.items())), "")})
+
+    def _quietly(self, values):
+        if self._following:
+            return
+        before, self._quiet, self._following = self._quiet, True, True
+        try:
+            for name, value in values.items():
+                self.controls[name].value = value
+        finally:
+            self._quiet, self._following = before, False
 
     def _step(self, items, levels, width, d_model, layers, slots, pruning):
         """(config, cost of a batch, predicted seconds by part) of one training step."""
@@ -281,7 +333,7 @@ def cost_figure(parts, lengths, curves, items) -> go.Figure:
 
     Args: `parts`: two dicts {part: seconds}, unpruned and pruned; `lengths`: items of history; `curves`: three, {name: ratio at each
     length}; `items`: the length that is chosen, one of `lengths`."""
-    bars = [go.Bar(x=[of[name] for of in parts], y=["nothing pruned", "pruned"], orientation="h", name=name, width=0.6,
+    bars = [go.Bar(x=[of[name] for of in parts], y=["nothing<br>pruned", "pruned"], orientation="h", name=name, width=0.6,
                    marker={"color": color, "pattern": {"shape": shape, "solidity": 0.3}, "line": {"color": color, "width": 1}},
                    hovertemplate=f"%{{y}}: %{{x:.3g}} s<extra>{name}</extra>") for name, color, shape in PARTS]
     right = {"xaxis": "x2", "yaxis": "y2", "legend": "legend2"}
@@ -293,17 +345,20 @@ def cost_figure(parts, lengths, curves, items) -> go.Figure:
                       marker={"symbol": "circle-open", "size": 18, "color": VERMILLION, "line": {"width": 3}}, **right)
     top = 1.08 * max(1.1, *(ratio for ratios in curves.values() for ratio in ratios))
     line = {"type": "line", "xref": "x2 domain", "yref": "y2", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": {"color": GREY, "width": 2}}
-    note = {"text": "above this line pruning costs more", "xref": "x2 domain", "yref": "y2", "x": 0.99, "y": 1, "xanchor": "right",
+    note = {"text": "above: pruning costs more", "xref": "x2 domain", "yref": "y2", "x": 0.99, "y": 1, "xanchor": "right",
             "yanchor": "bottom", "showarrow": False}
+    # Above and not beside the axis: there are the bars.
+    title = {"text": "pruned ÷ nothing pruned", "xref": "x2 domain", "yref": "y2 domain", "x": 0, "y": 1, "xanchor": "left",
+             "yanchor": "bottom", "showarrow": False, "font": {"size": 14}}
     layout = {"template": template(), "barmode": "stack", "height": 450, "margin": {"l": 20, "r": 30, "t": 70, "b": 40},
-              "uirevision": "same", "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+              "uirevision": "same", "legend": {"orientation": "h", "x": 0, "y": 1.08, "yanchor": "bottom", "traceorder": "normal"},
               "legend2": {"orientation": "h", "x": 1, "xanchor": "right", "y": -0.24, "yanchor": "top"},
-              "shapes": [line], "annotations": [note],
-              "xaxis": {"domain": [0, 0.46], "anchor": "y", "title": {"text": "predicted seconds per 1,000 windows"}},
+              "shapes": [line], "annotations": [note, title],
+              "xaxis": {"domain": [0, 0.46], "anchor": "y", "title": {"text": "seconds per 1,000 windows"}, "tickangle": 0, "nticks": 5},
               "yaxis": {"anchor": "x", "range": [1.5, -0.5], "showgrid": False},
               "xaxis2": {"domain": [0.56, 1], "anchor": "y2", "type": "log", "title": {"text": "items per history"},
-                         "tickvals": [1, 2, 4, 10, 20, 40, 100, 200]},
-              "yaxis2": {"anchor": "x2", "range": [0, top], "title": {"text": "pruned ÷ nothing pruned"}}}
+                         "tickvals": [1, 4, 20, 100], "tickangle": 0},
+              "yaxis2": {"anchor": "x2", "range": [0, top]}}
     return go.Figure([*bars, *lines, ring], layout)
 
 

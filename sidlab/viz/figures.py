@@ -30,9 +30,10 @@ def reference(results: dict) -> dict:
     return next((row for row in rows if row["method"] == "unpadded"), rows[0])
 
 
-def span(row: dict, metric: str) -> str:
-    """The row's interval as text, or nothing."""
-    return "[{:.4f}, {:.4f}]".format(*_interval(row, metric)) if row.get(f"{metric}_interval") else ""
+def span(row: dict, metric: str, digits: int = 4) -> str:
+    """The row's interval as text, or nothing. `digits`: as many decimals as the value beside it has."""
+    ends = row.get(f"{metric}_interval")
+    return f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
 
 
 def _marks(results):
@@ -185,8 +186,15 @@ def _claims(figure, field, padded, column, ends):
 def short_title(title, columns):
     """An axis label: few columns leave room for three lines, many for one short one."""
     few = columns <= 6
-    lines = textwrap.wrap(title, 16 if few else 24, max_lines=3 if few else 1, placeholder="…")
+    width = 16 if few else 24
+    words = " ".join(shorten(word, width - 1) for word in title.split())  # or of a longer word nothing would be left
+    lines = textwrap.wrap(words, width, max_lines=3 if few else 1, placeholder="…")
     return "<br>".join(html.escape(line) for line in lines)
+
+
+def shorten(title: str, width: int = 40) -> str:
+    """`title`, cut to `width` characters."""
+    return title if len(title) <= width else title[: width - 1].rstrip() + "…"
 
 
 def _interval(row, metric):

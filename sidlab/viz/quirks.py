@@ -298,20 +298,22 @@ def quirk_figure(evidence: dict[str, Evidence], mode: str) -> go.Figure:
     for name, color, shape in zip(MODES, (VERMILLION, BLUE), ("/", "")):
         values = list(evidence[name].bars.values())
         look = {"color": color, "pattern": {"shape": shape, "solidity": 0.4}, "line": {"color": color, "width": 1 + 3 * (name == mode)}}
-        bars.append(go.Bar(x=[group.replace(" ", "<br>") for group in evidence[name].bars], y=values, name=name, marker=look, xaxis="x2",
-                           yaxis="y2", textposition="outside", text=[f"{round(v, 3):.2g}" for v in values], cliponaxis=False, textangle=0,
+        groups = ["<br>".join(textwrap.wrap(group, 6, break_long_words=False)) for group in evidence[name].bars]
+        bars.append(go.Bar(y=groups, x=values, name=name, marker=look, xaxis="x2", yaxis="y2", orientation="h",
+                           textposition="outside", text=[f"{round(v, 3):.2g}" for v in values], cliponaxis=False,
                            constraintext="none", textfont_size=11,
-                           hovertemplate=f"{name}, %{{x}}: %{{y:.4f}}<extra></extra>"))
-    top, names = 1.15 * max(max(e.bars.values()) for e in evidence.values()), shown.rows
+                           hovertemplate=f"{name}, %{{y}}: %{{x:.4f}}<extra></extra>"))
+    top, names = 1.25 * max(max(e.bars.values()) for e in evidence.values()), shown.rows
     every = list(range(0, len(names), 1 if len(names) <= DRAWS + 1 else 4))
     bare, outside = {"showgrid": False, "zeroline": False}, {"xref": "paper", "yref": "paper", "yanchor": "bottom", "showarrow": False}
     key = {"text": f"<b>{mode} code</b><br>" + _key(shown.legend, "<br>"), "x": 0, "y": 1.02, "xanchor": "left", "align": "left"}
     measure = {"text": "<br>".join(textwrap.wrap(shown.measure, 32)), "x": 0.85, "y": 1.1, "xanchor": "center"}
     layout = {"template": template(), "height": 450, "margin": {"l": 20, "r": 20, "t": 100, "b": 40}, "barmode": "group",
-              "legend": {"x": 0.85, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "orientation": "h"},
+              "legend": {"x": 0.85, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "orientation": "h", "traceorder": "normal"},
               "annotations": [outside | key, outside | measure],
               "xaxis": bare | {"domain": [0, 0.6 if fates else 0.5], "anchor": "y", "title": {"text": shown.columns},
                                "visible": shown.z.shape[1] > 1},
               "yaxis": bare | {"anchor": "x", "tickvals": every, "ticktext": [names[i] for i in every], "range": [len(names) - 0.5, -0.5]},
-              "xaxis2": {"domain": [0.7, 1], "anchor": "y2", "tickangle": 0}, "yaxis2": {"anchor": "x2", "range": [0, top or 1]}}
+              "xaxis2": {"domain": [0.72, 1], "anchor": "y2", "range": [0, top or 1], "tickangle": 0, "nticks": 4},
+              "yaxis2": {"anchor": "x2", "autorange": "reversed", "showgrid": False}}
     return go.Figure([picture, *bars], layout)

@@ -8,11 +8,11 @@ from plotly.subplots import make_subplots
 from sidlab.viz.explorer import Explorer, folded
 from sidlab.viz.figures import COST, MEMORY, _error, span
 from sidlab.viz.pruning import table
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SCALE, VERMILLION, mark, template
+from sidlab.viz.theme import BLUE, GREY, VERMILLION, mark, template
 
 RECALL = "recall@10"
+DIGITS = 3  # of recalls, their intervals and their differences: more than the intervals know
 BETTER, WORSE, UNDECIDED = "clearly better", "clearly worse", "undecided"
-LEVEL_LOOKS = ((BLUE, "circle", "solid"), (ORANGE, "square", "dash"), (GREEN, "diamond", "dashdot"), (PURPLE, "triangle-up", "longdash"))
 
 
 class Recorded(Explorer):
@@ -34,7 +34,9 @@ class Recorded(Explorer):
         for name, (setting, value, description) in controls.items():
             values = sorted({row[setting] for row in self.runs})
             kind = widgets.Dropdown if isinstance(value, str) else widgets.SelectionSlider
-            made[name] = kind(options=[(_text(v, self.form), v) for v in values], value=_nearest(values, value), description=description)
+            value = _nearest(values, value)
+            made[name] = kind(options=[(_text(v, self.form), v) for v in values], value=value, description=description)
+            made[name].label = _text(value, self.form)  # which ipywidgets leaves empty if it is the first one
         super().__init__(made | others)
 
     def run(self) -> dict:
@@ -60,8 +62,8 @@ class Recorded(Explorer):
 class DilutionExplorer(Recorded):
     """What levels and width of SIDs cost and bring, from a recorded sweep; a cursor chooses one run.
 
-    Args: `data`: notebooks/data/granularity.json, loaded; `levels`, `width`: where the cursor starts; `cost`: what the horizontal axis
-    shows, a key of `COSTS`; `items`: the length of the history whose tokens are counted (planted test histories: 11 on average).
+    Args: `data`: notebooks/data/granularity.json, loaded; `levels`, `width`: where the cursor starts; `cost`: what the bars
+    show, a key of `COSTS`; `items`: the length of the history whose tokens are counted (planted test histories: 11 on average).
     """
 
     heading = "What do finer semantic IDs cost, and what do they bring?"
@@ -70,7 +72,7 @@ class DilutionExplorer(Recorded):
     _head = ("levels × codes", "recall@10", "95 % interval", *COSTS.values(), "updates", "tokens per item, with separator",
              "tokens per history", "items that share their codes", "perplexity by level")
 
-    def __init__(self, data: dict, *, levels: int = 3, width: int = 8, cost: str = "mflops", items: int = 11):
+    def __init__(self, data: dict, *, levels: int = 1, width: int = 8, cost: str = "mflops", items: int = 11):
         self.items = items
         menu = widgets.Dropdown(options=[(title, name) for name, title in self.COSTS.items()], value=cost, description="cost")
         super().__init__(data, {"levels": ("sids.levels", levels, "levels (L)"), "width": ("sids.width", width, "codes per level (W)")},
@@ -79,7 +81,7 @@ class DilutionExplorer(Recorded):
     def draw(self):
         run, field, best = self.run(), self.value("cost"), max(self.runs, key=lambda row: row[RECALL])
         said = [_verdict(run, row) for row in self.runs if row is not run]
-        text = (f"<p><b>{_size(run)} codes: recall@10 {run[RECALL]:.3f} {span(run, RECALL)} at {run[field]:.3g} {self.COSTS[field]}.</b> "
+        text = (f"<p><b>{_size(run)} codes: recall@10 {_recall(run)} at {run[field]:.3g} {self.COSTS[field]}.</b> "
                 f"On the same users and seeds it is {BETTER} than {said.count(BETTER)} of the other {len(said)} settings, {WORSE} than "
                 f"{said.count(WORSE)}; the rest is {UNDECIDED}.</p>"
                 + table(("", "chosen", "best recall recorded"), zip(self._head, self._cells(run), self._cells(best)))
@@ -91,46 +93,44 @@ class DilutionExplorer(Recorded):
         perplexity = [f"{level['perplexity']:.1f}" for level in report["per_level"]]
         if report["levels"] > row["sids.levels"]:  # the level that collisions="extend" adds
             perplexity[-1] = f"({perplexity[-1]}, added against collisions)"
-        return (_size(row), f"{row[RECALL]:.3f}", span(row, RECALL), *(f"{row[field]:.3g}" for field in self.COSTS), f"{row['updates']:g}",
+        costs = [f"{row[field]:.3g}" for field in self.COSTS]
+        return (_size(row), f"{row[RECALL]:.{DIGITS}f}", span(row, RECALL, DIGITS), *costs, f"{row['updates']:g}",
                 tokens, tokens * self.items, f"{report['collision_rate']:.0%}", " · ".join(perplexity))
 
 
 def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str) -> go.Figure:
-    """recall@10 of every (levels, width) as a grid, and against the cost `field`, called `title`, with intervals, a line per number of
-    levels. `chosen`, one of `runs` (rows of granularity.json), is framed in the grid, ringed and led to both axes."""
+    """recall@10 with its interval, above the cost `field`, called `title`: a panel for each number of levels, the widths side by side.
+    `chosen`, one of `runs` (rows of granularity.json), is ringed, and its bar is filled in another colour."""
     levels, widths = (sorted({row[setting] for row in runs}) for setting in ("sids.levels", "sids.width"))
-    grid = np.full((len(levels), len(widths)), np.nan)
-    for row in runs:
-        grid[levels.index(row["sids.levels"]), widths.index(row["sids.width"])] = row[RECALL]
-    figure = make_subplots(1, 2, column_widths=[0.4, 0.6], horizontal_spacing=0.12,
-                           subplot_titles=("recall@10", "recall@10 against cost<br>(at the marks: W)"))
-    figure.add_heatmap(z=grid, colorscale=SCALE, texttemplate="%{z:.3f}", showscale=False, xgap=2, ygap=2, hoverongaps=False,
-                       hoverinfo="z", row=1, col=1)
-    x, y = widths.index(chosen["sids.width"]), levels.index(chosen["sids.levels"])
-    figure.add_scatter(x=x + 0.48 * np.array([-1, 1, 1, -1, -1]), y=y + 0.48 * np.array([-1, -1, 1, 1, -1]), mode="lines",
-                       line_color=VERMILLION, line_width=4, hoverinfo="skip", showlegend=False, row=1, col=1)
-    for place, (level, (color, symbol, dash)) in enumerate(zip(levels, len(levels) * LEVEL_LOOKS)):
+    figure = make_subplots(2, len(levels), shared_yaxes=True, row_heights=[0.62, 0.38], horizontal_spacing=0.02, vertical_spacing=0.14,
+                           subplot_titles=[f"{_text(level)} level{'s' * (level > 1)}" for level in levels])
+    for column, level in enumerate(levels, start=1):
         of_level = sorted((row for row in runs if row["sids.levels"] == level), key=lambda row: row["sids.width"])
-        figure.add_scatter(
-            x=[row[field] for row in of_level], y=[row[RECALL] for row in of_level], error_y=_error(of_level, RECALL),
-            mode="lines+markers+text", text=[_text(row["sids.width"]) for row in of_level],
-            textposition=[("middle left", "middle right")[(place + widths.index(row["sids.width"])) % 2] for row in of_level],  # apart
-            name=f"{level} level{'s' * (level > 1)}", marker_symbol=symbol, marker_color=color, marker_size=9,
-            line_color=color, line_dash=dash, line_width=1.5,
-            hovertemplate=f"{level} × %{{text}}: %{{y:.4f}} at %{{x:.3g}}<extra></extra>", row=1, col=2)
-    costs, ends = [row[field] for row in runs], [end for row in runs for end in row[f"{RECALL}_interval"]]
-    left, floor = 0.9 * min(costs), min(ends) - 0.01
-    figure.add_scatter(
-        x=[left, chosen[field], chosen[field]], y=[chosen[RECALL], chosen[RECALL], floor], mode="lines+markers", name="chosen",
-        marker={"symbol": "circle-open", "size": [0, 18, 0], "color": VERMILLION, "line": {"width": 3}},
-        line_color=VERMILLION, line_dash="dot", line_width=1.5, hoverinfo="skip", row=1, col=2)
-    for axis, values, name in (("xaxis", widths, "codes per level (W)"), ("yaxis", levels, "levels (L)")):
-        figure.layout[axis].update(tickvals=list(range(len(values))), ticktext=[_text(value) for value in values], title_text=name,
-                                   showgrid=False, zeroline=False, range=[-0.5, len(values) - 0.5])
-    figure.update_xaxes(range=[left, 1.06 * max(costs)], title_text=title, row=1, col=2)
-    figure.update_yaxes(range=[floor, max(ends) + 0.01], row=1, col=2)
-    return figure.update_layout(template=template(), height=440, margin_t=60,
-                                legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"})
+        places, names = [widths.index(row["sids.width"]) for row in of_level], [_size(row) for row in of_level]
+        common = {"showlegend": False, "customdata": names, "col": column}
+        figure.add_scatter(x=places, y=[row[RECALL] for row in of_level], error_y=_error(of_level, RECALL), mode="lines+markers",
+                           marker_size=9, marker_color=BLUE, line_color=BLUE, line_width=1, line_dash="dot",
+                           hovertemplate=f"%{{customdata}}: %{{y:.{DIGITS}f}}<extra></extra>", row=1, **common)
+        here = [row is chosen for row in of_level]
+        figure.add_bar(x=places, y=[row[field] for row in of_level], marker_color=[VERMILLION if it else GREY for it in here],
+                       marker_line_width=[3 * it for it in here], marker_line_color=VERMILLION, width=0.6,
+                       marker_pattern_shape=["/" if it else "" for it in here],
+                       hovertemplate="%{customdata}: %{y:.3g}<extra></extra>", row=2, **common)
+        ring = [(place, row[RECALL]) for place, row in zip(places, of_level) if row is chosen]
+        figure.add_scatter(x=[place for place, _ in ring], y=[recall for _, recall in ring], mode="markers", hoverinfo="skip",
+                           marker={"symbol": "circle-open", "size": 18, "color": VERMILLION, "line": {"width": 3}},
+                           showlegend=False, row=1, col=column)
+    ends = [end for row in runs for end in row[f"{RECALL}_interval"]]
+    figure.update_xaxes(tickvals=list(range(len(widths))), ticktext=[_text(width) for width in widths], showgrid=False, zeroline=False,
+                        range=[-0.6, len(widths) - 0.4], tickangle=0)
+    figure.update_yaxes(range=[min(ends) - 0.01, max(ends) + 0.01], row=1)
+    figure.update_yaxes(range=[0, 1.06 * max(row[field] for row in runs)], nticks=4, row=2)
+    # What the axes show stands above them: beside, a long name would not fit.
+    above = {"xref": "paper", "yref": "paper", "x": 0, "xanchor": "left", "yanchor": "bottom", "showarrow": False, "font": {"size": 13}}
+    for text, y in (("<b>recall@10</b>, 95 % intervals", 1.08), (f"<b>{title}</b>", figure.layout[f"yaxis{len(levels) + 1}"].domain[1])):
+        figure.add_annotation(above | {"text": text, "y": y})
+    figure.add_annotation(above | {"text": "codes per level (W)", "x": 0.5, "xanchor": "center", "y": 0, "yanchor": "top", "yshift": -22})
+    return figure.update_layout(template=template(), height=500, margin_t=70, margin_b=50)
 
 
 class MapExplorer(Recorded):
@@ -152,8 +152,8 @@ class MapExplorer(Recorded):
     def draw(self):
         run, base = self.run(), self.baseline
         pair = (base, run)
-        rows = [(f"{metric}, test users", *(f"{row[metric]:.4f} {span(row, metric)}" for row in pair),
-                 _difference(run, base) if metric == RECALL else f"{run[metric] - base[metric]:+.4f}")
+        rows = [(f"{metric}, test users", *(_recall(row, metric) for row in pair),
+                 _difference(run, base) if metric == RECALL else f"{run[metric] - base[metric]:+.{DIGITS}f}")
                 for metric in (RECALL, "recall@5", "ndcg@10")]
         losses = [row["curve"]["loss"][-1] for row in pair]
         rows.append(("loss of the next item, last", *(f"{loss:.3f}" for loss in losses), f"{losses[1] - losses[0]:+.3f}"))
@@ -162,9 +162,9 @@ class MapExplorer(Recorded):
                   (("validation recall@10", "eval_step", RECALL), ("loss of the next item", "step", "loss"))
                   for step, a, b in zip(base["curve"][at], base["curve"][what], run["curve"][what])]
         head = ("setting", "recall@10", "95 % interval", "minus no MAP", "seconds per 1,000")
-        every = [(_map_name(row), f"{row[RECALL]:.4f}", span(row, RECALL), _difference(row, base), f"{row[COST]:.2f}")
+        every = [(_map_name(row), f"{row[RECALL]:.{DIGITS}f}", span(row, RECALL, DIGITS), _difference(row, base), f"{row[COST]:.2f}")
                  for row in [base, *self.runs]]
-        text = (f"<p><b>{_map_name(run)}: recall@10 {run[RECALL]:.3f}, without MAP {base[RECALL]:.3f}.</b> On the same users and seeds: "
+        text = (f"<p><b>{_map_name(run)}: recall@10 {_recall(run)}, without MAP {_recall(base)}.</b> On the same users and seeds: "
                 f"{_verdict(run, base)}.</p>" + table(("", "no MAP", "chosen", "difference"), rows)
                 + folded("Both curves as a table", table(("", "update", "no MAP", "chosen"), curves))
                 + folded(f"All {len(every)} settings as a table", table(head, every)) + self._source())
@@ -180,7 +180,7 @@ def map_figure(runs: list[dict], baseline: dict, chosen: dict) -> go.Figure:
             figure.add_scatter(
                 x=row["curve"][at], y=row["curve"][what], mode="lines+markers", name=name, legendgroup=name, showlegend=column == 1,
                 marker_symbol=look.symbol, marker_size=8, line_color=look.color, line_dash=look.dash,
-                hovertemplate=f"{name}, update %{{x}}: %{{y:.4f}}<extra></extra>", row=1, col=column)
+                hovertemplate=f"{name}, update %{{x}}: %{{y:.{DIGITS}f}}<extra></extra>", row=1, col=column)
         values = [value for row in [baseline, *runs] for value in row["curve"][what]]
         room = 0.06 * np.ptp(values)
         figure.update_xaxes(title_text="updates", title_standoff=4, row=1, col=column)
@@ -190,7 +190,7 @@ def map_figure(runs: list[dict], baseline: dict, chosen: dict) -> go.Figure:
     figure.add_scatter(
         x=list(range(len(ordered))), y=[one["gain"] for one in gains], error_y=_error(gains, "gain"), mode="markers", showlegend=False,
         marker_symbol=mark("map").symbol, marker_color=mark("map").color, marker_size=9, customdata=names,
-        hovertemplate="%{customdata}: %{y:+.4f}<extra></extra>", row=2, col=1)
+        hovertemplate=f"%{{customdata}}: %{{y:+.{DIGITS}f}}<extra></extra>", row=2, col=1)
     place = ordered.index(chosen)
     figure.add_scatter(x=[place], y=[gains[place]["gain"]], mode="markers", marker_symbol="circle-open", marker_size=22,
                        marker_color=VERMILLION, marker_line_width=3, showlegend=False, hoverinfo="skip", row=2, col=1)
@@ -233,15 +233,15 @@ class FrontierExplorer(Recorded):
             ratio = row[field] / base[field]
             says.append(f"<li><b>{row['pruning.scorer']}</b>: recall@10 {_difference(row, base)}, {_verdict(row, base)}. "
                         f"Cost {abs(ratio - 1):.0%} {'lower' if ratio < 1 else 'higher'}.</li>")
-        text = (f"<p><b>{keep:.0%} of the tokens kept</b> behind the pruner, against nothing pruned with recall@10 {base[RECALL]:.4f} "
-                f"{span(base, RECALL)}, on the same users and seeds. Cost: {self.COSTS[field]}.</p><ul>{''.join(says)}</ul>"
+        text = (f"<p><b>{keep:.0%} of the tokens kept</b> behind the pruner, against nothing pruned with recall@10 "
+                f"{_recall(base)}, on the same users and seeds. Cost: {self.COSTS[field]}.</p><ul>{''.join(says)}</ul>"
                 + table(self._head, map(self._cells, [base, *chosen]))
                 + folded(f"All {len(self.runs) + 1} settings as a table", table(self._head, map(self._cells, [base, *self.runs])))
                 + self._source())
         return frontier_figure(self.runs, base, keep, field, self.COSTS[field]), text
 
     def _cells(self, row):
-        base, quality = self.unpruned, (f"{row[RECALL]:.4f}", span(row, RECALL))
+        base, quality = self.unpruned, (f"{row[RECALL]:.{DIGITS}f}", span(row, RECALL, DIGITS))
         costs = [f"{row[field]:.3g} (× {row[field] / base[field]:.2f})" for field in self.COSTS]
         if row is base:
             return ("unpruned", "100%", *quality, "", "", *costs)
@@ -265,7 +265,7 @@ def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, t
                 marker={"symbol": look.symbol, "color": look.color, "size": 17 if chosen else 7},
                 marker_line={"width": 2 * chosen, "color": GREY},
                 customdata=[f"{row['pruning.keep']:.0%}" for row in rows],
-                hovertemplate=f"{scorer}, %{{customdata}} kept: %{{y:+.4f}} at %{{x:.3g}}<extra></extra>")
+                hovertemplate=f"{scorer}, %{{customdata}} kept: %{{y:+.{DIGITS}f}} at %{{x:.3g}}<extra></extra>")
     look = mark("unpadded")
     figure.add_scatter(x=[unpruned[field]], y=[0], mode="markers", name="unpruned", hovertemplate="unpruned, at %{x:.3g}<extra></extra>",
                        marker={"symbol": look.symbol, "color": look.color, "size": 13})
@@ -280,6 +280,10 @@ def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, t
 
 def _size(row):
     return f"{_text(row['sids.levels'])} × {_text(row['sids.width'])}"
+
+
+def _recall(row, metric=RECALL):
+    return f"{row[metric]:.{DIGITS}f} {span(row, metric, DIGITS)}"
 
 
 def _map_name(row):
@@ -309,4 +313,4 @@ def _gains(rows, base):
 
 def _difference(row, other):
     test = row["against"][other["number"]]
-    return test and "{:+.4f} [{:+.4f}, {:+.4f}]".format(*test) or "–"
+    return test and f"{test[0]:+.{DIGITS}f} [{test[1]:+.{DIGITS}f}, {test[2]:+.{DIGITS}f}]" or "–"

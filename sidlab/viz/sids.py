@@ -12,6 +12,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
 from sidlab.viz.explorer import Explorer, folded
+from sidlab.viz.figures import shorten
 from sidlab.viz.pruning import table
 from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, template
 
@@ -20,11 +21,13 @@ NODES = 300  # of the tree, at most that many on a level
 LARGE = 2000  # with more items than this a fit takes longer than a blink
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY, YELLOW)  # of codes: as many as the planted widths have
 PALE = "#C8C8C8"
-SHAPES = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "triangle-down", "pentagon", "hourglass", "bowtie",
-          "hexagram", "triangle-left", "star-diamond", "triangle-right", "hexagon")
+# None with arcs: between those and others a browser cannot draw a marker that changes on its way.
+SHAPES = ("octagon", "square", "diamond", "cross", "x", "triangle-up", "star", "triangle-down", "pentagon", "hourglass", "bowtie",
+          "hexagram", "triangle-left", "diamond-tall", "triangle-right", "hexagon")
 DARK_INK = (ORANGE, SKY, PURPLE, YELLOW)  # the others take white letters
 SYMBOLS = (*SHAPES, *(f"{shape}-open" for shape in SHAPES))  # 32 codes can be told apart without their colours
 AXES = ("of what is left", "of the embeddings")
+ROOM = 72  # a part of the tree has room for a word if it is one 72nd of the round or more
 
 
 class SidExplorer(Explorer):
@@ -32,13 +35,14 @@ class SidExplorer(Explorer):
 
     Args: `catalogue` with embeddings (default: "planted"); `sample`: how many items the map shows at most, drawn at random; `seed` of the
     k-means; `levels`, `width`, `after`, `axes` set controls.
+    While the axes stay, those of the embeddings, items move from where they were to what the next level leaves of them.
     Each width is fitted once, with LEVELS levels: the first L of them are those of a fit with L.
     """
 
     heading = "What do the codes of a semantic ID stand for?"
     exported = "after"
 
-    def __init__(self, catalogue=None, *, sample=300, seed=0, levels=3, width=8, after=0, axes=AXES[0]):
+    def __init__(self, catalogue=None, *, sample=300, seed=0, levels=3, width=8, after=0, axes=AXES[1]):
         if catalogue is None:
             from sidlab.data.catalogue import load_catalogue
 
@@ -95,11 +99,13 @@ class SidExplorer(Explorer):
             used = np.unique(code)
             centroids[used] = (self.encoder(width).codebooks_[after][used] - (0 if after else self.x.mean(axis=0))) @ plane
         items = [("-".join(map(str, self.codes(width)[i, :levels])), self.titles[i], f"{size[i]:.3f}") for i in self.shown]
-        hover = [f"<b>{html.escape(title)}</b><br>SID {sid}<br>length {length}" for sid, title, length in items]
+        hover = [f"<b>{html.escape(shorten(title, 60))}</b><br>SID {sid}<br>length {length}" for sid, title, length in items]
         what = f"What is left after level {after}" if after else "The embeddings"
         figure = sid_figure(left[self.shown] @ plane, code[self.shown], hover, centroids, np.sqrt((size**2).mean()), self.reach,
                             self.nodes(levels, width), level,
-                            f"{what},<br>{'marked by' if after < levels else 'still marked by'} code {level}")
+                            f"{what},<br>{'marked by' if after < levels else 'still marked by'} code {level}", self.shown)
+        if self.value("axes") == AXES[1]:  # on axes that change with the level a movement would say nothing
+            figure.layout.transition = {"duration": 600}
         order = np.lexsort(self.codes(width)[self.shown, :levels].T[::-1])
         return figure, self._text(levels, width, after, level, [items[i] for i in order])
 
@@ -121,6 +127,8 @@ class SidExplorer(Explorer):
                 "of the items share theirs with another item.",
                 f"A de-duplication digit would have {report['largest_group']} values." if shared else "",
                 f"After level {after}, {left:.1%} of the squared length of the embeddings is left.",
+                "The axes stay when the level changes: each item moves by the centroid that is subtracted." if self.value("axes") == AXES[1]
+                else "The axes change with the level, so a place on one map is another place on the next.",
                 f"The map shows a random sample of {len(items)} items." if len(items) < n else "",
                 f"The tree leaves out prefixes of fewer than {least} items." if least > 1 else "", "</p>"]
         return (" ".join(said) + "<table><thead><tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr></thead><tbody>"
@@ -166,7 +174,7 @@ def prefix_nodes(codes, has_word, words, titles) -> list[dict]:
         ids = ["-".join(map(str, codes[i, :level])) for i in first]
         members = np.split(np.argsort(group, kind="stable"), np.cumsum(count)[:-1])
         for g in np.flatnonzero(count >= least):
-            some = "; ".join(titles[i] for i in members[g][:4]) + (" …" if count[g] > 4 else "")
+            some = "; ".join(shorten(titles[i], 60) for i in members[g][:4]) + (" …" if count[g] > 4 else "")
             nodes.append({"id": ids[g], "parent": names[parent[first[g]]], "level": level, "code": int(codes[first[g], level - 1]),
                           "items": int(count[g]), "shared": level == levels and count[g] > 1, "word": str(word[g]),
                           "share": float(share[g]), "titles": some})
@@ -174,17 +182,19 @@ def prefix_nodes(codes, has_word, words, titles) -> list[dict]:
     return nodes
 
 
-def sid_figure(points, code, hover, centroids, radius, reach, nodes, level: int, title: str) -> go.Figure:
+def sid_figure(points, code, hover, centroids, radius, reach, nodes, level: int, title: str, ids=None) -> go.Figure:
     """What is left of items on a plane, marked by code, beside the tree of prefixes, whose ring of the same level has the same colours.
 
     Args: `points` [n, 2]; `code` int [n]; `hover`: n texts (HTML); `centroids` [W, 2], NaN where there is none; `radius` of a circle, the
-    root mean square length of what is left; `reach`: where both axes end; `nodes` of `prefix_nodes`; `level` of the codes, from 1.
+    root mean square length of what is left; `reach`: where both axes end; `nodes` of `prefix_nodes`; `level` of the codes, from 1; `ids`:
+    n names by which a view that animates knows the points again.
     """
     # All in dicts: made one by one, traces and subplots would take longer than all the rest.
     around, there = np.linspace(0, 2 * np.pi, 61), np.flatnonzero(np.isfinite(centroids[:, 0]))
     circle = {"type": "scatter", "x": radius * np.cos(around), "y": radius * np.sin(around), "mode": "lines", "hoverinfo": "skip",
               "line": {"color": GREY, "dash": "dash"}, "name": "root mean square length, in all dimensions"}
     items = {"type": "scatter", "x": points[:, 0], "y": points[:, 1], "mode": "markers", "hovertext": hover, "hoverinfo": "text",
+             "ids": [str(i) for i in (range(len(code)) if ids is None else ids)],
              "marker": {"size": 9, "opacity": 0.8, "color": [_color(c) for c in code],
                         "symbol": [SYMBOLS[c % len(SYMBOLS)] for c in code]}, "name": "item, a mark per code"}
     means = {"type": "scatter", "x": centroids[there, 0], "y": centroids[there, 1], "mode": "markers+text",
@@ -193,21 +203,24 @@ def sid_figure(points, code, hover, centroids, radius, reach, nodes, level: int,
              "marker": {"size": 18, "symbol": "circle-open", "line": {"width": 2}, "color": [_color(c) for c in there]},
              "name": "centroid of a code"}
     texts = [f"<b>{node['id']}</b>: {node['items']} item{'s share this SID' if node['shared'] else 's' * (node['items'] > 1)}<br>"
-             + (f"{node['share']:.0%} have the word “{html.escape(node['word'])}”<br>" if node["word"] else "")
+             + (f"{node['share']:.0%} have the word “{html.escape(shorten(node['word']))}”<br>" if node["word"] else "")
              + html.escape(node["titles"]) for node in nodes]
     colors = [_color(node["code"]) if node["level"] == level else PALE for node in nodes]
     inks = ["#222222" if node["shared"] or color in (*DARK_INK, PALE) else "white" for node, color in zip(nodes, colors)]
+    total = sum(node["items"] for node in nodes if node["level"] == 1)
+    words = [shorten(node["word"], 14) if ROOM * node["items"] >= total else "" for node in nodes]
+    labels = [f"{node['code']} {html.escape(word)}".strip() for node, word in zip(nodes, words)]
     tree = {"type": "sunburst", "ids": ["all", *(node["id"] for node in nodes)], "parents": ["", *(node["parent"] for node in nodes)],
-            "labels": ["all items", *(f"{node['code']} {node['word']}" for node in nodes)], "branchvalues": "total", "sort": False,
-            "values": [sum(node["items"] for node in nodes if node["level"] == 1), *(node["items"] for node in nodes)],
+            "labels": ["all items", *labels], "branchvalues": "total", "sort": False,
+            "values": [total, *(node["items"] for node in nodes)],
             "hovertext": ["", *texts], "hoverinfo": "text", "insidetextorientation": "radial", "leaf": {"opacity": 1},
-            "insidetextfont": {"color": ["#222222", *inks]}, "domain": {"x": [0.52, 1]},
+            "insidetextfont": {"color": ["#222222", *inks]}, "domain": {"x": [0.5, 1]},
             "marker": {"colors": ["rgba(0,0,0,0)", *colors], "line": {"width": 1, "color": "white"}, "pattern": {
                 "shape": ["", *("/" if node["shared"] else "" for node in nodes)], "bgcolor": "white", "solidity": 0.2, "size": 7}}}
     axis = {"range": [-reach, reach], "showticklabels": False, "ticks": ""}
     head = {"y": 1.01, "xref": "paper", "yref": "paper", "xanchor": "center", "yanchor": "bottom", "showarrow": False, "font": {"size": 15}}
     return go.Figure([circle, items, means, tree], {
-        "template": template(), "height": 620, "margin": {"l": 20, "r": 20, "t": 50, "b": 50}, "uirevision": "same",
+        "template": template(), "height": 620, "margin": {"l": 10, "r": 10, "t": 50, "b": 50}, "uirevision": "same",
         "xaxis": axis | {"domain": [0, 0.48]}, "yaxis": axis | {"scaleanchor": "x"},
         "annotations": [head | {"text": title, "x": 0.24}, head | {"text": "Prefixes of the SIDs,<br>level 1 innermost", "x": 0.76}],
         "legend": {"orientation": "h", "x": 0, "y": -0.04, "yanchor": "top"}})
