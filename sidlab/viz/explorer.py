@@ -346,7 +346,7 @@ def folded(summary: str, content: str) -> str:
 def _shown(widget):
     """The value of a control as a reader sees it."""
     if hasattr(widget, "_options_full"):
-        return widget.label
+        return widget._options_labels[widget.index]  # its `label` is empty where it starts at its first option
     return format(widget.value, getattr(widget, "readout_format", "")) if isinstance(widget.value, float) else str(widget.value)
 
 

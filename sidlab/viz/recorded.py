@@ -36,7 +36,6 @@ class Recorded(Explorer):
             kind = widgets.Dropdown if isinstance(value, str) else widgets.SelectionSlider
             value = _nearest(values, value)
             made[name] = kind(options=[(_text(v, self.form), v) for v in values], value=value, description=description)
-            made[name].label = _text(value, self.form)  # which ipywidgets leaves empty if it is the first one
         super().__init__(made | others)
 
     def run(self) -> dict:
