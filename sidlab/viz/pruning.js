@@ -33,7 +33,8 @@ function draw(el, state, env) {
   .sidlab-pruning .informative .dot { display: block }
   .sidlab-pruning .small .token { height: 25px } .sidlab-pruning .small .code { display: none }
   .sidlab-pruning .small .bar { bottom: 0; height: calc(var(--importance) * (100% - 1px)); left: 1px; right: 1px }
-  .sidlab-pruning .small .dot { width: 6px; height: 6px } .sidlab-pruning .tiny .title { height: 13px; -webkit-line-clamp: 1 }
+  .sidlab-pruning .small .dot { width: 6px; height: 6px }
+  .sidlab-pruning .tiny .title { display: block; height: 13px; font-size: 10px; white-space: nowrap; text-overflow: ellipsis }
   .sidlab-pruning .token[data-kept=false], .sidlab-pruning i.pruned { border: 1.5px dashed var(--grey);
     background: repeating-linear-gradient(45deg, var(--hatch) 0 1.5px, transparent 1.5px 5px), var(--paper); color: var(--ink) }
   .sidlab-pruning .token[data-kept=false] .bar { background: var(--grey); opacity: .75 }
@@ -65,6 +66,7 @@ function draw(el, state, env) {
   .sidlab-pruning table { border-collapse: collapse; margin: 4px 0; font-size: 12px; color: var(--ink) }
   .sidlab-pruning th, .sidlab-pruning td { text-align: left; padding: 1px 10px 1px 3px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
   .sidlab-pruning th { font-weight: 600 } .sidlab-pruning .you { background: var(--mine); font-weight: 600 }
+  .sidlab-pruning .right table { width: 100% } .sidlab-pruning .right td, .sidlab-pruning .right th { line-height: 15px }
   .sidlab-pruning .scroll { max-height: 300px; overflow: auto } .sidlab-pruning input[type=number] { width: 4em; font: inherit }
   .sidlab-pruning .meter { display: inline-block; height: 9px; background: var(--kept) }
   .sidlab-pruning [hidden] { display: none }`;
@@ -103,15 +105,15 @@ function draw(el, state, env) {
     part("hand", below, "button", "", "✂ prune by hand", { type: "button" });
     part("again", below, "button", "", "keep all", { type: "button" });
     part("hover", below, "div", "hover");
-    part("scores", left, "div");
 
     const recommended = part("recommended", right, "div", "recommended");
     part("listCaption", recommended, "div", "caption", "recommended");
     part("list", recommended, "ol");
     part("dropped", recommended, "div", "caption dropped");
-    const thumbs = right.appendChild(make("div", "pair thumbs"));
+    const thumbs = part("thumbs", right, "div", "pair thumbs");
     for (const name of ["before", "behind"]) part(name, thumbs.appendChild(make("div")), "canvas", "", "", { role: "img" });
     part("costText", thumbs, "div", "caption");
+    part("scores", right, "div");
 
     const folds = part("folds", root, "div", "folds");
     const fold = (name, summary) => {
@@ -142,7 +144,9 @@ function draw(el, state, env) {
       for (const kind of ["mouseover", "focusin"])
         strip.addEventListener(kind, event => {
           const token = event.target.closest(".token");
-          if (token) { parts.at = token.title; parts.hover.textContent = parts.at; }
+          if (!token) return;
+          parts.at = Number(token.dataset.token);
+          parts.hover.textContent = token.title;
         });
     for (const name of ["largeBefore", "largeBehind"]) {
       parts[name].addEventListener("mousemove", event => look(parts[name], event.offsetX, event.offsetY));
@@ -235,16 +239,16 @@ function draw(el, state, env) {
     node.children[1].textContent = state.tokens.code[token];
   }
 
-  // The largest tokens with which all stand within 290 pixels: the strip, item by item in lines, and what is left of it.
+  // The largest tokens with which all stand within 320 pixels: the strip, item by item in lines, and what is left of it.
   function strips() {
     const available = parts.leftSide.clientWidth || width, levels = state.levels.length, items = state.items.title.length;
     const heights = { "": 106, small: 85, "small tiny": 72 };
     const lines = ([size]) => Math.ceil(items / Math.max(1, Math.floor((available + 8) / ((size + 2) * levels + 6))));
-    const chosen = SIZES.find(one => lines(one) * heights[one[1]] <= 280) ?? SIZES.at(-1), [size, look] = chosen;
+    const chosen = SIZES.find(one => lines(one) * heights[one[1]] <= 320) ?? SIZES.at(-1), [size, look] = chosen;
     parts.strip.className = `strip ${look}${hand.on ? " hands" : ""}`;
     parts.after.className = `strip after ${look}`;
     parts.strip.style.maxHeight = "230px";
-    const captions = [`<b>all ${n} tokens</b>, read by layer${state.layer > 1 ? `s 1–${state.layer}` : " 1"}, oldest first`];
+    const captions = [`<b>all ${n} tokens</b>, read by layer${state.layer > 1 ? `s 1–${state.layer}` : " 1"}`];
     captions.push('<span class="key"><i style="background: linear-gradient(to top, var(--kept) 60%, transparent 60%); border: 1px solid var(--kept)"></i>'
       + "kept (bar: importance)</span>", '<span class="key"><i class="pruned"></i>pruned</span>');
     if (state.tokens.informative.length)
@@ -262,7 +266,7 @@ function draw(el, state, env) {
       });
       parts.after.replaceChildren();
       parts.left.clear();
-      parts.hover.textContent = parts.at = "";
+      parts.at = undefined;
     }
     [...parts.strip.children].forEach(column => column.style.width = `${(size + 2) * levels - 2}px`);
     parts.tokens.forEach((node, token) => {
@@ -274,8 +278,9 @@ function draw(el, state, env) {
       if (!node.hasAttribute("tabindex")) node.tabIndex = token ? -1 : 0;
     });
     parts.strip.setAttribute("aria-label", `${state.label} ${n} tokens; arrow keys go from one to the next.`);
-    if (!parts.at) parts.hover.textContent = hand.on ? "Click the tokens that you would prune; once more, and one is back."
-      : "Point at a token to read what it is.";
+    if (parts.at !== undefined) parts.hover.textContent = words(parts.at);
+    else parts.hover.textContent = hand.on ? "Click the tokens that you would prune; once more, and one is back."
+      : "The oldest item comes first. Point at a token to read what it is.";
 
     const later = state.layer < state.layers ? `layer${state.layers - state.layer > 1 ? `s ${state.layer + 1}–` : " "}${state.layers} and ` : "";
     html(parts.cut, `✂ after layer ${state.layer}: <b>${n - kept} fall out, ${kept} go on</b> to ${later}the decoder`);
@@ -391,7 +396,7 @@ function draw(el, state, env) {
     const labels = [`Attention in layer ${state.layer}, ${n} × ${n} tokens`, `Attention in layer ${state.layer + 1}, ${kept} × ${kept} tokens`];
     paint(parts.before, before, n, THUMB / n, labels[0]);
     paint(parts.behind, after, kept, THUMB / n, labels[1]);
-    html(parts.costText, after ? `attention, area = cost: ${n}² → ${kept}², <b>${share < 0.095 ? (100 * share).toFixed(1) : Math.round(100 * share)} %</b>`
+    html(parts.costText, after ? `attention, area = cost: ${n}² → ${kept}², <b>${share < 0.095 ? (100 * share).toFixed(1) : Math.round(100 * share)}%</b>`
       : `attention in layer ${state.layer}; no layer after the pruner`);
     if (!parts.maps.open) return;
     paint(parts.largeBefore, before, n, LARGE / n, labels[0]);
@@ -471,17 +476,13 @@ function draw(el, state, env) {
     parts.hand.hidden = parts.rule.hidden = !state.game;
     parts.hand.setAttribute("aria-pressed", hand.on);
     parts.again.hidden = !hand.pruned.length;
-    parts.scores.hidden = !hand.on;
-    if (!hand.on || parts.scores.was === hand.text && hand.text) return;
+    parts.scores.hidden = !hand.rows.length;
+    parts.thumbs.hidden = hand.rows.length > 0;
+    if (!hand.rows.length || parts.scores.was === hand.text) return;
     parts.scores.was = hand.text;
-    if (!hand.rows.length) {
-      parts.scores.replaceChildren(make("div", "caption", "Your list against those of the scorers, at the same number of tokens: prune one."));
-      return;
-    }
-    const row = make("div", "row"), across = [1, 2].map(i => [["place", "log-probability"][i - 1], ...hand.rows.map(cells => cells[i])]);
-    row.append(table([`${kept} tokens kept by`, ...hand.rows.map(cells => cells[0])], across), make("span", "", hand.verdict), copier(hand.text));
-    row.querySelectorAll("tr > :nth-child(2)").forEach(cell => cell.classList.add("you"));
-    parts.scores.replaceChildren(row);
+    const verdict = make("div", "row");
+    verdict.append(make("span", "", hand.verdict), copier(hand.text));
+    parts.scores.replaceChildren(table([`${kept} kept by`, "place", "log-prob."], hand.rows, 0), verdict);
   }
 
   function rules() {
@@ -519,7 +520,7 @@ function draw(el, state, env) {
       return [name, recall, cell];
     });
     const said = make("div", "row");
-    said.append(make("span", "", `${rule.what}: ${rule.share} of the tokens; recall@10 of ${rule.users} users, all keeping as many tokens`),
+    said.append(make("span", "", `${rule.what}: ${rule.share} of the tokens; recall@10 of ${rule.users} users, of each of whom all keep as many`),
       copier(rule.text));
     parts.ruled.replaceChildren(said, table(["kept by", "recall@10", ""], rows, 0));
   }
