@@ -2,7 +2,7 @@
 function draw(el, state, env) {
   const CSS = `
   .sidlab-pruning { --kept: #0072B2; --on: #fff; --ink: #222; --soft: #595959; --paper: #fff; --line: #0003; --grey: #7F7F7F;
-    --hatch: #7F7F7F66; --mine: #E69F0033; --up: #00704f; --down: #B34700; color: var(--ink); box-sizing: border-box; width: 100%;
+    --hatch: #7F7F7F66; --mine: #E69F0033; --up: #00704f; --down: #B34700; color: var(--ink); box-sizing: border-box; width: 100%; overflow-x: clip;
     font: 13px/1.35 var(--jp-ui-font-family, system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif) }
   .sidlab-pruning.dark { --kept: #56B4E9; --on: #10151a; --ink: #E6E6E6; --soft: #B4B9BE; --paper: #14171A; --line: #fff4;
     --hatch: #9AA0A666; --mine: #E69F0044; --up: #3fcf9f; --down: #FF9A57 }
