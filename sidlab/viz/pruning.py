@@ -1,6 +1,8 @@
-"""The pruning explorer: one history as tokens, what is kept of it at each ratio, layer and scorer, and what that does to the list.
+"""The pruning explorer: one history as tokens, what is kept of it at each ratio, layer and scorer,
+and what that does to the list.
 
-Its picture is drawn by `pruning.js` from `PruningExplorer.state`. Besides, a game: prune by hand, or write a rule and score it.
+Its picture is drawn by `pruning.js` from `PruningExplorer.state`. Besides, there is a game: prune
+by hand, or make a rule of levels and recency, and be scored against the scorers.
 """
 
 import functools
@@ -22,7 +24,7 @@ from sidlab.viz.theme import BLUE, GREY, ORANGE
 
 RIVALS = ("rastp", "random", "recent", "oracle")  # whom the reader plays against
 CROWD = 200  # how many users a rule is scored over
-SEARCHED = 200  # how many items are scored, so that one that leaves the list still has a log-probability
+SEARCHED = 200  # how many items are scored: one that leaves the list still has a log-probability
 PLACES = 10  # of the list
 
 
@@ -35,19 +37,35 @@ class PruningView(View):
 class PruningExplorer(HistoryExplorer):
     """Prune one user's history live. `PruningExplorer()` shows the bundled demo.
 
-    Args: `model`, `catalogue`: a `SidT5` with its table and the catalogue it was trained on (default: `sidlab.demo.load()`);
-    `histories`: which to choose from (default: the catalogue's first 50); the last item of each is the one to be found; `scorers`:
-    {name: callable} that join the menu; `simple`: only kept share, scorer and user are shown; other arguments set controls: `user`
-    (1 is the first), `keep`, `layer`, `scorer`, `unit`, `positions`, `protect`.
-    Moving `keep` selects anew and runs the layers after the pruner and the decoder; the layers before it run once per user.
+    Args: `model`, `catalogue`: a `SidT5` with its table and the catalogue it was trained on
+    (default: `sidlab.demo.load()`); `histories`: which to choose from (default: the catalogue's
+    first 50); the last item of each is the one to be found; `scorers`: {name: callable} that join
+    the menu; `simple`: only kept share, scorer and user are shown; other arguments set controls:
+    `user` (1 is the first), `keep`, `layer`, `scorer`, `unit`, `positions`, `protect`.
+    Moving `keep` selects anew and runs the layers after the pruner and the decoder; the layers
+    before it run once per user.
     """
 
     heading = "Which tokens does a recommender need?"
     exported = "keep"
     kind = PruningView
 
-    def __init__(self, model=None, catalogue=None, *, histories=None, scorers=None, simple=False, user=1, keep=1 / 3, layer=2,
-                 scorer="rastp", unit="token", positions="original", protect=False):
+    def __init__(
+        self,
+        model=None,
+        catalogue=None,
+        *,
+        histories=None,
+        scorers=None,
+        simple=False,
+        user=1,
+        keep=1 / 3,
+        layer=2,
+        scorer="rastp",
+        unit="token",
+        positions="original",
+        protect=False,
+    ):
         self.take(model, catalogue, histories)
         everybody = self.catalogue.histories if histories is None else histories
         self._crowd = [history for history in everybody if len(history) > 1][:CROWD]
@@ -55,38 +73,102 @@ class PruningExplorer(HistoryExplorer):
         without = {"rastp-visible"} if self.model.config.encoder_mask == "full" else set()
         without |= {"oracle"} if self.catalogue.truth is None else set()
         self._scorers = {name: name for name in SCORERS if name not in without} | (scorers or {})
-        self._full, self._cost = functools.lru_cache(8)(self._full), functools.lru_cache(512)(self._cost)
-        self._score, self._recall = functools.lru_cache(256)(self._score), functools.lru_cache(64)(self._recall)
-        self._by_hand, self._rule = None, {}  # (user, tokens) while one prunes by hand; what the rule scored
+        self._full, self._cost = (
+            functools.lru_cache(8)(self._full),
+            functools.lru_cache(512)(self._cost),
+        )
+        self._score, self._recall = (
+            functools.lru_cache(256)(self._score),
+            functools.lru_cache(64)(self._recall),
+        )
+        self._by_hand, self._rule = (
+            None,
+            {},
+        )  # (user, tokens) while one prunes by hand; what the rule scored
         names, last = list(self._scorers), self.model.config.num_layers
-        for name, value, valid in (("scorer", scorer, names), ("unit", unit, UNITS), ("positions", positions, POSITIONS)):
+        for name, value, valid in (
+            ("scorer", scorer, names),
+            ("unit", unit, UNITS),
+            ("positions", positions, POSITIONS),
+        ):
             one_of(name, value, valid)
-        for name, value, low, high in (("user", user, 1, len(self.histories)), ("keep", keep, 0.05, 1), ("layer", layer, 1, last)):
+        for name, value, low, high in (
+            ("user", user, 1, len(self.histories)),
+            ("keep", keep, 0.05, 1),
+            ("layer", layer, 1, last),
+        ):
             within(name, value, low, high)
 
         # In one row on 950 pixels.
-        super().__init__({
-            "keep": widgets.FloatSlider(value=keep, min=0.05, max=1, step=0.01, description="kept share", readout_format=".0%",
-                                        layout=widgets.Layout(width="330px", max_width="97%")),
-            "scorer": widgets.Dropdown(options=names, value=scorer, description="scorer", layout=widgets.Layout(width="180px")),
-            "user": widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user",
-                                      layout=widgets.Layout(width="230px")),
-            "layer": widgets.IntSlider(value=layer, min=1, max=last, description="prune after layer",
-                                       layout=widgets.Layout(width="270px")),
-            "unit": widgets.Dropdown(options=UNITS, value=unit, description="unit", layout=widgets.Layout(width="130px")),
-            "positions": widgets.Dropdown(options=POSITIONS, value=positions, description="positions",
-                                          layout=widgets.Layout(width="180px")),
-            "protect": widgets.Checkbox(value=protect, description="keep all separators", indent=False,
-                                        layout=widgets.Layout(width="170px")),
-        }, slow=("user", "layer"))
+        super().__init__(
+            {
+                "keep": widgets.FloatSlider(
+                    value=keep,
+                    min=0.05,
+                    max=1,
+                    step=0.01,
+                    description="kept share",
+                    readout_format=".0%",
+                    layout=widgets.Layout(width="330px", max_width="97%"),
+                ),
+                "scorer": widgets.Dropdown(
+                    options=names,
+                    value=scorer,
+                    description="scorer",
+                    layout=widgets.Layout(width="180px"),
+                ),
+                "user": widgets.IntSlider(
+                    value=user,
+                    min=1,
+                    max=len(self.histories),
+                    description="user",
+                    layout=widgets.Layout(width="230px"),
+                ),
+                "layer": widgets.IntSlider(
+                    value=layer,
+                    min=1,
+                    max=last,
+                    description="prune after layer",
+                    layout=widgets.Layout(width="270px"),
+                ),
+                "unit": widgets.Dropdown(
+                    options=UNITS,
+                    value=unit,
+                    description="unit",
+                    layout=widgets.Layout(width="130px"),
+                ),
+                "positions": widgets.Dropdown(
+                    options=POSITIONS,
+                    value=positions,
+                    description="positions",
+                    layout=widgets.Layout(width="180px"),
+                ),
+                "protect": widgets.Checkbox(
+                    value=protect,
+                    description="keep all separators",
+                    indent=False,
+                    layout=widgets.Layout(width="170px"),
+                ),
+            },
+            slow=("user", "layer"),
+        )
         self._fold(simple, (layer, unit, positions, protect) != (2, "token", "original", False))
 
     def _fold(self, simple, unfolded):
-        """Show three controls; the others in a row of their own, which a checkbox shows and hides (simple: which is left out)."""
+        """Show three controls, and the others in a row that a checkbox shows and hides (simple:
+        not at all)."""
         row, *rest = self.children
         shown, hidden = row.children[:3], row.children[3:]
-        more = widgets.Checkbox(value=unfolded, description="more controls", indent=False, layout=widgets.Layout(width="130px"))
-        experts = widgets.Box(hidden, layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px"))
+        more = widgets.Checkbox(
+            value=unfolded,
+            description="more controls",
+            indent=False,
+            layout=widgets.Layout(width="130px"),
+        )
+        experts = widgets.Box(
+            hidden,
+            layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px"),
+        )
 
         def show(change=None):
             experts.layout.display = None if more.value else "none"
@@ -98,11 +180,17 @@ class PruningExplorer(HistoryExplorer):
 
     def pruning(self) -> PruningConfig:
         """The configuration that the controls say."""
-        return PruningConfig(after_layer=self.value("layer"), keep=self.value("keep"), scorer=self._scorers[self.value("scorer")],
-                             unit=self.value("unit"), positions=self.value("positions"), protect_separators=self.value("protect"))
+        return PruningConfig(
+            after_layer=self.value("layer"),
+            keep=self.value("keep"),
+            scorer=self._scorers[self.value("scorer")],
+            unit=self.value("unit"),
+            positions=self.value("positions"),
+            protect_separators=self.value("protect"),
+        )
 
     def hand(self) -> tuple[int, ...] | None:
-        """Places of the tokens that the reader has pruned, of this user; None while the scorer prunes."""
+        """Places of this user's tokens that the reader has pruned; None while the scorer prunes."""
         if self._by_hand is None:
             return None
         user, tokens = self._by_hand
@@ -114,34 +202,59 @@ class PruningExplorer(HistoryExplorer):
 
     def _cost(self, n_items, pruning):
         c = self.model.config
-        config = TrainConfig(d_model=c.d_model, d_kv=c.d_kv, num_heads=c.num_heads, d_ff=c.d_ff, ffn_hidden_layers=c.ffn_hidden_layers,
-                             num_layers=c.num_layers, num_decoder_layers=c.num_decoder_layers, dropout=c.dropout_rate,
-                             separators=c.separators, max_items=c.max_items, pruning=pruning, precision="fp32")
+        config = TrainConfig(
+            d_model=c.d_model,
+            d_kv=c.d_kv,
+            num_heads=c.num_heads,
+            d_ff=c.d_ff,
+            ffn_hidden_layers=c.ffn_hidden_layers,
+            num_layers=c.num_layers,
+            num_decoder_layers=c.num_decoder_layers,
+            dropout=c.dropout_rate,
+            separators=c.separators,
+            max_items=c.max_items,
+            pruning=pruning,
+            precision="fp32",
+        )
         return cost(config, self.model.table.widths, np.array([n_items]))
 
     def _plain(self, keep, scorer="recent"):
-        """`keep` of the single tokens at the layer and with the positions that the controls say, whatever else they say."""
-        return PruningConfig(after_layer=self.value("layer"), keep=keep, scorer=scorer, positions=self.value("positions"))
+        """Keep a share of the single tokens, at the controls' layer and with their positions."""
+        return PruningConfig(
+            after_layer=self.value("layer"),
+            keep=keep,
+            scorer=scorer,
+            positions=self.value("positions"),
+        )
 
     def state(self) -> dict:
-        """What the view draws. Token lists have N entries, in the order of the history; flags are 0 or 1.
+        """What the view draws, ready for JSON. Lists of `tokens` have N entries, in the order of
+        the history; flags are 0 or 1.
 
-        * `text`: HTML, how many tokens are kept and where the next item went; `label`: the same without tags.
-        * `layer`: prune after this one, from 1; `layers`: how many the encoder has; `levels`: names of an item's tokens, in order.
+        * `text`: HTML, how many tokens are kept and where the next item went; `label`: it without
+          tags.
+        * `layer`: prune after this one, from 1; `layers`: how many the encoder has; `levels`:
+          names of an item's tokens, in order.
         * `items`: `title` of the history's items, [M].
-        * `tokens`: `item` (from 0) and `level` (from 0: a place in `levels`) of each, its `code` as text, its `name` ("level 1 of item 2
-          (Dune …)"), `fact`, words on its importance, its `importance`, four digits, and `scaled` to 0..1; `kept`; `informative` ([]
-          where nobody knows).
-        * `list`: the recommendations: `after`, ids of the items in their order, their `title`, how they `moved` ("=", "▲ 2", "▼ 1",
-          "new"), and `out`, titles of those that the unpruned list had and this one has not.
-        * `target`: the next item: `item`, its `title` and its places `before` and `after` pruning, 0 where it is not in the list.
-        * `attention`, mean over heads: `before`, of the scoring layer, N × N, and `after`, of the layer after the pruner, K × K of the kept
-          tokens ("" after the last layer); rows are queries. A string with a character a cell, row by row: its code minus 35 is the
-          weight in units of 0.0001, so that most cells are a byte. `top`: the weight that is drawn brightest.
+        * `tokens`: `item` (from 0) and `level` (a place in `levels`) of each; its `code` as text;
+          its `name`, "level 1 of item 2 (Dune …)"; `fact`, words on its importance; its
+          `importance`, to four digits, and `scaled` to 0..1; `kept`; `informative` ([] where
+          nobody knows).
+        * `list`: the recommendations. `after`: ids of the items, best first; their `title`; how
+          they `moved` ("=", "▲ 2", "▼ 1", "new"); `out`: titles that only the unpruned list has.
+        * `target`: the next item: `item`, its `title`, and its places `before` and `after`
+          pruning, 0 where it is not in the list.
+        * `attention`, mean over heads, rows are queries: `before`, of the scoring layer, N × N;
+          `after`, of the layer after the pruner, K × K of the kept tokens ("" after the last
+          layer). A string with a character for each cell, row by row: its code minus 35 is the
+          weight in units of 0.0001, so that most cells are one byte. `top`: the weight that is
+          drawn brightest.
         * `meter`: `head` and `rows` of a table, texts.
-        * `game`: whether there is somebody who hears. `hand`: `on`, the `pruned` tokens' places, `rows` (name, place, log-probability) of
-          the scores as texts, `verdict`, and `text` to copy. `rule`: `levels`, `newest`, `rows` (name, recall@10), `text`, and `number`, how many
-          rules were scored.
+        * `game`: whether there is somebody who hears what is played. `hand`: `on`; places of the
+          `pruned` tokens; `rows` of the scores, texts (name, place, log-probability); a `verdict`;
+          and `text` to copy. `rule`: `levels`, `newest`; `rows` (name, recall@10); `what` it
+          keeps, its `share` of the tokens, over how many `users`; `text` to copy; and the `number`
+          of rules scored. {} before the first.
         """
         user, hand, pruning = self.value("user"), self.hand(), self.pruning()
         probe, before = self._probe(user), self._full(user)
@@ -159,17 +272,41 @@ class PruningExplorer(HistoryExplorer):
         was = {item: place for place, item in enumerate(before.tolist(), start=1)}
         layer = pruning.after_layer
         attention = probe.attention[layer - 1].mean(0).numpy()
-        behind = _cells(self.pruned.attention[0].mean(0).numpy()) if len(self.pruned.attention) else ""
+        behind = (
+            _cells(self.pruned.attention[0].mean(0).numpy()) if len(self.pruned.attention) else ""
+        )
         return {
-            "text": text, "label": html.unescape(_without_tags(text)), "layer": layer, "layers": self.model.config.num_layers,
-            "levels": _level_names(self.model), "items": {"title": self.titles(probe.history)},
+            "text": text,
+            "label": html.unescape(_without_tags(text)),
+            "layer": layer,
+            "layers": self.model.config.num_layers,
+            "levels": _level_names(self.model),
+            "items": {"title": self.titles(probe.history)},
             "tokens": self._tokens(probe, chosen.importance.numpy(), self.pruned.kept.numpy()),
-            "list": {"after": after.tolist(), "title": self.titles(after), "out": self.titles(left),
-                     "moved": [moved(was.get(item), place) for place, item in enumerate(after.tolist(), start=1)]},
-            "target": {"item": target, "title": self.titles([target])[0], "before": places[0], "after": places[1]},
-            "attention": {"before": _cells(attention), "after": behind, "top": round(float(np.quantile(attention, 0.995)), 4)},
+            "list": {
+                "after": after.tolist(),
+                "title": self.titles(after),
+                "out": self.titles(left),
+                "moved": [
+                    moved(was.get(item), place)
+                    for place, item in enumerate(after.tolist(), start=1)
+                ],
+            },
+            "target": {
+                "item": target,
+                "title": self.titles([target])[0],
+                "before": places[0],
+                "after": places[1],
+            },
+            "attention": {
+                "before": _cells(attention),
+                "after": behind,
+                "top": round(float(np.quantile(attention, 0.995)), 4),
+            },
             "meter": self._meter(probe, int(self.pruned.kept.sum()), pruning),
-            "game": True, "hand": self._hand_state(user, hand, target), "rule": self._rule,
+            "game": True,
+            "hand": self._hand_state(user, hand, target),
+            "rule": self._rule,
         }
 
     def _tokens(self, probe, importance, kept):
@@ -183,14 +320,24 @@ class PruningExplorer(HistoryExplorer):
         for token, says in enumerate(informative):
             fact[token] += ", truly informative" if says else ", holds nothing about the next item"
         # An own scorer may say −inf, which JSON does not know.
-        finite = np.nan_to_num(importance.astype(float), neginf=importance[np.isfinite(importance)].min(initial=0))
+        finite = np.nan_to_num(
+            importance.astype(float), neginf=importance[np.isfinite(importance)].min(initial=0)
+        )
         low, high = min(0.0, finite.min()), finite.max()
         scaled = (finite - low) / (high - low) if high > low else np.zeros(n)
         return {
-            "item": item, "level": level, "kept": kept.astype(int).tolist(), "informative": informative, "fact": fact,
-            "code": [str(t - offsets[v]) if v < len(offsets) else "·" for t, v in zip(probe.tokens.tolist(), level)],
+            "item": item,
+            "level": level,
+            "kept": kept.astype(int).tolist(),
+            "informative": informative,
+            "fact": fact,
+            "code": [
+                str(t - offsets[v]) if v < len(offsets) else "·"
+                for t, v in zip(probe.tokens.tolist(), level)
+            ],
             "name": [f"{levels[v]} of item {m + 1} ({titles[m]})" for m, v in zip(item, level)],
-            "importance": [float(f"{value:.4g}") for value in finite], "scaled": scaled.round(3).tolist(),
+            "importance": [float(f"{value:.4g}") for value in finite],
+            "scaled": scaled.round(3).tolist(),
         }
 
     def _text(self, probe, kept, target, places):
@@ -199,24 +346,41 @@ class PruningExplorer(HistoryExplorer):
         if probe.truth is not None:
             informative = probe.truth.numpy() > 0
             both = int((informative & kept).sum())
-            truth = (f" Of {informative.sum()} truly informative tokens {both} are kept; {kept.sum() - both} kept ones say nothing by "
-                     "themselves.")
-        return (f"<p><b>{kept.sum()} of {len(kept)} tokens kept.</b>{truth}</p><p>The next item was "
-                f"<b>★ {html.escape(_cut(self.titles([target])[0], 60))}</b>: {found[1]} (unpruned: {found[0]}).</p>")
+            truth = (
+                f" Of {informative.sum()} truly informative tokens {both} are kept; "
+                f"{kept.sum() - both} kept ones say nothing by themselves."
+            )
+        return (
+            f"<p><b>{kept.sum()} of {len(kept)} tokens kept.</b>{truth}</p><p>The next item was "
+            f"<b>★ {html.escape(_cut(self.titles([target])[0], 60))}</b>: "
+            f"{found[1]} (unpruned: {found[0]}).</p>"
+        )
 
     def _meter(self, probe, kept, pruning):
         ours, theirs = self._cost(len(probe.history), pruning), self._cost(len(probe.history), None)
-        rows = (("tokens after the pruner", "{}", kept, len(probe.tokens)),
-                ("MFLOPs to train on it", "{:.1f}", ours.training / 1e6, theirs.training / 1e6),
-                ("MB of activations", "{:.2f}", ours.activation_bytes / 2**20, theirs.activation_bytes / 2**20))
-        return {"head": ["meter", "pruned", "unpruned", "ratio"],
-                "rows": [[what, form.format(a), form.format(b), f"{a / b:.0%}"] for what, form, a, b in rows]}
+        rows = (
+            ("tokens after the pruner", "{}", kept, len(probe.tokens)),
+            ("MFLOPs to train on it", "{:.1f}", ours.training / 1e6, theirs.training / 1e6),
+            (
+                "MB of activations",
+                "{:.2f}",
+                ours.activation_bytes / 2**20,
+                theirs.activation_bytes / 2**20,
+            ),
+        )
+        return {
+            "head": ["meter", "pruned", "unpruned", "ratio"],
+            "rows": [
+                [what, form.format(a), form.format(b), f"{a / b:.0%}"] for what, form, a, b in rows
+            ],
+        }
 
     # The game: whom does the reader beat at the same number of tokens?
 
     def acted(self, content):
-        """What the view says: {"hand": bool}, by hand or not; {"pruned": [places]}, the tokens pruned by hand; {"rule": {"levels":
-        [places in state()["levels"]], "newest": items}}, score this rule. ValueError for what there is not."""
+        """What the view says: {"hand": bool}, prune by hand or not; {"pruned": [places]}, the
+        tokens pruned by hand; {"rule": {"levels": [places in `levels`], "newest": items}}, score
+        this rule. ValueError for what cannot be."""
         user = self.value("user")
         if "hand" in content:
             self._by_hand = (user, ()) if content["hand"] else None
@@ -224,17 +388,20 @@ class PruningExplorer(HistoryExplorer):
             tokens = tuple(sorted({integer("pruned", token, 0) for token in content["pruned"]}))
             n = len(self._probe(user).tokens)
             if tokens and (tokens[-1] >= n or len(tokens) == n):
-                raise ValueError(f"pruned must hold places below {n}, and leave one token, got {list(tokens)}")
+                raise ValueError(
+                    f"pruned must hold places below {n}, and leave one token, got {list(tokens)}"
+                )
             self._by_hand = (user, tokens)
         if "rule" in content:
             self._rule = self._ruled(**content["rule"])
         self.refresh()
 
     def _score(self, user, pruning, without=()):
-        """(place, log-probability) of the next item: its place in a list of ten, 0 where missing, and None where it is not among the first
-        `SEARCHED`."""
+        """(place, log-probability) of the next item: its place in the list, 0 where it is missing,
+        and None where it is not among the first `SEARCHED`."""
         probe, target = self._probe(user), int(self.histories[user - 1][-1])
-        place = rank_of_target(probe.prune(pruning, without=without).items[None].numpy(), [target])[0]
+        items = probe.prune(pruning, without=without).items.numpy()
+        place = rank_of_target(items[None], [target])[0]
         found = min(SEARCHED, self.model.table.n_items)
         wide = probe.prune(pruning, without=without, k=found, beam=found)
         score = wide.scores[wide.items == target]
@@ -249,26 +416,47 @@ class PruningExplorer(HistoryExplorer):
         if self.value("scorer") not in names:
             names.append(self.value("scorer"))
         scores = {"you": self._score(user, self._plain(1.0), hand)}
-        scores |= {name: self._score(user, self._plain(kept / n, self._scorers[name])) for name in names}
-        rows = [[name, str(place or "–"), "–" if score is None else f"{score:.2f}"] for name, (place, score) in scores.items()]
+        scores |= {
+            name: self._score(user, self._plain(kept / n, self._scorers[name])) for name in names
+        }
+        rows = [
+            [name, str(place or "–"), "–" if score is None else f"{score:.2f}"]
+            for name, (place, score) in scores.items()
+        ]
         mine, worse = scores["you"][1], []
         if mine is not None:
-            worse = [name for name in names if scores[name][1] is None or scores[name][1] < mine - 5e-3]
-        verdict = f"Better than {', '.join(worse)}." if worse else "Better than none of them, so far."
+            worse = [
+                name for name in names if scores[name][1] is None or scores[name][1] < mine - 5e-3
+            ]
+        verdict = (
+            f"Better than {', '.join(worse)}." if worse else "Better than none of them, so far."
+        )
         said = "; ".join(f"{name} {place} ({score})" for name, place, score in rows)
-        text = (f"sidlab: I kept {kept} of user {user}'s {n} tokens by hand after layer {self.value('layer')}. "
-                f"Place (log-probability) of the next item: {said}.")
+        text = (
+            f"sidlab: I kept {kept} of user {user}'s {n} tokens by hand, after layer "
+            f"{self.value('layer')}. "
+            f"Place (log-probability) of the next item: {said}."
+        )
         return {"on": True, "pruned": list(hand), "rows": rows, "text": text, "verdict": verdict}
 
     def _recall(self, scorer, levels, newest, layer, positions):
-        """(recall@10, kept tokens, all tokens) over the crowd, when `scorer` ("rule": the rule; None: nothing is pruned) keeps as many
-        tokens of each user as the rule does."""
+        """(recall@10, kept tokens) of many users when `scorer` keeps as many tokens of each as the
+        rule does. "rule": the rule itself, of which alone the tokens are counted; None: nothing is
+        pruned."""
         from sidlab.decoding import encode_histories
         from sidlab.training import evaluate
 
-        pruning = scorer and PruningConfig(after_layer=layer, keep=1.0, mass=1.0, positions=positions,
-                                           scorer=as_many(keep_rule(levels, newest), None if scorer == "rule" else scorer))
-        histories, targets = [history[:-1] for history in self._crowd], np.array([history[-1] for history in self._crowd])
+        pruning = scorer and PruningConfig(
+            after_layer=layer,
+            keep=1.0,
+            mass=1.0,
+            positions=positions,
+            scorer=as_many(keep_rule(levels, newest), None if scorer == "rule" else scorer),
+        )
+        histories, targets = (
+            [history[:-1] for history in self._crowd],
+            np.array([history[-1] for history in self._crowd]),
+        )
         before = self.model.pruning
         self.model.set_pruning(pruning)
         try:
@@ -286,20 +474,42 @@ class PruningExplorer(HistoryExplorer):
         names = _level_names(self.model)
         levels = tuple(sorted({integer("levels", level, 0) for level in levels}))
         if not levels or levels[-1] >= len(names):
-            raise ValueError(f"levels must hold at least one of 0..{len(names) - 1}, got {list(levels)}")
+            raise ValueError(
+                f"levels must hold at least one of 0..{len(names) - 1}, got {list(levels)}"
+            )
         newest = integer("newest", newest)
         layer, positions = self.value("layer"), self.value("positions")
-        scored = {name: self._recall(name, levels, newest, layer, positions) for name in ("rule", "rastp", "random", "recent")}
+        scored = {
+            name: self._recall(name, levels, newest, layer, positions)
+            for name in ("rule", "rastp", "random", "recent")
+        }
         unpruned, _ = self._recall(None, (), 1, layer, positions)
-        total = sum(min(len(history) - 1, self.model.config.max_items) for history in self._crowd) * len(names)
+        total = sum(
+            min(len(history) - 1, self.model.config.max_items) for history in self._crowd
+        ) * len(names)
         share = scored["rule"][1] / total
-        rows = [["your rule" if name == "rule" else name, f"{recall:.3f}"] for name, (recall, _) in scored.items()]
+        rows = [
+            ["your rule" if name == "rule" else name, f"{recall:.3f}"]
+            for name, (recall, _) in scored.items()
+        ]
         rows.append(["nothing pruned", f"{unpruned:.3f}"])
-        what = f"keep {', '.join(names[level] for level in levels)} of the newest {newest} item{'s' * (newest > 1)}"
+        kinds = ", ".join(names[level] for level in levels)
+        what = f"keep {kinds} of the newest {newest} item{'s' * (newest > 1)}"
         said = ", ".join(f"{name} {recall}" for name, recall in rows)
-        text = f"sidlab: {what} ({share:.0%} of the tokens, after layer {layer}). recall@10 of {len(self._crowd)} users: {said}."
-        return {"levels": list(levels), "newest": newest, "rows": rows, "text": text, "what": what, "share": f"{share:.0%}",
-                "users": len(self._crowd), "number": self._rule.get("number", 0) + 1}
+        text = (
+            f"sidlab: {what} ({share:.0%} of the tokens, after layer {layer}). "
+            f"recall@10 of {len(self._crowd)} users: {said}."
+        )
+        return {
+            "levels": list(levels),
+            "newest": newest,
+            "rows": rows,
+            "text": text,
+            "what": what,
+            "share": f"{share:.0%}",
+            "users": len(self._crowd),
+            "number": self._rule.get("number", 0) + 1,
+        }
 
     def frames(self, values=None):
         """As in `Explorer`; nobody hears what is played on an exported page."""
@@ -310,24 +520,34 @@ class PruningExplorer(HistoryExplorer):
 
 
 def keep_rule(levels, newest: int):
-    """A scorer (see `saliency`) that gives 1 to the tokens of these `levels` (from 0) in the `newest` items, 0 to others."""
+    """A scorer (see `saliency`): 1 for tokens of these `levels` (from 0) in the `newest` items,
+    else 0."""
     wanted = torch.tensor(levels)
 
     def scorer(signals):
         real = signals.mask.bool()
         last = signals.item_index.masked_fill(~real, -1).amax(1, keepdim=True)  # [B, 1]
-        chosen = torch.isin(signals.levels, wanted.to(signals.levels.device)) & (last - signals.item_index < newest) & real
+        chosen = (
+            torch.isin(signals.levels, wanted.to(signals.levels.device))
+            & (last - signals.item_index < newest)
+            & real
+        )
         return chosen.float()
 
     return scorer
 
 
 def as_many(rule, scorer=None):
-    """A scorer that gives 1 to as many tokens of each row as `rule` does, those that `scorer` finds most important (None: the rule's own),
-    and 0 to others. With keep=1 and mass=1 exactly these are kept."""
+    """A scorer: 1 for as many tokens of each row as `rule` gives, those that `scorer` finds most
+    important (None: the rule's own), else 0. With keep=1 and mass=1 exactly these are kept."""
+
     def chosen(signals):
         ones = rule(signals)
-        return ones if scorer is None else _top(token_importance(signals, scorer), ones.sum(1).long()).float()
+        return (
+            ones
+            if scorer is None
+            else _top(token_importance(signals, scorer), ones.sum(1).long()).float()
+        )
 
     return chosen
 
@@ -342,11 +562,19 @@ def _cut(title, width):
 
 
 def _without_tags(text):
-    return " ".join(text.replace("</p><p>", " ").replace("<p>", "").replace("</p>", "").replace("<b>", "").replace("</b>", "").split())
+    return " ".join(
+        text.replace("</p><p>", " ")
+        .replace("<p>", "")
+        .replace("</p>", "")
+        .replace("<b>", "")
+        .replace("</b>", "")
+        .split()
+    )
 
 
 def pruning_svg(state: dict) -> str:
-    """A picture of `PruningExplorer.state`, SVG on white: the tokens, item by item, below them those that are kept, and the list."""
+    """A picture of `PruningExplorer.state`, SVG on white: the tokens, those that are kept, the
+    list."""
     tokens, levels, titles = state["tokens"], len(state["levels"]), state["items"]["title"]
     informative = tokens["informative"] or [0] * len(tokens["kept"])
     # As large as it goes in few lines.
@@ -359,23 +587,48 @@ def pruning_svg(state: dict) -> str:
         """One token: 40 pixels high, its bar as high as it is important, its code below."""
         kept, scaled = tokens["kept"][token], tokens["scaled"][token]
         color, dash = (BLUE, "") if kept else (GREY, ' stroke-dasharray="3 2"')
-        parts.append(f'<rect class="{"kept" if kept else "pruned"}" x="{left}" y="{top}" width="{size}" height="40" rx="2" '
-                     f'fill="{"#fff" if kept else "url(#sidlab-pruned)"}" stroke="{color}" stroke-width="1.5"{dash}>'
-                     f'<title>{_escaped(hover(state, token))}</title></rect>')
+        parts.append(
+            f'<rect class="{"kept" if kept else "pruned"}" x="{left}" y="{top}" width="{size}" '
+            f'height="40" rx="2" fill="{"#fff" if kept else "url(#sidlab-pruned)"}" '
+            f'stroke="{color}" stroke-width="1.5"{dash}>'
+            f"<title>{_escaped(hover(state, token))}</title></rect>"
+        )
         high = round(22 * scaled, 1)
-        parts.append(f'<path d="M{left + 3} {top + 25}v-{high}h{size - 6}v{high}z" fill="{color}"/>')
+        parts.append(
+            f'<path d="M{left + 3} {top + 25}v-{high}h{size - 6}v{high}z" fill="{color}"/>'
+        )
         if kept:
             parts.append(f'<path d="M{left} {top + 25}h{size}v15h-{size}z" fill="{color}"/>')
-        _write(parts, left + size / 2, top + 36, tokens["code"][token], 10, "#fff" if kept else "#222", "middle")
+        _write(
+            parts,
+            left + size / 2,
+            top + 36,
+            tokens["code"][token],
+            10,
+            "#fff" if kept else "#222",
+            "middle",
+        )
         if informative[token]:
-            parts.append(f'<circle cx="{left + size - 4}" cy="{top + 5}" r="3.5" fill="{ORANGE}" stroke="#222"/>')
+            parts.append(
+                f'<circle cx="{left + size - 4}" cy="{top + 5}" r="3.5" '
+                f'fill="{ORANGE}" stroke="#222"/>'
+            )
 
     _write(parts, 10, 20, state["label"].partition(". The next")[0] + ".", 13)
     _write(parts, 10, 38, "The next" + state["label"].partition(". The next")[2], 13)
-    _write(parts, 10, 58, f"All tokens, as the layers up to {state['layer']} read them. Bar: importance; hatched: pruned; dot: truly informative.", 11)
+    _write(
+        parts,
+        10,
+        58,
+        f"All tokens, as the layers up to {state['layer']} read them. "
+        "Bar: importance; hatched: pruned; dot: truly informative.",
+        11,
+    )
     for item, title in enumerate(titles):
         left, top = 10 + wide * (item % in_line), 66 + 76 * (item // in_line)
-        lines = textwrap.wrap(f"{item + 1}. {title}", max(8, int(wide / 6)), max_lines=2, placeholder="…")
+        lines = textwrap.wrap(
+            f"{item + 1}. {title}", max(8, int(wide / 6)), max_lines=2, placeholder="…"
+        )
         for number, line in enumerate(lines):
             _write(parts, left, top + 10 + 12 * number, line, 10)
         for token in (token for token, of in enumerate(tokens["item"]) if of == item):
@@ -383,27 +636,41 @@ def pruning_svg(state: dict) -> str:
     bottom = 66 + 76 * -(-len(titles) // in_line)
 
     kept = [token for token, flag in enumerate(tokens["kept"]) if flag]
-    _write(parts, 10, bottom + 14, f"After layer {state['layer']} {len(kept)} of {len(tokens['kept'])} tokens are left.", 11)
+    _write(
+        parts,
+        10,
+        bottom + 14,
+        f"After layer {state['layer']} {len(kept)} of {len(tokens['kept'])} tokens are left.",
+        11,
+    )
     in_row = 580 // step
     for place, token in enumerate(kept):
         box(token, 10 + step * (place % in_row), bottom + 20 + 46 * (place // in_row))
     bottom += 24 + 46 * -(-len(kept) // in_row)
 
-    for place, (item, title, move) in enumerate(zip(state["list"]["after"], state["list"]["title"], state["list"]["moved"]), start=1):
+    for place, (item, title, move) in enumerate(
+        zip(state["list"]["after"], state["list"]["title"], state["list"]["moved"]), start=1
+    ):
         target = item == state["target"]["item"]
         top = 58 + 22 * place
         if target:
-            parts.append(f'<path d="M606 {top - 15}h284v21h-284z" fill="{ORANGE}" fill-opacity="0.25"/>')
+            parts.append(
+                f'<path d="M606 {top - 15}h284v21h-284z" fill="{ORANGE}" fill-opacity="0.25"/>'
+            )
         _write(parts, 628, top, str(place), 12, "#595959", "end")
         _write(parts, 636, top, _cut(f"{'★ ' * target}{title}", 34), 12)
         _write(parts, 886, top, move, 12, "#595959", "end")
     _write(parts, 610, 58, "recommended", 11)
     height = max(bottom, 70 + 22 * len(state["list"]["after"]))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height}" width="900" height="{height}" role="img" '
-            f'aria-label="{_escaped(state["label"])}" font-family="system-ui, sans-serif" style="max-width: 100%; height: auto">'
-            f'<defs><pattern id="sidlab-pruned" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-            f'<path d="M0 0h5v5h-5z" fill="#fff"/><path d="M0 0v5" stroke="{GREY}"/></pattern></defs>'
-            f'<path d="M0 0h900v{height}h-900z" fill="#fff"/>{"".join(parts)}</svg>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height}" width="900" '
+        f'height="{height}" role="img" aria-label="{_escaped(state["label"])}" '
+        'font-family="system-ui, sans-serif" style="max-width: 100%; height: auto">'
+        '<defs><pattern id="sidlab-pruned" width="5" height="5" patternUnits="userSpaceOnUse" '
+        'patternTransform="rotate(45)">'
+        f'<path d="M0 0h5v5h-5z" fill="#fff"/><path d="M0 0v5" stroke="{GREY}"/></pattern></defs>'
+        f'<path d="M0 0h900v{height}h-900z" fill="#fff"/>{"".join(parts)}</svg>'
+    )
 
 
 def hover(state: dict, token: int) -> str:
@@ -414,7 +681,10 @@ def hover(state: dict, token: int) -> str:
 
 
 def _write(parts, x, y, text, size, color="#222", anchor="start"):
-    parts.append(f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{_escaped(text)}</text>')
+    parts.append(
+        f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}">'
+        f"{_escaped(text)}</text>"
+    )
 
 
 def _escaped(text):
@@ -423,11 +693,18 @@ def _escaped(text):
 
 
 def _level_names(model):
-    return [f"level {v + 1}" for v in range(model.table.levels)] + ["separator"] * model.config.separators
+    return [f"level {v + 1}" for v in range(model.table.levels)] + [
+        "separator"
+    ] * model.config.separators
 
 
 def table(head, rows) -> str:
     """An HTML table; all cells are escaped."""
-    top = "".join(f'<th scope="col" style="text-align: left">{html.escape(str(cell))}</th>' for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    top = "".join(
+        f'<th scope="col" style="text-align: left">{html.escape(str(cell))}</th>' for cell in head
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
     return f'<table cellpadding="4"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
