@@ -1,79 +1,119 @@
-// Draws the pruning explorer: `state` is what PruningExplorer.state in pruning.py gives, whose docstring says what is in it.
+// Draws the pruning explorer. `state` is what PruningExplorer.state in pruning.py gives;
+// its docstring says what is in it.
 function draw(el, state, env) {
   const CSS = `
-  .sidlab-pruning { --kept: #0072B2; --on: #fff; --ink: #222; --soft: #595959; --paper: #fff; --line: #0003; --grey: #7F7F7F;
-    --hatch: #7F7F7F66; --mine: #E69F0033; --up: #00704f; --down: #B34700; color: var(--ink); box-sizing: border-box; width: 100%; overflow-x: clip;
-    font: 13px/1.35 var(--jp-ui-font-family, system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif) }
-  .sidlab-pruning.dark { --kept: #56B4E9; --on: #10151a; --ink: #E6E6E6; --soft: #B4B9BE; --paper: #14171A; --line: #fff4;
-    --hatch: #9AA0A666; --mine: #E69F0044; --up: #3fcf9f; --down: #FF9A57 }
-  .sidlab-pruning * { box-sizing: border-box }
-  .sidlab-pruning p { margin: 0; overflow-wrap: anywhere }
-  .sidlab-pruning .sides { display: flex; gap: 20px; align-items: flex-start; margin-top: 6px }
-  .sidlab-pruning .left { flex: 1 1 0; min-width: 0 }
-  .sidlab-pruning .right { flex: 0 0 32%; max-width: 310px; min-width: 190px }
-  .sidlab-pruning.narrow .sides { flex-direction: column; gap: 8px; align-items: stretch }
-  .sidlab-pruning.narrow .right { flex: none; max-width: none }
-  .sidlab-pruning .caption { color: var(--soft); font-size: 12px; min-height: 17px; margin: 2px 0 }
-  .sidlab-pruning .caption b { color: var(--ink) }
-  .sidlab-pruning .key { white-space: nowrap; margin-left: 9px }
-  .sidlab-pruning .key i { display: inline-block; width: 11px; height: 11px; vertical-align: -1px; margin-right: 3px }
-  .sidlab-pruning .strip { display: flex; flex-wrap: wrap; gap: 5px 8px; align-content: flex-start; overflow-y: auto; position: relative }
-  .sidlab-pruning .after { overflow: visible; gap: 3px 6px }
-  .sidlab-pruning .group { display: flex; gap: 2px }
-  .sidlab-pruning .title { font-size: 11px; line-height: 13px; height: 26px; width: 100%; overflow: hidden; overflow-wrap: anywhere;
-    display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2 }
-  .sidlab-pruning .token { position: relative; flex: none; height: 36px; border: 1.5px solid var(--kept); border-radius: 3px;
-    background: var(--paper); overflow: hidden; outline-offset: 1px; color: var(--on) }
-  .sidlab-pruning .token:focus-visible { outline: 2.5px solid #D55E00; overflow: visible }
-  .sidlab-pruning .bar { position: absolute; left: 2px; right: 2px; bottom: 15px; height: calc(var(--importance) * (100% - 17px)); background: var(--kept) }
-  .sidlab-pruning .code { position: absolute; left: 0; right: 0; bottom: 0; height: 15px; text-align: center; font-size: 11px;
-    line-height: 14px; background: var(--kept) }
-  .sidlab-pruning .dot { position: absolute; top: 1px; right: 1px; width: 7px; height: 7px; border-radius: 50%; background: #E69F00;
-    border: 1px solid #222; display: none }
-  .sidlab-pruning .informative .dot { display: block }
-  .sidlab-pruning .small .token { height: 25px } .sidlab-pruning .small .code { display: none }
-  .sidlab-pruning .small .bar { bottom: 0; height: calc(var(--importance) * (100% - 1px)); left: 1px; right: 1px }
-  .sidlab-pruning .small .dot { width: 6px; height: 6px }
-  .sidlab-pruning .tiny .title { display: block; height: 13px; font-size: 10px; white-space: nowrap; text-overflow: ellipsis }
-  .sidlab-pruning .token[data-kept=false], .sidlab-pruning i.pruned { border: 1.5px dashed var(--grey);
-    background: repeating-linear-gradient(45deg, var(--hatch) 0 1.5px, transparent 1.5px 5px), var(--paper); color: var(--ink) }
-  .sidlab-pruning .token[data-kept=false] .bar { background: var(--grey); opacity: .75 }
-  .sidlab-pruning .token[data-kept=false] .code { background: var(--paper) }
-  .sidlab-pruning .hands .token { cursor: pointer } .sidlab-pruning .waiting { opacity: .45 }
-  .sidlab-pruning .cut { border-top: 2px dashed var(--grey); margin-top: 6px; padding-top: 3px }
-  .sidlab-pruning .hover { color: var(--soft); font-size: 12px; line-height: 16px; overflow-wrap: anywhere }
-  .sidlab-pruning .left .hover { flex: 1 1 0; min-width: 0; height: 32px; overflow: hidden }
-  .sidlab-pruning .left .row { flex-wrap: nowrap; margin-top: 4px } .sidlab-pruning .left button { flex: none }
-  .sidlab-pruning button { font: inherit; color: var(--ink); background: transparent; border: 1px solid var(--grey); border-radius: 4px;
-    padding: 2px 9px; cursor: pointer } .sidlab-pruning button:focus-visible { outline: 2.5px solid #D55E00 }
-  .sidlab-pruning button[aria-pressed=true] { background: var(--kept); color: var(--on); border-color: var(--kept) }
-  .sidlab-pruning .row { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: center }
-  .sidlab-pruning ol { list-style: none; margin: 0; padding: 0; min-height: 242px; position: relative }
-  .sidlab-pruning li { display: flex; gap: 8px; height: 22px; line-height: 21px; padding: 0 5px; margin: 0; border-bottom: 1px solid var(--line) }
-  .sidlab-pruning li > :nth-child(1) { flex: 0 0 20px; text-align: right; color: var(--soft) }
-  .sidlab-pruning li > :nth-child(2) { flex: 1 1 0; min-width: 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
-  .sidlab-pruning li > :nth-child(3) { flex: none; color: var(--soft) }
-  .sidlab-pruning li.target { background: var(--mine); font-weight: 600 } .sidlab-pruning li.missing { border: 1px dashed var(--grey) }
-  .sidlab-pruning .up { color: var(--up) !important } .sidlab-pruning .down { color: var(--down) !important }
-  .sidlab-pruning .dropped { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
-  .sidlab-pruning canvas { display: block; image-rendering: pixelated; border: 1px solid var(--grey); transition: width .4s, height .4s }
-  .sidlab-pruning.still canvas { transition: none }
-  .sidlab-pruning .pair { display: flex; gap: 4px 10px; align-items: flex-start; flex-wrap: wrap } .sidlab-pruning .pair > div { flex: none }
-  .sidlab-pruning .thumbs { min-height: 80px } .sidlab-pruning .thumbs > :last-child { flex: 1 1 100px; margin: 0 }
-  .sidlab-pruning .large canvas { cursor: crosshair }
-  .sidlab-pruning .folds { display: flex; flex-wrap: wrap; gap: 4px 22px; margin-top: 6px }
-  .sidlab-pruning details[open] { flex: 1 0 100%; min-width: 0 } .sidlab-pruning summary { cursor: pointer }
-  .sidlab-pruning table { border-collapse: collapse; margin: 4px 0; font-size: 12px; color: var(--ink) }
-  .sidlab-pruning th, .sidlab-pruning td { text-align: left; padding: 1px 10px 1px 3px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
-  .sidlab-pruning th { font-weight: 600 } .sidlab-pruning .you { background: var(--mine); font-weight: 600 }
-  .sidlab-pruning .right table { width: 100% } .sidlab-pruning .right td, .sidlab-pruning .right th { line-height: 15px }
-  .sidlab-pruning .scroll { max-height: 300px; overflow: auto } .sidlab-pruning input[type=number] { width: 4em; font: inherit }
-  .sidlab-pruning .meter { display: inline-block; height: 9px; background: var(--kept) }
-  .sidlab-pruning [hidden] { display: none }`;
-  const CIVIDIS = ["00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838"]
+  & { --kept: #0072B2; --on: #fff; --ink: #222; --soft: #595959; --paper: #fff; --line: #0003;
+    --grey: #7F7F7F; --hatch: #7F7F7F66; --mine: #E69F0033; --up: #00704f; --down: #B34700;
+    color: var(--ink); box-sizing: border-box; width: 100%; overflow-x: clip;
+    font: 13px/1.35 var(--jp-ui-font-family, system-ui, "Segoe UI", "DejaVu Sans", sans-serif) }
+  &.dark { --kept: #56B4E9; --on: #10151a; --ink: #E6E6E6; --soft: #B4B9BE; --paper: #14171A;
+    --line: #fff4; --hatch: #9AA0A666; --mine: #E69F0044; --up: #3fcf9f; --down: #FF9A57 }
+  & * { box-sizing: border-box }
+  & p { margin: 0; overflow-wrap: anywhere }
+  & .sides { display: flex; gap: 20px; align-items: flex-start; margin-top: 6px }
+  & .left { flex: 1 1 0; min-width: 0 }
+  & .right { flex: 0 0 32%; max-width: 310px; min-width: 190px }
+  &.narrow .sides { flex-direction: column; gap: 8px; align-items: stretch }
+  &.narrow .right { flex: none; max-width: none }
+  & .caption { color: var(--soft); font-size: 12px; min-height: 17px; margin: 2px 0 }
+  & .caption b { color: var(--ink) }
+  & .key { white-space: nowrap; margin-left: 9px }
+  & .key i { display: inline-block; width: 11px; height: 11px; vertical-align: -1px;
+    margin-right: 3px }
+  & i.kept { border: 1px solid var(--kept);
+    background: linear-gradient(to top, var(--kept) 60%, transparent 60%) }
+  & .key i.says { width: 8px; height: 8px; border-radius: 50%; background: #E69F00;
+    border: 1px solid #222 }
+  & .strip { display: flex; flex-wrap: wrap; gap: 5px 8px; align-content: flex-start;
+    overflow-y: auto; position: relative }
+  & .after { overflow: visible; gap: 3px 6px }
+  & .group { display: flex; gap: 2px }
+  & .title { font-size: 11px; line-height: 13px; height: 26px; width: 100%; overflow: hidden;
+    overflow-wrap: anywhere; display: -webkit-box; -webkit-box-orient: vertical;
+    -webkit-line-clamp: 2 }
+  & .token { position: relative; flex: none; height: 36px; border: 1.5px solid var(--kept);
+    border-radius: 3px; background: var(--paper); overflow: hidden; outline-offset: 1px;
+    color: var(--on) }
+  & .token:focus-visible { outline: 2.5px solid #D55E00; overflow: visible }
+  & .bar { position: absolute; left: 2px; right: 2px; bottom: 15px;
+    height: calc(var(--importance) * (100% - 17px)); background: var(--kept) }
+  & .code { position: absolute; left: 0; right: 0; bottom: 0; height: 15px; text-align: center;
+    font-size: 11px; line-height: 14px; background: var(--kept) }
+  & .dot { position: absolute; top: 1px; right: 1px; width: 7px; height: 7px; border-radius: 50%;
+    background: #E69F00; border: 1px solid #222; display: none }
+  & .informative .dot { display: block }
+  & .small .token { height: 25px }
+  & .small .code { display: none }
+  & .small .bar { bottom: 0; height: calc(var(--importance) * (100% - 1px)); left: 1px;
+    right: 1px }
+  & .small .dot { width: 6px; height: 6px }
+  & .tiny .title { display: block; height: 13px; font-size: 10px; white-space: nowrap;
+    text-overflow: ellipsis }
+  & .token[data-kept=false], & i.pruned { border: 1.5px dashed var(--grey);
+    background: var(--paper)
+      repeating-linear-gradient(45deg, var(--hatch) 0 1.5px, transparent 1.5px 5px);
+    color: var(--ink) }
+  & .token[data-kept=false] .bar { background: var(--grey); opacity: .75 }
+  & .token[data-kept=false] .code { background: var(--paper) }
+  & .hands .token { cursor: pointer }
+  & .waiting { opacity: .45 }
+  & .cut { border-top: 2px dashed var(--grey); margin-top: 6px; padding-top: 3px }
+  & .hover { color: var(--soft); font-size: 12px; line-height: 16px; overflow-wrap: anywhere }
+  & .left .hover { flex: 1 1 0; min-width: 0; height: 32px; overflow: hidden }
+  & .left .row { flex-wrap: nowrap; margin-top: 4px }
+  & .left button { flex: none }
+  & button { font: inherit; color: var(--ink); background: transparent;
+    border: 1px solid var(--grey); border-radius: 4px; padding: 2px 9px; cursor: pointer }
+  & button:focus-visible { outline: 2.5px solid #D55E00 }
+  & button[aria-pressed=true] { background: var(--kept); color: var(--on);
+    border-color: var(--kept) }
+  & .row { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: center }
+  & ol { list-style: none; margin: 0; padding: 0; min-height: 242px; position: relative }
+  & li { display: flex; gap: 8px; height: 22px; line-height: 21px; padding: 0 5px; margin: 0;
+    border-bottom: 1px solid var(--line) }
+  & li > :nth-child(1) { flex: 0 0 20px; text-align: right; color: var(--soft) }
+  & li > :nth-child(2) { flex: 1 1 0; min-width: 0; white-space: nowrap; overflow: hidden;
+    text-overflow: ellipsis }
+  & li > :nth-child(3) { flex: none; color: var(--soft) }
+  & li.target { background: var(--mine); font-weight: 600 }
+  & li.missing { border: 1px dashed var(--grey) }
+  & .up { color: var(--up) !important }
+  & .down { color: var(--down) !important }
+  & .dropped { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+  & canvas { display: block; image-rendering: pixelated; border: 1px solid var(--grey);
+    transition: width .4s, height .4s }
+  &.still canvas { transition: none }
+  & .pair { display: flex; gap: 4px 10px; align-items: flex-start; flex-wrap: wrap }
+  & .pair > div { flex: none }
+  & .thumbs { min-height: 80px }
+  & .thumbs > :last-child { flex: 1 1 100px; margin: 0 }
+  & .large canvas { cursor: crosshair }
+  & .folds { display: flex; flex-wrap: wrap; gap: 4px 22px; margin-top: 6px }
+  & details[open] { flex: 1 0 100%; min-width: 0 }
+  & summary { cursor: pointer }
+  & table { border-collapse: collapse; margin: 4px 0; font-size: 12px; color: var(--ink) }
+  & th, & td { text-align: left; padding: 1px 10px 1px 3px; border-bottom: 1px solid var(--line);
+    overflow-wrap: anywhere }
+  & th { font-weight: 600 }
+  & .you { background: var(--mine); font-weight: 600 }
+  & .right table { width: 100% }
+  & .right td, & .right th { line-height: 15px }
+  & .scroll { max-height: 300px; overflow: auto }
+  & input[type=number] { width: 4em; font: inherit }
+  & .meter { display: inline-block; height: 9px; background: var(--kept) }
+  & [hidden] { display: none }`.replaceAll("&", ".sidlab-pruning");
+  const CIVIDIS = "00224e 123570 3b496c 575d6d 707173 8a8678 a59c74 c3b369 e1cc55 fee838".split(" ")
     .map(color => [0, 2, 4].map(i => parseInt(color.slice(i, i + 2), 16)));
-  const THUMB = 78, LARGE = 320;  // pixels of the side of an attention map
-  const SIZES = [[24, ""], [20, ""], [16, ""], [12, "small"], [9, "small tiny"]];  // width of a token, look of its strip
+  // Pixels of the side of an attention map.
+  const THUMB = 78, LARGE = 320;
+  // The width of a token, the look of its strip, and how high an item is in both strips together.
+  const SIZES = [
+    [24, "", 106],
+    [20, "", 106],
+    [16, "", 106],
+    [12, "small", 85],
+    [9, "small tiny", 72],
+  ];
 
   const make = (tag, look = "", text = "", attributes = {}) => {
     const node = document.createElement(tag);
@@ -95,7 +135,8 @@ function draw(el, state, env) {
     part("alert", root, "div", "", "", { role: "status" });
     part("said", root, "div", "sidlab-said", "", { role: "status" });
     const sides = part("sides", root, "div", "sides");
-    const left = part("leftSide", sides, "div", "left"), right = part("rightSide", sides, "div", "right");
+    const left = part("leftSide", sides, "div", "left");
+    const right = part("rightSide", sides, "div", "right");
 
     part("caption", left, "div", "caption");
     part("strip", left, "div", "strip", "", { role: "group" });
@@ -111,7 +152,8 @@ function draw(el, state, env) {
     part("list", recommended, "ol");
     part("dropped", recommended, "div", "caption dropped");
     const thumbs = part("thumbs", right, "div", "pair thumbs");
-    for (const name of ["before", "behind"]) part(name, thumbs.appendChild(make("div")), "canvas", "", "", { role: "img" });
+    for (const name of ["before", "behind"])
+      part(name, thumbs.appendChild(make("div")), "canvas", "", "", { role: "img" });
     part("costText", thumbs, "div", "caption");
     part("scores", right, "div");
 
@@ -136,7 +178,10 @@ function draw(el, state, env) {
     part("ruled", rule, "div", "", "", { role: "status" });
 
     // The game.
-    parts.hand.onclick = () => { parts.sent = undefined; el.env.act({ hand: parts.hand.getAttribute("aria-pressed") !== "true" }); };
+    parts.hand.onclick = () => {
+      parts.sent = undefined;
+      el.env.act({ hand: parts.hand.getAttribute("aria-pressed") !== "true" });
+    };
     parts.again.onclick = () => prune(parts, []);
     parts.strip.addEventListener("click", event => clicked(parts, event.target.closest(".token")));
     parts.strip.addEventListener("keydown", event => pressed(parts, event));
@@ -149,26 +194,38 @@ function draw(el, state, env) {
           parts.hover.textContent = token.title;
         });
     for (const name of ["largeBefore", "largeBehind"]) {
-      parts[name].addEventListener("mousemove", event => look(parts[name], event.offsetX, event.offsetY));
-      parts[name].addEventListener("keydown", event => walk(parts[name], event));
+      const canvas = parts[name];
+      canvas.addEventListener("mousemove", event => look(canvas, event.offsetX, event.offsetY));
+      canvas.addEventListener("keydown", event => walk(canvas, event));
     }
     el.append(root);
-    new ResizeObserver(() => { if (Math.abs(root.clientWidth - (parts.width ?? 0)) > 1) el.again(); }).observe(root);
+    const resized = () => {
+      if (Math.abs(root.clientWidth - (parts.width ?? 0)) > 1) el.again();
+    };
+    new ResizeObserver(resized).observe(root);
     return parts;
   }
 
-  const hears = event => { event.preventDefault(); event.stopPropagation(); };  // or JupyterLab would change the cell
+  // Keep a key from JupyterLab, which would go to another cell.
+  const hears = event => {
+    event.preventDefault();
+    event.stopPropagation();
+  };
 
   function clicked(parts, token) {
     if (!token || !el.state.hand.on) return;
-    const pruned = new Set(parts.sent ?? el.state.hand.pruned), place = Number(token.dataset.token);
+    const pruned = new Set(parts.sent ?? el.state.hand.pruned);
+    const place = Number(token.dataset.token);
     if (!pruned.delete(place)) pruned.add(place);
-    if (pruned.size === parts.tokens.length) { parts.hover.textContent = "One token has to stay."; return; }
+    if (pruned.size === parts.tokens.length) {
+      parts.hover.textContent = "One token has to stay.";
+      return;
+    }
     token.classList.add("waiting");
     prune(parts, [...pruned].sort((a, b) => a - b));
   }
 
-  // Clicks may come faster than answers: the next one builds on what was sent, not on what was answered.
+  // Clicks may come faster than answers: the next one builds on what was sent.
   function prune(parts, tokens) {
     parts.sent = tokens;
     el.env.act({ pruned: tokens });
@@ -192,21 +249,25 @@ function draw(el, state, env) {
 
   const width = el.parts?.root.clientWidth || el.clientWidth || 900;
   const parts = el.parts ??= build();
-  const first = el.state === undefined, other = !first && el.state.tokens.name.join() !== state.tokens.name.join();
+  const first = el.state === undefined;
+  const other = !first && el.state.tokens.name.join() !== state.tokens.name.join();
   const wasWide = parts.width;
   el.state = state;
   el.env = env;
   el.again = () => draw(el, el.state, el.env);
   parts.width = width;
-  const n = state.tokens.name.length, flags = state.tokens.kept, kept = flags.reduce((sum, flag) => sum + flag, 0);
-  const hand = state.hand, words = token => `${state.tokens.name[token]}: code ${state.tokens.code[token]}, `
-    + `${flags[token] ? "kept" : "pruned"}, ${state.tokens.fact[token]}`;
+  const { tokens, hand } = state, flags = tokens.kept, n = flags.length;
+  const kept = flags.reduce((sum, flag) => sum + flag, 0);
+  const words = token => `${tokens.name[token]}: code ${tokens.code[token]}, `
+    + `${flags[token] ? "kept" : "pruned"}, ${tokens.fact[token]}`;
   const moving = !env.reduced && !first && !other && wasWide === width && !document.hidden;
-  if (other || !hand.on || JSON.stringify(parts.sent) === JSON.stringify(hand.pruned)) parts.sent = undefined;
+  const answered = JSON.stringify(parts.sent) === JSON.stringify(hand.pruned);
+  if (other || !hand.on || answered) parts.sent = undefined;
   const html = (node, text) => { if (node.was !== text) node.innerHTML = node.was = text; };
 
   // Where things are now, so that they can move to where they will be.
-  const places = nodes => new Map([...nodes].map(([key, node]) => [key, node.getBoundingClientRect()]));
+  const places = nodes =>
+    new Map([...nodes].map(([key, node]) => [key, node.getBoundingClientRect()]));
   const before = moving ? [places(parts.left), places(parts.rows)] : [new Map(), new Map()];
 
   parts.root.classList.toggle("dark", Boolean(env.dark));
@@ -233,42 +294,50 @@ function draw(el, state, env) {
     node.style.width = `${size}px`;
     node.dataset.kept = Boolean(flags[token]);
     node.title = words(token);
-    node.classList.toggle("informative", Boolean(state.tokens.informative[token]));
+    node.classList.toggle("informative", Boolean(tokens.informative[token]));
     node.classList.remove("waiting");
-    node.style.setProperty("--importance", state.tokens.scaled[token]);
-    node.children[1].textContent = state.tokens.code[token];
+    node.style.setProperty("--importance", tokens.scaled[token]);
+    node.children[1].textContent = tokens.code[token];
   }
 
-  // The largest tokens with which all stand within 320 pixels: the strip, item by item in lines, and what is left of it.
+  // The strip, item by item in lines, and what is left of it. Tokens are so large that both fit into
+  // 320 pixels; where even the smallest do not, the strip scrolls.
   function strips() {
-    const available = parts.leftSide.clientWidth || width, levels = state.levels.length, items = state.items.title.length;
-    const heights = { "": 106, small: 85, "small tiny": 72 };
-    const lines = ([size]) => Math.ceil(items / Math.max(1, Math.floor((available + 8) / ((size + 2) * levels + 6))));
-    const chosen = SIZES.find(one => lines(one) * heights[one[1]] <= 320) ?? SIZES.at(-1), [size, look] = chosen;
+    const available = parts.leftSide.clientWidth || width, levels = state.levels.length;
+    const lines = size => {
+      const across = Math.max(1, Math.floor((available + 8) / ((size + 2) * levels + 6)));
+      return Math.ceil(state.items.title.length / across);
+    };
+    const fits = ([size, , height]) => lines(size) * height <= 320;
+    const [size, look] = SIZES.find(fits) ?? SIZES.at(-1);
     parts.strip.className = `strip ${look}${hand.on ? " hands" : ""}`;
     parts.after.className = `strip after ${look}`;
     parts.strip.style.maxHeight = "230px";
-    const captions = [`<b>all ${n} tokens</b>, read by layer${state.layer > 1 ? `s 1–${state.layer}` : " 1"}`];
-    captions.push('<span class="key"><i style="background: linear-gradient(to top, var(--kept) 60%, transparent 60%); border: 1px solid var(--kept)"></i>'
-      + "kept (bar: importance)</span>", '<span class="key"><i class="pruned"></i>pruned</span>');
-    if (state.tokens.informative.length)
-      captions.push('<span class="key"><i style="width: 8px; height: 8px; border-radius: 50%; background: #E69F00; border: 1px solid #222"></i>truly informative</span>');
-    html(parts.caption, captions.join(" "));
+    const key = (mark, what) => `<span class="key"><i class="${mark}"></i>${what}</span>`;
+    html(parts.caption, [
+      `<b>all ${n} tokens</b>, read by layer${state.layer > 1 ? `s 1–${state.layer}` : " 1"}`,
+      key("kept", "kept (bar: importance)"),
+      key("pruned", "pruned"),
+      tokens.informative.length ? key("says", "truly informative") : "",
+    ].join(" "));
 
     if (parts.tokens.length !== n || first || other) {
       parts.strip.replaceChildren();
       parts.tokens = [];
       state.items.title.forEach((title, item) => {
-        const column = make("div", "item"), row = make("div", "group");
+        const column = make("div", "item");
+        const row = make("div", "group");
         column.append(make("div", "title", `${item + 1}. ${title}`, { title }), row);
-        state.tokens.item.forEach((of, token) => { if (of === item) row.append(parts.tokens[token] = box(token)); });
+        tokens.item.forEach((of, token) => {
+          if (of === item) row.append(parts.tokens[token] = box(token));
+        });
         parts.strip.append(column);
       });
       parts.after.replaceChildren();
       parts.left.clear();
       parts.at = undefined;
     }
-    [...parts.strip.children].forEach(column => column.style.width = `${(size + 2) * levels - 2}px`);
+    for (const column of parts.strip.children) column.style.width = `${(size + 2) * levels - 2}px`;
     parts.tokens.forEach((node, token) => {
       dress(node, token, size);
       node.setAttribute("aria-label", words(token));
@@ -277,39 +346,51 @@ function draw(el, state, env) {
       else node.removeAttribute("aria-pressed");
       if (!node.hasAttribute("tabindex")) node.tabIndex = token ? -1 : 0;
     });
-    parts.strip.setAttribute("aria-label", `${state.label} ${n} tokens; arrow keys go from one to the next.`);
+    const label = `${state.label} ${n} tokens; arrow keys go from one to the next.`;
+    parts.strip.setAttribute("aria-label", label);
     if (parts.at !== undefined) parts.hover.textContent = words(parts.at);
-    else parts.hover.textContent = hand.on ? "Click the tokens that you would prune; once more, and one is back."
+    else parts.hover.textContent = hand.on
+      ? "Click the tokens that you would prune; once more, and one is back."
       : "The oldest item comes first. Point at a token to read what it is.";
 
-    const later = state.layer < state.layers ? `layer${state.layers - state.layer > 1 ? `s ${state.layer + 1}–` : " "}${state.layers} and ` : "";
-    html(parts.cut, `✂ after layer ${state.layer}: <b>${n - kept} fall out, ${kept} go on</b> to ${later}the decoder`);
+    const behind = state.layers - state.layer;
+    const later = behind > 1 ? `layers ${state.layer + 1}–${state.layers} and `
+      : behind ? `layer ${state.layers} and ` : "";
+    html(parts.cut, `✂ after layer ${state.layer}: <b>${n - kept} fall out, ${kept} go on</b> `
+      + `to ${later}the decoder`);
 
     // The shorter strip: a group for each item, so that one sees where an item ends.
-    const gone = [...parts.left.keys()].filter(token => !flags[token]), come = [];
+    const gone = [...parts.left.keys()].filter(token => !flags[token]);
+    const come = [];
     const falling = gone.map(token => [parts.left.get(token), before[0].get(token)]);
     gone.forEach(token => parts.left.delete(token));
     parts.after.querySelectorAll(".leaving").forEach(node => node.remove());
-    const groups = new Map(), order = [];
+    const groups = new Map();
     for (let token = 0; token < n; token++) {
       if (!flags[token]) continue;
       let node = parts.left.get(token);
-      if (!node) { parts.left.set(token, node = box(token)); come.push(token); }
+      if (!node) {
+        parts.left.set(token, node = box(token));
+        come.push(token);
+      }
       dress(node, token, size);
-      const item = state.tokens.item[token];
-      if (!groups.has(item)) { groups.set(item, []); order.push(item); }
-      groups.get(item).push(node);
+      const item = tokens.item[token];
+      if (!groups.has(item)) groups.set(item, make("div", "group"));
+      groups.get(item).append(node);
     }
-    parts.after.replaceChildren(...order.map(item => { const group = make("div", "group"); group.append(...groups.get(item)); return group; }));
-    const rows = lines(chosen), height = look ? 28 : 39;
-    parts.after.style.minHeight = `${rows * height}px`;
-    const said = order.map(item => `item ${item + 1}: ${groups.get(item).map(node => state.levels[state.tokens.level[node.dataset.token]]).join(", ")}`);
+    parts.after.replaceChildren(...groups.values());
+    // As high as all tokens were, so that nothing below jumps.
+    parts.after.style.minHeight = `${lines(size) * (look ? 28 : 39)}px`;
+    const level = node => state.levels[tokens.level[node.dataset.token]];
+    const named = group => [...group.children].map(level);
+    const said = [...groups].map(([item, group]) => `item ${item + 1}: ${named(group).join(", ")}`);
     parts.after.setAttribute("aria-label", `Kept tokens. ${said.join("; ")}.`);
 
     if (!moving) return;
     come.forEach(token => before[0].set(token, parts.tokens[token].getBoundingClientRect()));
     slide(parts.left, before[0]);
-    for (const [node, from] of falling) leave(parts.after, node, from, "translate(0, 46px) rotate(14deg)");
+    for (const [node, from] of falling)
+      leave(parts.after, node, from, "translate(0, 46px) rotate(14deg)");
   }
 
   // From the old place to the new one (FLIP: first, last, invert, play).
@@ -317,10 +398,14 @@ function draw(el, state, env) {
     for (const [key, node] of nodes) {
       node.getAnimations().forEach(animation => animation.cancel());
       const then = from.get(key), now = node.getBoundingClientRect();
-      if (!then) node.animate([{ opacity: 0 }, { opacity: 1 }], { duration: 400 });
-      else if (Math.abs(then.left - now.left) > 0.5 || Math.abs(then.top - now.top) > 0.5)
-        node.animate([{ transform: `translate(${then.left - now.left}px, ${then.top - now.top}px)` }, { transform: "none" }],
-          { duration: 450, easing: "cubic-bezier(.3, .7, .3, 1)" });
+      if (!then) {
+        node.animate([{ opacity: 0 }, { opacity: 1 }], { duration: 400 });
+        continue;
+      }
+      const x = then.left - now.left, y = then.top - now.top;
+      if (Math.abs(x) < 0.5 && Math.abs(y) < 0.5) continue;
+      const steps = [{ transform: `translate(${x}px, ${y}px)` }, { transform: "none" }];
+      node.animate(steps, { duration: 450, easing: "cubic-bezier(.3, .7, .3, 1)" });
     }
   }
 
@@ -331,33 +416,41 @@ function draw(el, state, env) {
     node.removeAttribute("data-token");
     node.removeAttribute("data-item");
     node.setAttribute("aria-hidden", "true");
-    Object.assign(node.style, { position: "absolute", left: `${from.left - frame.left}px`, top: `${from.top - frame.top}px`,
-      width: `${from.width}px`, pointerEvents: "none" });
+    Object.assign(node.style, {
+      position: "absolute",
+      left: `${from.left - frame.left}px`,
+      top: `${from.top - frame.top}px`,
+      width: `${from.width}px`,
+      pointerEvents: "none",
+    });
     parent.append(node);
-    node.animate([{ opacity: 1, transform: "none" }, { opacity: 0, transform }], { duration: 500, easing: "ease-in", fill: "forwards" })
-      .onfinish = () => node.remove();
+    const steps = [{ opacity: 1, transform: "none" }, { opacity: 0, transform }];
+    const animation = node.animate(steps, { duration: 500, easing: "ease-in", fill: "forwards" });
+    animation.onfinish = () => node.remove();
   }
 
   function list() {
-    const ids = state.list.after.map(String), target = String(state.target.item), wanted = new Map();
+    const ids = state.list.after.map(String), target = String(state.target.item);
+    const wanted = new Map();
     const row = (key, cells, looks) => {
       const node = parts.rows.get(key) ?? make("li");
       node.className = looks;
       if (!node.children.length) node.append(make("span"), make("span"), make("span"));
-      cells.forEach((cell, i) => { if (node.children[i].textContent !== cell) node.children[i].textContent = cell; });
+      cells.forEach((cell, i) => node.children[i].textContent = cell);
       node.children[1].title = cells[1];
       wanted.set(key, node);
       return node;
     };
     ids.forEach((id, i) => {
       const moved = state.list.moved[i], star = id === target ? "★ " : "";
-      const node = row(id, [String(i + 1), star + state.list.title[i], moved], star && "target");
+      const node = row(id, [i + 1, star + state.list.title[i], moved], star && "target");
       node.dataset.item = id;
       node.dataset.place = i + 1;
       node.children[2].className = moved[0] === "▲" ? "up" : moved[0] === "▼" ? "down" : "";
     });
     if (!state.target.after) {
-      const node = row(target, ["–", `★ ${state.target.title}`, "not in the list"], "target missing");
+      const cells = ["–", `★ ${state.target.title}`, "not in the list"];
+      const node = row(target, cells, "target missing");
       delete node.dataset.item;
       delete node.dataset.place;
       node.children[2].className = "";
@@ -366,10 +459,12 @@ function draw(el, state, env) {
     parts.list.replaceChildren(...wanted.values());
     parts.rows = wanted;
     const out = state.list.out;
-    parts.dropped.textContent = parts.dropped.title = out.length ? `dropped out: ${out.join("; ")}` : "";
+    parts.dropped.textContent = out.length ? `dropped out: ${out.join("; ")}` : "";
+    parts.dropped.title = parts.dropped.textContent;
     if (!moving) return;
     slide(parts.rows, before[1]);
-    for (const [key, node] of leaving) leave(parts.list, node, before[1].get(key), "translate(40px, 0)");
+    for (const [key, node] of leaving)
+      leave(parts.list, node, before[1].get(key), "translate(40px, 0)");
   }
 
   function paint(canvas, cells, side, scale, label) {
@@ -381,8 +476,9 @@ function draw(el, state, env) {
     canvas.width = canvas.height = side;
     const context = canvas.getContext("2d"), image = context.createImageData(side, side);
     for (let i = 0; i < side * side; i++) {
-      const at = Math.min(0.999, weight(cells, i) / state.attention.top) * (CIVIDIS.length - 1), low = Math.floor(at);
-      for (let c = 0; c < 3; c++) image.data[4 * i + c] = CIVIDIS[low][c] + (at - low) * (CIVIDIS[low + 1][c] - CIVIDIS[low][c]);
+      const at = Math.min(0.999, weight(cells, i) / state.attention.top) * (CIVIDIS.length - 1);
+      const low = CIVIDIS[Math.floor(at)], high = CIVIDIS[Math.floor(at) + 1];
+      for (let c = 0; c < 3; c++) image.data[4 * i + c] = low[c] + (at % 1) * (high[c] - low[c]);
       image.data[4 * i + 3] = 255;
     }
     context.putImageData(image, 0, 0);
@@ -392,48 +488,61 @@ function draw(el, state, env) {
 
   // Two maps to one scale: their areas are what attention costs.
   function costs() {
-    const { before, after } = state.attention, share = kept * kept / (n * n);
-    const labels = [`Attention in layer ${state.layer}, ${n} × ${n} tokens`, `Attention in layer ${state.layer + 1}, ${kept} × ${kept} tokens`];
+    const { before, after } = state.attention, share = 100 * kept * kept / (n * n);
+    const labels = [
+      `Attention in layer ${state.layer}, ${n} × ${n} tokens`,
+      `Attention in layer ${state.layer + 1}, ${kept} × ${kept} tokens`,
+    ];
     paint(parts.before, before, n, THUMB / n, labels[0]);
     paint(parts.behind, after, kept, THUMB / n, labels[1]);
-    html(parts.costText, after ? `attention, area = cost: ${n}² → ${kept}², <b>${share < 0.095 ? (100 * share).toFixed(1) : Math.round(100 * share)}%</b>`
+    const percent = share < 9.5 ? share.toFixed(1) : Math.round(share);
+    html(parts.costText, after
+      ? `attention, area = cost: ${n}² → ${kept}², <b>${percent}%</b>`
       : `attention in layer ${state.layer}; no layer after the pruner`);
     if (!parts.maps.open) return;
     paint(parts.largeBefore, before, n, LARGE / n, labels[0]);
     paint(parts.largeBehind, after, kept, LARGE / n, labels[1]);
     parts.largeBeforeCaption.textContent = `layer ${state.layer}, before: ${n} × ${n}`;
-    parts.largeBehindCaption.textContent = after ? `layer ${state.layer + 1}, after: ${kept} × ${kept}` : "no layer after the pruner";
-    if (!parts.mapHover.textContent) parts.mapHover.textContent = "A row is a token that looks, a column one that is looked at; mean over heads. "
-      + "Point at a cell, or go there with the arrow keys.";
+    parts.largeBehindCaption.textContent = after
+      ? `layer ${state.layer + 1}, after: ${kept} × ${kept}` : "no layer after the pruner";
+    if (!parts.mapHover.textContent)
+      parts.mapHover.textContent = "A row is a token that looks, a column one that is looked at; "
+        + "mean over heads. Point at a cell, or go there with the arrow keys.";
   }
 
   // Says what stands in a cell of a large map: pixels from its corner.
   function look(canvas, x, y) {
-    const side = canvas.width, at = value => Math.max(0, Math.min(side - 1, Math.floor(value / canvas.clientWidth * side)));
-    tell(canvas, at(y), at(x));
+    const side = canvas.width;
+    const at = value => Math.floor(value / canvas.clientWidth * side);
+    const within = value => Math.max(0, Math.min(side - 1, at(value)));
+    tell(canvas, within(y), within(x));
   }
 
   function tell(canvas, query, key) {
     const { tokens, attention } = el.state, late = canvas === el.parts.largeBehind;
-    const shown = late ? tokens.kept.flatMap((flag, token) => flag ? [token] : []) : tokens.kept.map((_, token) => token);
-    const value = weight(late ? attention.after : attention.before, query * shown.length + key);
+    const names = tokens.name.filter((_, token) => !late || tokens.kept[token]);
+    const value = weight(late ? attention.after : attention.before, query * names.length + key);
+    const shown = value ? Number(value.toPrecision(2)) : "less than 0.0001";
     canvas.cell = [query, key];
-    canvas.title = el.parts.mapHover.textContent = `${tokens.name[shown[query]]} looks at ${tokens.name[shown[key]]}: `
-      + (value ? Number(value.toPrecision(2)) : "less than 0.0001");
+    canvas.title = `${names[query]} looks at ${names[key]}: ${shown}`;
+    el.parts.mapHover.textContent = canvas.title;
   }
 
   function walk(canvas, event) {
-    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+    const step = steps[event.key], cell = canvas.cell ?? [0, 0];
     if (!step || event.shiftKey) return;
     hears(event);
-    const cell = canvas.cell ?? [0, 0], within = value => Math.max(0, Math.min(canvas.width - 1, value));
+    const within = value => Math.max(0, Math.min(canvas.width - 1, value));
     tell(canvas, within(cell[0] + step[0]), within(cell[1] + step[1]));
   }
 
   function table(head, rows, mine = -1) {
-    const node = make("table"), line = (cells, tag, look) => {
-      const row = make("tr", look);
-      row.append(...cells.map(cell => cell instanceof Node ? cell : make(tag, "", cell, tag === "th" ? { scope: "col" } : {})));
+    const node = make("table");
+    const line = (cells, tag, look) => {
+      const row = make("tr", look), attributes = tag === "th" ? { scope: "col" } : {};
+      const fill = cell => cell instanceof Node ? cell : make(tag, "", cell, attributes);
+      row.append(...cells.map(fill));
       return row;
     };
     const top = node.appendChild(make("thead")), body = node.appendChild(make("tbody"));
@@ -444,8 +553,11 @@ function draw(el, state, env) {
 
   function tables() {
     if (!parts.figures.open) return;
-    const by = state.items.title.map((title, item) => [`${item + 1}. ${title}`, state.levels.filter((_, level) =>
-      state.tokens.item.some((of, token) => of === item && state.tokens.level[token] === level && flags[token])).join(", ") || "–"]);
+    const by = state.items.title.map((title, item) => {
+      const left = tokens.item.flatMap((of, token) => of === item && flags[token] ? [token] : []);
+      const levels = left.map(token => state.levels[tokens.level[token]]).join(", ");
+      return [`${item + 1}. ${title}`, levels || "–"];
+    });
     const what = make("div", "row");
     what.style.alignItems = "flex-start";
     what.append(table(state.meter.head, state.meter.rows), table(["item", "kept"], by));
@@ -465,7 +577,11 @@ function draw(el, state, env) {
       button.focus();
     };
     button.onclick = async () => {
-      try { await navigator.clipboard.writeText(text); } catch { old(); }
+      try {
+        await navigator.clipboard.writeText(text);
+      } catch {
+        old();
+      }
       button.textContent = "copied";
       setTimeout(() => button.textContent = "copy", 1500);
     };
@@ -482,7 +598,8 @@ function draw(el, state, env) {
     parts.scores.was = hand.text;
     const verdict = make("div", "row");
     verdict.append(make("span", "", hand.verdict), copier(hand.text));
-    parts.scores.replaceChildren(table([`${kept} kept by`, "place", "log-prob."], hand.rows, 0), verdict);
+    const scores = table([`${kept} kept by`, "place", "log-prob."], hand.rows, 0);
+    parts.scores.replaceChildren(scores, verdict);
   }
 
   function rules() {
@@ -497,19 +614,25 @@ function draw(el, state, env) {
         form.append(label);
         return check;
       });
-      const label = make("label", "", "of the newest "), newest = make("input", "", "", { type: "number", min: 1, max: 50, value: 6 });
+      const label = make("label", "", "of the newest ");
+      const newest = make("input", "", "", { type: "number", min: 1, max: 50, value: 6 });
       label.append(newest, " items");
       const go = make("button", "", "score it", { type: "button" });
       form.append(label, go);
       go.onclick = () => {
-        const levels = boxes.flatMap((check, i) => check.checked ? [i] : []), items = Math.round(Number(newest.value));
-        if (!levels.length || !(items >= 1)) { parts.ruled.textContent = "Choose at least one level and one item."; return; }
+        const levels = boxes.flatMap((check, i) => check.checked ? [i] : []);
+        const items = Math.round(Number(newest.value));
+        if (!levels.length || !(items >= 1)) {
+          parts.ruled.textContent = "Choose at least one level and one item.";
+          return;
+        }
         parts.ruled.textContent = "working …";
         el.env.act({ rule: { levels, newest: items } });
       };
     }
     const { rule } = state;
-    if (state.alert?.includes('role="alert"') && parts.ruled.textContent === "working …") parts.ruled.textContent = "";
+    const failed = state.alert?.includes('role="alert"');
+    if (failed && parts.ruled.textContent === "working …") parts.ruled.textContent = "";
     if (!rule?.number || parts.ruled.number === rule.number) return;
     parts.ruled.number = rule.number;
     const top = Math.max(...rule.rows.map(row => Number(row[1]))) || 1;
@@ -520,8 +643,9 @@ function draw(el, state, env) {
       return [name, recall, cell];
     });
     const said = make("div", "row");
-    said.append(make("span", "", `${rule.what}: ${rule.share} of the tokens; recall@10 of ${rule.users} users, of each of whom all keep as many`),
-      copier(rule.text));
+    const what = `${rule.what}: ${rule.share} of the tokens; recall@10 of ${rule.users} users, `
+      + "all keeping as many of each user's";
+    said.append(make("span", "", what), copier(rule.text));
     parts.ruled.replaceChildren(said, table(["kept by", "recall@10", ""], rows, 0));
   }
 }
