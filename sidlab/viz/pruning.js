@@ -59,8 +59,8 @@ function draw(el, state, env) {
   & .waiting { opacity: .45 }
   & .cut { border-top: 2px dashed var(--grey); margin-top: 6px; padding-top: 3px }
   & .hover { color: var(--soft); font-size: 12px; line-height: 16px; overflow-wrap: anywhere }
-  & .left .hover { flex: 1 1 0; min-width: 0; height: 32px; overflow: hidden }
-  & .left .row { flex-wrap: nowrap; margin-top: 4px }
+  & .left .hover { flex: 1 1 340px; min-width: 0; height: 32px; overflow: hidden }
+  & .left .row { margin-top: 4px }
   & .left button { flex: none }
   & button { font: inherit; color: var(--ink); background: transparent;
     border: 1px solid var(--grey); border-radius: 4px; padding: 2px 9px; cursor: pointer }
@@ -94,10 +94,10 @@ function draw(el, state, env) {
   & table { border-collapse: collapse; margin: 4px 0; font-size: 12px; color: var(--ink) }
   & th, & td { text-align: left; padding: 1px 10px 1px 3px; border-bottom: 1px solid var(--line);
     overflow-wrap: anywhere }
-  & th { font-weight: 600 }
+  & th { font-weight: 600; white-space: nowrap }
   & .you { background: var(--mine); font-weight: 600 }
   & .right table { width: 100% }
-  & .right td, & .right th { line-height: 15px }
+  & .right td, & .right th { line-height: 15px; padding-right: 5px }
   & .scroll { max-height: 300px; overflow: auto }
   & input[type=number] { width: 4em; font: inherit }
   & .meter { display: inline-block; height: 9px; background: var(--kept) }
@@ -106,13 +106,14 @@ function draw(el, state, env) {
     .map(color => [0, 2, 4].map(i => parseInt(color.slice(i, i + 2), 16)));
   // Pixels of the side of an attention map.
   const THUMB = 78, LARGE = 320;
-  // The width of a token, the look of its strip, and how high an item is in both strips together.
+  // The width of a token, the look of its strip, how high an item is in both strips together, and in
+  // how many pixels they have to fit.
   const SIZES = [
-    [24, "", 106],
-    [20, "", 106],
-    [16, "", 106],
-    [12, "small", 85],
-    [9, "small tiny", 72],
+    [24, "", 106, 220],
+    [20, "", 106, 320],
+    [16, "", 106, 320],
+    [12, "small", 85, 320],
+    [9, "small tiny", 72, 320],
   ];
 
   const make = (tag, look = "", text = "", attributes = {}) => {
@@ -300,22 +301,22 @@ function draw(el, state, env) {
     node.children[1].textContent = tokens.code[token];
   }
 
-  // The strip, item by item in lines, and what is left of it. Tokens are so large that both fit into
-  // 320 pixels; where even the smallest do not, the strip scrolls.
+  // The strip, item by item in lines, and what is left of it. Tokens are the largest with which both
+  // fit; where even the smallest do not, the strip scrolls.
   function strips() {
     const available = parts.leftSide.clientWidth || width, levels = state.levels.length;
     const lines = size => {
       const across = Math.max(1, Math.floor((available + 8) / ((size + 2) * levels + 6)));
       return Math.ceil(state.items.title.length / across);
     };
-    const fits = ([size, , height]) => lines(size) * height <= 320;
+    const fits = ([size, , height, most]) => lines(size) * height <= most;
     const [size, look] = SIZES.find(fits) ?? SIZES.at(-1);
     parts.strip.className = `strip ${look}${hand.on ? " hands" : ""}`;
     parts.after.className = `strip after ${look}`;
     parts.strip.style.maxHeight = "230px";
     const key = (mark, what) => `<span class="key"><i class="${mark}"></i>${what}</span>`;
     html(parts.caption, [
-      `<b>all ${n} tokens</b>, read by layer${state.layer > 1 ? `s 1–${state.layer}` : " 1"}`,
+      `<b>all ${n} tokens</b> in layer${state.layer > 1 ? `s 1–${state.layer}` : " 1"}`,
       key("kept", "kept (bar: importance)"),
       key("pruned", "pruned"),
       tokens.informative.length ? key("says", "truly informative") : "",

@@ -109,20 +109,20 @@ class PruningExplorer(HistoryExplorer):
                     step=0.01,
                     description="kept share",
                     readout_format=".0%",
-                    layout=widgets.Layout(width="330px", max_width="97%"),
+                    layout=widgets.Layout(width="295px", max_width="97%"),
                 ),
                 "scorer": widgets.Dropdown(
                     options=names,
                     value=scorer,
                     description="scorer",
-                    layout=widgets.Layout(width="180px"),
+                    layout=widgets.Layout(width="155px"),
                 ),
                 "user": widgets.IntSlider(
                     value=user,
                     min=1,
                     max=len(self.histories),
                     description="user",
-                    layout=widgets.Layout(width="230px"),
+                    layout=widgets.Layout(width="200px"),
                 ),
                 "layer": widgets.IntSlider(
                     value=layer,
@@ -163,7 +163,7 @@ class PruningExplorer(HistoryExplorer):
             value=unfolded,
             description="more controls",
             indent=False,
-            layout=widgets.Layout(width="130px"),
+            layout=widgets.Layout(width="115px"),
         )
         experts = widgets.Box(
             hidden,
