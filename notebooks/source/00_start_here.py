@@ -17,7 +17,7 @@
 # **Machine** Any laptop, or Binder: one core, under 1 GB of memory, no GPU, no network. The model is small and comes trained.
 
 # %% tags=["parameters"]
-user = 16         # whose history you look at first, 1 to 50
+user = 40         # whose history you look at first, 1 to 50
 keep = 1 / 3      # the share of tokens that stays
 test_users = 500  # over how many users numbers are averaged
 
@@ -36,29 +36,31 @@ torch.set_num_threads(1)  # the model is too small to gain from more
 #
 # Run the cells up to the next one (Shift+Enter runs one) and **drag the first slider**, *kept share*, slowly to the left.
 #
-# Each column is an item that this user bought, the oldest on the left. Each box in it is a **token**, one number that describes a part of the
-# item. Blue tokens are kept, hatched ones are pruned: the layers behind the pruner never see them. A star marks a token that truly tells
-# something about the next item. We can know that here because the shop is *planted*: we wrote the rules by which its customers shop. In the list below,
-# the ★ item is the one that the user really took next.
+# Each group of boxes is an item that this user bought, the oldest first. Each box in it is a **token**, one number that describes a part of the
+# item; the bar in it says how important the scorer finds it. Blue tokens are kept. Hatched ones are pruned: they fall out after layer 2, the row closes up, and the layers
+# after it see only what is left. An orange dot marks a token that truly tells something about the next item. We can know that here because the
+# shop is *planted*: we wrote the rules by which its customers shop. In the list on the right, the ★ item is the one that the user really took next.
 
 # %%
 from sidlab.demo import load
 from sidlab.viz import PruningExplorer
 
 demo = load()
-explorer = PruningExplorer(demo.model, demo.catalogue, user=user, keep=keep)
+explorer = PruningExplorer(demo.model, demo.catalogue, user=user, keep=1.0, simple=True)
 explorer
 
 # %% [markdown]
 # **What to look for**
 #
-# * The table *meter* says what this share costs: the arithmetic of training on this history, in millions of floating-point operations (MFLOPs), and the memory that training keeps for
-#   it (activations). [Notebook 8](08_cost_and_scale.ipynb) counts both.
 # * At 100 % nothing is pruned. Note which items are recommended. How far down can you go until the ★ item leaves the list?
+# * The squares below the list are the attention maps before and after the pruner. Every token looks at every other, so half the tokens are a quarter of the area.
+# * Open *cost and tables*. The *meter* says what this share costs: the arithmetic of training on this history, in millions of floating-point operations (MFLOPs), and the memory that training keeps for
+#   it (activations). [Notebook 8](08_cost_and_scale.ipynb) counts both.
 # * Click on the slider and use the arrow keys for small steps. Which tokens survive to the very end?
 # * Change *user*. For some the ★ item stays to the end, for some it leaves early, and for many it is never there: nobody is that
 #   predictable, and one click in five is pure chance.
 # * Change *scorer* to `recent`: it keeps the newest tokens and nothing else.
+# * Press *prune by hand* and click away the tokens that you would do without. You are scored at once against four scorers that keep as many. Can you beat `rastp`?
 #
 # Now the same by hand.
 #

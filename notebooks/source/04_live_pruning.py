@@ -46,9 +46,9 @@ torch.set_num_threads(1)  # the model is too small to gain from more
 # | positions | what later layers know about place: the `original` one, the place among the kept (`compact`), or `none` |
 # | keep all separators | on top of the share |
 #
-# Below the tokens stand two attention maps, averaged over heads: a row is a token that looks, a column one that is looked at. Left: the scoring
-# layer, where everything is still there. Right: the next layer. Empty rows and columns are the pruned tokens, so the bright squares are all that is left to
-# compute. Under the figure: the recommendations, who moved, and a meter of what was saved.
+# Tick *more controls* for the last four. Above the dashed line stand all tokens as the layers up to the pruner read them; below it, closed up, those that go on. On the right: the recommendations and who moved,
+# and two attention maps, averaged over heads: a row is a token that looks, a column one that is looked at. Left: the scoring layer, where everything is still
+# there. Right: the next layer, drawn to the same scale, so that its area is what is left to compute. *attention maps* shows them larger, *cost and tables* holds a meter of what was saved.
 
 # %%
 from sidlab.demo import load
@@ -63,11 +63,12 @@ explorer
 # **Things to try**
 #
 # * Drag *kept share* from 100 % down. Which items leave the list first: those at its top or at its bottom?
-# * `rastp` at 33 %: find blue tokens without a star, and hatched ones with one. Keep an eye on level 3. It never has a star.
+# * `rastp` at 33 %: find blue tokens without an orange dot (truly informative), and hatched ones with one. Keep an eye on level 3. It never has a dot.
 # * Move *prune after layer* to 4. Nothing lies behind, so the meter saves next to nothing: only the decoder reads fewer tokens.
 # * Set *unit* to `item`. Whole columns stay or go, separators with them.
 # * Set *positions* to `none`: the published RASTP code loses all positions behind the pruner, by accident. Does the list notice?
-# * The last line of the meter, milliseconds on this machine, hardly moves. So small a model spends its time on Python, not on tokens.
+# * Press *prune by hand*, click tokens away, and see how you do against the scorers at the same number. Then make a rule out of levels and recency (*a rule of your own*) and
+#   score it over 200 users.
 #
 # ## What stays, over many users
 #
@@ -224,7 +225,7 @@ second
 # **What to look for**
 #
 # * Go from `only level 3` to `only level 1` and watch the ★ item. Which list looks more like the unpruned one (fewer entries marked *new*)?
-# * In the left map, look for the line just below the diagonal: tokens that look at their left neighbour.
+# * Open *attention maps*. In the left one, look for the line just below the diagonal: tokens that look at their left neighbour.
 # * Prune after layer 1 instead of 2. Is one layer enough to hand the codes on?
 # * The separators stand behind all codes of their item and could collect everything as well. Do they? The table above says whom they look at.
 #

@@ -237,7 +237,7 @@ explorer
 # %% [markdown]
 # **What to look for**
 #
-# * No token carries a star: on real data nobody knows which are truly informative. The ★ marks only the item that came next.
+# * No token carries an orange dot: on real data nobody knows which are truly informative. The ★ marks only the item that came next.
 # * Switch between `fresh`, `norm` and `rastp`. Which kept tokens change? Find a user who bought in one colour only.
 # * Set `folder` in the second cell to your own data and run everything again. Small data first: 10,000 users train in minutes, millions want a GPU.
 

@@ -1,203 +1,710 @@
-"""The pruning explorer: one history as tokens, what is kept of it at each ratio, layer and scorer, and what that does to the list."""
+"""The pruning explorer: one history as tokens, what is kept of it at each ratio, layer and scorer,
+and what that does to the list.
+
+Its picture is drawn by `pruning.js` from `PruningExplorer.state`. Besides, there is a game: prune
+by hand, or make a rule of levels and recency, and be scored against the scorers.
+"""
 
 import functools
 import html
-import time
+import textwrap
 
 import ipywidgets as widgets
 import numpy as np
-import plotly.graph_objects as go
+import torch
 
-from sidlab.checks import one_of
+from sidlab.checks import integer, one_of
 from sidlab.config import TrainConfig
 from sidlab.cost import cost
-from sidlab.metrics import rank_of_target
-from sidlab.pruning import POSITIONS, UNITS, PruningConfig
-from sidlab.saliency import SCORERS
-from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
-from sidlab.viz.figures import short_title
-from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, template
+from sidlab.metrics import rank_of_target, recall_at
+from sidlab.pruning import POSITIONS, UNITS, PruningConfig, _top
+from sidlab.saliency import SCORERS, token_importance
+from sidlab.viz.explorer import HistoryExplorer, View, moved, within
+from sidlab.viz.theme import BLUE, GREY, ORANGE
+
+RIVALS = ("rastp", "random", "recent", "oracle")  # whom the reader plays against
+CROWD = 200  # how many users a rule is scored over
+SEARCHED = 200  # how many items are scored: one that leaves the list still has a log-probability
+PLACES = 10  # of the list
+
+
+class PruningView(View):
+    """Draws what `PruningExplorer.state` gives."""
+
+    file = "pruning.js"
 
 
 class PruningExplorer(HistoryExplorer):
     """Prune one user's history live. `PruningExplorer()` shows the bundled demo.
 
-    Args: `model`, `catalogue`: a `SidT5` with its table and the catalogue it was trained on (default: `sidlab.demo.load()`);
-    `histories`: which to choose from (default: the catalogue's first 50); the last item of each is the one to be found; `scorers`:
-    {name: callable} that join the menu; other arguments set controls: `user` (1 is the first), `keep`,
-    `layer`, `scorer`, `unit`, `positions`, `protect`.
-    Moving `keep` selects anew and runs the layers behind the pruner and the decoder; the layers before it run once per user.
+    Args: `model`, `catalogue`: a `SidT5` with its table and the catalogue it was trained on
+    (default: `sidlab.demo.load()`); `histories`: which to choose from (default: the catalogue's
+    first 50); the last item of each is the one to be found; `scorers`: {name: callable} that join
+    the menu; `simple`: only kept share, scorer and user are shown; other arguments set controls:
+    `user` (1 is the first), `keep`, `layer`, `scorer`, `unit`, `positions`, `protect`.
+    Moving `keep` selects anew and runs the layers after the pruner and the decoder; the layers
+    before it run once per user.
     """
 
     heading = "Which tokens does a recommender need?"
     exported = "keep"
+    kind = PruningView
 
-    def __init__(self, model=None, catalogue=None, *, histories=None, scorers=None, user=1, keep=1 / 3, layer=2,
-                 scorer="rastp", unit="token", positions="original", protect=False):
+    def __init__(
+        self,
+        model=None,
+        catalogue=None,
+        *,
+        histories=None,
+        scorers=None,
+        simple=False,
+        user=1,
+        keep=1 / 3,
+        layer=2,
+        scorer="rastp",
+        unit="token",
+        positions="original",
+        protect=False,
+    ):
         self.take(model, catalogue, histories)
+        everybody = self.catalogue.histories if histories is None else histories
+        self._crowd = [history for history in everybody if len(history) > 1][:CROWD]
         # Where all tokens see all, "rastp-visible" is "rastp".
         without = {"rastp-visible"} if self.model.config.encoder_mask == "full" else set()
         without |= {"oracle"} if self.catalogue.truth is None else set()
         self._scorers = {name: name for name in SCORERS if name not in without} | (scorers or {})
-        self._full, self._cost = functools.lru_cache(8)(self._full), functools.lru_cache(512)(self._cost)
+        self._full, self._cost = (
+            functools.lru_cache(8)(self._full),
+            functools.lru_cache(512)(self._cost),
+        )
+        self._score, self._recall = (
+            functools.lru_cache(256)(self._score),
+            functools.lru_cache(64)(self._recall),
+        )
+        self._by_hand, self._rule = (
+            None,
+            {},
+        )  # (user, tokens) while one prunes by hand; what the rule scored
         names, last = list(self._scorers), self.model.config.num_layers
-        for name, value, valid in (("scorer", scorer, names), ("unit", unit, UNITS), ("positions", positions, POSITIONS)):
+        for name, value, valid in (
+            ("scorer", scorer, names),
+            ("unit", unit, UNITS),
+            ("positions", positions, POSITIONS),
+        ):
             one_of(name, value, valid)
-        for name, value, low, high in (("user", user, 1, len(self.histories)), ("keep", keep, 0.05, 1), ("layer", layer, 1, last)):
+        for name, value, low, high in (
+            ("user", user, 1, len(self.histories)),
+            ("keep", keep, 0.05, 1),
+            ("layer", layer, 1, last),
+        ):
             within(name, value, low, high)
-        super().__init__({
-            "keep": widgets.FloatSlider(value=keep, min=0.05, max=1, step=0.01, description="kept share", readout_format=".0%",
-                                        layout=widgets.Layout(width="400px", max_width="97%")),
-            "scorer": widgets.Dropdown(options=names, value=scorer, description="scorer"),
-            "layer": widgets.IntSlider(value=layer, min=1, max=last, description="prune after layer"),
-            "unit": widgets.Dropdown(options=UNITS, value=unit, description="unit"),
-            "positions": widgets.Dropdown(options=POSITIONS, value=positions, description="positions"),
-            "protect": widgets.Checkbox(value=protect, description="keep all separators", indent=False),
-            "user": widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user"),
-        }, slow=("user", "layer"))
+
+        # In one row on 950 pixels.
+        super().__init__(
+            {
+                "keep": widgets.FloatSlider(
+                    value=keep,
+                    min=0.05,
+                    max=1,
+                    step=0.01,
+                    description="kept share",
+                    readout_format=".0%",
+                    layout=widgets.Layout(width="295px", max_width="97%"),
+                ),
+                "scorer": widgets.Dropdown(
+                    options=names,
+                    value=scorer,
+                    description="scorer",
+                    layout=widgets.Layout(width="155px"),
+                ),
+                "user": widgets.IntSlider(
+                    value=user,
+                    min=1,
+                    max=len(self.histories),
+                    description="user",
+                    layout=widgets.Layout(width="200px"),
+                ),
+                "layer": widgets.IntSlider(
+                    value=layer,
+                    min=1,
+                    max=last,
+                    description="prune after layer",
+                    layout=widgets.Layout(width="270px"),
+                ),
+                "unit": widgets.Dropdown(
+                    options=UNITS,
+                    value=unit,
+                    description="unit",
+                    layout=widgets.Layout(width="130px"),
+                ),
+                "positions": widgets.Dropdown(
+                    options=POSITIONS,
+                    value=positions,
+                    description="positions",
+                    layout=widgets.Layout(width="180px"),
+                ),
+                "protect": widgets.Checkbox(
+                    value=protect,
+                    description="keep all separators",
+                    indent=False,
+                    layout=widgets.Layout(width="170px"),
+                ),
+            },
+            slow=("user", "layer"),
+        )
+        self._fold(simple, (layer, unit, positions, protect) != (2, "token", "original", False))
+
+    def _fold(self, simple, unfolded):
+        """Show three controls, and the others in a row that a checkbox shows and hides (simple:
+        not at all)."""
+        row, *rest = self.children
+        shown, hidden = row.children[:3], row.children[3:]
+        more = widgets.Checkbox(
+            value=unfolded,
+            description="more controls",
+            indent=False,
+            layout=widgets.Layout(width="115px"),
+        )
+        experts = widgets.Box(
+            hidden,
+            layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px"),
+        )
+
+        def show(change=None):
+            experts.layout.display = None if more.value else "none"
+
+        more.observe(show, "value")
+        show()
+        row.children = shown if simple else (*shown, more)
+        self.children = (row, *rest) if simple else (row, experts, *rest)
 
     def pruning(self) -> PruningConfig:
         """The configuration that the controls say."""
-        return PruningConfig(after_layer=self.value("layer"), keep=self.value("keep"), scorer=self._scorers[self.value("scorer")],
-                             unit=self.value("unit"), positions=self.value("positions"), protect_separators=self.value("protect"))
+        return PruningConfig(
+            after_layer=self.value("layer"),
+            keep=self.value("keep"),
+            scorer=self._scorers[self.value("scorer")],
+            unit=self.value("unit"),
+            positions=self.value("positions"),
+            protect_separators=self.value("protect"),
+        )
 
-    def _full(self, user, layer):
-        """Recommendations without pruning, and how many milliseconds the layers behind `layer` and the decoder take for them."""
-        items = self._probe(user).prune(None).items.numpy()  # also warms up
-        return items, self._timed(user, PruningConfig(after_layer=layer, keep=1.0))[1]
+    def hand(self) -> tuple[int, ...] | None:
+        """Places of this user's tokens that the reader has pruned; None while the scorer prunes."""
+        if self._by_hand is None:
+            return None
+        user, tokens = self._by_hand
+        return tokens if user == self.value("user") else ()
 
-    def _timed(self, user, pruning):
-        begin = time.perf_counter()
-        return self._probe(user).prune(pruning), 1000 * (time.perf_counter() - begin)
+    def _full(self, user):
+        """Recommendations without pruning: item ids int64 [k]."""
+        return self._probe(user).prune(None).items.numpy()
 
     def _cost(self, n_items, pruning):
         c = self.model.config
-        config = TrainConfig(d_model=c.d_model, d_kv=c.d_kv, num_heads=c.num_heads, d_ff=c.d_ff, ffn_hidden_layers=c.ffn_hidden_layers,
-                             num_layers=c.num_layers, num_decoder_layers=c.num_decoder_layers, dropout=c.dropout_rate,
-                             separators=c.separators, max_items=c.max_items, pruning=pruning, precision="fp32")
+        config = TrainConfig(
+            d_model=c.d_model,
+            d_kv=c.d_kv,
+            num_heads=c.num_heads,
+            d_ff=c.d_ff,
+            ffn_hidden_layers=c.ffn_hidden_layers,
+            num_layers=c.num_layers,
+            num_decoder_layers=c.num_decoder_layers,
+            dropout=c.dropout_rate,
+            separators=c.separators,
+            max_items=c.max_items,
+            pruning=pruning,
+            precision="fp32",
+        )
         return cost(config, self.model.table.widths, np.array([n_items]))
 
-    def draw(self):
-        user, pruning = self.value("user"), self.pruning()
-        probe, full = self._probe(user), self._full(user, pruning.after_layer)
-        self.pruned, self.milliseconds = self._timed(user, pruning)
-        kept, target = int(self.pruned.kept.sum()), int(self.histories[user - 1][-1])
-        places = rank_of_target(np.array([full[0], self.pruned.items.numpy()]), np.array([target] * 2))
-        found = ["not in the list" if place == 0 else f"place {place}" for place in places]
-        # Above the figure, since the list itself stands below it, where a small screen does not show it beside the slider.
-        title = f"{kept} of {len(probe.tokens)} tokens kept; next item: {found[1]} (unpruned: {found[0]})"
-        figure = pruning_figure(probe, self.pruned, self.titles(probe.history), pruning.after_layer, title)
-        return figure, self._text(probe, self.pruned, pruning, full, target, found)
+    def _plain(self, keep, scorer="recent"):
+        """Keep a share of the single tokens, at the controls' layer and with their positions."""
+        return PruningConfig(
+            after_layer=self.value("layer"),
+            keep=keep,
+            scorer=scorer,
+            positions=self.value("positions"),
+        )
 
-    def _text(self, probe, pruned, pruning, full, target, found):
-        (full, milliseconds), ours, theirs = full, self._cost(len(probe.history), pruning), self._cost(len(probe.history), None)
-        kept, n = int(pruned.kept.sum()), len(probe.tokens)
-        meter = table(("meter", "pruned", "unpruned", "ratio"), [
-            (what, form.format(a), form.format(b), "" if what.startswith("ms") else f"{a / b:.0%}") for what, form, a, b in (
-                ("tokens behind the pruner", "{}", kept, n),
-                ("MFLOPs to train on it", "{:.1f}", ours.training / 1e6, theirs.training / 1e6),
-                ("MB of activations", "{:.2f}", ours.activation_bytes / 2**20, theirs.activation_bytes / 2**20),
-                ("ms from there to the list, noisy", "{:.0f}", self.milliseconds, milliseconds))])
-        rows = []
-        for place, (item, title) in enumerate(zip(pruned.items.tolist(), self.titles(pruned.items.tolist())), start=1):
-            before = int(np.flatnonzero(full == item)[0]) + 1 if item in full else None
-            rows.append((place, f"★ {title}" if item == target else title, moved(before, place)))
-        left = [t for i, t in zip(full.tolist(), self.titles(full.tolist())) if i not in pruned.items.tolist()]
+    def state(self) -> dict:
+        """What the view draws, ready for JSON. Lists of `tokens` have N entries, in the order of
+        the history; flags are 0 or 1.
+
+        * `text`: HTML, how many tokens are kept and where the next item went; `label`: it without
+          tags.
+        * `layer`: prune after this one, from 1; `layers`: how many the encoder has; `levels`:
+          names of an item's tokens, in order.
+        * `items`: `title` of the history's items, [M].
+        * `tokens`: `item` (from 0) and `level` (a place in `levels`) of each; its `code` as text;
+          its `name`, "level 1 of item 2 (Dune …)"; `fact`, words on its importance; its
+          `importance`, to four digits, and `scaled` to 0..1; `kept`; `informative` ([] where
+          nobody knows).
+        * `list`: the recommendations. `after`: ids of the items, best first; their `title`; how
+          they `moved` ("=", "▲ 2", "▼ 1", "new"); `out`: titles that only the unpruned list has.
+        * `target`: the next item: `item`, its `title`, and its places `before` and `after`
+          pruning, 0 where it is not in the list.
+        * `attention`, mean over heads, rows are queries: `before`, of the scoring layer, N × N;
+          `after`, of the layer after the pruner, K × K of the kept tokens ("" after the last
+          layer). A string with a character for each cell, row by row: its code minus 35 is the
+          weight in units of 0.0001, so that most cells are one byte. `top`: the weight that is
+          drawn brightest.
+        * `meter`: `head` and `rows` of a table, texts.
+        * `game`: whether there is somebody who hears what is played. `hand`: `on`; places of the
+          `pruned` tokens; `rows` of the scores, texts (name, place, log-probability); a `verdict`;
+          and `text` to copy. `rule`: `levels`, `newest`; `rows` (name, recall@10); `what` it
+          keeps, its `share` of the tokens, over how many `users`; `text` to copy; and the `number`
+          of rules scored. {} before the first.
+        """
+        user, hand, pruning = self.value("user"), self.hand(), self.pruning()
+        probe, before = self._probe(user), self._full(user)
+        target = int(self.histories[user - 1][-1])
+        if hand is None:
+            self.pruned = chosen = probe.prune(pruning)
+        else:
+            chosen = probe.prune(self._plain(1.0, pruning.scorer))  # for the importance
+            self.pruned = probe.prune(self._plain(1.0), without=hand)
+            pruning = self._plain(int(self.pruned.kept.sum()) / len(probe.tokens))
+        after = self.pruned.items.numpy()
+        places = rank_of_target(np.array([before, after]), np.array([target] * 2)).tolist()
+        text = self._text(probe, self.pruned.kept.numpy(), target, places)
+        left = [item for item in before.tolist() if item not in after]
+        was = {item: place for place, item in enumerate(before.tolist(), start=1)}
+        layer = pruning.after_layer
+        attention = probe.attention[layer - 1].mean(0).numpy()
+        behind = (
+            _cells(self.pruned.attention[0].mean(0).numpy()) if len(self.pruned.attention) else ""
+        )
+        return {
+            "text": text,
+            "label": html.unescape(_without_tags(text)),
+            "layer": layer,
+            "layers": self.model.config.num_layers,
+            "levels": _level_names(self.model),
+            "items": {"title": self.titles(probe.history)},
+            "tokens": self._tokens(probe, chosen.importance.numpy(), self.pruned.kept.numpy()),
+            "list": {
+                "after": after.tolist(),
+                "title": self.titles(after),
+                "out": self.titles(left),
+                "moved": [
+                    moved(was.get(item), place)
+                    for place, item in enumerate(after.tolist(), start=1)
+                ],
+            },
+            "target": {
+                "item": target,
+                "title": self.titles([target])[0],
+                "before": places[0],
+                "after": places[1],
+            },
+            "attention": {
+                "before": _cells(attention),
+                "after": behind,
+                "top": round(float(np.quantile(attention, 0.995)), 4),
+            },
+            "meter": self._meter(probe, int(self.pruned.kept.sum()), pruning),
+            "game": True,
+            "hand": self._hand_state(user, hand, target),
+            "rule": self._rule,
+        }
+
+    def _tokens(self, probe, importance, kept):
+        levels, offsets = _level_names(self.model), self.model.table.offsets
+        titles = [_cut(title, 32) for title in self.titles(probe.history)]
+        item, level, n = probe.item_index.tolist(), probe.levels.tolist(), len(kept)
+        place = np.empty(n, int)
+        place[np.argsort(-importance, kind="stable")] = np.arange(1, n + 1)
+        fact = [f"importance {value:.3g} (place {p} of {n})" for value, p in zip(importance, place)]
+        informative = [] if probe.truth is None else (probe.truth.numpy() > 0).astype(int).tolist()
+        for token, says in enumerate(informative):
+            fact[token] += ", truly informative" if says else ", holds nothing about the next item"
+        # An own scorer may say −inf, which JSON does not know.
+        finite = np.nan_to_num(
+            importance.astype(float), neginf=importance[np.isfinite(importance)].min(initial=0)
+        )
+        low, high = min(0.0, finite.min()), finite.max()
+        scaled = (finite - low) / (high - low) if high > low else np.zeros(n)
+        return {
+            "item": item,
+            "level": level,
+            "kept": kept.astype(int).tolist(),
+            "informative": informative,
+            "fact": fact,
+            "code": [
+                str(t - offsets[v]) if v < len(offsets) else "·"
+                for t, v in zip(probe.tokens.tolist(), level)
+            ],
+            "name": [f"{levels[v]} of item {m + 1} ({titles[m]})" for m, v in zip(item, level)],
+            "importance": [float(f"{value:.4g}") for value in finite],
+            "scaled": scaled.round(3).tolist(),
+        }
+
+    def _text(self, probe, kept, target, places):
+        found = ["not in the list" if place == 0 else f"place {place}" for place in places]
         truth = ""
         if probe.truth is not None:
             informative = probe.truth.numpy() > 0
-            both = int((informative & pruned.kept.numpy()).sum())
-            truth = f" Of {informative.sum()} truly informative tokens {both} are kept; {kept - both} kept ones say nothing by themselves."
-        levels = _level_names(self.model)
-        by_item = [(f"{m + 1}. {title}", ", ".join(levels[v] for v, k in zip(probe.levels[probe.item_index == m],
-                                                                            pruned.kept[probe.item_index == m]) if k) or "–")
-                   for m, title in enumerate(self.titles(probe.history))]
-        dropped = f"<p>Dropped out: {html.escape('; '.join(left))}.</p>" if left else ""
-        return (f"<p><b>{kept} of {n} tokens kept.</b>{truth}</p>"
-                f"<p>The next item was <b>★ {html.escape(self.titles([target])[0])}</b>: {found[1]} (unpruned: {found[0]}).</p>"
-                '<div style="display: flex; flex-wrap: wrap; gap: 0 3em; align-items: flex-start"><div style="max-width: 25em">'
-                f"{table(('place', 'recommended', 'moved'), rows)}{dropped}</div>"
-                f"<div>{meter}{folded('Kept tokens as a table', table(('item', 'kept'), by_item))}</div></div>")
+            both = int((informative & kept).sum())
+            truth = (
+                f" Of {informative.sum()} truly informative tokens {both} are kept; "
+                f"{kept.sum() - both} kept ones say nothing by themselves."
+            )
+        return (
+            f"<p><b>{kept.sum()} of {len(kept)} tokens kept.</b>{truth}</p><p>The next item was "
+            f"<b>★ {html.escape(_cut(self.titles([target])[0], 60))}</b>: "
+            f"{found[1]} (unpruned: {found[0]}).</p>"
+        )
+
+    def _meter(self, probe, kept, pruning):
+        ours, theirs = self._cost(len(probe.history), pruning), self._cost(len(probe.history), None)
+        rows = (
+            ("tokens after the pruner", "{}", kept, len(probe.tokens)),
+            ("MFLOPs to train on it", "{:.1f}", ours.training / 1e6, theirs.training / 1e6),
+            (
+                "MB of activations",
+                "{:.2f}",
+                ours.activation_bytes / 2**20,
+                theirs.activation_bytes / 2**20,
+            ),
+        )
+        return {
+            "head": ["meter", "pruned", "unpruned", "ratio"],
+            "rows": [
+                [what, form.format(a), form.format(b), f"{a / b:.0%}"] for what, form, a, b in rows
+            ],
+        }
+
+    # The game: whom does the reader beat at the same number of tokens?
+
+    def acted(self, content):
+        """What the view says: {"hand": bool}, prune by hand or not; {"pruned": [places]}, the
+        tokens pruned by hand; {"rule": {"levels": [places in `levels`], "newest": items}}, score
+        this rule. ValueError for what cannot be."""
+        user = self.value("user")
+        if "hand" in content:
+            self._by_hand = (user, ()) if content["hand"] else None
+        if "pruned" in content:
+            tokens = tuple(sorted({integer("pruned", token, 0) for token in content["pruned"]}))
+            n = len(self._probe(user).tokens)
+            if tokens and (tokens[-1] >= n or len(tokens) == n):
+                raise ValueError(
+                    f"pruned must hold places below {n}, and leave one token, got {list(tokens)}"
+                )
+            self._by_hand = (user, tokens)
+        if "rule" in content:
+            self._rule = self._ruled(**content["rule"])
+        self.refresh()
+
+    def _score(self, user, pruning, without=()):
+        """(place, log-probability) of the next item: its place in the list, 0 where it is missing,
+        and None where it is not among the first `SEARCHED`."""
+        probe, target = self._probe(user), int(self.histories[user - 1][-1])
+        items = probe.prune(pruning, without=without).items.numpy()
+        place = rank_of_target(items[None], [target])[0]
+        found = min(SEARCHED, self.model.table.n_items)
+        wide = probe.prune(pruning, without=without, k=found, beam=found)
+        score = wide.scores[wide.items == target]
+        return int(place), float(score[0]) if len(score) else None
+
+    def _hand_state(self, user, hand, target):
+        if not hand:
+            return {"on": hand is not None, "pruned": [], "rows": [], "text": "", "verdict": ""}
+        n = len(self._probe(user).tokens)
+        kept = n - len(hand)
+        names = [name for name in RIVALS if name in self._scorers]
+        if self.value("scorer") not in names:
+            names.append(self.value("scorer"))
+        scores = {"you": self._score(user, self._plain(1.0), hand)}
+        scores |= {
+            name: self._score(user, self._plain(kept / n, self._scorers[name])) for name in names
+        }
+        rows = [
+            [name, str(place or "–"), "–" if score is None else f"{score:.2f}"]
+            for name, (place, score) in scores.items()
+        ]
+        mine, worse = scores["you"][1], []
+        if mine is not None:
+            worse = [
+                name for name in names if scores[name][1] is None or scores[name][1] < mine - 5e-3
+            ]
+        verdict = (
+            f"Better than {', '.join(worse)}." if worse else "Better than none of them, so far."
+        )
+        said = "; ".join(f"{name} {place} ({score})" for name, place, score in rows)
+        text = (
+            f"sidlab: I kept {kept} of user {user}'s {n} tokens by hand, after layer "
+            f"{self.value('layer')}. "
+            f"Place (log-probability) of the next item: {said}."
+        )
+        return {"on": True, "pruned": list(hand), "rows": rows, "text": text, "verdict": verdict}
+
+    def _recall(self, scorer, levels, newest, layer, positions):
+        """(recall@10, kept tokens) of many users when `scorer` keeps as many tokens of each as the
+        rule does. "rule": the rule itself, of which alone the tokens are counted; None: nothing is
+        pruned."""
+        from sidlab.decoding import encode_histories
+        from sidlab.training import evaluate
+
+        pruning = scorer and PruningConfig(
+            after_layer=layer,
+            keep=1.0,
+            mass=1.0,
+            positions=positions,
+            scorer=as_many(keep_rule(levels, newest), None if scorer == "rule" else scorer),
+        )
+        histories, targets = (
+            [history[:-1] for history in self._crowd],
+            np.array([history[-1] for history in self._crowd]),
+        )
+        before = self.model.pruning
+        self.model.set_pruning(pruning)
+        try:
+            recall = float(recall_at(evaluate(self.model, histories, targets), PLACES).mean())
+            kept = 0
+            if scorer == "rule":
+                with torch.no_grad():
+                    kept = int(encode_histories(self.model, histories).attention_mask.sum())
+        finally:
+            self.model.set_pruning(before)
+        return recall, kept
+
+    def _ruled(self, levels, newest):
+        """What `state()["rule"]` says of this rule."""
+        names = _level_names(self.model)
+        levels = tuple(sorted({integer("levels", level, 0) for level in levels}))
+        if not levels or levels[-1] >= len(names):
+            raise ValueError(
+                f"levels must hold at least one of 0..{len(names) - 1}, got {list(levels)}"
+            )
+        newest = integer("newest", newest)
+        layer, positions = self.value("layer"), self.value("positions")
+        scored = {
+            name: self._recall(name, levels, newest, layer, positions)
+            for name in ("rule", "rastp", "random", "recent")
+        }
+        unpruned, _ = self._recall(None, (), 1, layer, positions)
+        total = sum(
+            min(len(history) - 1, self.model.config.max_items) for history in self._crowd
+        ) * len(names)
+        share = scored["rule"][1] / total
+        rows = [
+            ["your rule" if name == "rule" else name, f"{recall:.3f}"]
+            for name, (recall, _) in scored.items()
+        ]
+        rows.append(["nothing pruned", f"{unpruned:.3f}"])
+        kinds = ", ".join(names[level] for level in levels)
+        what = f"keep {kinds} of the newest {newest} item{'s' * (newest > 1)}"
+        said = ", ".join(f"{name} {recall}" for name, recall in rows)
+        text = (
+            f"sidlab: {what} ({share:.0%} of the tokens, after layer {layer}). "
+            f"recall@10 of {len(self._crowd)} users: {said}."
+        )
+        return {
+            "levels": list(levels),
+            "newest": newest,
+            "rows": rows,
+            "text": text,
+            "what": what,
+            "share": f"{share:.0%}",
+            "users": len(self._crowd),
+            "number": self._rule.get("number", 0) + 1,
+        }
+
+    def frames(self, values=None):
+        """As in `Explorer`; nobody hears what is played on an exported page."""
+        return [(value, state | {"game": False}) for value, state in super().frames(values)]
+
+    def picture(self) -> dict:
+        return {"image/svg+xml": pruning_svg(self.content), "text/plain": self.content["label"]}
 
 
-def pruning_figure(probe, pruned, titles, layer: int, title: str = "") -> go.Figure:
-    """A history as tokens, kept and pruned, above the attention (mean over heads) of the scoring layer and of the layer behind it.
+def keep_rule(levels, newest: int):
+    """A scorer (see `saliency`): 1 for tokens of these `levels` (from 0) in the `newest` items,
+    else 0."""
+    wanted = torch.tensor(levels)
 
-    Args: `probe`: a `Probe`; `pruned`: what its `prune` returned; `titles` of the history's items; `layer`: the scoring one, from 1;
-    `title` of the figure.
-    """
-    model, levels = probe.model, _level_names(probe.model)
-    shape, n = (len(probe.history), len(levels)), len(probe.tokens)
-    codes = [str(token - model.table.offsets[level]) if level < len(model.table.offsets) else "·"
-             for token, level in zip(probe.tokens.tolist(), probe.levels.tolist())]
-    kept = pruned.kept.numpy()
-    informative = np.zeros(n, bool) if probe.truth is None else probe.truth.numpy() > 0
-    hover = [f"<b>{html.escape(titles[token // len(levels)])}</b><br>{levels[token % len(levels)]}: {codes[token]}<br>"
-             f"{'kept' if kept[token] else 'pruned'}<br>importance {pruned.importance[token]:.4g}"
-             + ("" if probe.truth is None else "<br>truly informative" if informative[token] else "<br>holds nothing about the next item")
-             for token in range(n)]
-    filled = {"color": BLUE, "line": {"color": BLUE, "width": 1}}
-    hatched = {"color": "rgba(127,127,127,0.10)", "line": {"color": GREY, "width": 1},
-               "pattern": {"shape": "/", "fgcolor": GREY, "fgopacity": 0.45, "size": 9, "solidity": 0.12}}
-    traces = []
-    for state, chosen, look in (("kept", kept, filled), ("pruned", ~kept, hatched)):
-        tokens = np.flatnonzero(chosen)
-        item, level = np.divmod(tokens, len(levels))
-        traces.append(go.Bar(x=item, y=np.full(len(item), 0.84), base=level + 0.08, width=0.88, marker=look, name=state,
-                             hovertext=[hover[token] for token in tokens], hoverinfo="text"))
-        # The colour of the text of pruned tokens is the template's, so that an exported page can be light or dark.
-        traces.append(go.Scatter(x=item, y=level + 0.5, text=[codes[token] for token in tokens], mode="text", hoverinfo="skip",
-                                 showlegend=False, textfont={"size": 12} | ({"color": "white"} if state == "kept" else {})))
-    item, level = np.divmod(np.flatnonzero(informative), len(levels))
-    traces.append(go.Scatter(x=item + 0.3, y=level + 0.24, mode="markers", name="truly informative", hoverinfo="skip",
-                             showlegend=probe.truth is not None,
-                             marker={"symbol": "star", "size": 9, "color": ORANGE, "line": {"width": 0.8, "color": "#222222"}}))
+    def scorer(signals):
+        real = signals.mask.bool()
+        last = signals.item_index.masked_fill(~real, -1).amax(1, keepdim=True)  # [B, 1]
+        chosen = (
+            torch.isin(signals.levels, wanted.to(signals.levels.device))
+            & (last - signals.item_index < newest)
+            & real
+        )
+        return chosen.float()
 
-    before, after = probe.attention[layer - 1].mean(0).numpy(), np.full((n, n), None, object)  # not NaN, which JSON lacks
-    behind = "no layer behind the pruner"
-    if len(pruned.attention):
-        after[np.ix_(kept, kept)] = _short(pruned.attention[0].mean(0).numpy())
-        behind = f"attention in layer {layer + 1},<br>behind the pruner"
-    # One scale for both, so that a colour means the same; few cells are far brighter than the rest.
-    heat = {"zmin": 0, "zmax": float(np.quantile(before, 0.995)), "colorscale": SCALE, "hoverongaps": False,
-            "hovertemplate": "token %{y} looks at token %{x}: %{z:.3f}<extra></extra>"}
-    maps = [go.Heatmap(z=_short(before), showscale=False, xaxis="x2", yaxis="y2", **heat),
-            go.Heatmap(z=after, xaxis="x3", yaxis="y3", **heat,
-                       colorbar={"title": "weight", "len": 0.41, "y": -0.02, "yanchor": "bottom"})]
-
-    # The layout at once: make_subplots and update_layout take twice as long as the model.
-    bottom, top = (0.7, 0.36) if shape[0] > 6 else (0.62, 0.44)  # of the strip, whose slanted titles need room, and of the maps
-    ticks = {"tickvals": list(range(0, n, len(levels))), "ticktext": [str(m + 1) for m in range(shape[0])], "showgrid": False,
-             "zeroline": False}
-    layout = {
-        "template": template(), "barmode": "overlay", "height": 780, "margin": {"l": 40, "r": 20, "t": 60, "b": 40}, "uirevision": "same",
-        "title": {"text": title, "x": 0, "xref": "paper", "y": 1, "pad": {"t": 10}, "yanchor": "top", "font": {"size": 15}},
-        "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
-        "xaxis": {"tickvals": list(range(shape[0])), "ticktext": [f"{m}. {short_title(t, shape[0])}" for m, t in enumerate(titles, 1)],
-                  "showgrid": False, "tickangle": -60 if shape[0] > 6 else 0, "range": [-0.6, shape[0] - 0.4], "anchor": "y"},
-        "yaxis": {"tickvals": [v + 0.5 for v in range(shape[1])], "ticktext": levels, "range": [shape[1], 0], "showgrid": False,
-                  "zeroline": False, "domain": [bottom, 1], "anchor": "x"}, "annotations": [],
-    }
-    for number, domain, name in ((2, [0, 0.46], f"attention in layer {layer},<br>before"), (3, [0.54, 1], behind)):
-        across, down = {"range": [-0.5, n - 0.5], "domain": domain}, {"range": [n - 0.5, -0.5], "domain": [0, top]}
-        layout[f"xaxis{number}"] = ticks | across | {"anchor": f"y{number}", "title": {"text": "looked at, by item"}}
-        layout[f"yaxis{number}"] = ticks | down | {"anchor": f"x{number}", "title": {"text": "looking, by item" if number == 2 else ""}}
-        layout["annotations"].append({"text": name, "x": sum(domain) / 2, "y": top + 0.005, "xref": "paper", "yref": "paper",
-                                      "xanchor": "center", "yanchor": "bottom", "showarrow": False, "font": {"size": 14}})
-    return go.Figure([*traces, *maps], layout)
+    return scorer
 
 
-def _short(weights):
-    """Four decimals: of what is sent, most are these."""
-    return weights.astype(float).round(4)
+def as_many(rule, scorer=None):
+    """A scorer: 1 for as many tokens of each row as `rule` gives, those that `scorer` finds most
+    important (None: the rule's own), else 0. With keep=1 and mass=1 exactly these are kept."""
+
+    def chosen(signals):
+        ones = rule(signals)
+        return (
+            ones
+            if scorer is None
+            else _top(token_importance(signals, scorer), ones.sum(1).long()).float()
+        )
+
+    return chosen
+
+
+def _cells(weights) -> str:
+    """Weights in 0..1, any shape, as `state` describes."""
+    return "".join(map(chr, (np.rint(10_000 * weights.astype(float)).astype(int) + 35).ravel()))
+
+
+def _cut(title, width):
+    return title if len(title) <= width else title[: width - 1] + "…"
+
+
+def _without_tags(text):
+    return " ".join(
+        text.replace("</p><p>", " ")
+        .replace("<p>", "")
+        .replace("</p>", "")
+        .replace("<b>", "")
+        .replace("</b>", "")
+        .split()
+    )
+
+
+def pruning_svg(state: dict) -> str:
+    """A picture of `PruningExplorer.state`, SVG on white: the tokens, those that are kept, the
+    list."""
+    tokens, levels, titles = state["tokens"], len(state["levels"]), state["items"]["title"]
+    informative = tokens["informative"] or [0] * len(tokens["kept"])
+    # As large as it goes in few lines.
+    size = 22 if len(titles) <= 10 else 15
+    step, wide = size + 2, (size + 2) * levels + 8
+    in_line = max(1, 580 // wide)
+    parts = []
+
+    def box(token, left, top):
+        """One token: 40 pixels high, its bar as high as it is important, its code below."""
+        kept, scaled = tokens["kept"][token], tokens["scaled"][token]
+        color, dash = (BLUE, "") if kept else (GREY, ' stroke-dasharray="3 2"')
+        parts.append(
+            f'<rect class="{"kept" if kept else "pruned"}" x="{left}" y="{top}" width="{size}" '
+            f'height="40" rx="2" fill="{"#fff" if kept else "url(#sidlab-pruned)"}" '
+            f'stroke="{color}" stroke-width="1.5"{dash}>'
+            f"<title>{_escaped(hover(state, token))}</title></rect>"
+        )
+        high = round(22 * scaled, 1)
+        parts.append(
+            f'<path d="M{left + 3} {top + 25}v-{high}h{size - 6}v{high}z" fill="{color}"/>'
+        )
+        if kept:
+            parts.append(f'<path d="M{left} {top + 25}h{size}v15h-{size}z" fill="{color}"/>')
+        _write(
+            parts,
+            left + size / 2,
+            top + 36,
+            tokens["code"][token],
+            10,
+            "#fff" if kept else "#222",
+            "middle",
+        )
+        if informative[token]:
+            parts.append(
+                f'<circle cx="{left + size - 4}" cy="{top + 5}" r="3.5" '
+                f'fill="{ORANGE}" stroke="#222"/>'
+            )
+
+    _write(parts, 10, 20, state["label"].partition(". The next")[0] + ".", 13)
+    _write(parts, 10, 38, "The next" + state["label"].partition(". The next")[2], 13)
+    _write(
+        parts,
+        10,
+        58,
+        f"All tokens, as the layers up to {state['layer']} read them. "
+        "Bar: importance; hatched: pruned; dot: truly informative.",
+        11,
+    )
+    for item, title in enumerate(titles):
+        left, top = 10 + wide * (item % in_line), 66 + 76 * (item // in_line)
+        lines = textwrap.wrap(
+            f"{item + 1}. {title}", max(8, int(wide / 6)), max_lines=2, placeholder="…"
+        )
+        for number, line in enumerate(lines):
+            _write(parts, left, top + 10 + 12 * number, line, 10)
+        for token in (token for token, of in enumerate(tokens["item"]) if of == item):
+            box(token, left + step * tokens["level"][token], top + 27)
+    bottom = 66 + 76 * -(-len(titles) // in_line)
+
+    kept = [token for token, flag in enumerate(tokens["kept"]) if flag]
+    _write(
+        parts,
+        10,
+        bottom + 14,
+        f"After layer {state['layer']} {len(kept)} of {len(tokens['kept'])} tokens are left.",
+        11,
+    )
+    in_row = 580 // step
+    for place, token in enumerate(kept):
+        box(token, 10 + step * (place % in_row), bottom + 20 + 46 * (place // in_row))
+    bottom += 24 + 46 * -(-len(kept) // in_row)
+
+    for place, (item, title, move) in enumerate(
+        zip(state["list"]["after"], state["list"]["title"], state["list"]["moved"]), start=1
+    ):
+        target = item == state["target"]["item"]
+        top = 58 + 22 * place
+        if target:
+            parts.append(
+                f'<path d="M606 {top - 15}h284v21h-284z" fill="{ORANGE}" fill-opacity="0.25"/>'
+            )
+        _write(parts, 628, top, str(place), 12, "#595959", "end")
+        _write(parts, 636, top, _cut(f"{'★ ' * target}{title}", 34), 12)
+        _write(parts, 886, top, move, 12, "#595959", "end")
+    _write(parts, 610, 58, "recommended", 11)
+    height = max(bottom, 70 + 22 * len(state["list"]["after"]))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height}" width="900" '
+        f'height="{height}" role="img" aria-label="{_escaped(state["label"])}" '
+        'font-family="system-ui, sans-serif" style="max-width: 100%; height: auto">'
+        '<defs><pattern id="sidlab-pruned" width="5" height="5" patternUnits="userSpaceOnUse" '
+        'patternTransform="rotate(45)">'
+        f'<path d="M0 0h5v5h-5z" fill="#fff"/><path d="M0 0v5" stroke="{GREY}"/></pattern></defs>'
+        f'<path d="M0 0h900v{height}h-900z" fill="#fff"/>{"".join(parts)}</svg>'
+    )
+
+
+def hover(state: dict, token: int) -> str:
+    """What is said of a token, as `pruning.js` says it."""
+    tokens = state["tokens"]
+    kept = "kept" if tokens["kept"][token] else "pruned"
+    return f"{tokens['name'][token]}: code {tokens['code'][token]}, {kept}, {tokens['fact'][token]}"
+
+
+def _write(parts, x, y, text, size, color="#222", anchor="start"):
+    parts.append(
+        f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}">'
+        f"{_escaped(text)}</text>"
+    )
+
+
+def _escaped(text):
+    """For XML, which knows no control characters."""
+    return html.escape("".join(letter for letter in text if letter.isprintable()))
 
 
 def _level_names(model):
-    return [f"level {v + 1}" for v in range(model.table.levels)] + ["separator"] * model.config.separators
+    return [f"level {v + 1}" for v in range(model.table.levels)] + [
+        "separator"
+    ] * model.config.separators
 
 
 def table(head, rows) -> str:
     """An HTML table; all cells are escaped."""
-    top = "".join(f'<th scope="col" style="text-align: left">{html.escape(str(cell))}</th>' for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    top = "".join(
+        f'<th scope="col" style="text-align: left">{html.escape(str(cell))}</th>' for cell in head
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
     return f'<table cellpadding="4"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
