@@ -63,12 +63,16 @@ export default {
     theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
     show();
 
-    // The picture for a notebook without a kernel stands in the output that follows.
-    const picture = el.closest(".jp-OutputArea-child")?.nextElementSibling;
-    if (picture) picture.style.display = "none";
+    // The picture for a notebook without a kernel is the output that follows, sooner or later.
+    const output = el.closest(".jp-OutputArea-child");
+    const hide = () => output?.nextElementSibling?.style.setProperty("display", "none");
+    const outputs = new MutationObserver(hide);
+    if (output) outputs.observe(output.parentElement, { childList: true });
+    hide();
     return () => {
       held.off("change", ask);
       theme.disconnect();
+      outputs.disconnect();
       cancelAnimationFrame(asked);
     };
   },
