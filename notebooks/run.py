@@ -180,8 +180,8 @@ def judge(recorded: dict, expect: dict, checks: int) -> list[str]:
     made = recorded.get("checks", [])
     if len(made) < checks:
         problems.append(f"{len(made)} checks recorded of {checks} cells tagged 'check'")
-    problems += [f"check {check['name']} of a stub says {check['verdict']!r}, not 'not done yet'" for check in made
-                 if check["passed"] or check["verdict"] != "not done yet"]
+    problems += [f"check {check['name']} of a stub says {check['verdict']!r}, not 'not started'" for check in made
+                 if check["passed"] or check["verdict"] != "not started"]
     return problems
 
 
