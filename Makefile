@@ -52,7 +52,9 @@ setup: $(READY)
 # Torch first and alone: with the extra index in every step, pip would ask it for each of the other packages too.
 # Few retries, so that a machine which cannot reach that index goes on with what its other indexes have.
 # The stamp is the last thing written, so that a broken install is tried again.
-$(READY): pyproject.toml constraints.txt $(if $(OTHER_INDEX),FORCE)
+# As in binder/postBuild, JupyterLab does not ask for its news, and the kernel leaves a notebook as it was; both are settings of .venv,
+# what is the user's in ~/.jupyter and ~/.ipython stays.
+$(READY): pyproject.toml constraints.txt binder/ipython_kernel_config.py $(if $(OTHER_INDEX),FORCE)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	    { echo "sidlab needs Python >= 3.11; name one: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -61,6 +63,8 @@ $(READY): pyproject.toml constraints.txt $(if $(OTHER_INDEX),FORCE)
 	@echo "$(TORCH_INDEX)" > .venv/torch-index
 	$(BIN)/pip install --retries 1 --timeout 15 --extra-index-url "$(TORCH_INDEX)" -c constraints.txt torch
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/jupyter labextension disable --level=sys_prefix "@jupyterlab/apputils-extension:announcements"
+	@mkdir -p .venv/etc/ipython && cp binder/ipython_kernel_config.py .venv/etc/ipython/
 	@touch $@
 
 lab: $(READY)

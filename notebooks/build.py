@@ -16,9 +16,10 @@ How a source is written:
   "exercise" that defines a function. Its solution stands between the lines `### BEGIN SOLUTION` and
   `### END SOLUTION`, indented like the code; the student finds `raise NotImplementedError("your turn")` in their place. The next code
   cell is tagged "check" and calls `teach.check("name", function)`. What comes after must not need the student's function.
-* At the end stand `## Summary`, one `teach.quiz` of five questions, whose cell JupyterLab shows folded up, since it holds the answers, and
-  `## Links` to papers and code.
-* The last code cell is tagged "record" and passes a dict of numbers to `teach.record`: what run.py asserts on.
+* A cell with `teach.predict` holds the truth, so JupyterLab shows it folded up, but for its first line: that is `teach.predict(`, and
+  nothing but the call is in the cell. What gives the answer away comes as `then=`, not in the cells behind.
+* At the end stand `## Summary`, one `teach.quiz` of five questions, whose cell is folded up, too, and `## Links` to papers and code.
+* The last code cell is tagged "record" and passes a dict of numbers to `teach.record`: what run.py asserts on. It is folded up as well.
 * No LaTeX, since pages render offline: formulas are unicode in code blocks. No `Output` widgets and no `interact`, which keep errors to
   themselves.
 """
@@ -35,6 +36,15 @@ from sidlab.files import write
 
 HERE = pathlib.Path(__file__).resolve().parent
 STUB = 'raise NotImplementedError("your turn")'
+PREDICTION = re.compile(r"teach\.predict\(\n(?:(?:    .*)?\n)*\)")
+FOLDED = re.compile(r"\bteach\.(predict|quiz|record)\(")
+# What JupyterLab writes when it opens a notebook, so that it is not changed by that. The kernel that `make setup` and Binder configure
+# gives this version, whichever Python it is (see ../binder/ipython_kernel_config.py).
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3}, "file_extension": ".py", "mimetype": "text/x-python",
+        "name": "python", "nbconvert_exporter": "python", "pygments_lexer": "ipython3", "version": "3"}}
 FOLDER = """import os
 import pathlib
 
@@ -104,13 +114,14 @@ def navigation(stem, titles):
 
 def notebook(stem, cells) -> str:
     """The text of an .ipynb. Of a cell's metadata only its tags stay; its id is the stem and its place."""
-    out = new_notebook(metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-                                 "language_info": {"name": "python"}})
+    out = new_notebook(metadata=METADATA)
     for place, cell in enumerate(cells):
         new = new_code_cell if cell.cell_type == "code" else new_markdown_cell
         metadata = {"tags": tags(cell)} if tags(cell) else {}
-        if cell.cell_type == "code" and "teach.quiz(" in cell.source:
+        if cell.cell_type == "code" and FOLDED.search(cell.source):
             metadata["jupyter"] = {"source_hidden": True}
+            if "record" in tags(cell):
+                metadata["jupyter"]["outputs_hidden"] = True
         out.cells.append(new(cell.source, id=f"{stem}-{place:02}", metadata=metadata))
     nbformat.validate(out)
     return nbformat.writes(out) + "\n"
@@ -174,6 +185,8 @@ def check(name, cells) -> None:
                 error(place, "a marker of solutions in a markdown cell")
         elif found := HIDES_ERRORS.search(cell.source):
             error(place, f"{found[0]!r} keeps errors to itself; use .observe and HTML widgets")
+        elif "teach.predict(" in cell.source and not PREDICTION.fullmatch(cell.source):
+            error(place, "a prediction has to be a cell of its own, and its first line, which is seen when it is folded, 'teach.predict('")
     if not code or "record" not in tags(cells[code[-1]]) or "record(" not in cells[code[-1]].source:
         error(code[-1] if code else 0, "the last code cell has to be tagged 'record' and to call teach.record")
     for place, after in zip(code, [*code[1:], None]):

@@ -24,6 +24,7 @@ import plotly.io as pio
 import run
 from jinja2 import DictLoader
 from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
 from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 from plotly.offline import get_plotlyjs
 
@@ -142,11 +143,18 @@ def without_kernel(notebook):
     number = itertools.count(1)
     for output in itertools.chain(*(cell.get("outputs", []) for cell in notebook.cells)):
         data = output.get("data", {})
-        if PLOTLY in data:
-            output.data = new_output("display_data", {"text/html": figure_html(data[PLOTLY], f"figure-{next(number)}")}).data
-        elif WIDGET in data:
-            widget = widget_html(data[WIDGET]["model_id"], models)
-            output.data = new_output("display_data", {"text/html": f"{widget}<p><i>Live in JupyterLab; here as it was left.</i></p>"}).data
+        if PLOTLY in data or WIDGET in data:
+            note = "<p><i>Live in JupyterLab; here as it was left.</i></p>" if WIDGET in data else ""
+            output.data = new_output("display_data", {"text/html": output_html(data, models, number) + note}).data
+
+
+def output_html(data, models, number):
+    """An output of a cell or of an Output widget, {MIME type: content}, as HTML. `number` counts the figures."""
+    if PLOTLY in data:
+        return figure_html(data[PLOTLY], f"figure-{next(number)}")
+    if WIDGET in data:
+        return widget_html(data[WIDGET]["model_id"], models, number)
+    return data["text/html"] if "text/html" in data else markdown2html(data["text/markdown"])
 
 
 def figure_html(figure, name):
@@ -158,15 +166,17 @@ def figure_html(figure, name):
     return f'<div id="{name}" role="img" aria-label="{html.escape(label)}"></div>\n<script>show("{name}", {script});</script>'
 
 
-def widget_html(name, models):
-    """A widget as text: containers by their children, choices as lists, other controls by label and value."""
+def widget_html(name, models, number):
+    """A widget as text: containers by their children, choices as lists, outputs as those of cells, other controls by label and value."""
     model = models.get(name.removeprefix("IPY_MODEL_"), {"model_name": "", "state": {}})
     kind, state = model["model_name"], model["state"]
     label, value = html.escape(state.get("description") or ""), state.get("value")
     if "children" in state:
-        return "<div>" + "".join(widget_html(child, models) for child in state["children"]) + "</div>"
+        return "<div>" + "".join(widget_html(child, models, number) for child in state["children"]) + "</div>"
     if kind == "HTMLModel":
         return f"<div>{value}</div>"
+    if kind == "OutputModel":
+        return "".join(f"<div>{output_html(output['data'], models, number)}</div>" for output in state["outputs"])
     if "_options_labels" in state:
         chosen = state["index"] if isinstance(state["index"], list) else [state["index"]]
         options = "".join(f"<li>{html.escape(option)}{' (chosen)' if place in chosen else ''}</li>"

@@ -85,7 +85,7 @@ register("perplexity", [(np.array([0, 0, 0, 1, 2, 2, 5]), 8), (_codes[:, 0], 4)]
     "An unused code gives 0 · log 0 = NaN: leave unused codes out of the sum.": _entropy_of_all,
 })
 
-register("centrality", [(_attention, _mask)], attention_centrality, {
+register("centrality_of", [(_attention, _mask)], attention_centrality, {
     "This sums over the keys, which is attention given: rows are queries, so sum over them for the attention received.": (
         lambda attention, mask: attention.sum((1, 3)), lambda attention, mask: attention.sum((1, 3)) * mask,
         lambda attention, mask: attention.mean((1, 3)), lambda attention, mask: attention.mean((1, 3)) * mask),
@@ -97,7 +97,7 @@ register("centrality", [(_attention, _mask)], attention_centrality, {
         lambda attention, mask: attention_centrality(attention, mask) / mask.shape[1]),
 })
 
-register("saliency", [(_hidden,)], semantic_saliency, {
+register("saliency_of", [(_hidden,)], semantic_saliency, {
     "This is the L2 norm: the L1 norm sums the absolute values.": lambda hidden: hidden.norm(dim=-1),
     "This sums the values with their signs, so that they cancel: take absolute values first.": lambda hidden: hidden.sum(-1),
     "This averages the absolute values: sum them.": lambda hidden: hidden.abs().mean(-1),
@@ -109,7 +109,7 @@ def _score(scorer):
     return lambda centrality, hidden, mask: token_importance(Signals(hidden, centrality, mask), scorer)
 
 
-register("importance", [(_centrality, _hidden, _mask)], _score("rastp"), {
+register("importance_of", [(_centrality, _hidden, _mask)], _score("rastp"), {
     "Padding has a finite score: set it to -inf, or it could be kept.":
         lambda centrality, hidden, mask: centrality * semantic_saliency(hidden),
     "This uses the L2 norm: RASTP's saliency is the L1 norm.": _score("rastp-l2"),
@@ -239,13 +239,13 @@ _wrong_hits = {"Rank 0 counts as a hit: it means that the target is missing, and
               "Rank k is left out: ranks count from 1, so rank k is among the first k.": lambda ranks, k: (ranks > 0) & (ranks < k),
               "Ranks beyond k count: they give 0.": lambda ranks, k: ranks > 0}
 
-register("recall_at", [(_ranks, 1), (_ranks, 5), (_ranks, 10)], lambda ranks, k: float(metrics.recall_at(ranks, k).mean()), {
+register("recall_at_k", [(_ranks, 1), (_ranks, 5), (_ranks, 10)], lambda ranks, k: float(metrics.recall_at(ranks, k).mean()), {
     **{message: _mean_at(np.ones_like, hit) for message, hit in _wrong_hits.items()},
     "The mean is over found targets only: every user counts.": lambda ranks, k: (ranks[ranks > 0] <= k).mean(),
     "This is the number of hits: divide by the number of users.": lambda ranks, k: ((ranks > 0) & (ranks <= k)).sum(),
 })
 
-register("ndcg_at", [(_ranks, 1), (_ranks, 5), (_ranks, 10)], lambda ranks, k: float(metrics.ndcg_at(ranks, k).mean()), {
+register("ndcg", [(_ranks, 1), (_ranks, 5), (_ranks, 10)], lambda ranks, k: float(metrics.ndcg_at(ranks, k).mean()), {
     **{message: _mean_at(lambda ranks: 1 / np.log2(1 + ranks), hit) for message, hit in _wrong_hits.items()},
     "The discount is log2(2 + rank), as if ranks counted from 0: rank 1 is the top, so log2(1 + rank).":
         _mean_at(lambda ranks: 1 / np.log2(2 + ranks)),

@@ -1,12 +1,13 @@
 """Predict before you see, check what you wrote: what the notebooks ask of a learner, and how they answer.
 
     teach.predict("How many of 30 tokens …?", truth=10, range=(0, 30))      a guess first, then the truth and a calibration score
-    teach.check("centrality", my_centrality)                                one's own function against the package's
+    teach.check("centrality_of", centrality_of)                             one's own function against the package's
     teach.quiz(teach.Question("What is …?", ["this", "that"], 0, "Because …"))
     teach.record({"recall@10": 0.31})                                       numbers that a run of the notebooks asserts on
 
 With $SIDLAB_UNATTENDED set, predictions commit their default as soon as they are made. What is asked and answered is kept for the
-session: `score()`, `checks()`, `reset()`.
+session, so that a cell that is run again shows the answer it had: `score()`, `checks()`, `reset()`. `Code between backticks` is set
+as code.
 """
 
 import copy
@@ -15,6 +16,7 @@ import html
 import json
 import math
 import os
+import re
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -28,6 +30,7 @@ TOLERANCE = 1e-5  # of the right number, or of 1 where that is less
 
 _guesses: dict[str, tuple[bool, float]] = {}  # by question: right?, stated confidence in 0..1
 _intervals: dict[str, bool] = {}  # did it hold the truth?
+_answers: dict[tuple, object] = {}  # by question and what can be answered: the answer that stands, of predictions and quizzes
 _checks: list[dict] = []
 
 
@@ -47,7 +50,7 @@ def checks() -> list[dict]:
 
 def reset() -> None:
     """Forget the predictions and checks of this session."""
-    for kept in (_guesses, _intervals, _checks):
+    for kept in (_guesses, _intervals, _answers, _checks):
         kept.clear()
 
 
@@ -78,16 +81,41 @@ class _Button(widgets.Button):
         self._action()
 
 
-# ipywidgets gives every choice one line; a long one in a narrow window needs more.
+# ipywidgets gives every choice one line; a long one in a narrow window needs more. A button that is done with stays enabled for the
+# browser: a disabled one loses the focus, and with it the keys of the notebook.
 _STYLE = """<style>.sidlab-choices .widget-radio-box label
 { height: auto; display: flex; flex-direction: row-reverse; justify-content: flex-end; align-items: flex-start }
-.sidlab-choices .widget-radio-box input { flex: none }</style>"""
+.sidlab-choices .widget-radio-box input { flex: none }
+.sidlab-question .jp-RenderedHTML td { max-width: 30rem; overflow-wrap: break-word }
+.sidlab-question > .widget-html, .sidlab-choices .widget-radio-box label { overflow-wrap: anywhere }
+.sidlab-inert { opacity: 0.5; pointer-events: none }</style>"""
+
+
+def _text(text: str) -> str:
+    """As HTML, in which `code` is set as code and nothing else has a meaning."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def _output(thing) -> dict:
+    """An output of a cell, as ipywidgets' Output holds it: text is Markdown, other things show themselves as in a cell."""
+    if isinstance(thing, str):
+        data = {"text/markdown": thing}
+    elif hasattr(thing, "to_plotly_json"):  # its own bundle would first show all of plotly.js
+        data = {"application/vnd.plotly.v1+json": json.loads(thing.to_json())}
+    elif hasattr(thing, "_repr_mimebundle_"):
+        data = thing._repr_mimebundle_()
+    elif hasattr(thing, "_repr_html_"):
+        data = {"text/html": thing._repr_html_()}
+    else:
+        raise TypeError(f"then={thing!r} must be Markdown, or show itself in a notebook (a DataFrame, a figure, a widget)")
+    return {"output_type": "display_data", "data": {"text/plain": "", **data}, "metadata": {}}
 
 
 def _radio(description: str, options: Sequence, tooltip: str) -> widgets.RadioButtons:
-    """Nothing is chosen at first; its value is the index of the choice."""
-    radio = widgets.RadioButtons(options=[(str(option), i) for i, option in enumerate(options)], value=None, description=description,
-                                 tooltip=tooltip, style={"description_width": "initial"}, layout={"width": "auto"})
+    """Nothing is chosen at first; its value is the index of the choice. Its labels hold text alone: backticks are left out."""
+    labels = [(str(option).replace("`", ""), i) for i, option in enumerate(options)]
+    radio = widgets.RadioButtons(options=labels, value=None, description=description, tooltip=tooltip,
+                                 style={"description_width": "initial"}, layout={"width": "auto"})
     return radio.add_class("sidlab-choices")
 
 
@@ -97,20 +125,25 @@ class Prediction(widgets.VBox):
     Args: `truth`: the right choice or number, or a callable that returns it and is called when the learner commits; `choices`: two or
     more to choose one from, beside how sure one is; or `range` = (low, high) of a slider for the range that holds the truth with 80 %
     certainty; `default`: what an unattended run commits, a choice or (low, high) (None: the first choice, the middle half of the range);
-    `unit` stands behind the numbers; `explain` is shown with the truth.
+    `unit` stands behind the numbers; `explain` is shown with the truth, and `then` below it: Markdown, or what shows itself in a
+    notebook (a DataFrame, a figure, a widget), a list of such, or a callable that returns it, called when the learner commits. What
+    would give the answer away belongs there.
     A widget: make it the last expression of a cell. `answer` (RadioButtons, its value an index, or FloatRangeSlider), `confidence`
-    (IntSlider in percent; None with a range), `commit` (Button) and `result` (HTML) are its parts; `committed` says whether the truth is
-    out. Raises ValueError for a default or truth that is not among the choices, a
-    default outside the range, a truth that is not a finite number. What the callable raises is shown to the reader, and raised.
+    (IntSlider in percent; None with a range), `commit` (Button), `result` (HTML), `more` (Output with `then`) and `again` (Button to
+    answer anew, shown after a commit) are its parts; `committed` says whether the truth is out. The same question asked again, as
+    when its cell is run again, shows the answer that it has been given.
+    Raises ValueError for a default or truth that is not among the choices, a default outside the range, a truth that is not a finite
+    number; TypeError for a `then` that cannot be shown. What a callable raises is shown to the reader, and raised.
     """
 
     def __init__(self, question: str, truth, *, choices: Sequence | None = None, range: tuple | None = None, default=None, unit: str = "",
-                 explain: str = ""):
+                 explain: str = "", then=()):
         super().__init__()
         if (choices is None) == (range is None):
             raise ValueError(f"give either choices or range, got choices={choices!r} and range={range!r}")
         self._question, self._truth, self._choices = question, truth, choices and list(choices)
-        self._unit, self._explain = unit, explain
+        self._unit, self._explain, self._then = unit, explain, then
+        self._key = (question, repr(self._choices or range))
         self.committed, self.confidence = False, None
         if choices is not None:
             self._check_choices(default)
@@ -128,10 +161,12 @@ class Prediction(widgets.VBox):
                 style={"description_width": "initial"}, layout={"width": "40rem", "max_width": "97%"})
         if not callable(truth):
             self._check_truth(truth)
-        self.commit = _Button(self._commit, description="Commit", tooltip="Commit your guess and see the truth")
-        self.result = widgets.HTML()
-        asked = widgets.HTML(f"{_STYLE}<b>Predict first.</b> {html.escape(question)}")
-        parts = (asked, self.answer, self.confidence, self.commit, self.result, Labels())
+        self.commit = _Button(self._commit, tooltip="Commit your guess and see the truth")
+        self.again = _Button(self._ask_anew, description="Answer anew", tooltip="Hide the truth and answer once more")
+        self.result, self.more, self._buttons = widgets.HTML(), widgets.Output(), widgets.HBox()
+        self._open(True)
+        asked = widgets.HTML(f"{_STYLE}<b>Predict first.</b> {_text(question)}")
+        parts = (asked, self.answer, self.confidence, self._buttons, self.result, self.more, Labels())
         self.children = [w for w in parts if w is not None]
         self.add_class("sidlab-question")
         if os.environ.get("SIDLAB_UNATTENDED"):
@@ -139,6 +174,11 @@ class Prediction(widgets.VBox):
                 self.answer.value = default if choices is None else self._choices.index(default)
             elif choices is not None:
                 self.answer.value = 0
+            self._commit()
+        elif self._key in _answers:
+            self.answer.value, sure = _answers[self._key]
+            if self.confidence is not None:
+                self.confidence.value = sure
             self._commit()
 
     def _check_choices(self, default):
@@ -161,26 +201,43 @@ class Prediction(widgets.VBox):
         if self._choices is None and not (np.ndim(truth) == 0 and math.isfinite(truth)):
             raise ValueError(f"truth={truth!r} must be a finite number")
 
+    def _open(self, asking: bool):
+        """Let the answer be changed and committed, or neither. The button of the commit keeps the browser's focus in any case."""
+        for control in filter(None, (self.answer, self.confidence)):
+            control.disabled = not asking
+        (self.commit.remove_class if asking else self.commit.add_class)("sidlab-inert")
+        self.commit.description = "Commit" if asking else "Committed"
+        anew = self.committed and not os.environ.get("SIDLAB_UNATTENDED")
+        self._buttons.children = (self.commit, self.again) if anew else (self.commit,)
+
+    def _ask_anew(self):
+        del _answers[self._key]
+        self.committed, self.result.value, self.more.outputs = False, "", ()
+        self._open(True)
+        self.commit.focus()  # the button that was clicked is gone
+
     def _commit(self):
         if self.committed:
             return
         if self.answer.value is None:
             self.result.value = '<div role="status">Choose an answer first.</div>'
             return
-        controls = [w for w in (self.answer, self.confidence, self.commit) if w is not None]
-        for control in controls:
-            control.disabled = True
+        self._open(False)
         self.result.value = '<div role="status">working …</div>'
         try:
             truth = self._truth() if callable(self._truth) else self._truth
             self._check_truth(truth)
+            then = self._then() if callable(self._then) else self._then
+            outputs = [_output(thing) for thing in (then if isinstance(then, list | tuple) else [then])]
         except Exception as error:
-            for control in controls:
-                control.disabled = False
+            self._open(True)
             self.result.value = f'<div role="alert"><b>{type(error).__name__}:</b> {html.escape(str(error))}</div>'
             raise
         self.committed = True
+        _answers[self._key] = self.answer.value, self.confidence and self.confidence.value
+        self._open(False)
         self._show(truth)
+        self.more.outputs = outputs
 
     def _show(self, truth):
         if self._choices is not None:
@@ -195,8 +252,8 @@ class Prediction(widgets.VBox):
             verdict = "✓ Inside your range." if right else "✗ Outside your range."
             said, was = f"You said {_number(low)} to {_number(high)}", _number(truth)
         unit = f" {self._unit}" if self._unit else ""
-        parts = [f"<b>{verdict}</b> " + html.escape(f"{said}{unit if self._choices is None else ''}; the truth is {was}{unit}."),
-                 html.escape(self._explain), html.escape(_calibration())]
+        parts = [f"<b>{verdict}</b> " + _text(f"{said}{unit if self._choices is None else ''}; the truth is {was}{unit}."),
+                 _text(self._explain), _text(_calibration())]
         self.result.value = f'<div role="status">{"<br>".join(filter(None, parts))}</div>'
 
 
@@ -235,7 +292,7 @@ class Question:
 class Quiz(widgets.VBox):
     """A widget with `questions` and a button that says which answers are right, and why; it may be pressed again. `answers`
     (RadioButtons, value None or an index) and `feedback` (HTML), one a question; `check` (Button);
-    `total` (HTML)."""
+    `total` (HTML). What has been checked is kept: the same question, asked again, has its answer."""
 
     def __init__(self, *questions: Question):
         super().__init__()
@@ -245,21 +302,32 @@ class Quiz(widgets.VBox):
         self.answers = [_radio(f"Question {i}", q.answers, q.text) for i, q in enumerate(questions, start=1)]
         self.feedback, self.total = [widgets.HTML() for _ in questions], widgets.HTML()
         self.check = _Button(self._check, description="Check", tooltip="Check your answers")
-        rows = [(widgets.HTML(f"{_STYLE}<b>{i}.</b> {html.escape(q.text)}"), answer, feedback)
+        rows = [(widgets.HTML(f"{_STYLE}<b>{i}.</b> {_text(q.text)}"), answer, feedback)
                 for i, (q, answer, feedback) in enumerate(zip(questions, self.answers, self.feedback), start=1)]
         self.children = [*(part for row in rows for part in row), self.check, self.total]
+        self.add_class("sidlab-question")
+        for question, answer in zip(questions, self.answers):
+            answer.value = _answers.get(_key(question))
+        if any(answer.value is not None for answer in self.answers):
+            self._check()
 
     def _check(self):
         right = 0
         for question, answer, feedback in zip(self.questions, self.answers, self.feedback):
             verdict = "– No answer yet." if answer.value is None else "✓ Right." if answer.value == question.right else "✗ Not right."
             right += answer.value == question.right
-            why = "" if answer.value is None else html.escape(question.why)
+            why = "" if answer.value is None else _text(question.why)
             feedback.value = f"<b>{verdict}</b> {why}"
+            _answers[_key(question)] = answer.value
         self.total.value = f'<div role="status"><b>{right} of {len(self.questions)}</b> right.</div>'
 
 
 quiz = Quiz
+
+
+def _key(question: Question) -> tuple:
+    return question.text, repr(list(question.answers))
+
 
 # ---- checks
 
@@ -280,7 +348,7 @@ class Exercise:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """`verdict`: "exact", "close" (within `TOLERANCE`), "max difference …", "wrong shape", "not done yet" or "raised …"."""
+    """`verdict`: "exact", "close" (within `TOLERANCE`), "max difference …", "wrong shape", "not started" or "raised …"."""
 
     name: str
     passed: bool
@@ -288,12 +356,15 @@ class Check:
     hint: str = ""
 
     def __str__(self):
+        if self.verdict == "not started":
+            return f"– {self.name}: not started. {self.hint}"
         return f"{'✓' if self.passed else '✗'} {self.name}: {'' if self.passed else 'not '}passed, {self.verdict}. {self.hint}".rstrip()
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        return f'<p role="status"><b>{html.escape(str(self)).replace(":", ":</b>", 1)}</p>'
+        said = _text(str(self)).replace(":", ":</b>", 1)
+        return f'<p role="status" style="overflow-wrap: anywhere"><b>{said}</p>'
 
 
 CHECKS: dict[str, Exercise] = {}
@@ -315,7 +386,7 @@ def check(name: str, mine) -> Check:
     """Compare `mine`, a function, with the package's on fixed inputs (`CHECKS[name].inputs`); of a check with one input `mine` may also be
     the result itself.
 
-    Nothing that `mine` raises gets out: a stub is "not done yet". A failed check names the mistake if it is a classic one.
+    Nothing that `mine` raises gets out: a stub is "not started". A failed check names the mistake if it is a classic one.
     Raises ValueError if there is no such check.
     """
     if name not in CHECKS:
@@ -331,7 +402,7 @@ def _judge(exercise: Exercise, mine) -> tuple[bool, str, str]:
     try:
         results = exercise.run(mine) if callable(mine) else [mine]
     except NotImplementedError as error:
-        return False, "not done yet", f"Write your code in place of the line that raises NotImplementedError({str(error)!r})."
+        return False, "not started", f"Write your code in place of the line that raises NotImplementedError({str(error)!r})."
     except Exception as error:  # noqa: BLE001 - it is the verdict, and the reader sees it
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]  # the learner's
         where = f"In line {frames[0].lineno} of your code: {frames[0].line}" if frames else f"Arguments it gets: {len(exercise.inputs[0])}."

@@ -1,10 +1,14 @@
 """The course: notebooks are what their sources give, exercises can be done, and what builds, runs and renders them sees mistakes."""
 
 import ast
+import builtins
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
+import ipykernel.ipkernel
+import ipykernel.kernelspec
 import ipywidgets
 import nbformat
 import plotly.graph_objects as go
@@ -110,8 +114,30 @@ def test_notebook_is_valid_and_holds_no_outputs(path):
     assert len(set(ids)) == len(ids)
     for cell in notebook["cells"]:
         assert not cell.get("outputs") and cell.get("execution_count") is None, cell["id"]
-        folded = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
-        assert folded == ("teach.quiz(" in "".join(cell["source"]) and cell["cell_type"] == "code"), cell["id"]
+        holds_answers = cell["cell_type"] == "code" and re.search(r"teach\.(predict|quiz|record)\(", "".join(cell["source"]))
+        folds = {"source_hidden": True} if holds_answers else {}
+        if "record" in cell["metadata"].get("tags", []):
+            folds["outputs_hidden"] = True
+        assert cell["metadata"].get("jupyter", {}) == folds, cell["id"]
+
+
+@each_notebook
+def test_opening_a_notebook_does_not_change_it(path):
+    """JupyterLab writes what the kernel and its kernelspec say of themselves into the metadata; where that is what stands there already,
+    the notebook stays as it was saved. The kernel of this course is told to name version 3 of Python, whichever it is."""
+    metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    config = (ROOT / "binder" / "ipython_kernel_config.py").read_text(encoding="utf-8")
+    language, shell = dict(ipykernel.ipkernel.IPythonKernel.language_info), SimpleNamespace(kernel=SimpleNamespace(language_info={}))
+    c = SimpleNamespace(IPKernelApp=SimpleNamespace())
+    exec(config, {"c": c})  # noqa: S102 - what IPython does with it
+    for line in c.IPKernelApp.exec_lines:
+        exec(line, {"get_ipython": lambda: shell})  # noqa: S102
+    assert set(shell.kernel.language_info) == {"version"}
+    assert metadata["language_info"] == language | shell.kernel.language_info
+    spec = ipykernel.kernelspec.get_kernel_dict()
+    assert metadata["kernelspec"] == {"name": "python3", "display_name": spec["display_name"], "language": spec["language"]}
+    installed = [(ROOT / file).read_text() for file in ("Makefile", "binder/postBuild")]
+    assert all("binder/ipython_kernel_config.py" in text and "apputils-extension:announcements" in text for text in installed)
 
 
 @each_notebook
@@ -149,8 +175,89 @@ def test_source_has_the_parts_of_a_lesson(path):
     assert "](https://arxiv.org/" in links and "](../sidlab/" in links, "no link to a paper, or none to code"
 
 
+def call_of(cell):
+    """The call that is all of a cell with teach.predict, else None."""
+    found = cell.cell_type == "code" and cell.source.startswith("teach.predict(") and ast.parse(cell.source).body[0].value
+    return found or None
+
+
+def names(*nodes):
+    """The names that values are made from: not the indices into them, and not what runs in a comprehension."""
+    found, running = set(), set()
+    for node in filter(None, nodes):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        children = [node.value] if isinstance(node, ast.Subscript) else list(ast.iter_child_nodes(node))
+        running |= {name for child in children if isinstance(child, ast.comprehension) for name in names(child.target)}
+        found |= names(*children)
+    return found - running
+
+
+def given_away(lesson):
+    """What stands open beside a question: (place of the prediction, what), over all of them. Either a truth that is written down in the
+    markdown cell behind it; or a name that the next code cell shows, and from which the truth, or what is shown with it, is made and the
+    question is not. Of what the truth is made is looked up one assignment back."""
+    made_of, general, found = {}, set(dir(builtins)), []
+    for place, cell in enumerate(lesson):
+        if cell.cell_type != "code":
+            continue
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Assign):
+                for name in names(*node.targets):
+                    made_of[name] = made_of.get(name, set()) | names(node.value)
+            elif isinstance(node, ast.FunctionDef | ast.Import | ast.ImportFrom):
+                general |= {node.name} if isinstance(node, ast.FunctionDef) else {(a.asname or a.name).split(".")[0] for a in node.names}
+        if (call := call_of(cell)) is None:
+            continue
+        options = {keyword.arg: keyword.value for keyword in call.keywords}
+        question, truth = call.args
+        open_to_all = names(question, *(options.get(name) for name in ("choices", "range", "default", "unit")))
+        hidden = names(truth, options.get("explain"), options.get("then"))
+        hidden = (hidden | set().union(*(made_of.get(name, set()) for name in names(truth)))) - open_to_all - general
+        behind = lesson[place + 1 :]
+        prose = behind[0].source if behind and behind[0].cell_type == "markdown" else ""
+        if isinstance(truth, ast.Constant) and re.search(rf"(?<![\w/]){re.escape(str(truth.value))}(?!\w)", prose):
+            found.append((place, truth.value))
+        after = next((cell for cell in behind if cell.cell_type == "code"), None)
+        if after is not None and call_of(after) is None:
+            tree = ast.parse(after.source)
+            shown = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"]
+            shown += [tree.body[-1]] if tree.body and isinstance(tree.body[-1], ast.Expr) else []
+            found += [(place, name) for name in sorted(hidden & names(*shown))]
+    return found
+
+
 @each_source
-def test_stubs_are_not_done_yet_and_solutions_pass(path, monkeypatch, request):
+def test_nothing_beside_a_question_gives_its_answer_away(path):
+    assert given_away(build.read(path)) == []
+
+
+@pytest.mark.parametrize(("behind", "found"), [
+    ("# %%\ntable", ["table"]), ("# %%\nprint(best)", ["best"]), ("# %%\nx = table\ntable.round(2)", ["table"]),
+    ("# %% [markdown]\n# So it is b, of course.", ["b"]), ("# %% [markdown]\n# So it is bad.", []), ("# %%\nother", []),
+    ("# %%\nx = table", []), ("# %%\nkeep", []),
+])
+def test_an_answer_beside_a_question_is_found(tmp_path, behind, found):
+    truth = "'b'" if "markdown" in behind else "best"
+    write_source(tmp_path, "00_a", f"# %%\nkeep = 3\ntable = f(keep)\nbest = g(table)\n\n# %%\nteach.predict(\n"
+                                   f"    f'Of {{keep}}?', {truth}, choices=['a', 'b'],\n)\n\n{behind}\n")
+    assert [what for _, what in given_away(build.read(tmp_path / "00_a.py"))] == found
+
+
+@each_source
+def test_checks_have_the_names_of_the_functions(path):
+    """The verdict names what the student has written."""
+    lesson, pairs = build.read(path), []
+    for cell in lesson:
+        if "exercise" in build.tags(cell):
+            function = [node.name for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef)]
+        elif "check" in build.tags(cell):
+            pairs.append((function, re.findall(r'teach\.check\("(.*?)"', cell.source)))
+    assert pairs and all(function == checked for function, checked in pairs), pairs
+
+
+@each_source
+def test_stubs_are_not_started_and_solutions_pass(path, monkeypatch, request):
     from sidlab import teach
 
     monkeypatch.chdir(NOTEBOOKS)
@@ -173,7 +280,7 @@ def test_stubs_are_not_done_yet_and_solutions_pass(path, monkeypatch, request):
                 execute(cell.source)
                 assert teach.checks(), f"cell {place + 1} checks nothing"
                 for check in teach.checks():
-                    assert check["passed"] == passes and (passes or check["verdict"] == "not done yet"), (passes, check)
+                    assert check["passed"] == passes and (passes or check["verdict"] == "not started"), (passes, check)
             done += 1
     assert done, "no exercise"
 
@@ -247,6 +354,8 @@ def test_build_writes_what_it_can_and_names_the_rest(tmp_path, monkeypatch):
      "cell 7: the solution of cell 4 leaks"),
     ("block = ", "out = widgets.Output()\nblock = ", r"cell 7: 'Output\(' keeps errors to itself"),
     ("block = ", "widgets.interact(kept)\nblock = ", r"cell 7: 'interact\(' keeps errors to itself"),
+    ("block = ", "teach.predict('?', 1, choices=[1, 2])\nblock = ", "cell 7: a prediction has to be a cell of its own"),
+    ("block = bytearray(b\"1\" * 150_000_000)", "teach.predict('Which?', 1, choices=[1, 2])", "cell 7: a prediction .* first line"),
     (' tags=["record"]', "", "cell 8: the last code cell has to be tagged 'record'"),
     ("teach.record(record)", "print(record)", "cell 8: the last code cell has to be tagged 'record'"),
 ])
@@ -314,7 +423,7 @@ def test_errors_shown_by_widgets():
     assert shown(ipywidgets.Output(outputs=[error])) == ["inside an Output widget: ValueError: no"]
 
 
-STUB = {"name": "gather", "passed": False, "verdict": "not done yet"}
+STUB = {"name": "gather", "passed": False, "verdict": "not started"}
 
 
 @pytest.mark.parametrize("record, problem", [
@@ -365,6 +474,10 @@ def folders(tmp_path):
     question = ipywidgets.VBox([ipywidgets.HTML("<b>Which?</b>"),
                                 ipywidgets.RadioButtons(options=["<one>", "two"], description="Answer", index=1),
                                 ipywidgets.IntSlider(4, description="Tokens"), ipywidgets.Button(description="Check")])
+    more = ipywidgets.Output(outputs=[new_output("display_data", data) for data in (
+        {"text/plain": "", "text/markdown": "It is *two*."}, {"text/html": "<table><td>3</td></table>"},
+        {site.PLOTLY: json.loads(figure.to_json())})])
+    question.children = [*question.children, more]
     models = {widget.model_id: {"model_name": widget._model_name, "state": ipywidgets.Widget._trait_to_json(widget.get_state(), widget)}
               for widget in (question, *question.children)}
     for model in models.values():
@@ -403,6 +516,9 @@ def test_site_shows_figures_and_widgets_to_everybody(folders):
     site.render(*folders)
     page = BeautifulSoup((folders[2] / "00_sample.html").read_text(encoding="utf-8"), "html.parser")
     assert page.html["lang"] == "en" and page.title.text == "0. Sample" and len(page.find_all("h1")) == 1 and page.main
+    assert page.find("em", string="two") and page.main.find("table").text == "3"
+    more = page.find("div", id="figure-2")
+    assert more["aria-label"] == "Loss </script>" and more.find_next("script").text.startswith('show("figure-2", {')
     figure = page.find("div", id="figure-1")
     assert figure["role"] == "img" and figure["aria-label"] == "Loss </script>"
     call = re.fullmatch(r'show\("figure-1", (.*)\);', figure.find_next("script").text)

@@ -4,6 +4,8 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
+import plotly.express as px
 import pytest
 import torch
 
@@ -94,16 +96,16 @@ SOLUTIONS = {
     "residual_codes": residual_codes,
     "collisions": collisions,
     "perplexity": perplexity,
-    "centrality": centrality,
-    "saliency": lambda hidden: hidden.abs().sum(-1),
-    "importance": importance,
+    "centrality_of": centrality,
+    "saliency_of": lambda hidden: hidden.abs().sum(-1),
+    "importance_of": importance,
     "kept_count": count,
     "keep_top": keep_top,
     "map_labels": map_labels,
     "map_loss": map_loss,
     "gather": lambda hidden, positions: torch.stack([row[places] for row, places in zip(hidden, positions)]),
-    "recall_at": lambda ranks, k: sum(1 <= rank <= k for rank in ranks.tolist()) / len(ranks),
-    "ndcg_at": lambda ranks, k: sum(1 / math.log2(1 + rank) for rank in ranks.tolist() if 1 <= rank <= k) / len(ranks),
+    "recall_at_k": lambda ranks, k: sum(1 <= rank <= k for rank in ranks.tolist()) / len(ranks),
+    "ndcg": lambda ranks, k: sum(1 / math.log2(1 + rank) for rank in ranks.tolist() if 1 <= rank <= k) / len(ranks),
     "real_tokens": lambda lengths, max_items, tokens:
         sum(min(n, max_items) * tokens for n in lengths) / (len(lengths) * max_items * tokens),
     "attention_flops": lambda n, d: 2 * (n * d * n) + 2 * (n * n * d),
@@ -153,11 +155,11 @@ CLASSICS = [
     ("collisions", lambda codes: 1 - len({tuple(row) for row in codes.tolist()}) / len(codes), "distinct / items"),
     ("perplexity", lambda codes, width: 2.0 ** torch.distributions.Categorical(torch.bincount(torch.tensor(codes)) / len(codes)).entropy(),
      "undoes log2"),
-    ("centrality", lambda attention, mask: torch.einsum("bhqk->bq", attention), "attention given"),
-    ("centrality", lambda attention, mask: torch.einsum("bhqk->bk", attention), "Padding votes"),
-    ("saliency", lambda hidden: (hidden**2).sum(-1).sqrt(), "L2 norm"),
-    ("importance", lambda centrality, hidden, mask: torch.where(mask == 1, centrality * hidden.norm(dim=-1), -math.inf), "L2 norm"),
-    ("importance", lambda centrality, hidden, mask: centrality * hidden.abs().sum(-1) * mask, "-inf"),
+    ("centrality_of", lambda attention, mask: torch.einsum("bhqk->bq", attention), "attention given"),
+    ("centrality_of", lambda attention, mask: torch.einsum("bhqk->bk", attention), "Padding votes"),
+    ("saliency_of", lambda hidden: (hidden**2).sum(-1).sqrt(), "L2 norm"),
+    ("importance_of", lambda centrality, hidden, mask: torch.where(mask == 1, centrality * hidden.norm(dim=-1), -math.inf), "L2 norm"),
+    ("importance_of", lambda centrality, hidden, mask: centrality * hidden.abs().sum(-1) * mask, "-inf"),
     ("kept_count", lambda n, keep: int(n * keep), "floor"),
     ("kept_count", lambda n, keep: n and max(1, int(n * keep)), "floor"),
     ("kept_count", lambda n, keep: math.ceil(keep * n), "1e-6"),
@@ -169,8 +171,8 @@ CLASSICS = [
     ("map_labels", lambda items, target, steps: items[target + 1 :][:steps], "left out"),
     ("map_loss", lambda losses, labels: losses[labels != -100].mean(), "all labels at once"),
     ("gather", lambda hidden, positions: hidden[:, : positions.shape[1]], "positions are lost"),
-    ("recall_at", lambda ranks, k: (ranks <= k).mean(), "Rank 0"),
-    ("ndcg_at", lambda ranks, k: np.mean([1 / math.log2(2 + r) if 1 <= r <= k else 0 for r in ranks]), "counted from 0"),
+    ("recall_at_k", lambda ranks, k: (ranks <= k).mean(), "Rank 0"),
+    ("ndcg", lambda ranks, k: np.mean([1 / math.log2(2 + r) if 1 <= r <= k else 0 for r in ranks]), "counted from 0"),
     ("real_tokens", lambda lengths, max_items, tokens: sum(lengths) / len(lengths) / max_items, "counted whole"),
     ("attention_flops", lambda n, d: n * n * d * 2, "two products"),
 ]
@@ -195,13 +197,14 @@ def test_map_labels_are_those_of_the_training_batches():
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)
-def test_stub_is_not_done_yet(name):
+def test_stub_is_not_started(name):
     def stub(*arguments):
         raise NotImplementedError("your turn")
 
     result = teach.check(name, stub)
-    assert (result.passed, result.verdict) == (False, "not done yet")
-    assert teach.checks() == [{"name": name, "passed": False, "verdict": "not done yet"}]
+    assert (result.passed, result.verdict) == (False, "not started")
+    assert teach.checks() == [{"name": name, "passed": False, "verdict": "not started"}]
+    assert str(result).startswith(f"– {name}: not started. Write your code in place of the line that raises")
 
 
 def test_what_the_function_raises_is_the_verdict():
@@ -209,10 +212,10 @@ def test_what_the_function_raises_is_the_verdict():
         rows = hidden[99]
         return rows
 
-    result = teach.check("saliency", broken)
+    result = teach.check("saliency_of", broken)
     assert not result.passed and result.verdict.startswith("raised IndexError: index 99 is out of bounds")
     assert "rows = hidden[99]" in result.hint
-    assert teach.check("saliency", lambda: 1).hint == "Arguments it gets: 1."
+    assert teach.check("saliency_of", lambda: 1).hint == "Arguments it gets: 1."
 
 
 @pytest.mark.parametrize(("mine", "verdict", "words"), [
@@ -227,7 +230,7 @@ def test_what_the_function_raises_is_the_verdict():
     (lambda hidden: hidden.norm(p=1, dim=-1), "exact", ""),
 ])
 def test_verdicts(mine, verdict, words):
-    result = teach.check("saliency", mine)
+    result = teach.check("saliency_of", mine)
     assert result.verdict == verdict and words in result.hint, result
     assert result.passed == (verdict in ("exact", "close"))
 
@@ -263,9 +266,9 @@ def test_a_function_cannot_spoil_the_inputs_of_the_next():
     def in_place(hidden):
         return hidden.abs_().sum(-1)
 
-    assert teach.check("saliency", in_place).passed
-    assert teach.CHECKS["saliency"].inputs[0][0].min() < 0
-    assert teach.check("saliency", lambda hidden: hidden.sum(-1)).hint.startswith("This sums the values with their signs")
+    assert teach.check("saliency_of", in_place).passed
+    assert teach.CHECKS["saliency_of"].inputs[0][0].min() < 0
+    assert teach.check("saliency_of", lambda hidden: hidden.sum(-1)).hint.startswith("This sums the values with their signs")
 
 
 def test_own_checks_take_functions_and_values():
@@ -286,15 +289,32 @@ def test_a_check_shows_itself_escaped_and_in_words():
     teach.register("a<b", [()], lambda: 1, {"Use <b>.": lambda: 2})
     bad, good = teach.check("a<b", lambda: 2), teach.check("a<b", lambda: 1)
     assert str(bad) == repr(bad) == "✗ a<b: not passed, max difference 1. Use <b>."
-    assert bad._repr_html_() == '<p role="status"><b>✗ a&lt;b:</b> not passed, max difference 1. Use &lt;b&gt;.</p>'
+    assert bad._repr_html_() == ('<p role="status" style="overflow-wrap: anywhere"><b>✗ a&lt;b:</b> '
+                                 'not passed, max difference 1. Use &lt;b&gt;.</p>')
     assert str(good) == "✓ a<b: passed, exact."
+    assert "is there a <code>return</code>?" in teach.check("a<b", lambda: None)._repr_html_()
 
 
 # --- predictions ----------------------------------------------------------------------------------------------------
 
 
 def labels(widget):
-    return [part.description for part in widget.children if hasattr(part, "disabled") and not isinstance(part, teach.widgets.HTML)]
+    if isinstance(widget, teach.widgets.Box):
+        return [label for part in widget.children for label in labels(part)]
+    return [widget.description] if hasattr(widget, "disabled") and not isinstance(widget, teach.widgets.HTML) else []
+
+
+def shown(asked):
+    """What stands below the truth: {MIME type: content} one after the other."""
+    assert all(output["output_type"] == "display_data" for output in asked.more.outputs)
+    return [{kind: content for kind, content in output["data"].items() if content} for output in asked.more.outputs]
+
+
+def committed(*arguments, answer, **options):
+    asked = teach.predict(*arguments, **options)
+    asked.answer.value = answer
+    asked.commit.click()
+    return asked
 
 
 def test_choice_is_committed_by_the_button():
@@ -309,7 +329,8 @@ def test_choice_is_committed_by_the_button():
     asked.answer.value, asked.confidence.value = 0, 70
     asked.commit.click()
     assert calls == [1] and asked.committed
-    assert asked.answer.disabled and asked.confidence.disabled and asked.commit.disabled
+    assert asked.answer.disabled and asked.confidence.disabled
+    assert labels(asked) == ["Your answer", "How sure are you, in percent?", "Committed", "Answer anew"]
     for words in ('role="status"', "✗ Wrong.", "You said “a” (70 % sure); the truth is “b”.", "b is &lt; c",
                   "So far: 0 of 1 right, mean stated confidence 70 %."):
         assert words in asked.result.value
@@ -340,7 +361,8 @@ def test_score_runs_over_all_predictions():
         asked.commit.click()
     assert teach.score() == {"choices": 4, "right": 3, "mean_confidence": 0.75, "ranges": 3, "inside": 1}
     assert "So far: 3 of 4 right, mean stated confidence 75 %; 1 of 3 of your 80 % ranges held the truth." in asked.result.value
-    again = teach.predict("90?", 5, choices=[5, 6])  # its cell once more: the truth is known by now
+    again = teach.predict("90?", 5, choices=[5, 6])  # its cell once more, and another answer: the truth is known by now
+    again.again.click()
     again.answer.value = 0
     again.commit.click()
     assert "✓ Right" in again.result.value and teach.score()["right"] == 3 and teach.score()["choices"] == 4
@@ -372,7 +394,8 @@ def test_an_error_in_the_truth_reaches_the_reader_and_is_raised(monkeypatch):
     with pytest.raises(ZeroDivisionError, match="no <data>"):
         asked.commit.click()
     assert asked.result.value == '<div role="alert"><b>ZeroDivisionError:</b> no &lt;data&gt;</div>'
-    assert not asked.commit.disabled and not asked.committed and teach.score()["choices"] == 0
+    assert "sidlab-inert" not in asked.commit._dom_classes and not asked.answer.disabled and not asked.committed
+    assert teach.score()["choices"] == 0
     with pytest.raises(ValueError, match=r"truth='neither' must be one of the choices \['a', 'b'\]"):
         asked.commit.click()
     asked.commit.click()
@@ -384,9 +407,93 @@ def test_an_error_in_the_truth_reaches_the_reader_and_is_raised(monkeypatch):
 
 def test_a_slow_truth_shows_that_it_works():
     seen = []
-    asked = teach.predict("?", lambda: seen.append((asked.result.value, asked.commit.disabled)) or 0.5, range=(0, 1))
+    asked = teach.predict("?", lambda: seen.append((asked.result.value, labels(asked)[-1])) or 0.5, range=(0, 1))
     asked.commit.click()
-    assert seen == [('<div role="status">working …</div>', True)]
+    assert seen == [('<div role="status">working …</div>', "Committed")]
+
+
+def test_the_button_of_a_commit_never_loses_the_focus():
+    """A disabled button drops the browser's focus: it is marked instead, and pressing it again does nothing."""
+    calls = []
+    asked = committed("?", lambda: calls.append(1) or "a", choices=["a", "b"], answer=0)
+    assert not asked.commit.disabled and "sidlab-inert" in asked.commit._dom_classes and ".sidlab-inert" in asked.children[0].value
+    asked.commit.click()
+    assert calls == [1] and "✓ Right." in asked.result.value
+
+
+def test_what_follows_comes_with_the_truth():
+    table, figure, button = pd.DataFrame({"a": [1.25]}), px.line(y=[1, 2], title="Drawn"), teach.widgets.Button()
+    follows = ["**Look** at `a`.", table, table.style.format(precision=1), figure, button]
+    asked = teach.predict("?", 1, choices=[1, 2], then=follows)
+    assert shown(asked) == []
+    asked.commit.click()
+    assert shown(asked) == [], "no answer was chosen"
+    asked.answer.value = 1
+    asked.commit.click()
+    text, frame, styled, drawn, widget = shown(asked)
+    assert text == {"text/markdown": "**Look** at `a`."}
+    assert frame == {"text/html": table._repr_html_()} and ">1.2<" in styled["text/html"]
+    assert drawn["application/vnd.plotly.v1+json"]["layout"]["title"]["text"] == "Drawn"
+    assert widget["application/vnd.jupyter.widget-view+json"]["model_id"] == button.model_id
+    asked.again.click()
+    assert shown(asked) == [] and not asked.committed and asked.result.value == "" and not asked.answer.disabled
+    assert labels(asked)[-1] == "Commit" and "sidlab-inert" not in asked.commit._dom_classes
+    asked.commit.click()
+    assert asked.committed and len(shown(asked)) == 5
+
+
+def test_what_follows_may_be_computed_when_it_is_needed(monkeypatch):
+    calls = []
+    asked = teach.predict("?", 1, choices=[1, 2], then=lambda: calls.append(1) or "text")
+    assert not calls
+    asked.answer.value = 0
+    asked.commit.click()
+    assert calls == [1] and shown(asked) == [{"text/markdown": "text"}]
+    broken = teach.predict("Broken?", 1, choices=[1, 2], then=lambda: 1 / 0)
+    broken.answer.value = 0
+    with pytest.raises(ZeroDivisionError):
+        broken.commit.click()
+    assert not broken.committed and 'role="alert"' in broken.result.value and shown(broken) == []
+    with pytest.raises(TypeError, match="then=3 must be Markdown, or show itself in a notebook"):
+        committed("Number?", 1, choices=[1, 2], then=3, answer=0)
+    monkeypatch.setenv("SIDLAB_UNATTENDED", "1")
+    assert shown(teach.predict("?", 1, choices=[1, 2], then="text")) == [{"text/markdown": "text"}]
+    assert labels(teach.predict("?", 1, choices=[1, 2]))[-1] == "Committed", "nobody is there to answer anew"
+
+
+def test_a_cell_that_is_run_again_keeps_its_answer():
+    committed("Which?", "b", choices=["a", "b"], answer=1)
+    committed("Wide?", 3, range=(0, 8), answer=(2, 5))
+    which, wide = teach.predict("Which?", "a", choices=["a", "b"], then="so"), teach.predict("Wide?", 3, range=(0, 8))
+    assert which.committed and "✗ Wrong." in which.result.value and "the truth is “a”" in which.result.value, "the truth of today"
+    assert shown(which) == [{"text/markdown": "so"}] and which.answer.value == 1 and which.answer.disabled
+    assert wide.committed and wide.answer.value == (2, 5) and "You said 2 to 5" in wide.result.value
+    assert not teach.predict("Which?", "b", choices=["a", "b", "c"]).committed, "other choices make another question"
+    assert not teach.predict("Wide?", 3, range=(0, 9)).committed
+    which.again.click()
+    assert not teach.predict("Which?", "b", choices=["a", "b"]).committed
+    teach.reset()
+    assert not teach.predict("Wide?", 3, range=(0, 8)).committed
+
+
+def test_the_stated_confidence_is_kept_with_the_answer():
+    asked = teach.predict("?", "a", choices=["a", "b"])
+    asked.answer.value, asked.confidence.value = 0, 85
+    asked.commit.click()
+    assert "(85 % sure)" in teach.predict("?", "a", choices=["a", "b"]).result.value
+
+
+def test_code_between_backticks():
+    asked = committed("Is `a<b` `b`?", "`x`", choices=["`x`", "y"], explain="`recall` & `k`", answer=0)
+    assert "Is <code>a&lt;b</code> <code>b</code>?" in asked.children[0].value
+    assert "You said “<code>x</code>”" in asked.result.value and "<code>recall</code> &amp; <code>k</code>" in asked.result.value
+    assert asked.answer._options_labels == ("x", "y"), "the label of a radio button holds text alone"
+    quiz = teach.quiz(teach.Question("`a`?", ["`x`", "y"], 0, "`why`"))
+    quiz.check.click()
+    quiz.answers[0].value = 0
+    quiz.check.click()
+    assert "<code>a</code>?" in quiz.children[0].value and "<code>why</code>" in quiz.feedback[0].value
+    assert quiz.answers[0]._options_labels == ("x", "y")
 
 
 @pytest.mark.parametrize(("truth", "options", "message"), [
@@ -425,6 +532,19 @@ def test_quiz_checks_itself():
     quiz.answers[1].value, quiz.answers[2].value = 1, 1
     quiz.check.click()
     assert "3 of 3" in quiz.total.value and "Why not." in quiz.feedback[2].value
+
+
+def test_a_quiz_that_is_run_again_keeps_what_was_checked():
+    questions = teach.Question("1?", ["x", "y"], 1, "Why."), teach.Question("2?", ["x", "y"], 0, "So.")
+    quiz = teach.quiz(*questions)
+    quiz.answers[0].value = 1
+    assert teach.quiz(*questions).answers[0].value is None, "nothing is checked yet"
+    quiz.check.click()
+    again = teach.quiz(*questions)
+    assert [answer.value for answer in again.answers] == [1, None] and "1 of 2" in again.total.value
+    assert again.feedback[0].value == "<b>✓ Right.</b> Why."
+    teach.reset()
+    assert teach.quiz(*questions).answers[0].value is None
 
 
 def test_quiz_is_left_alone_in_unattended_runs(monkeypatch):

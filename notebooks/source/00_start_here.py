@@ -103,7 +103,8 @@ alike
 from sidlab.windows import history_tokens
 
 tokens = history_tokens(np.array([history]), demo.table, separators=True)
-print(tokens.shape, "=", len(history), "items ×", tokens.shape[1] // len(history), "tokens")
+n = tokens.shape[1]
+print(tokens.shape, "=", len(history), "items ×", n // len(history), "tokens")
 tokens.view(len(history), -1)  # [items, tokens per item]
 
 # %% [markdown]
@@ -111,16 +112,14 @@ tokens.view(len(history), -1)  # [items, tokens per item]
 #
 # ## 3. Prune
 #
-# We keep a **share of the tokens**, rounded up to a whole one, at least one.
+# We keep a **share of the tokens**, in whole tokens.
 
 # %%
-n = tokens.shape[1]
-floor, exact = int(n * keep), n * keep
 teach.predict(
-    f"This history has {n} tokens, and we keep {keep:.0%} of them ({exact:.2f}). How many stay?",
+    f"This history has {n} tokens, and we keep {keep:.0%} of them ({n * keep:.2f}). How many stay?",
     int(sidlab.pruning.kept_count(torch.tensor(n), keep)),
-    choices=sorted({floor, floor + 1, max(floor - 1, 0), n}),
-    default=floor,
+    choices=sorted({max(int(n * keep) + more, 0) for more in (-1, 0, 1)} | {n}),
+    default=int(n * keep),
     explain="The share is rounded up: a user with a single token keeps it.",
 )
 
@@ -194,19 +193,24 @@ popular = float(recall_at(rank_of_target(popular, targets), 10).mean())
 print(f"recall@10 over {len(targets)} users: popular items {popular:.3f}, this model {unpruned:.3f}, Bayes optimum {best:.3f}")
 
 # %% [markdown]
+# And pruned? By `rastp`, by chance (`random`), and so that the newest tokens stay (`recent`). The next cell measures it, and says nothing yet.
+
+# %%
+scorers = ("rastp", "random", "recent")
+by_scorer = {scorer: recall(sidlab.PruningConfig(keep=keep, scorer=scorer)) for scorer in scorers}
+
+# %% [markdown]
 # Guess before you look. You give a *range* that you are 80 % sure of: a good guesser is wrong with every fifth range.
 
 # %%
 teach.predict(
-    f"Unpruned, the hidden item is in the list for {unpruned:.0%} of the users. For how many percent, if rastp keeps {keep:.0%} of the tokens?",
-    lambda: 100 * recall(sidlab.PruningConfig(keep=keep, scorer="rastp")),
+    f"Unpruned, the hidden item is in the list for {unpruned:.0%} of the users. For how many percent, if `rastp` keeps {keep:.0%} of the tokens?",
+    100 * by_scorer["rastp"],
     range=(0, 100), default=(30, 65), unit="%",
     explain=f"Popular items reach {popular:.0%}, the Bayes optimum {best:.0%}.",
 )
 
 # %%
-scorers = ("rastp", "random", "recent")
-by_scorer = {scorer: recall(sidlab.PruningConfig(keep=keep, scorer=scorer)) for scorer in scorers}
 teach.predict(
     f"Keeping {keep:.0%}: which choice of tokens loses most?",
     min(by_scorer, key=by_scorer.get),
@@ -278,7 +282,7 @@ def recall_at_k(ranks, k: int) -> float:
 
 
 # %% tags=["check"]
-teach.check("recall_at", recall_at_k)
+teach.check("recall_at_k", recall_at_k)
 
 # %% [markdown]
 # ## Summary

@@ -94,9 +94,13 @@ def kmeans(x, width, rounds=20, seed=0):
 codebook = kmeans(x, width)
 code = nearest(x, codebook)
 one_level = error(codebook[code])
-teach.predict(f"{len(x):,} items are now described by one of {width} codes. What share of the squared length of the embeddings is lost?",
-              100 * one_level, range=(0, 100), default=(20, 60), unit="%",
-              explain="In the planted shop the department is the longest of the three vectors; one level can catch that, at best.")
+
+# %%
+teach.predict(
+    f"{len(x):,} items are now described by one of {width} codes. What share of the squared length of the embeddings is lost?",
+    100 * one_level, range=(0, 100), default=(20, 60), unit="%",
+    explain="In the planted shop the department is the longest of the three vectors; one level can catch that, at best.",
+)
 
 # %% [markdown]
 # Each row below is one of the most common categories (in the planted shop: all departments), each column a code.
@@ -184,21 +188,22 @@ SidExplorer(catalogue, levels=levels, width=width)
 wide = int(np.ceil(np.sqrt(1.6 * len(x))))
 two = sidlab.ResidualKMeans(levels=2, width=wide, seed=0).fit(x)
 crowded = sidlab.SidTable(two.encode(x), wide, collisions="extend")
-shared = crowded.report()["collision_rate"]
-teach.predict(f"{wide} × {wide} = {wide**2:,} possible SIDs for {len(x):,} items. What share of the items has to share its SID with another?",
-              100 * shared, range=(0, 100), default=(0, 30), unit="%",
-              explain="Possible SIDs are not used SIDs: codes bunch, and even drawn at random they would collide (next cell).")
+report = crowded.report()
+shared = report["collision_rate"]
+at_random = 1 - (1 - 1 / wide**2) ** (len(x) - 1)  # that at least one other item draws the same
 
 # %%
-at_random = 1 - (1 - 1 / wide**2) ** (len(x) - 1)  # that at least one other item draws the same
-report = crowded.report()
-print(f"{shared:.1%} of the items share their SID; drawn at random it would be {at_random:.1%}")
-print(f"{report['unique_sids']:,} of {wide**2:,} possible SIDs are used, the largest group has {report['largest_group']} items")
+teach.predict(
+    f"{wide} × {wide} = {wide**2:,} possible SIDs for {len(x):,} items. What share of the items has to share its SID with another?",
+    100 * shared, range=(0, 100), default=(0, 30), unit="%",
+    explain="Possible SIDs are not used SIDs: codes bunch, and even drawn at random they would collide.",
+    then=f"Drawn at random it would be {at_random:.1%}. {report['unique_sids']:,} of {wide**2:,} possible SIDs are used, and the largest group has "
+         f"{report['largest_group']} items. This is the birthday problem: to be safe from collisions you need far more SIDs than items.",
+)
 
 # %% [markdown]
-# This is the birthday problem: to be safe from collisions you need far more SIDs than items. RASTP has 3 levels of 256 codes, 16.8 million possible
-# SIDs for some ten thousand items, and *still* adds a **de-duplication digit**: one more code, 0 for the first item of a group, 1 for the second, and
-# so on. `SidTable(..., collisions="extend")` does that.
+# RASTP has 3 levels of 256 codes, 16.8 million possible SIDs for some ten thousand items, and adds a **de-duplication digit**: one more code, 0 for
+# the first item of a group, 1 for the second, and so on. `SidTable(..., collisions="extend")` does that.
 
 # %%
 group = crowded.codes[:, :2] == crowded.codes[crowded.codes[:, -1].argmax(), :2]  # the largest group
@@ -297,16 +302,18 @@ def random_start(z):
 
 collapsed, collapsed_error = train_by_hand(random_start, free=0)
 used = [len(np.unique(column)) for column in collapsed.T]
-teach.predict(f"How many of the {width} codes of level 1 are still in use after {steps} steps?", used[0], range=(0, width),
-              default=(width / 2, width),
-              explain="A code that nobody chooses gets no gradient and never moves again: it is dead. This is called codebook collapse.")
 
 # %%
-print("codes in use, by level:", used, "of", width, f"   error {collapsed_error:.1%}")
-print("items by code of level 1:", np.bincount(collapsed[:, 0], minlength=width))
+teach.predict(
+    f"How many of the {width} codes of level 1 are still in use after {steps} steps?", used[0], range=(0, width),
+    default=(width / 2, width),
+    explain="A code that nobody chooses gets no gradient and never moves again: it is dead. This is called codebook collapse.",
+    then=f"Codes in use, by level: {used} of {width}; error {collapsed_error:.1%}. Items by code of level 1: "
+         f"{np.bincount(collapsed[:, 0], minlength=width).tolist()}.",
+)
 
 # %% [markdown]
-# Now a better start: half of the steps without any codes, then codebooks from residual k-means on the latents. Each code begins where items are.
+# Now another start: half of the steps without any codes, then codebooks from residual k-means on the latents. Each code begins where items are.
 
 # %%
 def kmeans_start(z):
@@ -337,10 +344,6 @@ pd.DataFrame({name: {"codes of level 1 in use": len(np.unique(codes[:, 0])), "er
 rqvae = sidlab.RQVAE(levels, width, seed=0, hidden=(64,), latent=latent, steps=steps).fit(x)
 rqvae_codes = rqvae.encode(x)
 package_error = {"residual k-means": error(encoder.decode(codes)), "RQ-VAE": error(rqvae.decode(rqvae_codes))}
-teach.predict("Both from the package, same levels, same width. Which one loses less of the embeddings?", min(package_error, key=package_error.get),
-              choices=["residual k-means", "RQ-VAE"], default="RQ-VAE",
-              explain="A network can bend the space where that helps. The planted vectors are sums of three: nothing to bend, and the network has to "
-                      "learn even that.")
 
 # %% [markdown]
 # ## All of them side by side
@@ -356,7 +359,15 @@ for name, (sid, lost) in made.items():
     rows[name] = {"items that share": report["collision_rate"], "dead codes": sum(width - row["used"] for row in level),
                   "perplexity, level 1": level[0]["perplexity"], "error": lost, "neighbours with the same code 1": level[0]["neighbour_overlap"]}
 compared = pd.DataFrame(rows).T
-compared.round(3)
+
+# %%
+teach.predict(
+    "Both from the package, same levels, same width. Which one loses less of the embeddings?", min(package_error, key=package_error.get),
+    choices=["residual k-means", "RQ-VAE"], default="RQ-VAE",
+    explain="A network can bend the space where that helps. The planted vectors are sums of three: nothing to bend, and the network has to "
+            "learn even that.",
+    then=compared.round(3),
+)
 
 # %% [markdown]
 # **What to look for**

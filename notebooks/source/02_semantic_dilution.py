@@ -5,7 +5,7 @@
 # and what they buy.
 #
 # **Goals**
-# * See why more tokens per item do not mean more information per item, in nats that you compute yourself.
+# * Find out whether more tokens per item hold more information, in nats that you compute yourself.
 # * Find where in a history the information about the next item sits, by level and by age, and whether norms and
 #   attention know it.
 # * Read a sweep over levels and widths honestly: cost, intervals, one seed, and what else changed on the way.
@@ -60,7 +60,7 @@ print(catalogue.items.title[item - 1], "→ SID", table.codes[item - 1], "→ to
 print(f"{table.n_items} items, codes per level {table.widths}, model with {model.num_parameters():,} parameters")
 
 # %% [markdown]
-# ## More tokens, the same information
+# ## More tokens, more information?
 #
 # How much can the tokens of an item tell at all? The entropy of a code that takes value c with probability p(c):
 #
@@ -96,22 +96,22 @@ for n in levels_tried:
     rows.append({"levels": n, "added level": spelled.widths[-1] if spelled.levels > n else 0, "tokens per item": spelled.levels,
                  "nats per item": nats, "nats per token": nats / spelled.levels})
 spellings = pd.DataFrame(rows)
-
-# %%
 shortest, *_, longest = spellings["nats per token"]
 few, *_, many = spellings["tokens per item"]
-teach.predict(f"The longest spelling has {many} tokens an item, the shortest {few}. How many nats does an average token of the longest hold, in percent of "
-              "one of the shortest?",
-              100 * longest / shortest, range=(0, 150), default=(20, 60), unit="%",
-              explain="The item stays the same, and so does its entropy. More tokens only divide it: that is the dilution.")
 
 # %%
-spellings.style.format(precision=2).hide(axis="index")
+teach.predict(
+    f"The longest spelling has {many} tokens an item, the shortest {few}. How many nats does an average token of the longest hold, in percent of "
+    "one of the shortest?",
+    100 * longest / shortest, range=(0, 150), default=(20, 60), unit="%",
+    explain="The item stays the same, and so does its entropy. More tokens only divide it: that is the dilution.",
+    then=[spellings.style.format(precision=2).hide(axis="index"),
+          "**What to look for.** “nats per item” is one number all the way down: a unique spelling says which item it is, no more. "
+          "Only “nats per token” moves."],
+)
 
 # %% [markdown]
-# **What to look for.** "nats per item" is one number all the way down: a unique spelling says which item it is, no
-# more. Only "nats per token" moves. Try `levels_tried = [1, 3, 9]` in the parameters, or `width=16` in the loop: what
-# happens to the added level?
+# Try `levels_tried = [1, 3, 9]` in the parameters, or `width=16` in the loop: what happens to the added level?
 #
 # ## Not every level says the same
 #
@@ -143,33 +143,30 @@ by_level.style.format(precision=2).hide(axis="index")
 # (`catalogue.truth.information`, in nats).
 
 # %%
-teach.predict("Which level of the SIDs tells nothing at all about the next item?", "kind", choices=levels, default="kind",
-              explain="Kinds are drawn anew for each click from the department's popularity. The token costs as much as any other.")
-
-# %%
 histories = [history[:-1] for history in catalogue.histories]  # the last item is the one to be found
 nats = catalogue.truth.information(histories)  # [users, items, 3], left-aligned
 lengths = np.array([len(history) for history in histories])
 age = lengths[:, None] - np.arange(nats.shape[1])  # 1 for the last item, 2 for the one before it, …; below 1: padding
 user, place = np.nonzero(age >= 1)
 truth = pd.DataFrame(nats[user, place], columns=levels).assign(age=age[user, place])
-truth[levels].mean().to_frame("mean nats per token").T.style.format(precision=4)
 
 # %%
 by_age = truth[truth.age <= 12].groupby("age").mean()
 long = by_age.reset_index().melt("age", var_name="level", value_name="nats")
-px.line(long, x="age", y="nats", color="level", symbol="level", line_dash="level", markers=True, height=380, template=template(),
-        title="True information about the next item, by level and age",
-        labels={"age": "age (1 = last item)", "nats": "mean nats per token"})
-
-# %% [markdown]
-# **What to look for.** The department matters at age 1 and little elsewhere: the next department follows from the
-# last one. (At age 2 it still counts where the last click was noise.) The brand is the other way round. A user comes
-# back to a department after a tour of a few clicks, and what they bought *then* decides the brand now. So the best
-# token is neither always the newest nor always of one level. The table says the same:
+figure = px.line(long, x="age", y="nats", color="level", symbol="level", line_dash="level", markers=True, height=380, template=template(),
+                 title="True information about the next item, by level and age",
+                 labels={"age": "age (1 = last item)", "nats": "mean nats per token"})
 
 # %%
-by_age.T.style.format(precision=3)
+teach.predict(
+    "Which level of the SIDs tells nothing at all about the next item?", "kind", choices=levels, default="kind",
+    explain="Kinds are drawn anew for each click from the department's popularity. The token costs as much as any other.",
+    then=[truth[levels].mean().to_frame("mean nats per token").T.style.format(precision=4), figure,
+          "**What to look for.** The department matters at age 1 and little elsewhere: the next department follows from the last one. "
+          "(At age 2 it still counts where the last click was noise.) The brand is the other way round. A user comes back to a department "
+          "after a tour of a few clicks, and what they bought *then* decides the brand now. So the best token is neither always the newest "
+          "nor always of one level. The table says the same:", by_age.T.style.format(precision=3)],
+)
 
 # %% [markdown]
 # ## Do norms and attention know it?
@@ -192,20 +189,19 @@ tokens["level"] = tokens["level"].map(dict(enumerate([*levels, "separator"])))
 # %%
 signals = ["norm", "centrality", "norm × centrality", "nats"]
 means = tokens.groupby("level", sort=False)[signals].mean()
-teach.predict("Does the level without information have the smallest norm of the three levels?",
-              "yes" if means["norm"][levels].idxmin() == "kind" else "no", choices=["yes", "no"], default="yes",
-              explain="A norm is the size of a state. It does not say whether anybody needs it.")
-
-# %%
-means.style.format(precision=3)
-
-# %%
 seen = tokens[tokens.age <= 12].groupby(["level", "age"])[["norm", "centrality"]].mean()
 shown = seen.reset_index().melt(["level", "age"], var_name="signal")
 figure = px.line(shown, x="age", y="value", color="level", symbol="level", line_dash="level", facet_col="signal", markers=True,
                  height=400, template=template(), title="What a pruner sees behind layer 2", labels={"age": "age (1 = last item)", "value": ""},
                  category_orders={"level": [*levels, "separator"]})
-figure.update_yaxes(matches=None, showticklabels=True)
+figure = figure.update_yaxes(matches=None, showticklabels=True)
+
+# %%
+teach.predict(
+    "Does the level without information have the smallest norm of the three levels?",
+    "yes" if means["norm"][levels].idxmin() == "kind" else "no", choices=["yes", "no"], default="yes",
+    explain="A norm is the size of a state. It does not say whether anybody needs it.", then=[means.style.format(precision=3), figure],
+)
 
 # %%
 seen.unstack("age").loc[[*levels, "separator"], "centrality"].style.format(precision=1)
@@ -235,20 +231,24 @@ split = sidlab.windows.leave_one_out(catalogue.histories)
 windows = sidlab.windows.Windows(split.train, max_items=30)
 per_item = table.levels + 1  # with the separator
 print(f"{len(windows):,} windows with {windows.lengths.mean():.1f} items of history on average")
-sparsity = float(100 * table.levels * len(windows) / (per_item * windows.lengths.sum()))
-teach.predict("How many labels are there for 100 tokens that the encoder reads?", sparsity, range=(0, 100), default=(5, 30),
-              explain="A language model has 100: every token is the label of the ones before it. With longer histories it gets sparser.")
 
 # %% [markdown]
 # Do finer SIDs make it sparser? Count labels, and then what the labels are worth: the whole label of a window tells
 # which item came next, so it holds the entropy of an item, however many tokens spell it.
 
 # %%
+sparsity = float(100 * table.levels * len(windows) / (per_item * windows.lengths.sum()))
 supervision = pd.DataFrame([{
     "tokens per item": n, "tokens read per window": (n + 1) * windows.lengths.mean(),
     "labels per 100 tokens read": 100 * n / ((n + 1) * windows.lengths.mean()),
     "label nats per 100 tokens read": 100 * entropy(clicks) / ((n + 1) * windows.lengths.mean())} for n in (2, 3, 4, 6, 8)])
-supervision.style.format(precision=1).hide(axis="index")
+
+# %%
+teach.predict(
+    "Here an item is 3 tokens and a separator. How many labels are there for 100 tokens that the encoder reads?", sparsity, range=(0, 100),
+    default=(5, 30), explain="A language model has 100: every token is the label of the ones before it. With longer histories it gets sparser.",
+    then=supervision.style.format(precision=1).hide(axis="index"),
+)
 
 # %% [markdown]
 # The *count* of labels keeps up with the tokens, roughly. What they *say* does not: each label is worth less, and the
@@ -268,11 +268,6 @@ def flops(n_levels, width, lengths):
     return sidlab.cost.cost(config, (width,) * n_levels, lengths).training
 
 
-teach.predict("From 2 levels to 5 an item takes twice the tokens (3 → 6, with the separator). By what factor do the training FLOPs grow?",
-              lambda: flops(5, 256, windows.lengths) / flops(2, 256, windows.lengths), range=(1, 5), default=(2, 4), unit="×",
-              explain="At a few dozen tokens the linear layers do most of the work, and they grow with N. N² shows further on.")
-
-# %%
 rows = []
 for items in (int(windows.lengths.mean()), 30, 100):
     long_config = sidlab.TrainConfig.preset("quick", max_items=items, batch_tokens=2048)
@@ -281,7 +276,15 @@ for items in (int(windows.lengths.mean()), 30, 100):
         rows.append({"items of history": items, "levels": n, "tokens": round(c.slots), "MFLOPs per window": c.training / 1e6})
 growth = pd.DataFrame(rows)
 growth["× against 1 level"] = growth["MFLOPs per window"] / growth.groupby("items of history")["MFLOPs per window"].transform("first")
-growth.pivot(index="levels", columns="items of history", values="× against 1 level").style.format(precision=1)
+growth = growth.pivot(index="levels", columns="items of history", values="× against 1 level")
+
+# %%
+teach.predict(
+    "From 2 levels to 5 an item takes twice the tokens (3 → 6, with the separator). By what factor do the training FLOPs grow?",
+    lambda: flops(5, 256, windows.lengths) / flops(2, 256, windows.lengths), range=(1, 5), default=(2, 4), unit="×",
+    explain="At a few dozen tokens the linear layers do most of the work, and they grow with N. N² shows further on.",
+    then=growth.style.format(precision=1),
+)
 
 # %% [markdown]
 # From 1 level to 8, an item takes 4.5 times the tokens (2 → 9, with the separator). Compare that with the last row.
@@ -304,9 +307,13 @@ data = json.loads(pathlib.Path(recorded).read_text())
 recall = {(row["sids.levels"], row["sids.width"]): row["recall@10"] for row in data["rows"]}
 finer = [(size, (size[0] + 1, size[1])) for size in recall if (size[0] + 1, size[1]) in recall]
 rises = int(sum(recall[after] > recall[before] for before, after in finer))
-teach.predict(f"There are {len(finer)} ways to add one level at the same width. In how many of them does recall@10 rise?",
-              rises, range=(0, len(finer)), default=(len(finer) / 4, 3 * len(finer) / 4),
-              explain="Had accuracy simply risen with finer SIDs, it would be all of them.")
+
+# %%
+teach.predict(
+    f"There are {len(finer)} ways to add one level at the same width. In how many of them does recall@10 rise?",
+    rises, range=(0, len(finer)), default=(len(finer) / 4, 3 * len(finer) / 4),
+    explain="Had accuracy simply risen with finer SIDs, it would be all of them.",
+)
 
 # %%
 DilutionExplorer(data)

@@ -98,24 +98,22 @@ pd.DataFrame(bias[:, middle, middle - 3 : middle + 4].numpy(), index=[f"head {h 
 # ```
 
 # %%
+centrality = attention.sum(dim=(0, 1))  # over heads and queries: [N]
+given = attention.sum(dim=(0, 2))       # the wrong axis: over heads and keys
+print("largest difference from the package:", float((centrality - probe.centrality(layer)).abs().max()))
+
+# %%
 teach.predict(
     f"This layer has {heads} heads, this history {n} tokens. What is the mean centrality of its tokens?", str(heads),
     choices=["1", str(heads), str(n), "one cannot know without computing it"], default="1",
     explain=f"Every query gives away exactly 1 in each head. {heads} heads × {n} queries give {heads * n} in total, shared by {n} tokens. "
             "So a centrality is a vote count: more for one token is less for others.",
+    then=f"Centrality goes from {centrality.min():.3f} to {centrality.max():.3f}, with mean {centrality.mean():.3f}. Summed over the wrong "
+         f"axis: from {given.min():.3f} to {given.max():.3f}. That gives every token the same number, since each row of a softmax sums to 1. "
+         "Keep this in mind, it is a silent mistake: a score is still a score.",
 )
 
-# %%
-centrality = attention.sum(dim=(0, 1))  # over heads and queries: [N]
-given = attention.sum(dim=(0, 2))       # the wrong axis: over heads and keys
-print("centrality from", float(centrality.min()), "to", float(centrality.max()), "with mean", float(centrality.mean()))
-print("summed over the wrong axis: from", float(given.min()), "to", float(given.max()))
-print("largest difference from the package:", float((centrality - probe.centrality(layer)).abs().max()))
-
 # %% [markdown]
-# The wrong axis gives every token the same number, since each row of a softmax sums to 1. Keep this in mind, it is a silent mistake: a
-# score is still a score.
-#
 # ## Saliency, and the product
 #
 # ```
@@ -210,28 +208,20 @@ def compare():
 
 
 comparison = compare()
+by_level = tokens.groupby("level")[["norm", "centrality", "rastp", "oracle"]].mean()
 
 # %%
 teach.predict(
     f"Apart from the oracle: which scorer finds the largest share of the informative tokens with its best {keep:.0%}?",
     comparison["recall"].drop("oracle").idxmax(), choices=scorers[:-1], default="rastp",
     explain="Recall: " + ", ".join(f"{name} {value:.2f}" for name, value in comparison["recall"].items()) + ".",
+    then=[comparison, "Read it against `random`, which knows nothing. Then compare `rastp` with its two factors: does the product beat both, one, or "
+          "none of them here? The mean scores of each level show where that comes from:", by_level,
+          "`oracle` has nothing at level 3 and at separators: past *kinds* say nothing about the next item. Which level has the largest norm? A norm "
+          "says that a state is *large*, and a state can be large for any reason; here it costs the product some of what centrality had found."],
 )
 
-# %%
-comparison
-
 # %% [markdown]
-# Read it against `random`, which knows nothing. Then compare `rastp` with its two factors: does the product beat both, one, or none of
-# them here? The next table shows where that comes from.
-
-# %%
-by_level = tokens.groupby("level")[["norm", "centrality", "rastp", "oracle"]].mean()
-by_level
-
-# %% [markdown]
-# `oracle` has nothing at level 3 and at separators: past *kinds* say nothing about the next item. Which level has the largest norm? A
-# norm says that a state is *large*, and a state can be large for any reason; here it costs the product some of what centrality had found.
 # That is a finding about one small model, and the last word of this notebook on the product is not spoken yet.
 #
 # ## Second judge: take it out and look
@@ -278,21 +268,19 @@ def per_user(a, b):
     """The rank correlation of two columns within each history."""
     return np.array([rows[a].corr(rows[b], method="spearman") for _, rows in tokens.groupby("user")])
 
-
+# %%
 teach.predict(
     "Order the tokens of a history by RASTP's importance, and by the drop of the true next item's log-probability "
     "when they are hidden from the model. What is the rank correlation of the two orders, averaged over users?",
     float(per_user("rastp", "drop").mean()), range=(-1, 1), default=(0.2, 0.7),
-    explain=f"With the truth in place of the importance it is {per_user('oracle', 'drop').mean():.2f}. Read on before you conclude.",
+    explain=f"With the truth in place of the importance it is {per_user('oracle', 'drop').mean():.2f}.",
+    then="So does importance mean nothing? Not so fast: even the *truth* hardly agrees with that drop. The reason is the yardstick. What a user takes "
+         "next is one draw from many possible items, a fifth of the time a noise click. A token that rightly moves the prediction from one brand to "
+         "another makes *this* item more probable or less, by luck of the draw. The drop is right on average and useless for a single token.",
 )
 
 # %% [markdown]
-# So does importance mean nothing? Not so fast: even the *truth* hardly agrees with that drop. The reason is the yardstick. What a user
-# takes next is one draw from many possible items, a fifth of the time a noise click. A token that rightly moves the prediction from one
-# brand to another makes *this* item more probable or less, by luck of the draw. The drop is right on average and useless for a single
-# token.
-#
-# A better question is how much the *whole prediction* changes. We compare the distributions of the next department and brand with and
+# Another question is how much the *whole prediction* changes. We compare the distributions of the next department and brand with and
 # without the token by their **KL divergence**, in nats: 0 if nothing changes. It is the average of the drop over all that could come
 # next, each as probable as the model says; the truth of `oracle` is the same quantity for an ideal recommender.
 #
@@ -373,16 +361,14 @@ teach.predict(
     f"Behind layer {layer}: the removal of tokens of which level changes the prediction most, on average?",
     by_place["effect behind"].idxmax(), choices=list(by_place.index), default="level 2",
     explain="Mean change in nats: " + ", ".join(f"{name} {value:.2g}" for name, value in by_place["effect behind"].items()) + ".",
+    then=[by_place, "At the input (column `effect`) the model depends most on the levels that hold the truth, and more than an ideal recommender would: "
+          "in training it never met a history with a hole at the input. Behind the layer, where it was trained with holes, the picture is another. The "
+          "diagonal stripes have handed the codes of an item on to its later tokens; whoever holds the copy matters, whoever held the original does "
+          "not any more. A pruner has to keep the *carriers*."],
 )
 
-# %%
-by_place
-
 # %% [markdown]
-# At the input (column `effect`) the model depends most on the levels that hold the truth, and more than an ideal recommender would: in
-# training it never met a history with a hole at the input. Behind the layer, where it was trained with holes, the picture is another. The
-# diagonal stripes have handed the codes of an item on to its later tokens; whoever holds the copy matters, whoever held the original does
-# not any more. A pruner has to keep the *carriers*. Now ask the scorers once more:
+# Now ask the scorers once more:
 
 # %%
 from sidlab.metrics import paired_test
@@ -469,7 +455,7 @@ go.Figure([go.Scatter(x=np.arange(1, batch.shape[1] + 1), y=y, name=name, mode="
 # </details>
 
 # %% tags=["exercise"]
-def my_centrality(attention, mask):
+def centrality_of(attention, mask):
     """[B, H, N, N], [B, N] → [B, N]."""
     ### BEGIN SOLUTION
     votes = attention * mask[:, None, :, None]
@@ -478,7 +464,7 @@ def my_centrality(attention, mask):
 
 
 # %% tags=["check"]
-teach.check("centrality", my_centrality)
+teach.check("centrality_of", centrality_of)
 
 # %% [markdown]
 # ### Exercise 2 · ★☆☆ · 3 minutes
@@ -491,7 +477,7 @@ teach.check("centrality", my_centrality)
 # </details>
 
 # %% tags=["exercise"]
-def my_saliency(hidden):
+def saliency_of(hidden):
     """[B, N, d] → [B, N]."""
     ### BEGIN SOLUTION
     return hidden.abs().sum(-1)
@@ -499,7 +485,7 @@ def my_saliency(hidden):
 
 
 # %% tags=["check"]
-teach.check("saliency", my_saliency)
+teach.check("saliency_of", saliency_of)
 
 # %% [markdown]
 # ### Exercise 3 · ★★☆ · 5 minutes
@@ -513,7 +499,7 @@ teach.check("saliency", my_saliency)
 # </details>
 
 # %% tags=["exercise"]
-def my_importance(centrality, hidden, mask):
+def importance_of(centrality, hidden, mask):
     """[B, N], [B, N, d], [B, N] → [B, N]."""
     ### BEGIN SOLUTION
     product = centrality * hidden.abs().sum(dim=2)
@@ -522,7 +508,7 @@ def my_importance(centrality, hidden, mask):
 
 
 # %% tags=["check"]
-teach.check("importance", my_importance)
+teach.check("importance_of", importance_of)
 
 # %% [markdown]
 # ## Summary

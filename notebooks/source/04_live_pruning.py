@@ -7,7 +7,7 @@
 #
 # * Read the pruning explorer: which tokens stay at each ratio, layer, scorer, unit and position mode, and what that does to the list and the cost.
 # * Measure what you see on one user over hundreds of users.
-# * Understand why a token that truly matters at the input need not be the one worth keeping two layers later.
+# * Find out whether a token that truly matters at the input is the one worth keeping two layers later.
 #
 # **You need** [notebook 0](00_start_here.ipynb); [notebook 3](03_which_tokens_matter.ipynb) helps, for what attention says and does not say.
 #
@@ -105,10 +105,8 @@ teach.predict(
     f"rastp keeps {keep:.0%} of all tokens. Of which kind does it keep the largest share?",
     by_level["rastp"].idxmax(), choices=names, default="level 1",
     explain="Shares kept by rastp: " + ", ".join(f"{name} {share:.0%}" for name, share in by_level["rastp"].items()) + ".",
+    then=["In percent, for all scorers:", (100 * by_level).round().astype(int)],
 )
-
-# %%
-(100 * by_level).round().astype(int)  # percent
 
 # %% [markdown]
 # In this shop, level 1 is the department, level 2 the brand and level 3 the kind of thing. The world was built so that the kind of a past purchase says
@@ -136,29 +134,27 @@ def recall(pruning):
 
 
 unpruned = recall(None)
-recall_oracle, recall_rastp = (recall(PruningConfig(keep=keep, scorer=scorer)) for scorer in ("oracle", "rastp"))
-
-# %%
-outcome = "the same" if abs(recall_oracle - recall_rastp) < 0.01 else "oracle" if recall_oracle > recall_rastp else "rastp"
-teach.predict(
-    "`oracle` keeps the tokens that truly hold most information about the next item. Which recommends better after the second layer, oracle or rastp?",
-    outcome, choices=["oracle", "rastp", "the same"], default="oracle",
-    explain=f"recall@10: oracle {recall_oracle:.3f}, rastp {recall_rastp:.3f}, nothing pruned {unpruned:.3f}.",
-)
-
-# %%
+recall_of_scorer = {scorer: recall(PruningConfig(keep=keep, scorer=scorer)) for scorer in scorers}
 summary = pd.DataFrame({
     "precision": {s: (k & informative).sum().item() / k.sum().item() for s, k in kept.items()},
     "recall of tokens": {s: (k & informative).sum().item() / informative.sum().item() for s, k in kept.items()},
-    "recall@10": {s: recall(PruningConfig(keep=keep, scorer=s)) for s in kept},
+    "recall@10": recall_of_scorer,
 })
-summary.round(3)
+recall_oracle, recall_rastp = (recall_of_scorer[scorer] for scorer in ("oracle", "rastp"))
+outcome = "the same" if abs(recall_oracle - recall_rastp) < 0.01 else "oracle" if recall_oracle > recall_rastp else "rastp"
+
+# %%
+teach.predict(
+    "`oracle` keeps the tokens that truly hold most information about the next item. Which recommends better after the second layer, `oracle` or `rastp`?",
+    outcome, choices=["oracle", "rastp", "the same"], default="oracle",
+    explain=f"recall@10: oracle {recall_oracle:.3f}, rastp {recall_rastp:.3f}, nothing pruned {unpruned:.3f}.",
+    then=[summary.round(3), "Compare the first column with the last. If keeping the right *input* tokens were all that mattered, they would rise and "
+          "fall together."],
+)
 
 # %% [markdown]
-# Compare the first column with the last. If keeping the right *input* tokens were all that mattered, they would rise and fall together.
-#
-# And how sure is the last column? With 500 users each number is known to about ± 0.04, and a difference on the same users to about ± 0.03. Take
-# the two that look oddest, RASTP and `norm`, its second factor alone, which needs no attention. All users of the shop, compared one by one:
+# How sure is a recall of this table? With 500 users each number is known to about ± 0.04, and a difference on the same users to about ± 0.03. Take
+# two of them, RASTP and `norm`, its second factor alone, which needs no attention. All users of the shop, compared one by one:
 
 # %%
 everybody = leave_one_out(catalogue.histories).cases("test")
@@ -215,16 +211,16 @@ teach.predict(
 )
 
 # %% [markdown]
-# Look at it on single users. Your scorers have joined the menu.
+# Look at them on single users. Your scorers have joined the menu.
 
 # %%
-second = PruningExplorer(demo.model, catalogue, scorers=one_level, scorer="only level 3", keep=0.25, user=user)
+second = PruningExplorer(demo.model, catalogue, scorers=one_level, scorer="only level 1", keep=0.25, user=user)
 second
 
 # %% [markdown]
 # **What to look for**
 #
-# * Go from `only level 3` to `only level 1` and watch the ★ item. Which list looks more like the unpruned one (fewer entries marked *new*)?
+# * Go through the four `only …` and watch the ★ item. Which list looks more like the unpruned one (fewer entries marked *new*)?
 # * Open *attention maps*. In the left one, look for the line just below the diagonal: tokens that look at their left neighbour.
 # * Prune after layer 1 instead of 2. Is one layer enough to hand the codes on?
 # * The separators stand behind all codes of their item and could collect everything as well. Do they? The table above says whom they look at.
@@ -237,16 +233,16 @@ second
 # ## The ratio
 
 # %%
-curves = {scorer: [recall(PruningConfig(keep=ratio, scorer=scorer)) for ratio in ratios]
-          for scorer in ("rastp", "random", "recent", one_level["only level 3"])}
-names_of = ["rastp", "random", "recent", "only level 3"]
+best_level = max(recall_of, key=recall_of.get)
+curves = {name: [recall(PruningConfig(keep=ratio, scorer=one_level.get(name, name))) for ratio in ratios]
+          for name in ("rastp", "random", "recent", best_level)}
 
 # %%
 import plotly.graph_objects as go
 from sidlab.viz.theme import VERMILLION, mark, template
 
 figure = go.Figure()
-for name, values in zip(names_of, curves.values()):
+for name, values in curves.items():
     look = mark(name)
     color = VERMILLION if name.startswith("only") else look.color
     figure.add_scatter(x=ratios, y=values, name=name, mode="lines+markers", line={"color": color, "dash": look.dash},
@@ -255,7 +251,7 @@ figure.update_xaxes(title_text="kept share of the tokens", tickformat=".0%").upd
 figure.update_layout(template=template(), height=400, title="What a kept share costs in recall, by scorer")
 
 # %%
-pd.DataFrame(curves.values(), index=names_of, columns=[f"{ratio:.0%}" for ratio in ratios]).round(3)
+pd.DataFrame(curves.values(), index=curves, columns=[f"{ratio:.0%}" for ratio in ratios]).round(3)
 
 # %% [markdown]
 # The same as a table, for those who read numbers. The users are 500: a point above nothing pruned (100 %) by 0.02 is no gain. Where does each curve leave the plateau? A share is a promise about *cost*; what it costs in quality depends

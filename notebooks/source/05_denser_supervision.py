@@ -105,8 +105,6 @@ def count(batch, name):
 n_main, n_map, n_dense = count(batch, "labels"), count(batch, "map_labels"), count(dense, "labels")
 read, read_dense = int(batch["attention_mask"].sum()), 4 * n_dense // 3  # before each item's labels, one of three codes and a separator
 print(f"{users} users, one item a window: {n_main:,} labels from {read:,} tokens, {1000 * n_main / read:.0f} per 1,000")
-teach.predict("All items in one pass: how many labels per 1,000 history tokens read?", 1000 * n_dense / read_dense, range=(0, 1000),
-              default=(600, 900), explain="Each item read is followed by one that is asked for: three labels for every four tokens, however long the history.")
 
 # %%
 rows = {"one item a window": (len(mine), read, n_main), "one item a window and MAP": (len(mine), read, n_main + n_map),
@@ -115,12 +113,17 @@ counts = pd.DataFrame(rows, index=["passes", "history tokens read", "labels"]).T
 counts["labels a pass"] = counts["labels"] / counts["passes"]
 counts["labels per 1,000 tokens"] = 1000 * counts["labels"] / counts["history tokens read"]
 counts["different tokens asked for"] = n_main
-counts.style.format("{:,.0f}").format("{:.1f}", subset="labels a pass")
+
+# %%
+teach.predict(
+    "All items in one pass: how many labels per 1,000 history tokens read?", 1000 * n_dense / read_dense, range=(0, 1000),
+    default=(600, 900), explain="Each item read is followed by one that is asked for: three labels for every four tokens, however long the history.",
+    then=[counts.style.format("{:,.0f}").format("{:.1f}", subset="labels a pass"),
+          "**What to look for.** No way asks for a token that the others do not ask for. MAP asks for the same ones again, from further back. "
+          "All items in one pass has exactly the windows' labels, for a fraction of the reading."],
+)
 
 # %% [markdown]
-# **What to look for.** No way asks for a token that the others do not ask for. MAP asks for the same ones again, from
-# further back. All items in one pass has exactly the windows' labels, for a fraction of the reading.
-#
 # ## The same gradient
 #
 # One pass may replace many only if no place sees what comes after it. In a decoder-only model attention is causal
@@ -177,16 +180,17 @@ fresh = agreement(model)
 cosines = fresh["cosine with 500 users"]
 gain = cosines["all items"] - cosines["one item a window"], cosines["one item a window and MAP"] - cosines["one item a window"]
 answers = ["MAP", "all items", "neither, by less than 0.05"]
-teach.predict("Which of the two brings a batch of 1,000 tokens closer to the gradient of 500 users?",
-              answers[2] if max(gain) < 0.05 else answers[int(gain[0] > gain[1])], choices=answers, default=answers[1],
-              explain="A mean over more of the labels that count is less noisy.")
 
 # %%
-fresh.style.format(precision=2).format("{:.0f}", subset="labels")
+teach.predict(
+    "Which of the two brings a batch of 1,000 tokens closer to the gradient of 500 users?",
+    answers[2] if max(gain) < 0.05 else answers[int(gain[0] > gain[1])], choices=answers, default=answers[1],
+    explain="A mean over more of the labels that count is less noisy.",
+    then=[fresh.style.format(precision=2).format("{:.0f}", subset="labels"),
+          "**What to look for.** MAP's gradient is larger. Is it closer? More labels help if they point where the next item does."],
+)
 
 # %% [markdown]
-# **What to look for.** MAP's gradient is larger. Is it closer? More labels help if they point where the next item does.
-#
 # ## MAP by hand
 #
 # The paper says: several future steps, a shared projection, an auxiliary term beside the next-token loss, heads
@@ -265,14 +269,17 @@ costs = {way: sidlab.cost.cost(sidlab.TrainConfig.preset("quick", **common, **fi
          for way, fields in ways.items()}
 flops = pd.DataFrame({way: {**c.flops, "forward": c.forward, "training": c.training} for way, c in costs.items()}).T / 1e6
 relative = flops["training"] / flops["training"]["one item a window"]
-teach.predict("Training FLOPs per target of one item a window are 100 %. And of all items in one pass?", 100 * relative["all items"], range=(0, 100),
-              default=(5, 40), unit="%", explain="The encoder reads an item once, not in every window. The decoder's work stays: it spells every target.")
 
 # %%
-flops.assign(relative=relative).drop(columns="behind").style.format(precision=2)
+teach.predict(
+    "Training FLOPs per target of one item a window are 100 %. And of all items in one pass?", 100 * relative["all items"], range=(0, 100),
+    default=(5, 40), unit="%", explain="The encoder reads an item once, not in every window. The decoder's work stays: it spells every target.",
+    then=[flops.assign(relative=relative).drop(columns="behind").style.format(precision=2),
+          "Millions; *relative* compares the column *training*."],
+)
 
 # %% [markdown]
-# (Millions; *relative* compares the column *training*.) Small operations take longer than their FLOPs say: compare the
+# Small operations take longer than their FLOPs say: compare the
 # seconds below.
 #
 # ## Runs of your own
@@ -305,22 +312,23 @@ curves = pd.DataFrame([
 final = curves.groupby("way", sort=False)["recall@10"].last()
 ceiling = float(catalogue.truth.bayes_recall(split.cases("validation")[0]).mean())
 print(f"validation recall@10 after as many seconds, one item a window: {final['one item a window']:.3f}; Bayes optimum: {ceiling:.3f}")
-teach.predict("And of all items in one pass?", final["all items"], range=(0, 0.7), default=(0.35, 0.6),
-              explain="It has seen several times as many targets in the same time.")
+figure = px.line(curves, x="seconds", y="recall@10", color="way", symbol="way", line_dash="way", markers=True, height=420, template=template(),
+                 title="Validation recall@10 against seconds of training", range_y=[0, 0.7])
+figure = figure.add_hline(y=ceiling, line_dash="dot", annotation_text="Bayes optimum")
 
 # %%
-px.line(curves, x="seconds", y="recall@10", color="way", symbol="way", line_dash="way", markers=True, height=420, template=template(),
-        title="Validation recall@10 against seconds of training", range_y=[0, 0.7]).add_hline(y=ceiling, line_dash="dot", annotation_text="Bayes optimum")
-
-# %%
-final.to_frame().style.format("{:.3f}")
+teach.predict(
+    f"After as many seconds, validation recall@10 is {final['one item a window']:.3f} with one item a window. And with all items in one pass?",
+    final["all items"], range=(0, 0.7), default=(0.35, 0.6),
+    explain="It has seen several times as many targets in the same time.",
+    then=[figure, final.to_frame().style.format("{:.3f}"),
+          "**What to look for.**\n"
+          "* 300 users, one seed: each recall is sure to about ± 0.06. Which differences are larger?\n"
+          "* At which second does “all items” reach the last value of one item a window?\n"
+          "* What does MAP add to the windows, and on top of all items?"],
+)
 
 # %% [markdown]
-# **What to look for.**
-# * 300 users, one seed: each recall is sure to about ± 0.06. Which differences are larger?
-# * At which second does "all items" reach the last value of one item a window?
-# * What does MAP add to the windows, and on top of all items?
-#
 # And the gradients after training, when MAP's head has learned its task?
 
 # %%
@@ -345,25 +353,21 @@ base = next(row for row in data["rows"] if row["map.unit"] is None)
 with_map = [row for row in data["rows"] if row is not base]
 differences = [row["against"][base["number"]] for row in with_map]  # mean, low, high of recall@10 − that of the baseline
 better, worse = sum(low > 0 for _, low, _ in differences), sum(high < 0 for _, _, high in differences)
-teach.predict(f"Of {len(with_map)} settings of MAP, how many are clearly better than the baseline, on the same users and seeds?",
-              better, range=(0, len(with_map)), default=(0, 5), explain="Clearly: the 95 % interval of the difference lies above 0.")
-
-# %%
-MapExplorer(data)
-
-# %% [markdown]
-# **What to look for.** Move the weight from 0.1 to 1: the right curve is the loss of the next item *alone*, so all
-# runs compare there. Compare 1, 2 and 4 steps by item. In the lower figure, which intervals leave the line of no MAP?
-
-# %%
 best = max(with_map, key=lambda row: row["recall@10"])
-print(f"no MAP {base['recall@10']:.3f}; of {len(with_map)} settings {better} clearly better, {worse} clearly worse; best {best['recall@10']:.3f}: "
-      f"by {best['map.unit']}, {best['map.steps']:g} steps, weight {best['map.weight']:g}")
+
+# %%
+teach.predict(
+    f"Of {len(with_map)} settings of MAP, how many are clearly better than the baseline, on the same users and seeds?",
+    better, range=(0, len(with_map)), default=(0, 5), explain="Clearly: the 95 % interval of the difference lies above 0.",
+    then=lambda: [
+        f"No MAP {base['recall@10']:.3f}; of {len(with_map)} settings {better} clearly better, {worse} clearly worse; best {best['recall@10']:.3f}: "
+        f"by {best['map.unit']}, {best['map.steps']:g} steps, weight {best['map.weight']:g}", MapExplorer(data),
+        "**What to look for.** Move the weight from 0.1 to 1: the right curve is the loss of the next item *alone*, so all runs compare there. "
+        "Compare 1, 2 and 4 steps by item. In the lower figure, which intervals leave the line of no MAP? "
+        "Read that with care: it is our reading of MAP, one shop, short trainings. And the best of many settings is partly the luckiest."],
+)
 
 # %% [markdown]
-# No setting is clearly better than no MAP in this shop. Read that with care: it is our reading of MAP, one shop, short
-# trainings. And the best of many settings is partly the luckiest.
-#
 # Things to try: `steps, weight = 1, 0.1`; `own_seconds = 120`; `encoder_mask="full"` for the two ways with windows.
 #
 # ## Exercises

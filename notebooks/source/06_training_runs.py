@@ -131,11 +131,6 @@ def width():
     low, high = bootstrap_interval(hits)
     return high - low
 
-
-teach.predict(f"The model finds {hits.mean():.0%} of {len(hits)} hidden items. How wide is the 95 % interval of that recall?",
-              width, range=(0, 0.2), default=(0.02, 0.06),
-              explain="A share p of n users has the standard deviation √(p (1 − p) / n); about four of them make the interval.")
-
 # %% [markdown]
 # The **bootstrap** answers without a formula: draw as many users as there are, with replacement, again and again. Where do the middle 95 %
 # of the recalls lie?
@@ -143,8 +138,15 @@ teach.predict(f"The model finds {hits.mean():.0%} of {len(hits)} hidden items. H
 # %%
 rng = np.random.default_rng(0)
 means = [rng.choice(hits, len(hits)).mean() for _ in range(resamples)]
-print("by hand  ", np.quantile(means, [0.025, 0.975]).round(4))
-print("package  ", np.round(bootstrap_interval(hits), 4))
+
+# %%
+teach.predict(
+    f"The model finds {hits.mean():.0%} of {len(hits)} hidden items. How wide is the 95 % interval of that recall?",
+    width, range=(0, 0.2), default=(0.02, 0.06),
+    explain="A share p of n users has the standard deviation √(p (1 − p) / n); about four of them make the interval.",
+    then=lambda: "By hand the middle 95 % lie from {:.4f} to {:.4f}, with `bootstrap_interval` from {:.4f} to {:.4f}.".format(
+        *np.quantile(means, [0.025, 0.975]), *bootstrap_interval(hits)),
+)
 
 # %% [markdown]
 # ## 3. Prune it when it recommends
@@ -166,11 +168,6 @@ tried = {(scorer, share): pruned(scorer, share) for scorer in scorers for share 
 ranks |= {f"base-{scorer}": tried[scorer, keep] for scorer in ("rastp", "random")}
 
 # %%
-teach.predict(f"RASTP keeps {keep:.0%} of the tokens, without training. How much of the recall is left?",
-              100 * recall_at(ranks["base-rastp"], 10).mean() / hits.mean(), range=(0, 110), default=(60, 95), unit="%",
-              explain="The layers after the pruner were trained with all tokens.")
-
-# %%
 from sidlab.viz.theme import mark, template
 
 figure = go.Figure()
@@ -184,6 +181,13 @@ for place, scorer in enumerate(scorers):
 figure.add_hline(hits.mean(), line_dash="dot", annotation_text="nothing pruned")
 figure.update_layout(template=template(), height=380, xaxis_title="tokens kept, %",
                      yaxis_title="test recall@10")
+
+# %%
+teach.predict(
+    f"RASTP keeps {keep:.0%} of the tokens, without training. How much of the recall is left?",
+    100 * recall_at(ranks["base-rastp"], 10).mean() / hits.mean(), range=(0, 110), default=(60, 95), unit="%",
+    explain="The layers after the pruner were trained with all tokens.", then=figure,
+)
 
 # %% [markdown]
 # **What to look for**
@@ -308,10 +312,12 @@ def ratio():
     (low_a, high_a), (low_b, high_b), (low, high) = (bootstrap_interval(values) for values in (a, b, a - b))
     return (high - low) / (high_a - low_a + high_b - low_b)
 
-
-teach.predict("Subtract user by user and bootstrap the differences. How wide is their interval, relative to both recalls' widths added?",
-              ratio, range=(0, 1.5), default=(0.3, 0.7),
-              explain="Two independent samples would give 0.71. What is below that comes from pairing: what both find and both miss cancels.")
+# %%
+teach.predict(
+    "Subtract user by user and bootstrap the differences. How wide is their interval, relative to both recalls' widths added?",
+    ratio, range=(0, 1.5), default=(0.3, 0.7),
+    explain="Two independent samples would give 0.71. What is below that comes from pairing: what both find and both miss cancels.",
+)
 
 # %%
 pairs = [("base-rastp", "base"), ("unpruned", "base"), ("rastp", "base-rastp"), ("rastp", "unpruned"),
@@ -413,7 +419,7 @@ def ndcg(ranks, k):
     ### END SOLUTION
 
 # %% tags=["check"]
-teach.check("ndcg_at", ndcg)
+teach.check("ndcg", ndcg)
 
 # %% [markdown]
 # ### Exercise 2 · ★★★ · 15 minutes

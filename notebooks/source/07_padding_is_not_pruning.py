@@ -61,13 +61,6 @@ teach.predict(
 #
 # RASTP scores all slots and keeps the best ⌊150 / 3⌋ = 50 of them. Padding has the lowest score, so it goes first. A history of 8 items has 40 real tokens.
 
-# %%
-teach.predict(
-    "The published rule prunes a history of 8 items, 40 real tokens in 150 slots. How many real tokens does it remove?",
-    0, choices=[0, 13, 27, 40], default=27,
-    explain="50 slots stay and 40 tokens are real: all of them stay, with 10 slots of padding. Everything that was 'pruned' was padding.",
-)
-
 # %% [markdown]
 # Both rules on four histories. `reference_choice` is the published one; `TokenPruner` keeps a share of each row's *own* tokens.
 
@@ -80,12 +73,18 @@ importance = torch.rand(4, 150).masked_fill(mask == 0, -torch.inf)
 positions = reference_choice(torch.zeros(4, 150, 1), mask, importance, 1 / 3).positions  # [4, 50]
 kept_published = mask.gather(1, positions).sum(1)
 kept_own = TokenPruner(1 / 3).choose(mask, importance).sum(1)
-pd.DataFrame({"items": items, "real tokens": 5 * items, "kept, published rule": kept_published, "kept, own tokens": kept_own})
+both_rules = pd.DataFrame({"items": items, "real tokens": 5 * items, "kept, published rule": kept_published, "kept, own tokens": kept_own})
+
+# %%
+teach.predict(
+    "The published rule prunes a history of 8 items, 40 real tokens in 150 slots. How many real tokens does it remove?",
+    0, choices=[0, 13, 27, 40], default=27,
+    explain="50 slots stay and 40 tokens are real: all of them stay, with 10 slots of padding. Everything that was 'pruned' was padding.",
+    then=[both_rules, "Only histories of more than ten items lose anything under the published rule. That is not a method that finds the informative "
+          "third. It is a method that mostly removes padding which need not have been there."],
+)
 
 # %% [markdown]
-# Only histories of more than ten items lose anything under the published rule. That is not a method that finds the informative third. It is a method that mostly removes
-# padding which need not have been there.
-#
 # ## The explorer
 #
 # An average training **window** (a piece of a history and the item to predict from it) under six ways to train. RASTP cuts each history into all its contiguous stretches, so
@@ -103,7 +102,7 @@ padding
 # %% [markdown]
 # **Things to try**
 #
-# * Compare the second row with the fifth. The fifth throws nothing away, and it is cheaper.
+# * Compare the second row with the fifth, which throws nothing away. Which one is cheaper?
 # * Drag *mean items* from 6 to 40. Where does the published rule begin to lose more real tokens than padding? Is unpadded training still cheaper there?
 # * Drag *kept share* to 100 %. The published rule then costs as much as no pruning (and a little for the scores), and unpadded training does not move.
 # * Set *histories* to `test histories`: here the published rule keeps 84 % and more of all real tokens, at the mean of the Amazon sets.
@@ -149,15 +148,6 @@ def one_pass(config):
 
 seconds = time_steps({name: one_pass(config) for name, config in configs.items()}, rounds)  # a row a round
 
-# %%
-teach.predict(
-    "Which is faster on your machine?", lambda: seconds.median().drop(["padded", "unpadded, own third"]).idxmin(),
-    choices=["padded, published pruning", "unpadded"], default="unpadded", explain="The tables below show by how much, and how sure that is.",
-)
-
-# %%
-(1000 * seconds).round().astype(int)  # milliseconds, a row a round
-
 # %% [markdown]
 # A ratio of two noisy times is noisier than either. Report the **ratio of medians**, and beside it the lowest and the highest ratio of any single round: if that
 # range holds 1, you have not shown a difference.
@@ -168,7 +158,13 @@ predicted = {name: cost(config, table.widths, windows.lengths[chosen]) for name,
 ratios = pd.DataFrame({"ratio of medians": seconds.median() / seconds["padded"].median(), "lowest round": by_round.min(),
                        "highest round": by_round.max(), "FLOPs": {name: c.training / predicted["padded"].training for name, c in predicted.items()},
                        "slots a history": {name: c.slots for name, c in predicted.items()}, "behind the pruner": {name: c.kept for name, c in predicted.items()}})
-ratios.round(2)
+
+# %%
+teach.predict(
+    "Which is faster on your machine?", lambda: seconds.median().drop(["padded", "unpadded, own third"]).idxmin(),
+    choices=["padded, published pruning", "unpadded"], default="unpadded",
+    then=["Milliseconds, a row a round:", (1000 * seconds).round().astype(int), "By how much, and how sure that is:", ratios.round(2)],
+)
 
 # %% [markdown]
 # The demo's items have three codes and a separator, so there are 120 slots here; and so few windows cannot be cut into batches of quite equal lengths, so a little padding is

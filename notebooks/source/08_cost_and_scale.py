@@ -59,15 +59,17 @@ def costs_of(items, levels=3, width=256, pruning=None):
     return one_batch(config, (width,) * levels, slots=4096)
 
 # %%
-growth = costs_of(80).training / costs_of(40).training
-teach.predict("From 40 to 80 items, the tokens double. By which factor do the FLOPs of a training step per history grow?", growth,
-              range=(1, 5), default=(2, 4), unit="×",
-              explain="Only the scores and the sum grow by 4 ×. At this d and these lengths, projections and feed-forward are most of the work, so the whole grows by little more than 2 ×.")
-
-# %%
 lengths = [10, 20, 40, 80, 160]
 parts = pd.DataFrame({n: costs_of(n).flops for n in lengths}).T / 1e6  # MFLOPs of a forward pass per history
-parts[["encoder", "decoder", "cross", "heads"]].round(1).rename_axis("items")
+growth = costs_of(80).training / costs_of(40).training
+
+# %%
+teach.predict(
+    "From 40 to 80 items, the tokens double. By which factor do the FLOPs of a training step per history grow?", growth,
+    range=(1, 5), default=(2, 4), unit="×",
+    explain="Only the scores and the sum grow by 4 ×. At this d and these lengths, projections and feed-forward are most of the work, so the whole grows by little more than 2 ×.",
+    then=["Million FLOPs of a forward pass:", parts[["encoder", "decoder", "cross", "heads"]].round(1).rename_axis("items")],
+)
 
 # %% [markdown]
 # *cross* is the decoder's look at the history, *heads* is the output. Look at the encoder: from which length on does doubling cost clearly more than twice?
@@ -117,16 +119,16 @@ predicted = {name: speed.seconds(config, batch) for name, (config, batch, _) in 
 held_out = pd.DataFrame({"predicted, ms": 1000 * pd.Series(predicted), "median, ms": 1000 * measured.median(), "fastest, ms": 1000 * measured.min(),
                          "slowest, ms": 1000 * measured.max()})
 held_out["predicted ÷ median"] = held_out["predicted, ms"] / held_out["median, ms"]
-
-# %%
 worst = float((held_out["predicted ÷ median"] - 1).abs().max())
 noise = float((measured.max() / measured.min()).median())
-teach.predict("How far is the worst of these predictions from the median of its measurements, in percent?", min(100 * worst, 200), range=(0, 200), default=(5, 60), unit="%",
-              explain=f"Four numbers for all sizes are a coarse model, and the clock is not exact either: of {rounds} times the same step, the slowest took {noise:.1f} × "
-                      "the fastest. Good enough to choose a size, not to compare two methods.")
 
 # %%
-held_out.rename_axis(["width", "layers", "items", "slots", "pruned"]).round(2)
+teach.predict(
+    "How far is the worst of these predictions from the median of its measurements, in percent?", min(100 * worst, 200), range=(0, 200), default=(5, 60), unit="%",
+    explain=f"Four numbers for all sizes are a coarse model, and the clock is not exact either: of {rounds} times the same step, the slowest took {noise:.1f} × "
+            "the fastest. Good enough to choose a size, not to compare two methods.",
+    then=held_out.rename_axis(["width", "layers", "items", "slots", "pruned"]).round(2),
+)
 
 # %% [markdown]
 # ## The calculator
@@ -166,13 +168,16 @@ spread = {name: (seconds[name, "pruned"] / seconds[name, "plain"]).agg(["min", "
 small, large = ends
 decided = 0.9 <= ratio[small] <= 1.1 or not spread[small]["min"] < 1 < spread[small]["max"]
 outcome = "it stays within 10 %" if 0.9 <= ratio[small] <= 1.1 else "it falls by more" if ratio[small] < 0.9 else "it grows by more"
-teach.predict("Width 32, histories of 2 items, 128 slots a batch: keeping a third, what becomes of the time of a training step?",
-              outcome if decided else "these rounds cannot tell",
-              choices=["it falls by more", "it stays within 10 %", "it grows by more", "these rounds cannot tell"], default="it stays within 10 %",
-              explain=f"Ratio of medians {ratio[small]:.2f} (rounds from {spread[small]['min']:.2f} to {spread[small]['max']:.2f}).")
 
 # %%
-pd.DataFrame({name: {"ratio of medians, pruned ÷ plain": ratio[name], "lowest round": spread[name]["min"], "highest round": spread[name]["max"]} for name in ends}).T.round(2)
+teach.predict(
+    "Width 32, histories of 2 items, 128 slots a batch: keeping a third, what becomes of the time of a training step?",
+    outcome if decided else "these rounds cannot tell",
+    choices=["it falls by more", "it stays within 10 %", "it grows by more", "these rounds cannot tell"], default="it stays within 10 %",
+    explain=f"Ratio of medians {ratio[small]:.2f} (rounds from {spread[small]['min']:.2f} to {spread[small]['max']:.2f}).",
+    then=pd.DataFrame({name: {"ratio of medians, pruned ÷ plain": ratio[name], "lowest round": spread[name]["min"],
+                              "highest round": spread[name]["max"]} for name in ends}).T.round(2),
+)
 
 # %% [markdown]
 # ## A million items
@@ -212,20 +217,18 @@ for n, (_, table) in made.items():
     rows[n] = {"distinct SIDs": table.trie.n_nodes[-1], "MB": size / 2**20, "MB, predicted": table_bytes(n, table.widths) / 2**20,
                "ms per user": 1000 * times[n].median() / users, "fastest": 1000 * times[n].min() / users, "slowest": 1000 * times[n].max() / users}
 scale = pd.DataFrame(rows).T.rename_axis("items")
+slower = scale["ms per user"].iloc[-1] / scale["ms per user"].iloc[0]
 
 # %%
-slower = scale["ms per user"].iloc[-1] / scale["ms per user"].iloc[0]
 teach.predict(
     f"The catalogue grows from {catalogue_sizes[0]:,} to {catalogue_sizes[-1]:,} items. Recommending to one user takes how many times as long?",
     "under 3 ×" if slower < 3 else "3 to 30 ×" if slower < 30 else "more than 30 ×", choices=["under 3 ×", "3 to 30 ×", "more than 30 ×"],
-    default="under 3 ×", explain="Beam search asks for the children of ten nodes at every level, however many items hang below them. See the milliseconds below.",
+    default="under 3 ×", explain="Beam search asks for the children of ten nodes at every level, however many items hang below them.",
+    then=[scale.round(2), "Memory grows in step with the number of items, time hardly does."],
 )
 
-# %%
-scale.round(2)
-
 # %% [markdown]
-# Memory grows in step with the number of items, time hardly does. What a large catalogue may cost is *quality*, which is not measured here: more items share a
+# What a large catalogue may cost is *quality*, too, which is not measured here: more items share a
 # prefix, so one wrong code at level 1 loses more of them, and codes per level or levels have to grow along. Random SIDs are spread as evenly as can be; real ones are not, and then some nodes have
 # many more children than the mean. How the SIDs of a catalogue fare is the subject of [notebook 1](01_semantic_ids.ipynb).
 #

@@ -82,16 +82,17 @@ dirty_folder = pathlib.Path(tempfile.mkdtemp())
 print((dirty_folder / "sequences.txt").read_text())
 
 # %%
-teach.predict("How many users does the catalogue of these two files have in the end?", 2, choices=[1, 2, 4, 5], default=4,
-              explain="ann and dee. A sequence with an unknown item or a word is left out as a whole, and so is a second line of the same user: nothing is guessed.")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the same text as below the question
+    dirty = sidlab.load_catalogue(dirty_folder)
 
 # %%
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # the same text as below
-    dirty = sidlab.load_catalogue(dirty_folder)
-print(len(dirty.histories), "users,", dirty.n_items, "items")
-for kind, found in dirty.dirty.items():
-    print(f"{found['count']} × {kind}; first: {found['first']}")
+teach.predict(
+    "How many users does the catalogue of these two files have in the end?", 2, choices=[1, 2, 4, 5], default=4,
+    explain="ann and dee. A sequence with an unknown item or a word is left out as a whole, and so is a second line of the same user: nothing is guessed.",
+    then="\n".join([f"{len(dirty.histories)} users, {dirty.n_items} items\n",
+                    *(f"* {found['count']} × {kind}; first: {found['first']}" for kind, found in dirty.dirty.items())]),
+)
 
 # %% [markdown]
 # Nothing is skipped in silence: it is counted, the first of each kind is named, and `on_dirty="raise"` stops there instead. A gap in the item ids is always an
@@ -203,12 +204,6 @@ for name, scorer in {"rastp": "rastp", "random": "random", "fresh": fresh, "noth
     hits[name] = recall_at(evaluate(results[name].model, histories, targets), 10)  # [U], 1 or 0
 
 # %%
-scorers = ["rastp", "random", "fresh"]
-best = max(scorers, key=lambda name: hits[name].mean())
-teach.predict("Which of the three scorers finds the hidden item most often?", best, choices=scorers, default="rastp",
-              explain=", ".join(f"{name} {h.mean():.3f}" for name, h in hits.items()) + f"; one user is worth {1 / len(targets):.4f}.")
-
-# %%
 from sidlab.baselines import NeighbourTable
 from sidlab.metrics import rank_of_target
 
@@ -218,13 +213,21 @@ compared = pd.DataFrame({name: {
     "recall@10": h.mean(), "low": bootstrap_interval(h)[0], "high": bootstrap_interval(h)[1],
     "kept share of the tokens": results[name].tokens["kept_token_fraction"], "p against rastp": paired_test(h, hits["rastp"]).p_value}
     for name, h in hits.items()}).T.round(3)
-compared
+scorers = ["rastp", "random", "fresh"]
+best = max(scorers, key=lambda name: hits[name].mean())
+
+# %%
+teach.predict(
+    "Which of the three scorers finds the hidden item most often?", best, choices=scorers, default="rastp",
+    explain=", ".join(f"{name} {h.mean():.3f}" for name, h in hits.items()) + f"; one user is worth {1 / len(targets):.4f}.",
+    then=[compared, "Every item of this shop says the favourite colour, so nearly any third of the tokens tells it: is `random` as good as "
+          "RASTP here? Such data cannot test a scorer."],
+)
 
 # %% [markdown]
 # The kept share is a little above the one asked for, because every history is rounded up; it is the same for all three scorers, and that makes it a fair race. *p* is how often chance
 # alone would make a difference at least this large ([notebook 6](06_training_runs.ipynb)). Where it is not small, the honest sentence is "we cannot tell them apart". And where it is small? It speaks of these trained models only: with
-# another `seed` the sign may change, so one seed is no finding about scorers. Try two more. Is `random` as good as RASTP here? Every item of this shop says the favourite colour, so nearly any third of the
-# tokens tells it: such data cannot test a scorer.
+# another `seed` the sign may change, so one seed is no finding about scorers. Try two more.
 #
 # Your scorer in the explorer, on a model that was trained with it:
 

@@ -50,7 +50,7 @@ def fair(scorer):
     return [1, int(not full.isnan().any()), int(torch.equal(full.argsort(stable=True), again.argsort(stable=True)))]
 
 
-teach.register("fair_scorer", [(fair,)], lambda f: f(lambda s: s.positions.float()), {
+teach.register("my_scorer", [(fair,)], lambda f: f(lambda s: s.positions.float()), {
     "A scorer returns a float tensor of the shape [B, N], one number for each token.": lambda f: [0, 1, 1],
     "It returns NaN somewhere. A division by 0?": lambda f: [1, 0, 1],
     "Padding changes the order of the real tokens: leave tokens with mask 0 out of means, maxima and votes.": lambda f: [1, 1, 0],
@@ -87,21 +87,19 @@ def hits(scorer, part="validation"):
 bayes = float(truth.bayes_recall(split.cases("validation")[0], 10).mean())
 starters = {name: hits(name) for name in ("rastp", "norm", "centrality", "random", "recent", "oracle")}
 unpruned = hits(None)
+ratio = starters["oracle"].mean() / unpruned.mean()
 
 # %%
-ratio = starters["oracle"].mean() / unpruned.mean()
 teach.predict(
     f"One token in six stays. How much of the unpruned recall@10, {unpruned.mean():.3f}, does the best of six starters (rastp, its factors norm and centrality, random, recent, oracle) keep, in percent?",
     100 * max(h.mean() for h in starters.values()) / unpruned.mean(), range=(0, 100), default=(60, 90), unit="%",
     explain=f"The oracle keeps {ratio:.0%}: the right tokens of the input are not the right states behind layer 2.",
+    then=[pd.Series({name: h.mean() for name, h in {**starters, "unpruned": unpruned}.items()} | {"Bayes optimum": bayes}, name="recall@10").to_frame().round(3),
+          "Keeping one token in six costs RASTP a good part of what the model could do. That gap is your room."],
 )
 
-# %%
-pd.Series({name: h.mean() for name, h in {**starters, "unpruned": unpruned}.items()} | {"Bayes optimum": bayes}).round(3)
-
 # %% [markdown]
-# Keeping one token in six costs RASTP a good part of what the model could do. That gap is your room. Mind its factors: a scorer that is ahead of `rastp` and not of `norm` has found
-# nothing new. (And mind the model: two of its heads were initialised to look at the tokens just before, so it hands codes on more readily than a T5 would,
+# Mind the factors of RASTP: a scorer that is ahead of `rastp` and not of `norm` has found nothing new. (And mind the model: two of its heads were initialised to look at the tokens just before, so it hands codes on more readily than a T5 would,
 # [notebook 4](04_live_pruning.ipynb).)
 #
 # Which tokens do they keep? **Precision** (share of the kept ones that are informative in the input) and **recall of tokens** (share of the informative ones that are kept):
@@ -180,7 +178,7 @@ def my_scorer(signals):
 
 
 # %% tags=["check"]
-accepted = teach.check("fair_scorer", lambda f: f(my_scorer))
+accepted = teach.check("my_scorer", lambda f: f(my_scorer))
 accepted
 
 # %%
@@ -272,15 +270,6 @@ runners = {"rastp": "rastp", challenger: entries[challenger], **({"oracle": "ora
 raced = {name: race(name, scorer) for name, scorer in runners.items()}
 
 # %%
-race_test = paired_test(raced[challenger], raced["rastp"])
-teach.predict(
-    f"After {max_updates} updates with each scorer: who is ahead on the test?",
-    max(raced, key=lambda name: raced[name].mean()), choices=list(raced), default="rastp",
-    explain=", ".join(f"{name} {h.mean():.3f}" for name, h in raced.items()) + f". {challenger} − rastp: {race_test.difference:+.3f}, 95 % interval "
-            f"{race_test.interval[0]:+.3f} to {race_test.interval[1]:+.3f}, one seed.",
-)
-
-# %%
 from sidlab.baselines import NeighbourTable
 from sidlab.metrics import rank_of_target
 
@@ -288,10 +277,16 @@ neighbours = NeighbourTable().fit(leave_one_out(world.histories).train, world.n_
 board.add("neighbour table", trained, {"recall@10": float(recall_at(rank_of_target(neighbours, targets), 10).mean()), "anchor": True})
 if planted:
     board.add("Bayes optimum", trained, {"recall@10": float(world.truth.bayes_recall(histories, 10).mean()), "anchor": True})
-board.figure(trained)
+race_test = paired_test(raced[challenger], raced["rastp"])
 
 # %%
-board
+teach.predict(
+    f"After {max_updates} updates with each scorer: who is ahead on the test?",
+    max(raced, key=lambda name: raced[name].mean()), choices=list(raced), default="rastp",
+    explain=", ".join(f"{name} {h.mean():.3f}" for name, h in raced.items()) + f". {challenger} − rastp: {race_test.difference:+.3f}, 95 % interval "
+            f"{race_test.interval[0]:+.3f} to {race_test.interval[1]:+.3f}, one seed.",
+    then=lambda: [board.figure(trained), board],
+)
 
 # %% [markdown]
 # **Before you claim a victory**

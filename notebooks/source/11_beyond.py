@@ -103,15 +103,15 @@ histories, targets = leave_one_out(catalogue.histories).cases("test")
 chosen = np.random.default_rng(0).permutation(len(targets))[:2000]
 ranks = {name: evaluate(sidlab.train(config, catalogue, tables[name], progress=False).model, [histories[i] for i in chosen], targets[chosen])
          for name in ("text alone", "behaviour alone", "joined before the encoder", "text, text, behaviour", "text and given, joined") if name in tables}
-
-# %%
-teach.predict("Which IDs recommend best after this training?", max(ranks, key=lambda name: recall_at(ranks[name], 10).mean()), choices=list(ranks),
-              default="joined before the encoder", explain="In the planted world the embeddings say exactly what the items are, and behaviour can only take codes away from them: the more items "
-              "share their codes, the more get an added one without meaning (table below). On real data texts say less, and the order may be another: give `folder` to see.")
-
-# %%
 quality["recall@10 [95 %]"] = pd.Series({name: recall(r) for name, r in ranks.items()})
-quality.loc[list(ranks)]
+
+# %%
+teach.predict(
+    "Which IDs recommend best after this training?", max(ranks, key=lambda name: recall_at(ranks[name], 10).mean()), choices=list(ranks),
+    default="joined before the encoder", explain="In the planted world the embeddings say exactly what the items are, and behaviour can only take codes away from them: the more items "
+    "share their codes, the more get an added one without meaning. On real data texts say less, and the order may be another: give `folder` to see.",
+    then=quality.loc[list(ranks)],
+)
 
 # %% [markdown]
 # ## Four neighbours
