@@ -337,12 +337,12 @@ def test_what_a_page_asks_for_after_a_reload_is_the_present(finished):
 
 def test_export_replays_the_curves(finished, tmp_path):
     page = finished.export(tmp_path / "curves.html").read_text()
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), looks = ", page, re.DOTALL)[1])
+    frames = json.loads(re.search(r"const frames = (\[.*?\]), env = ", page, re.DOTALL)[1])
     assert [frame["value"] for frame in frames] == ["3", "6"] and 'value="1"' in page  # the last one first
-    before, after = (frame["data"] for frame in frames)
+    before, after = (frame["state"]["figure"]["data"] for frame in frames)
     assert [len(trace["x"]) for trace in before if "markers" in trace["mode"]] == [1, 1]
     assert [list(trace["x"]) for trace in after if "markers" in trace["mode"]] == [[3, 6], [3, 6]]
-    assert "<script src" not in page and "6 of 6" in frames[1]["text"] and "3 of 6" in frames[0]["text"]
+    assert "<script src" not in page and "6 of 6" in frames[1]["state"]["text"] and "3 of 6" in frames[0]["state"]["text"]
 
 
 def test_a_site_shows_finished_curves(tmp_path, monkeypatch):
