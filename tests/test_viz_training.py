@@ -1,7 +1,6 @@
 """The monitor's runs race and still train as alone; it shows what they log, pauses them when told, loses no error, and sends little."""
 
 import dataclasses
-import json
 import random
 import re
 import time
@@ -9,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import connect
+from conftest import connect, frames_of
 from transformers.utils import logging
 
 from sidlab import viz
@@ -184,7 +183,7 @@ def test_a_run_is_stopped_while_the_others_go_on_and_resumes_where_it_was():
     assert monitor.steps[-1] == {"unpruned": 4, "stamp": 6} and "<td>4 of 6</td>" in monitor.text
     button = monitor.run_buttons["unpruned"]
     assert button.description == "Resume unpruned" and not button.disabled and monitor.run_buttons["stamp"].disabled
-    assert monitor.start_button.description == "Resume" and not monitor.start_button.disabled and monitor.stop_button.disabled
+    assert monitor.start_button.description == "Resume all" and not monitor.start_button.disabled and monitor.stop_button.disabled
     # It stands with its only evaluation, where the whole run stood as well.
     whole = train(CONFIGS["unpruned"], WORLD, TABLE, progress=False)
     so_far = results["unpruned"]
@@ -337,7 +336,7 @@ def test_what_a_page_asks_for_after_a_reload_is_the_present(finished):
 
 def test_export_replays_the_curves(finished, tmp_path):
     page = finished.export(tmp_path / "curves.html").read_text()
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), env = ", page, re.DOTALL)[1])
+    frames = frames_of(page)
     assert [frame["value"] for frame in frames] == ["3", "6"] and 'value="1"' in page  # the last one first
     before, after = (frame["state"]["figure"]["data"] for frame in frames)
     assert [len(trace["x"]) for trace in before if "markers" in trace["mode"]] == [1, 1]
@@ -364,7 +363,7 @@ def test_every_run_has_a_look_of_its_own():
 def test_controls_theme_and_refusal(dark):
     monitor = viz.TrainingMonitor(CONFIGS, WORLD, TABLE)
     assert monitor.figure.layout.template.layout.paper_bgcolor == "#14171A"
-    assert [b.description for b in monitor.children[0].children] == ["Start", "Stop", "Start unpruned", "Start stamp"]
+    assert [b.description for b in monitor.children[0].children] == ["Start all", "Stop all", "Start unpruned", "Start stamp"]
     assert "waiting" in monitor.text and monitor.results == {} and not monitor.running
     with pytest.raises(ValueError, match="at least one run"):
         TrainingMonitor({}, WORLD, TABLE)

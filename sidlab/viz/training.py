@@ -41,8 +41,8 @@ clock = time.monotonic
 class TrainingMonitor(Explorer):
     """Train `configs`, {name: `TrainConfig`}, side by side on `catalogue` with the SIDs of `table`, and watch.
 
-    The runs take turns of a few updates (those between two values of the training loss). "Start" (or `start()`) trains all that are not
-    done; "Stop" (or `stop()`) pauses all after the update in progress, and each run has a button of its own. A paused run goes on where
+    The runs take turns of a few updates (those between two values of the training loss). "Start all" (or `start()`) trains all that are not
+    done; "Stop all" (or `stop()`) pauses them after the update in progress, and each run has a button of its own. A paused run goes on where
     it was. `wait()` starts if need be, blocks until all are done or paused and returns `results`, where a paused run that has been
     evaluated stands with its best checkpoint so far. A run that fails lets the others go on: the reader sees why, `wait()` raises it in
     the end, and "Start" trains that run anew. One monitor trains at a time: to start another (of the same cell, run again, say) pauses
@@ -66,7 +66,7 @@ class TrainingMonitor(Explorer):
         self._measure()
         super().__init__({})
         self.start_button = widgets.Button(icon="play", tooltip="train what is not done yet")
-        self.stop_button = widgets.Button(description="Stop", icon="stop", tooltip="pause all runs after this update")
+        self.stop_button = widgets.Button(icon="stop", tooltip="pause after this update")
         self.start_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
         self.run_buttons = {name: widgets.Button(layout=widgets.Layout(width="auto")) for name in configs}
@@ -215,12 +215,16 @@ class TrainingMonitor(Explorer):
         with self._drawing:
             runs = self._runs.values()
             left = [run for run in runs if run.state != "done"]
-            self.start_button.description = "Resume" if any(run.state == "paused" for run in left) else "Start"
+            every = " all" if len(runs) > 1 else ""
+            self.start_button.description = ("Resume" if any(run.state == "paused" for run in left) else "Start") + every
+            self.stop_button.description = "Stop" + every
             self.start_button.disabled = all(run.wanted for run in left)
             self.stop_button.disabled = not any(run.wanted for run in runs)
             for run, button in zip(runs, self.run_buttons.values()):
                 verb, button.icon = ("Stop", "stop") if run.wanted else ("Resume", "play") if run.state == "paused" else ("Start", "play")
                 button.description, button.disabled = f"{verb} {run.name}", run.state == "done"
+                if button.disabled:
+                    button.description, button.icon = f"{run.name} is done", "check"
             self.refresh()
             self._drawn = clock()
 
