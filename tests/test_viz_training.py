@@ -165,7 +165,7 @@ def test_axes_give_way_to_what_lies_outside():
 def test_without_a_truth_popularity_is_the_only_ruler():
     world = dataclasses.replace(WORLD, truth=None)
     monitor = TrainingMonitor(CONFIGS, world, TABLE)
-    assert list(monitor.rulers) == ["popularity"] and "best possible" not in monitor.text
+    assert list(monitor.rulers) == ["popularity"] and "Bayes" not in monitor.text
     assert len(monitor.figure.layout.shapes) == 1
 
 

@@ -1,9 +1,10 @@
-"""The training monitor: several runs race beside the notebook, with their curves growing side by side.
+"""The training monitor: runs race beside the notebook, with their curves growing side by side.
 
-Every run has a thread of its own, in which `train` is one call, and one thread trains at a time: it has the turn for a few updates, then
-the next one has it. A run that is paused is a thread that gets no turn. What PyTorch and the libraries keep for the whole process goes
-with the turn (`_Turns`), so a run gives bit for bit what `train` alone gives. But code that draws random numbers in the notebook
-meanwhile draws them from the run whose turn it is.
+Every run has a thread of its own, in which `train` is one call, and one thread trains at a time:
+it has the turn for a few updates, then the next one has it. A run that is paused is a thread that
+gets no turn. What PyTorch and the libraries keep for the whole process goes with the turn
+(`_Turns`), so a run gives bit for bit what `train` alone gives. But code that draws random numbers
+in the notebook meanwhile draws them from the run whose turn it is.
 
 The threads draw the picture too: ipykernel takes widget messages from any thread.
 """
@@ -35,23 +36,29 @@ from sidlab.windows import leave_one_out
 
 PAUSE = 0.5  # seconds between two pictures
 ROOM = 1.1  # how far an axis reaches beyond what it must show
+RULERS = {"popularity": "popularity", "bayes": "Bayes optimum"}
 clock = time.monotonic
 
 
 class TrainingMonitor(Explorer):
-    """Train `configs`, {name: `TrainConfig`}, side by side on `catalogue` with the SIDs of `table`, and watch.
+    """Train `configs`, {name: `TrainConfig`}, side by side on `catalogue` with the SIDs of `table`.
 
-    The runs take turns of a few updates (those between two values of the training loss). "Start all" (or `start()`) trains all that are not
-    done; "Stop all" (or `stop()`) pauses them after the update in progress, and each run has a button of its own. A paused run goes on where
-    it was. `wait()` starts if need be, blocks until all are done or paused and returns `results`, where a paused run that has been
-    evaluated stands with its best checkpoint so far. A run that fails lets the others go on: the reader sees why, `wait()` raises it in
-    the end, and "Start" trains that run anew. One monitor trains at a time: to start another (of the same cell, run again, say) pauses
-    the one before. `start_from`: the folder of a saved model that every run goes on from (`train`); the folder must still be there when
-    training starts. Recall is drawn with two rulers, on the users of the evaluation: the most popular items for everybody, and, where
-    the catalogue knows its truth, the best possible.
+    The runs take turns of a few updates, those between two values of the training loss. "Start
+    all" (or `start()`) trains all that are not done; "Stop all" (or `stop()`) pauses them after the
+    update in progress, and each run has a button of its own. A paused run goes on where it was.
+    `wait()` starts if need be, blocks until all are done or paused and returns `results`, where a
+    paused run that has been evaluated stands with its best checkpoint so far.
 
-    Attributes: `results` {name: `TrainResult`} so far, `states` {name: "waiting", "training", "paused", "done" or "failed"}, `running`.
-    `TrainResult.peak_memory` is that of the process, so of all runs.
+    A run that fails lets the others go on: the reader sees why, `wait()` raises it in the end, and
+    its button trains it anew. One monitor trains at a time: to start another (of the same cell, run
+    again, say) pauses the one before. `start_from`: the folder of a saved model that every run goes
+    on from (`train`); it must still be there when training starts.
+
+    Recall is drawn with two rulers, on the users of the evaluation: the most popular items for
+    everybody and, where the catalogue knows its truth, the best possible.
+
+    Attributes: `results` {name: `TrainResult`} so far, whose `peak_memory` is that of the process,
+    so of all runs; `states` {name: "waiting", "training", "paused", "done" or "failed"}; `running`.
     """
 
     heading = "Training runs side by side"
@@ -69,8 +76,9 @@ class TrainingMonitor(Explorer):
         self.stop_button = widgets.Button(icon="stop", tooltip="pause after this update")
         self.start_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
-        self.run_buttons = {name: widgets.Button(layout=widgets.Layout(width="auto")) for name in configs}
-        for name, button in self.run_buttons.items():
+        self.run_buttons = {}
+        for name in configs:
+            self.run_buttons[name] = button = widgets.Button(layout=widgets.Layout(width="auto"))
             button.on_click(lambda _, name=name: self._toggle(name))
         buttons = [self.start_button, self.stop_button]
         if len(configs) > 1:
@@ -80,19 +88,23 @@ class TrainingMonitor(Explorer):
         self._tell()
 
     def _measure(self):
-        """What the axes need to know before any training: numbers of updates, and what recall and loss are measured against."""
+        """What the axes need to know before training: numbers of updates, and rulers."""
         split = leave_one_out(self.catalogue.histories)
         for run in self._runs.values():
             # What is wrong with a configuration its run tells.
             with contextlib.suppress(ValueError):
                 run.planned = planned_updates(run.config, self.table, split)
-        most = max((run.config for run in self._runs.values()), key=lambda config: config.eval_users or len(split.histories))
-        histories, targets = validation_cases(split, most)
-        popular = Popularity().fit(split.train, self.catalogue.n_items).recommend([np.empty(0, np.int64)])[0]
+        # Where runs are evaluated on different users, the most.
+        cases = [validation_cases(split, run.config) for run in self._runs.values()]
+        histories, targets = max(cases, key=lambda case: len(case[1]))
+        # The same ten items for everybody, so for one without a history.
+        popularity = Popularity().fit(split.train, self.catalogue.n_items)
+        popular = popularity.recommend([np.empty(0, np.int64)])[0]
         self.rulers = {"popularity": float(np.isin(targets, popular).mean())}
         if self.catalogue.truth is not None:
             self.rulers["bayes"] = float(self.catalogue.truth.bayes_recall(histories).mean())
         self._users = len(targets)
+        # The loss of one who knows nothing.
         self._guess = float(np.log(self.table.widths).mean())
 
     @property
@@ -110,7 +122,8 @@ class TrainingMonitor(Explorer):
             return any(run.wanted or _turns.has(run) for run in self._runs.values())
 
     def start(self, *names: str) -> None:
-        """Train the named runs (default: all) in the background until they are done, a paused one from where it is; returns at once."""
+        """Train the named runs (default: all) in the background, a paused one from where it is;
+        returns at once."""
         with _turns.changed:
             runs = [run for run in self._named(names) if run.state != "done" and not run.wanted]
             if not runs:
@@ -122,7 +135,7 @@ class TrainingMonitor(Explorer):
             fresh = [run for run in runs if run.thread is None]
             for run in fresh:
                 run.clear()
-                run.thread = threading.Thread(target=self._work, args=(run,), name=f"sidlab training {run.name}", daemon=True)
+                run.thread = threading.Thread(target=self._work, args=(run,), daemon=True)
             self._want(runs, True)
         self._tell()
         if before is not None and before is not self:
@@ -136,8 +149,8 @@ class TrainingMonitor(Explorer):
         self._tell()
 
     def wait(self) -> dict[str, TrainResult]:
-        """Block until every run is done, paused or failed (started here if none ever was) and return `results`. An interrupt pauses all.
-        Raises what a run raised."""
+        """Block until every run is done, paused or failed, and return `results`; starts all if none
+        ever was. An interrupt pauses all. Raises what a run raised."""
         if not self._begun:
             self.start()
         try:
@@ -177,10 +190,10 @@ class TrainingMonitor(Explorer):
         try:
             self._hold(run)
             run.state, run.since = "training", clock()
-            run.result = train(run.config, self.catalogue, self.table, start_from=self.start_from, progress=False,
-                               callbacks=[_Watch(self, run)])
+            run.result = train(run.config, self.catalogue, self.table, start_from=self.start_from,
+                               progress=False, callbacks=[_Watch(self, run)])
             run.state = "done"
-        except Exception as error:  # noqa: BLE001 `wait` raises it; as nobody may wait, the reader sees it
+        except Exception as error:  # noqa: BLE001 `wait` raises it, and the reader sees it
             run.state, run.error = "failed", error
         finally:
             with _turns.changed:
@@ -191,8 +204,8 @@ class TrainingMonitor(Explorer):
                 _turns.give(run)
 
     def pass_on(self, run, so_far):
-        """Called by a run before an update: let the others have their turns, and come back when this one is to go on. `so_far`: a function
-        that returns its `TrainResult` so far."""
+        """Called by a run before an update: let the others have their turns, and come back when this
+        one is to go on. `so_far`: a function that returns its `TrainResult` so far."""
         run.spent += clock() - run.since
         if run.wanted:
             _turns.give(run, again=True)
@@ -216,20 +229,20 @@ class TrainingMonitor(Explorer):
             runs = self._runs.values()
             left = [run for run in runs if run.state != "done"]
             every = " all" if len(runs) > 1 else ""
-            self.start_button.description = ("Resume" if any(run.state == "paused" for run in left) else "Start") + every
+            resumes = any(run.state == "paused" for run in left)
+            self.start_button.description = ("Resume" if resumes else "Start") + every
             self.stop_button.description = "Stop" + every
             self.start_button.disabled = all(run.wanted for run in left)
             self.stop_button.disabled = not any(run.wanted for run in runs)
             for run, button in zip(runs, self.run_buttons.values()):
-                verb, button.icon = ("Stop", "stop") if run.wanted else ("Resume", "play") if run.state == "paused" else ("Start", "play")
-                button.description, button.disabled = f"{verb} {run.name}", run.state == "done"
-                if button.disabled:
-                    button.description, button.icon = f"{run.name} is done", "check"
+                button.description, button.icon = run.says()
+                button.disabled = run.state == "done"
             self.refresh()
             self._drawn = clock()
 
     def follow(self) -> None:
-        """Bring the picture up to date, but at most every `PAUSE` seconds: it is time lost for training."""
+        """Bring the picture up to date, but at most every `PAUSE` seconds: it is time lost for
+        training."""
         if clock() - self._drawn >= PAUSE:
             with self._drawing:
                 self.refresh()
@@ -243,49 +256,63 @@ class TrainingMonitor(Explorer):
         return self._figure(), self._text()
 
     def _figure(self, until=float("inf")):
-        """The curves up to one update; all runs have theirs, if empty. The axes are those of the whole training from the start, and give
-        way only to what lies outside."""
-        curves = []
-        for run in self._runs.values():
-            loss, recall = ([pair for pair in points if pair[0] <= until] for points in (run.loss, run.recall))
-            curves.append({"method": run.name, "seed": run.config.seed, "step": [s for s, _ in loss], "loss": [v for _, v in loss],
-                           "eval_step": [s for s, _ in recall], "recall@10": [v for _, v in recall]})
-        runs = self._runs.values()
+        """The curves up to one update; all runs have theirs, if empty. The axes are those of the
+        whole training from the start, and give way only to what lies outside."""
+        runs, curves = self._runs.values(), []
+        for run in runs:
+            loss, recall = run.until(until)
+            curves.append({
+                "method": run.name, "seed": run.config.seed,
+                "step": [step for step, _ in loss], "loss": [value for _, value in loss],
+                "eval_step": [step for step, _ in recall],
+                "recall@10": [value for _, value in recall],
+            })
         figure = learning_curves({"curves": curves})
         for name, value in self.rulers.items():
-            label = {"popularity": "popularity", "bayes": "Bayes optimum"}[name]
-            figure.add_hline(value, line_color=MARKS[name].color, line_dash=MARKS[name].dash, line_width=1.5, row=1, col=1,
-                             annotation_text=f"{label} {value:.3f}", annotation_position="top left")
+            look = MARKS[name]
+            figure.add_hline(value, line_color=look.color, line_dash=look.dash, line_width=1.5,
+                             annotation_text=f"{RULERS[name]} {value:.3f}",
+                             annotation_position="top left", row=1, col=1)
         best = max([*self.rulers.values(), *(value for run in runs for _, value in run.recall)])
         worst = max([self._guess, *(value for run in runs for _, value in run.loss)])
-        figure.update_yaxes(range=[0, ROOM * best or 1], col=1).update_yaxes(range=[0, ROOM * worst], col=2)
-        figure.update_xaxes(range=[0, 1.03 * max(1, *(run.planned for run in runs))])
+        last = max(1, *(run.planned for run in runs))
+        figure.update_yaxes(range=[0, ROOM * best or 1], col=1)
+        figure.update_yaxes(range=[0, ROOM * worst], col=2)
+        figure.update_xaxes(range=[0, 1.03 * last])
         return figure.update_layout(height=420, uirevision="same", margin_b=90)
 
     def _text(self, until=float("inf")):
-        rows, places = [], sorted({step for run in self._runs.values() for step, _ in run.recall if step <= until})
+        rows, curves = [], {}
         for run in self._runs.values():
-            loss, recall = ([v for step, v in points if step <= until] for points in (run.loss, run.recall))
-            rows.append((run.name, run.state, f"{min(run.step, until)} of {run.planned}" if run.planned else "–", f"{run.seconds:.0f}",
-                         f"{loss[-1]:.3f}" if loss else "–", f"{max(recall):.4f}" if recall else "–"))
-        out = html_table(("run", "state", "update", "seconds", "training loss", "best validation recall@10"), rows)
-        out += f"<p>On these {self._users} validation users the most popular items reach {self.rulers['popularity']:.4f}"
-        out += f", the best possible is {self.rulers['bayes']:.4f}.</p>" if "bayes" in self.rulers else ".</p>"
-        if places:
-            by_run = [dict(run.recall) for run in self._runs.values()]
-            rows = [(step, *(f"{of_run[step]:.4f}" if step in of_run else "–" for of_run in by_run)) for step in places]
-            out += "<p>Validation recall@10 after so many updates:</p>" + html_table(("update", *self._runs), rows)
+            loss, recall = run.until(until)
+            curves[run.name] = dict(recall)
+            update = f"{min(run.step, until)} of {run.planned}" if run.planned else "–"
+            last = f"{loss[-1][1]:.3f}" if loss else "–"
+            best = f"{max(curves[run.name].values()):.4f}" if recall else "–"
+            rows.append((run.name, run.state, update, f"{run.seconds:.0f}", last, best))
+        head = ("run", "state", "update", "seconds", "training loss", "best validation recall@10")
+        out = html_table(head, rows) + f"<p>On these {self._users} validation users: "
+        out += ", ".join(f"{RULERS[name]} {value:.4f}" for name, value in self.rulers.items())
+        out += ".</p>"
+        if places := sorted({step for curve in curves.values() for step in curve}):
+            rows = [(step, *(f"{curve[step]:.4f}" if step in curve else "–"
+                             for curve in curves.values())) for step in places]
+            out += "<p>Validation recall@10 after so many updates:</p>"
+            out += html_table(("update", *curves), rows)
         return out
 
     def frames(self, values=None):
-        """The curves as they grew: a frame for each of `values`, numbers of updates (default: each evaluation, thinned to 21)."""
+        """The curves as they grew: a frame for each of `values`, numbers of updates (default: each
+        evaluation, thinned to 21)."""
         if values is None:
             steps = sorted({step for run in self._runs.values() for step, _ in run.recall}) or [0]
             values = steps[::-1][:: -(-len(steps) // 21)][::-1]
-        return [(str(value), chart_state(self._figure(value), self._text(value))) for value in values]
+        states = (chart_state(self._figure(value), self._text(value)) for value in values)
+        return list(zip(map(str, values), states))
 
     def export(self, path, values=None):
-        """Write one HTML file with the final curves and a slider back to how they grew (see `frames`)."""
+        """Write one HTML file with the final curves and a slider back to how they grew (see
+        `frames`)."""
         frames = self.frames(values)
         return write_frames(path, self.heading, "up to update", frames, first=len(frames) - 1)
 
@@ -296,8 +323,8 @@ class TrainingMonitor(Explorer):
 
 
 class _Run:
-    """One run as the monitor sees it: `loss` and `recall` are lists of (update, value), `wanted` says whether it is to train, `planned` is
-    its number of updates if nothing stops it early."""
+    """One run as the monitor sees it: `loss` and `recall` are lists of (update, value), `wanted`
+    says whether it is to train, `planned` is its number of updates if nothing stops it early."""
 
     def __init__(self, name, config):
         self.name, self.config = name, config
@@ -309,12 +336,26 @@ class _Run:
         self.step, self.spent, self.since, self.seconds = 0, 0.0, 0.0, 0.0
         self.loss, self.recall = [], []
 
+    def until(self, update):
+        """Loss and recall up to an update."""
+        return [[point for point in curve if point[0] <= update]
+                for curve in (self.loss, self.recall)]
+
+    def says(self):
+        """Text and icon of its button."""
+        if self.state == "done":
+            return f"{self.name} is done", "check"
+        if self.wanted:
+            return f"Stop {self.name}", "stop"
+        return f"{'Resume' if self.state == 'paused' else 'Start'} {self.name}", "play"
+
 
 class _Turns:
     """Whose turn it is: one thread of all monitors trains at a time, in the order of a queue.
 
-    With the turn goes what a process has once and a run takes for its own: the random state, how loud Hugging Face's libraries are, and
-    what accelerate remembers about precision and batches. Afterwards all that is as it was before the turn.
+    With the turn goes what a process has once and a run takes for its own: the random state, how
+    loud Hugging Face's libraries are, and what accelerate remembers about precision and batches.
+    Afterwards all that is as it was before the turn.
     """
 
     def __init__(self):
@@ -341,7 +382,8 @@ class _Turns:
             _restore(run.kept)
 
     def give(self, run, again=False):
-        """End the run's turn. `again`: it queues up for another one, as does one that is wanted again by now."""
+        """End the run's turn. `again`: it queues up for another one, as does one that is wanted
+        again by now."""
         run.kept = _process()
         _restore(self.outside)
         with self.changed:
@@ -359,7 +401,9 @@ def _process():
     """What the process has once: see `_Turns`."""
     numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return numbers, on_gpu, logging.get_verbosity(), logging.is_progress_bar_enabled(), [dict(of._shared_state) for of in _OF_ACCELERATE]
+    of_accelerate = [dict(of._shared_state) for of in _OF_ACCELERATE]
+    bars = logging.is_progress_bar_enabled()
+    return numbers, on_gpu, logging.get_verbosity(), bars, of_accelerate
 
 
 def _restore(kept):
@@ -388,10 +432,11 @@ class _Watch(TrainerCallback):
         self.run.planned = state.max_steps
 
     def on_step_begin(self, args, state, control, model, **kwargs):
-        """The only place to pass the turn on: all that belongs to the last update, its evaluation too, is done.
+        """The only place to pass the turn on: all that belongs to the last update, its evaluation
+        too, is done.
 
-        After so many updates as lie between two losses, so that curves grow side by side; or at once, if somebody who waits for the turn
-        only needs it to pause."""
+        After so many updates as lie between two losses, so that curves grow side by side; or at
+        once, if one who waits for the turn only needs it to pause."""
         due = state.global_step % args.logging_steps == 0
         if not due and self.run.wanted and all(run.wanted for run in list(_turns.queue)):
             return
