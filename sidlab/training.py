@@ -262,25 +262,22 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         trainer.meter.pause()
         if config.strategy is not None:
             _prune_as(model, trainer.state.best_model_checkpoint)
-        # What was evaluated, where averaging had begun.
-        if (average := pathlib.Path(trainer.state.best_model_checkpoint, AVERAGE)).exists():
-            model.load_state_dict(load_file(average), strict=False)
+        _average_as(model, trainer.state.best_model_checkpoint)
     # Without the library's wrapper of `forward`, which would leave it in mixed precision and all else of the model in float32.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     return _result(model, trainer.state, trainer.meter, precision)
 
 
 def result_so_far(folder, config: TrainConfig) -> TrainResult:
-    """What `train` would return had it ended with the newest checkpoint in its `output_dir`, `folder`; the model is on the CPU.
-
-    `config`: that of the run, with the precision in which it trains.
-    """
+    """What `train` would return had it ended with the newest checkpoint in its folder; the model is
+    on the CPU. `config`: that of the run, with the precision in which it trains."""
     checkpoints = pathlib.Path(folder).glob("checkpoint-*")
     newest = max(checkpoints, key=lambda path: int(path.name.split("-")[1]))
     state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
     meter = Meter()
     meter.load(newest)
     model = load_model(state.best_model_checkpoint)
+    _average_as(model, state.best_model_checkpoint)
     if config.pruning is not None and callable(config.pruning.scorer):
         model.set_scorer(config.pruning.scorer)
     return _result(model, state, meter, config.precision)
@@ -459,6 +456,12 @@ def _prune_as(model, checkpoint):
     """Share and layer as a strategy had them when `checkpoint` was written."""
     then = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())["pruning"]
     model.set_pruning(dataclasses.replace(model.pruning, keep=then["keep"], after_layer=then["after_layer"]))
+
+
+def _average_as(model, checkpoint):
+    """The weights that were evaluated when `checkpoint` was written, where averaging had begun."""
+    if (average := pathlib.Path(checkpoint, AVERAGE)).exists():
+        model.load_state_dict(load_file(average), strict=False)
 
 
 def _arguments(config, folder, updates, processes, *, keep, progress):

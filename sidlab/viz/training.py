@@ -204,8 +204,8 @@ class TrainingMonitor(Explorer):
                 _turns.give(run)
 
     def pass_on(self, run, so_far):
-        """Called by a run before an update: let the others have their turns, and come back when this
-        one is to go on. `so_far`: a function that returns its `TrainResult` so far."""
+        """Called by a run before an update: let the others have their turns, and come back when it
+        is to go on. `so_far`: a function that returns its `TrainResult` so far."""
         run.spent += clock() - run.since
         if run.wanted:
             _turns.give(run, again=True)
