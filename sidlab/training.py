@@ -184,7 +184,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     folder that holds a different configuration, data or table is refused. Without it nothing is left on disk. `start_from`: the folder of a
     saved model whose weights training begins with, under a new optimiser and schedule; sizes and SIDs must be the same, layout and mask
     stay unless `config` names them, and a MAP head that is missing there is drawn as in a fresh model. `callbacks`: further Hugging Face
-    callbacks. On one GPU the passes are replayed from CUDA graphs (`sidlab.graphs`).
+    callbacks; each finds the run's `Meter` in its attribute `meter`, to pause it over what is no training. On one GPU the passes are
+    replayed from CUDA graphs (`sidlab.graphs`).
 
     `precision="auto"` is measured before the first update (`measured_precision`), by one process for
     all. `output_dir/run.json` keeps the answer, and a run that goes on trains in that.
@@ -212,8 +213,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     batches = _batches(config, table, windows)
     if len(batches) % processes:  # the library would hand out some windows twice
         raise ValueError(f"{len(batches)} batches an epoch can't be shared by {processes} processes; use a smaller batch_tokens")
-    updates = math.ceil(config.epochs * math.ceil(len(batches) / config.accumulation))
-    updates = min(updates, config.max_updates or updates)
+    updates = _updates(config, batches)
     if config.strategy is not None and config.strategy.kind not in SCHEDULES and config.strategy.every >= updates:
         raise ValueError(f"strategy.every={config.strategy.every} is never reached in {updates} updates; use less")
     model = build_model(config, table)
@@ -226,6 +226,8 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         precision = _precision(config, table, windows, pathlib.Path(folder) / "run.json")
         checkpoint = _resume_point(pathlib.Path(folder), config, precision, catalogue, table, base) if output_dir else None
         config = dataclasses.replace(config, precision=precision)
+        for callback in callbacks or []:
+            callback.meter = meter
         callbacks = [_Patience(config.patience), *(callbacks or [])]
         if config.strategy is not None:
             callbacks.append(AdaptPruning(config.strategy, model, collator(_probe_windows(windows))))
@@ -233,7 +235,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         trainer = _SidTrainer(
             model=model, args=_arguments(config, folder, updates, processes, keep=bool(output_dir), progress=progress),
             train_dataset=windows, eval_dataset=windows,  # the Trainer asks for the latter; `evaluate` uses `cases`
-            data_collator=lambda indices: tell_padding(collator(indices)), batches=batches, cases=_eval_cases(split, config),
+            data_collator=lambda indices: tell_padding(collator(indices)), batches=batches, cases=validation_cases(split, config),
             beam=config.beam, truth=truth, meter=meter, replay=_replays(config, processes), callbacks=callbacks,
             average_from=None if config.average_last == 0 else updates - math.ceil(config.average_last * updates),
             optimizers=(None if config.muon is None else MuonAdamW(
@@ -260,18 +262,45 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
         trainer.meter.pause()
         if config.strategy is not None:
             _prune_as(model, trainer.state.best_model_checkpoint)
-        # What was evaluated, where averaging had begun.
-        if (average := pathlib.Path(trainer.state.best_model_checkpoint, AVERAGE)).exists():
-            model.load_state_dict(load_file(average), strict=False)
+        _average_as(model, trainer.state.best_model_checkpoint)
     # Without the library's wrapper of `forward`, which would leave it in mixed precision and all else of the model in float32.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    best = max((e for e in trainer.state.log_history if "eval_recall@5" in e), key=lambda e: e["eval_recall@5"])
+    return _result(model, trainer.state, trainer.meter, precision)
+
+
+def result_so_far(folder, config: TrainConfig) -> TrainResult:
+    """What `train` would return had it ended with the newest checkpoint in its folder; the model is
+    on the CPU. `config`: that of the run, with the precision in which it trains."""
+    checkpoints = pathlib.Path(folder).glob("checkpoint-*")
+    newest = max(checkpoints, key=lambda path: int(path.name.split("-")[1]))
+    state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+    meter = Meter()
+    meter.load(newest)
+    model = load_model(state.best_model_checkpoint)
+    _average_as(model, state.best_model_checkpoint)
+    if config.pruning is not None and callable(config.pruning.scorer):
+        model.set_scorer(config.pruning.scorer)
+    return _result(model, state, meter, config.precision)
+
+
+def _result(model, state, meter, precision):
+    best = max((e for e in state.log_history if "eval_recall@5" in e), key=lambda e: e["eval_recall@5"])
     return TrainResult(
         model=model, metrics={k.removeprefix("eval_"): v for k, v in best.items() if "@" in k},
-        timing=trainer.meter.timing(trainer.state.global_step), peak_memory=trainer.meter.totals()["peak"], tokens=trainer.meter.tokens(),
-        log=[{k.removeprefix("eval_"): v for k, v in e.items()} for e in trainer.state.log_history if "train_runtime" not in e],
+        timing=meter.timing(state.global_step), peak_memory=meter.totals()["peak"], tokens=meter.tokens(),
+        log=[{k.removeprefix("eval_"): v for k, v in e.items()} for e in state.log_history if "train_runtime" not in e],
         precision=precision,
     )
+
+
+def planned_updates(config: TrainConfig, table: SidTable, split) -> int:
+    """Updates that `train` makes of a `windows.Split` if nothing stops it early."""
+    return _updates(config, _batches(config, table, training_windows(split.train, config)))
+
+
+def _updates(config, batches):
+    updates = math.ceil(config.epochs * math.ceil(len(batches) / config.accumulation))
+    return min(updates, config.max_updates or updates)
 
 
 def _collator(config, table, windows, truth=None):
@@ -406,7 +435,8 @@ def evaluate(model, histories, targets, *, k: int = 10, beam: int | None = None,
     return shared_ranks(ranks, sharers)
 
 
-def _eval_cases(split, config):
+def validation_cases(split, config: TrainConfig) -> tuple[list[np.ndarray], np.ndarray]:
+    """Histories and targets int64 [U] of the users on whom training evaluates, of a `windows.Split`."""
     histories, targets = split.cases("validation")
     if config.eval_users is not None and config.eval_users < len(targets):
         # The same users for every method and seed of a comparison.
@@ -426,6 +456,12 @@ def _prune_as(model, checkpoint):
     """Share and layer as a strategy had them when `checkpoint` was written."""
     then = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())["pruning"]
     model.set_pruning(dataclasses.replace(model.pruning, keep=then["keep"], after_layer=then["after_layer"]))
+
+
+def _average_as(model, checkpoint):
+    """The weights that were evaluated when `checkpoint` was written, where averaging had begun."""
+    if (average := pathlib.Path(checkpoint, AVERAGE)).exists():
+        model.load_state_dict(load_file(average), strict=False)
 
 
 def _arguments(config, folder, updates, processes, *, keep, progress):

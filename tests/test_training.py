@@ -319,11 +319,11 @@ def test_tokens_and_windows_are_counted(spy):
 
 def test_validation_users_are_the_same_for_every_seed():
     split = leave_one_out(WORLD.histories)
-    histories, targets = training._eval_cases(split, config(seed=0, eval_users=20))
-    other, other_targets = training._eval_cases(split, config(seed=5, eval_users=20))
+    histories, targets = training.validation_cases(split, config(seed=0, eval_users=20))
+    other, other_targets = training.validation_cases(split, config(seed=5, eval_users=20))
     assert len(targets) == 20 and targets.tolist() == other_targets.tolist()
     assert all(np.array_equal(a, b) for a, b in zip(histories, other))
-    assert len(training._eval_cases(split, config(eval_users=None))[1]) == 60
+    assert len(training.validation_cases(split, config(eval_users=None))[1]) == 60
 
 
 def test_the_meter_counts_training_only(tmp_path, monkeypatch):

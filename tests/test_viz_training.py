@@ -1,14 +1,16 @@
-"""The monitor shows what training logs, stops it when told, loses no error, and sends little."""
+"""The monitor's runs race and still train as alone; it shows what they log, pauses them when told, loses no error, and sends little."""
 
 import dataclasses
-import json
+import random
 import re
-import threading
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import frames_of
+from conftest import connect, frames_of
+from transformers import TrainerCallback
+from transformers.utils import logging
 
 from sidlab import viz
 from sidlab.config import TrainConfig
@@ -16,30 +18,41 @@ from sidlab.data.planted import planted_catalogue
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
-from sidlab.training import train
+from sidlab.training import train, validation_cases
 from sidlab.viz import theme, training
 from sidlab.viz.theme import looks
 from sidlab.viz.training import TrainingMonitor
+from sidlab.windows import leave_one_out
 
 WORLD = planted_catalogue(40, seed=1, shortest=5, longest=9)
 TABLE = SidTable(WORLD.truth.tree, tuple((WORLD.truth.tree.max(axis=0) + 1).tolist()))
 TINY = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "ffn_hidden_layers": 1, "num_layers": 3, "num_decoder_layers": 1,
-        "dropout": 0.0, "batch_tokens": 400, "accumulation": 1, "max_items": 6, "max_updates": 6, "eval_every": 3,
+        "dropout": 0.1, "batch_tokens": 400, "accumulation": 1, "max_items": 6, "max_updates": 6, "eval_every": 3,
         "eval_users": 20, "precision": "fp32"}
 CONFIGS = {"unpruned": TrainConfig(**TINY), "stamp": TrainConfig(**TINY, pruning=PruningConfig(), map=MapConfig())}
 
 
-class StopsAfter(TrainingMonitor):
-    """Presses Stop once a run has made so many updates."""
+class Told(TrainingMonitor):
+    """Notes how far the runs are whenever it may draw, and calls `then(self)` once, when `when(steps)` holds."""
 
-    def __init__(self, updates, configs=CONFIGS, **kwargs):
-        self.updates = updates
+    def __init__(self, when=lambda steps: False, then=TrainingMonitor.stop, configs=CONFIGS, **kwargs):
+        self.when, self.then, self.steps = when, then, []
         super().__init__(configs, WORLD, TABLE, **kwargs)
 
-    def show(self):
-        if any(run.step == self.updates for run in self._runs.values()):
-            self.stop_button.click()
-        super().show()
+    def follow(self):
+        self.steps.append({name: run.step for name, run in self._runs.items()})
+        if self.when(self.steps[-1]):
+            self.when = lambda steps: False
+            self.then(self)
+        super().follow()
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True))
+
+
+def losses(result):
+    return [(entry["step"], entry["loss"]) for entry in result.log if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +64,51 @@ def finished():
     return monitor
 
 
-def test_monitored_training_is_training(finished):
-    assert list(finished.results) == list(CONFIGS) and set(finished.states.values()) == {"done"}
-    for name, config in CONFIGS.items():
-        alone, watched = train(config, WORLD, TABLE, progress=False), finished.results[name]
-        assert watched.metrics == alone.metrics and watched.timing["updates"] == 6 and watched.tokens == alone.tokens
-        assert all(torch.equal(a, b) for a, b in zip(watched.model.state_dict().values(), alone.model.state_dict().values(), strict=True))
+# Runs that differ in whatever a process has once: random numbers, precision, and how many batches make an update.
+UNLIKE = {"one": TrainConfig(**TINY | {"max_updates": 10, "eval_every": 5}),
+          "random": TrainConfig(**TINY | {"seed": 3, "precision": "bf16"}, pruning=PruningConfig(scorer="random"), map=MapConfig()),
+          "three": TrainConfig(**TINY | {"accumulation": 3, "eval_every": 4, "max_updates": 8})}
 
 
-def test_monitored_runs_go_on_from_a_saved_model(finished, tmp_path):
+def test_raced_training_is_training_alone():
+    monitor = Told(configs=UNLIKE)
+    assert [run.planned for run in monitor._runs.values()] == [10, 6, 8], "known before training"
+    results = monitor.wait()
+    assert list(results) == list(UNLIKE) and set(monitor.states.values()) == {"done"} and not monitor.running
+    for name, config in UNLIKE.items():
+        alone, raced = train(config, WORLD, TABLE, progress=False), results[name]
+        assert losses(raced) == losses(alone) and raced.metrics == alone.metrics and raced.tokens == alone.tokens
+        assert raced.precision == alone.precision == config.precision and same_weights(raced, alone)
+        assert raced.timing["updates"] == alone.timing["updates"] and not raced.model.training
+    # Each logs its loss at every update, so that is a turn, and nobody is ever further ahead.
+    together = [sorted(steps.values()) for steps in monitor.steps if max(steps.values()) <= 6]
+    assert len(together) >= 18 and all(steps[-1] - steps[0] <= 1 for steps in together)
+
+
+def test_the_process_is_afterwards_as_it_was():
+    def process():
+        return (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+                logging.get_verbosity(), logging.is_progress_bar_enabled())
+
+    torch.manual_seed(5)
+    before, pauses = process(), []
+    monitor = Told(lambda steps: steps["stamp"] == 4)
+    monitor.wait()
+    pauses.append(process())
+    monitor.start()
+    monitor.wait()
+    assert pauses == [before] and process() == before and logging.is_progress_bar_enabled()
+
+
+def test_raced_runs_go_on_from_a_saved_model(finished, tmp_path):
     finished.results["unpruned"].model.save_pretrained(tmp_path)
     more = {name: dataclasses.replace(config, learning_rate=1e-4) for name, config in CONFIGS.items()}
     monitor = TrainingMonitor(more, WORLD, TABLE, start_from=tmp_path)
-    for name, watched in monitor.wait().items():
+    for name, raced in monitor.wait().items():
         alone = train(more[name], WORLD, TABLE, start_from=tmp_path, progress=False)
         fresh = train(more[name], WORLD, TABLE, progress=False)
-        assert watched.log[0]["main_loss"] == alone.log[0]["main_loss"] < fresh.log[0]["main_loss"]
-        assert all(torch.equal(a, b) for a, b in zip(watched.model.state_dict().values(), alone.model.state_dict().values(), strict=True))
+        assert raced.log[0]["main_loss"] == alone.log[0]["main_loss"] < fresh.log[0]["main_loss"]
+        assert same_weights(raced, alone)
 
 
 def test_figure_and_text_hold_what_was_logged(finished):
@@ -81,6 +122,51 @@ def test_figure_and_text_hold_what_was_logged(finished):
         assert (state, update, best) == ("done", "6 of 6", f"{max(evaluations.values()):.4f}") and last == f"{loss.y[-1]:.3f}"
         assert f"<td>{evaluations[3]:.4f}</td>" in finished.text
     assert finished.start_button.disabled and finished.stop_button.disabled and finished.alert == ""
+    assert all(button.disabled for button in finished.run_buttons.values())
+
+
+def axes(monitor):
+    layout = monitor.figure.layout
+    return [tuple(axis.range) for axis in (layout.xaxis, layout.xaxis2, layout.yaxis, layout.yaxis2)]
+
+
+def test_axes_stand_from_the_start_and_show_the_rulers():
+    configs = {"short": CONFIGS["unpruned"], "by epochs": TrainConfig(**TINY | {"max_updates": None, "epochs": 2})}
+    monitor = TrainingMonitor(configs, WORLD, TABLE)
+    before = axes(monitor)
+    longest = max(train(config, WORLD, TABLE, progress=False).timing["updates"] for config in configs.values())
+    assert before[0] == before[1] == (0, 1.03 * longest) and longest > 6
+    # By hand, on the users who are evaluated: the ten items that stand most often in the training parts, and the truth.
+    split = leave_one_out(WORLD.histories)
+    histories, targets = validation_cases(split, CONFIGS["unpruned"])
+    counts = np.bincount(np.concatenate(split.train), minlength=WORLD.n_items + 1)
+    popular = sorted(range(1, WORLD.n_items + 1), key=lambda item: -counts[item])[:10]
+    popularity, bayes = np.mean([target in popular for target in targets]), WORLD.truth.bayes_recall(histories).mean()
+    assert 0 < popularity < bayes < 1 and sorted({shape.y0 for shape in monitor.figure.layout.shapes}) == pytest.approx([popularity, bayes])
+    assert {shape.yref for shape in monitor.figure.layout.shapes} == {"y"}, "in the panel of recall alone"
+    labels = [note.text for note in monitor.figure.layout.annotations]
+    assert f"popularity {popularity:.3f}" in labels and f"Bayes optimum {bayes:.3f}" in labels
+    assert f"{popularity:.4f}" in monitor.text and f"{bayes:.4f}" in monitor.text and "20 validation users" in monitor.text
+    assert before[2] == (0, pytest.approx(1.1 * bayes))
+    monitor.wait()
+    seen = [value for run in monitor._runs.values() for _, value in run.loss]
+    assert axes(monitor)[:3] == before[:3] and axes(monitor)[3] == (0, pytest.approx(max(before[3][1], 1.1 * max(seen))))
+    assert 0.9 * before[3][1] < max(seen), "a model that has learned nothing is near the top"
+
+
+def test_axes_give_way_to_what_lies_outside():
+    monitor = TrainingMonitor(CONFIGS, WORLD, TABLE)
+    monitor._runs["stamp"].recall.append((3, 0.9))
+    monitor._runs["stamp"].loss.append((1, 7.0))
+    monitor.refresh()
+    assert axes(monitor)[2:] == [(0, pytest.approx(0.99)), (0, pytest.approx(7.7))]
+
+
+def test_without_a_truth_popularity_is_the_only_ruler():
+    world = dataclasses.replace(WORLD, truth=None)
+    monitor = TrainingMonitor(CONFIGS, world, TABLE)
+    assert list(monitor.rulers) == ["popularity"] and "Bayes" not in monitor.text
+    assert len(monitor.figure.layout.shapes) == 1
 
 
 def test_start_after_the_end_does_nothing(finished):
@@ -89,147 +175,167 @@ def test_start_after_the_end_does_nothing(finished):
     assert not finished.running and finished.wait() == before
 
 
-def test_stop_before_an_evaluation_leaves_nothing_and_start_trains_anew():
-    monitor = StopsAfter(1)
-    assert monitor.wait() == {}
-    assert monitor.states == {"unpruned": "stopped", "stamp": "waiting"} and monitor.stop_button.disabled
-    assert monitor._runs["unpruned"].step == 2 and "2 of 6" in monitor.text  # ended with the update in progress
-    monitor.updates = None
-    assert not monitor.start_button.disabled
+def test_a_run_is_stopped_while_the_others_go_on_and_resumes_where_it_was():
+    configs = CONFIGS | {"unpruned": TrainConfig(**TINY | {"average_last": 0.8})}
+    monitor = Told(lambda steps: steps["unpruned"] == 4, lambda monitor: monitor.run_buttons["unpruned"].click(), configs)
+    assert {name: button.description for name, button in monitor.run_buttons.items()} == {n: f"Start {n}" for n in CONFIGS}
+    results = monitor.wait()
+    assert monitor.states == {"unpruned": "paused", "stamp": "done"} and not monitor.running
+    assert monitor.steps[-1] == {"unpruned": 4, "stamp": 6} and "<td>4 of 6</td>" in monitor.text
+    button = monitor.run_buttons["unpruned"]
+    assert button.description == "Resume unpruned" and not button.disabled and monitor.run_buttons["stamp"].disabled
+    assert monitor.start_button.description == "Resume all" and not monitor.start_button.disabled and monitor.stop_button.disabled
+    # It stands where it was evaluated, as one that ends there.
+    class Ends(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    ended, so_far = train(configs["unpruned"], WORLD, TABLE, progress=False, callbacks=[Ends()]), results["unpruned"]
+    assert so_far.timing["updates"] == ended.timing["updates"] == 3 and so_far.tokens == ended.tokens
+    assert so_far.metrics == ended.metrics and losses(so_far) == losses(ended) and len(losses(ended)) == 3
+    assert same_weights(so_far, ended) and not so_far.model.training
+    whole = train(configs["unpruned"], WORLD, TABLE, progress=False)
+    button.click()
+    assert monitor.running and button.description == "Stop unpruned"
+    after = monitor.wait()
+    assert after["stamp"] is results["stamp"] and after["unpruned"].timing["updates"] == 6
+    assert losses(after["unpruned"]) == losses(whole) and same_weights(after["unpruned"], whole)
+    made = [steps["unpruned"] for steps in monitor.steps]
+    assert made == sorted(made), "it never began anew"
+
+
+def test_all_are_stopped_and_resumed(finished):
+    monitor = Told(lambda steps: steps["unpruned"] == 2, lambda monitor: monitor.stop_button.click())
+    assert monitor.wait() == {}, "nothing is evaluated yet"
+    assert monitor.states == {"unpruned": "paused", "stamp": "paused"} and monitor.stop_button.disabled
+    assert monitor.steps[-1] == {"unpruned": 2, "stamp": 1}, "the update in progress was the last"
+    assert monitor.wait() == {} and not monitor.running, "to wait is not to resume"
+    monitor.start_button.click()
+    for name, result in monitor.wait().items():
+        assert same_weights(result, finished.results[name])
+
+
+def test_a_stop_before_the_first_turn_leaves_a_run_waiting():
+    monitor = Told(lambda steps: steps["unpruned"] == 1)
+    monitor.start("unpruned")
+    monitor.wait()
+    assert monitor.states == {"unpruned": "paused", "stamp": "waiting"}
+    monitor.start("stamp")
+    monitor.stop("stamp")
+    assert monitor.wait() == {} and monitor.states["stamp"] in ("waiting", "paused")
     monitor.start()
     assert set(monitor.wait()) == set(CONFIGS)
-    assert all(len(trace.x) and list(trace.x) == sorted(set(trace.x)) for trace in monitor.figure.data)  # no points of the first try
+    with pytest.raises(ValueError, match="names"):
+        monitor.start("rastp")
 
 
-def test_stop_after_an_evaluation_keeps_the_best_checkpoint():
-    monitor = StopsAfter(4)
-    results = monitor.wait()
-    assert monitor.states == {"unpruned": "stopped", "stamp": "waiting"} and list(results) == ["unpruned"]
-    # The same updates of the same schedule: at its only evaluation, update 3, the whole run stood where this one did.
-    whole = train(CONFIGS["unpruned"], WORLD, TABLE, progress=False)
-    assert results["unpruned"].timing["updates"] == 5
-    assert results["unpruned"].metrics["recall@10"] == next(e["recall@10"] for e in whole.log if e["step"] == 3 and "recall@10" in e)
-    assert not results["unpruned"].model.training
-    monitor.updates = None
-    monitor.start()
-    assert {name: r.timing["updates"] for name, r in monitor.wait().items()} == {"unpruned": 6, "stamp": 6}
+def test_a_stop_that_is_taken_back_at_once_changes_nothing(finished):
+    def hesitates(monitor):
+        for _ in range(3):
+            monitor.stop()
+            monitor.start()
+
+    monitor = Told(lambda steps: steps["stamp"] == 3, hesitates)
+    for name, result in monitor.wait().items():
+        assert same_weights(result, finished.results[name])
 
 
-def test_done_runs_are_kept_when_a_later_one_is_stopped_and_started():
-    monitor = TrainingMonitor(CONFIGS, WORLD, TABLE)
-    show = monitor.show
-    monitor.show = lambda: monitor.stop() if monitor.states["stamp"] == "training" else show()
-    first = monitor.wait()
-    assert monitor.states == {"unpruned": "done", "stamp": "stopped"} and list(first) == ["unpruned"]
-    monitor.show = show
-    monitor.start()
-    assert monitor.wait()["unpruned"] is first["unpruned"] and monitor.states["stamp"] == "done"
-
-
-def test_an_error_reaches_the_reader_and_whoever_waits():
-    bad = {"unpruned": CONFIGS["unpruned"], "<narrow>": TrainConfig(**TINY | {"batch_tokens": 4})}
+def test_an_error_reaches_the_reader_and_whoever_waits_and_the_others_go_on():
+    bad = {"<narrow>": TrainConfig(**TINY | {"batch_tokens": 4}), "unpruned": CONFIGS["unpruned"]}
     monitor = TrainingMonitor(bad, WORLD, TABLE)
     with pytest.raises(ValueError, match="batch_tokens=4 is less"):
         monitor.wait()
     assert 'role="alert"' in monitor.alert and "batch_tokens=4" in monitor.alert
-    assert monitor.states == {"unpruned": "done", "<narrow>": "failed"} and list(monitor.results) == ["unpruned"]
+    assert monitor.states == {"<narrow>": "failed", "unpruned": "done"} and list(monitor.results) == ["unpruned"]
     assert not monitor.start_button.disabled and monitor.stop_button.disabled
     assert "&lt;narrow&gt;" in monitor.text and "<narrow>" not in monitor.text
     with pytest.raises(ValueError, match="batch_tokens=4"):
         monitor.wait()
 
 
-def test_a_monitor_that_is_started_stops_the_one_before(monkeypatch):
-    inside, most = [], []
-
-    def counted(config, *args, **kwargs):
-        inside.append(config)
-        most.append(len(inside))
-        try:
-            return train(config, *args, **kwargs)
-        finally:
-            inside.remove(config)
-
-    monkeypatch.setattr(training, "train", counted)
-    long = {name: dataclasses.replace(CONFIGS["unpruned"], max_updates=100_000) for name in ("one", "another")}
-    first, second = TrainingMonitor(long, WORLD, TABLE), TrainingMonitor(CONFIGS, WORLD, TABLE)
-    first.start()
-    while not inside:
-        time.sleep(0.01)
-    assert list(second.wait()) == list(CONFIGS) and set(second.states.values()) == {"done"}
-    assert not first.running and first.states == {"one": "stopped", "another": "waiting"} and not first.start_button.disabled
-    assert max(most) == 1
-
-
-def test_an_interrupt_stops_training():
-    monitor = StopsAfter(None)
+def test_what_fails_on_its_way_fails_alone_and_starts_anew(monkeypatch, finished):
+    monitor = Told(lambda steps: steps["stamp"] == 2, lambda monitor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        monitor.wait()
+    assert monitor.states == {"unpruned": "done", "stamp": "failed"} and "ZeroDivisionError" in monitor.alert
     monitor.start()
-    thread, join = monitor._thread, monitor._thread.join
-    calls = []
+    assert same_weights(monitor.wait()["stamp"], finished.results["stamp"]) and monitor.alert == ""
 
-    def interrupted():
-        calls.append(len(calls))
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        join()
 
-    thread.join = interrupted
+def test_a_monitor_that_is_started_pauses_the_one_before():
+    long = {name: dataclasses.replace(CONFIGS["unpruned"], max_updates=100_000, eval_every=1000) for name in ("one", "another")}
+    first, second = Told(configs=long), Told()
+    first.start()
+    while not first.steps:
+        time.sleep(0.01)
+    second.start()
+    second.steps.append(dict(first.steps[-1]))
+    assert list(second.wait()) == list(CONFIGS) and set(second.states.values()) == {"done"}
+    assert not first.running and set(first.states.values()) <= {"paused", "waiting"} and not first.start_button.disabled
+    stood, met = first.steps[-1], second.steps[0]
+    assert all(stood[name] <= met[name] + 1 for name in long), "from then on it made the update in progress at most"
+    second.start()
+    assert not first.running, "a monitor that has nothing to do disturbs nobody"
+    first.start("one")
+    while first.steps[-1]["one"] < stood["one"] + 3:
+        time.sleep(0.01)
+    first.stop()
+    assert first.wait() == {} and first.steps[-1]["another"] == stood["another"]
+
+
+def test_an_interrupt_pauses_all(monkeypatch):
+    monitor = TrainingMonitor({"unpruned": dataclasses.replace(CONFIGS["unpruned"], max_updates=100_000)}, WORLD, TABLE)
+    wait, calls = training._turns.changed.wait, []
+
+    def interrupted(timeout=None):
+        if timeout == 1:  # of `TrainingMonitor.wait`, not of a run
+            calls.append(timeout)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+        return wait(timeout)
+
+    monkeypatch.setattr(training._turns.changed, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         monitor.wait()
-    assert not monitor.running and "stopped" in monitor.states.values()
+    assert not monitor.running and monitor.states["unpruned"] in ("waiting", "paused")
 
 
-class FakeComm:
-    """Counts the messages that a front end would get."""
-
-    comm_id = "fake"
-
-    def __init__(self):
-        self.sent = []
-
-    def send(self, data=None, metadata=None, buffers=None):
-        size = len(json.dumps(data, default=str)) + sum(memoryview(b).nbytes for b in buffers or ())
-        self.sent.append((threading.current_thread().name, size))
-
-    def close(self, *args, **kwargs):
-        pass
-
-    on_msg = on_close = close
-
-
-def test_pictures_are_rare_small_and_drawn_by_the_thread(monkeypatch):
+def test_pictures_are_rare_and_small(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(training, "clock", lambda: now[0])
     monitor = TrainingMonitor({"unpruned": TrainConfig(**TINY | {"max_updates": 12})}, WORLD, TABLE)
-    figure, text = monitor.figure.comm, monitor.text.comm = FakeComm(), FakeComm()
-    show = monitor.show
+    sent = connect(monitor)
+    follow = monitor.follow
 
     def ticking():  # an update every 0.2 s
         now[0] += 0.2
-        show()
+        follow()
 
-    monitor.show = ticking
+    monitor.follow = ticking
     monitor.wait()
-    # 12 updates and 4 evaluations take 3.2 s, which is room for at most 6 pictures, and one at the start and at the end.
-    for comm, messages in ((figure, 2), (text, 1)):
-        assert 4 * messages <= len(comm.sent) <= 8 * messages and max(size for _, size in comm.sent) < 20_000
-        assert {thread for thread, _ in comm.sent[1:]} == {"sidlab training"}
+    # 12 updates and 4 evaluations take 3.2 s, which is room for at most 6 pictures, and one at the start and at the end. Buttons are small.
+    pictures = [size for size in sent if size > 400]
+    assert 4 <= len(pictures) <= 8 and max(sent) < 20_000
 
 
-def test_only_text_is_sent_while_no_curve_grows(monkeypatch):
+def test_only_what_differs_is_sent_and_not_too_often(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(training, "clock", lambda: now[0])
     monitor = TrainingMonitor(CONFIGS, WORLD, TABLE)
-    figure, text = monitor.figure.comm, monitor.text.comm = FakeComm(), FakeComm()
-    run = monitor._runs["unpruned"]
-    run.updates = 9
-    for run.step, now[0], grows in ((1, 1.0, True), (2, 2.0, False), (3, 2.4, True), (4, 3.0, False), (5, 4.0, False)):
+    sent, run = connect(monitor), monitor._runs["unpruned"]
+    for run.step, now[0], grows in ((1, 1.0, True), (2, 2.0, False), (3, 2.4, True), (4, 3.0, False), (5, 3.2, False)):
         if grows:
             run.loss.append((run.step, 2.0))
-        monitor.show()
-        assert (f"<td>{run.step} of 9</td>" in monitor.text) == (run.step != 3)  # 0.4 s after a picture
-    assert (len(text.sent), list(monitor.figure.data[1].x)) == (4, [1, 3])
-    assert len(figure.sent) == 4  # two pictures, at 1 and, with the point of 2.4, at 3 s
+        monitor.follow()
+        assert (f"<td>{run.step} of 6</td>" in monitor.text) == (run.step not in (3, 5))  # less than half a second after a picture
+    assert len(sent) == 3 and list(monitor.figure.data[1].x) == [1, 3]
+
+
+def test_what_a_page_asks_for_after_a_reload_is_the_present(finished):
+    held = finished.view.state.get_state()
+    assert any(value == finished.text for value in held.values() if isinstance(value, str))
+    assert [value for path, value in held.items() if path.endswith("/data/#0/y")] == [list(finished.figure.data[0].y)]
+    assert [button.get_state()["disabled"] for button in (finished.start_button, finished.stop_button)] == [True, True]
 
 
 def test_export_replays_the_curves(finished, tmp_path):
@@ -261,7 +367,7 @@ def test_every_run_has_a_look_of_its_own():
 def test_controls_theme_and_refusal(dark):
     monitor = viz.TrainingMonitor(CONFIGS, WORLD, TABLE)
     assert monitor.figure.layout.template.layout.paper_bgcolor == "#14171A"
-    assert [b.description for b in monitor.children[0].children] == ["Start", "Stop"]
+    assert [b.description for b in monitor.children[0].children] == ["Start all", "Stop all", "Start unpruned", "Start stamp"]
     assert "waiting" in monitor.text and monitor.results == {} and not monitor.running
     with pytest.raises(ValueError, match="at least one run"):
         TrainingMonitor({}, WORLD, TABLE)

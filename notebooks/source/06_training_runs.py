@@ -6,7 +6,7 @@
 # **Goals**
 #
 # * Train a model in about a minute that comes near the best possible, and see what pruning takes from it.
-# * Continue it with and without a pruner, and watch and stop training from the notebook.
+# * Continue it with and without a pruner: let the runs race, stop one, and resume it where it was.
 # * Put an interval around a recall, compare two models on the same users, and know what one seed cannot tell.
 # * Read a quality–cost frontier.
 #
@@ -218,7 +218,7 @@ with sidlab.training.quiet():  # no bar over the saved files
 # have to learn from single targets, and runs cut short show who learns faster. It matters where you ask what a model becomes that never
 # saw all tokens: it may learn to put what it knows where its pruner looks.
 #
-# Press **Start**. The three runs follow each other in a background thread: go on reading and running cells.
+# Press **Start all**. The three runs race in the background, a few updates each in turn: go on reading and running cells.
 
 # %%
 from sidlab.viz import TrainingMonitor
@@ -230,9 +230,11 @@ monitor
 # **What to look for**
 #
 # * Where does each loss begin? All start from the same weights, but not with the same tokens.
-# * How far does recall jump between evaluations? Few users are noisy.
-# * After **Stop** a run that has been evaluated keeps its best checkpoint. **Start** trains the incomplete runs anew.
-# * The seconds are rough: what you run meanwhile shares the processor. (And PyTorch's random numbers; the next section draws none.)
+# * How far does recall jump between evaluations? Few users are noisy. The lines are the rulers of section 2, on these users.
+# * After two evaluations: **which run would you stop?** Stop it. The others go on, and faster. Was it behind by more than recall jumps?
+# * **Resume** it: a stopped run goes on where it was, to the same bit as if nothing had stopped it.
+# * The seconds are each run's own, and rough: what you run meanwhile shares the processor. (And PyTorch's random numbers; the next section
+#   draws none.)
 #
 # ## 5. While it trains: a published claim
 #
@@ -272,12 +274,12 @@ print(f"on Amazon Sports RASTP reports {sports['RASTP'] - sports['TIGER']:+.4f}"
 #
 # ## 6. The result
 #
-# The next cell waits until training is done; if you did not press Start, it does. After Stop you compare what is there, but a run cut
-# short had fewer updates.
+# The next cell waits until training is done; if you did not press Start, it does. A stopped run is there with its best checkpoint so far,
+# but it had fewer updates.
 
 # %%
 results = monitor.wait()
-assert {"unpruned", "rastp"} <= results.keys(), "stopped too early to compare: press Start again"
+assert {"unpruned", "rastp"} <= results.keys(), "stopped too early to compare: press Resume all"
 ranks |= {name: evaluate(result.model, histories, targets) for name, result in results.items()}
 
 # %%

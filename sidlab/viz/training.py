@@ -1,54 +1,111 @@
-"""The training monitor: several runs, one after the other, in a thread beside the notebook, with their curves growing live.
+"""The training monitor: runs race beside the notebook, with their curves growing side by side.
 
-The thread draws too: ipykernel takes widget messages from any thread, and plotly's figure has one writer at a time. Training itself
-draws from PyTorch's global random state, so code that does the same meanwhile changes the numbers of the run.
+Every run has a thread of its own, in which `train` is one call, and one thread trains at a time:
+it has the turn for a few updates, then the next one has it. A run that is paused is a thread that
+gets no turn. What PyTorch and the libraries keep for the whole process goes with the turn
+(`_Turns`), so a run gives bit for bit what `train` alone gives. But code that draws random numbers
+in the notebook meanwhile draws them from the run whose turn it is.
+
+The threads draw the picture too: ipykernel takes widget messages from any thread.
 """
 
+import contextlib
 import dataclasses
 import os
+import random
 import threading
 import time
 
 import ipywidgets as widgets
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainerCallback
+from transformers.utils import logging
 
+from sidlab.baselines import Popularity
+from sidlab.checks import one_of
 from sidlab.config import TrainConfig
-from sidlab.training import TrainResult, train
+from sidlab.precision import kept_random_state
+from sidlab.training import TrainResult, planned_updates, result_so_far, train, validation_cases
 from sidlab.viz.explorer import Explorer, alert, chart_state, write_frames
 from sidlab.viz.figures import learning_curves
 from sidlab.viz.pruning import table as html_table
+from sidlab.viz.theme import MARKS
+from sidlab.windows import leave_one_out
 
 PAUSE = 0.5  # seconds between two pictures
+ROOM = 1.1  # how far an axis reaches beyond what it must show
+RULERS = {"popularity": "popularity", "bayes": "Bayes optimum"}
 clock = time.monotonic
 
 
 class TrainingMonitor(Explorer):
-    """Train `configs`, {name: `TrainConfig`}, one after the other on `catalogue` with the SIDs of `table`, and watch.
+    """Train `configs`, {name: `TrainConfig`}, side by side on `catalogue` with the SIDs of `table`.
 
-    "Start" (or `start()`) trains what is not done yet; "Stop" (or `stop()`) ends training after the update in progress. A stopped run
-    that has been evaluated keeps its best checkpoint so far, another one leaves nothing; "Start" trains both anew. `wait()` starts if
-    need be, blocks until training ends and returns `results`. One monitor trains at a time: to start another (of the same cell, run
-    again, say) stops the one before. Where a run fails, the reader sees why and `wait()` raises it. `start_from`: the folder of a saved
-    model that every run goes on from (`train`); the folder must still be there when training starts.
-    Attributes: `results` {name: `TrainResult`} so far, `states` {name: "waiting", "training", "done", "stopped" or "failed"}.
+    The runs take turns of a few updates, those between two values of the training loss. "Start
+    all" (or `start()`) trains all that are not done; "Stop all" (or `stop()`) pauses them after the
+    update in progress, and each run has a button of its own. A paused run goes on where it was.
+    `wait()` starts if need be, blocks until all are done or paused and returns `results`, where a
+    paused run that has been evaluated stands with its best checkpoint so far.
+
+    A run that fails lets the others go on: the reader sees why, `wait()` raises it in the end, and
+    its button trains it anew. One monitor trains at a time: to start another (of the same cell, run
+    again, say) pauses the one before. `start_from`: the folder of a saved model that every run goes
+    on from (`train`); it must still be there when training starts.
+
+    Recall is drawn with two rulers, on the users of the evaluation: the most popular items for
+    everybody and, where the catalogue knows its truth, the best possible.
+
+    Attributes: `results` {name: `TrainResult`} so far, whose `peak_memory` is that of the process,
+    so of all runs; `states` {name: "waiting", "training", "paused", "done" or "failed"}; `running`.
     """
 
     heading = "Training runs side by side"
-    _starting, _last = threading.Lock(), None  # of all monitors: the one started last
+    _last = None  # of all monitors: the one started last
 
     def __init__(self, configs: dict[str, TrainConfig], catalogue, table, *, start_from=None):
         if not configs:
             raise ValueError("configs must hold at least one run {name: TrainConfig}")
         self.catalogue, self.table, self.start_from = catalogue, table, start_from
         self._runs = {name: _Run(name, config) for name, config in configs.items()}
-        self._thread, self._error, self._drawn, self._points = None, None, -PAUSE, None
-        self._stopping = threading.Event()
+        self._begun, self._drawing, self._drawn = False, threading.RLock(), -PAUSE
+        self._measure()
         super().__init__({})
-        self.start_button = widgets.Button(description="Start", icon="play", tooltip="train what is not done yet")
-        self.stop_button = widgets.Button(description="Stop", icon="stop", tooltip="end training after this update", disabled=True)
+        self.start_button = widgets.Button(icon="play", tooltip="train what is not done yet")
+        self.stop_button = widgets.Button(icon="stop", tooltip="pause after this update")
         self.start_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
-        self.children = [widgets.HBox([self.start_button, self.stop_button]), *self.children[1:]]
+        self.run_buttons = {}
+        for name in configs:
+            self.run_buttons[name] = button = widgets.Button(layout=widgets.Layout(width="auto"))
+            button.on_click(lambda _, name=name: self._toggle(name))
+        buttons = [self.start_button, self.stop_button]
+        if len(configs) > 1:
+            buttons += self.run_buttons.values()
+        row = widgets.Box(buttons, layout=widgets.Layout(flex_flow="row wrap", grid_gap="4px"))
+        self.children = [row, *self.children[1:]]
+        self._tell()
+
+    def _measure(self):
+        """What the axes need to know before training: numbers of updates, and rulers."""
+        split = leave_one_out(self.catalogue.histories)
+        for run in self._runs.values():
+            # What is wrong with a configuration its run tells.
+            with contextlib.suppress(ValueError):
+                run.planned = planned_updates(run.config, self.table, split)
+        # Where runs are evaluated on different users, the most.
+        cases = [validation_cases(split, run.config) for run in self._runs.values()]
+        histories, targets = max(cases, key=lambda case: len(case[1]))
+        # The same ten items for everybody, so for one without a history.
+        popularity = Popularity().fit(split.train, self.catalogue.n_items)
+        popular = popularity.recommend([np.empty(0, np.int64)])[0]
+        self.rulers = {"popularity": float(np.isin(targets, popular).mean())}
+        if self.catalogue.truth is not None:
+            self.rulers["bayes"] = float(self.catalogue.truth.bayes_recall(histories).mean())
+        self._users = len(targets)
+        # The loss of one who knows nothing.
+        self._guess = float(np.log(self.table.widths).mean())
 
     @property
     def results(self) -> dict[str, TrainResult]:
@@ -60,123 +117,202 @@ class TrainingMonitor(Explorer):
 
     @property
     def running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        """Whether a run trains, has still to come to its turn, or has not yet come to its pause."""
+        with _turns.changed:
+            return any(run.wanted or _turns.has(run) for run in self._runs.values())
 
-    def start(self) -> None:
-        """Train in the background what is not done; returns at once. Does nothing while training runs."""
-        with TrainingMonitor._starting:  # JupyterLab may handle a click in one thread while `wait` starts in another
-            todo = [run for run in self._runs.values() if run.state != "done"]
-            if self.running or not todo:
+    def start(self, *names: str) -> None:
+        """Train the named runs (default: all) in the background, a paused one from where it is;
+        returns at once."""
+        with _turns.changed:
+            runs = [run for run in self._named(names) if run.state != "done" and not run.wanted]
+            if not runs:
                 return
-            self._stopping.clear()
-            self._error = None
-            for run in todo:
-                run.clear()
-            self.start_button.disabled, self.stop_button.disabled = True, False
-            self.refresh()
+            self._begun = True
             before, TrainingMonitor._last = TrainingMonitor._last, self
-            if before is not None and before.running:
-                before.stop()
-            thread = threading.Thread(target=self._work, args=(todo, before and before._thread), name="sidlab training", daemon=True)
-            thread.start()
-            self._thread = thread  # now that `wait` can join it
+            if before is not None and before is not self:
+                before._want(before._runs.values(), False)
+            fresh = [run for run in runs if run.thread is None]
+            for run in fresh:
+                run.clear()
+                run.thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+            self._want(runs, True)
+        self._tell()
+        if before is not None and before is not self:
+            before._tell()
+        for run in fresh:
+            run.thread.start()
 
-    def stop(self) -> None:
-        """End training after the update in progress; returns at once."""
-        self._stopping.set()
-        self.stop_button.disabled = True
+    def stop(self, *names: str) -> None:
+        """Pause the named runs (default: all) after the update in progress; returns at once."""
+        self._want(self._named(names), False)
+        self._tell()
 
     def wait(self) -> dict[str, TrainResult]:
-        """Block until training ends (started here if it never was) and return `results`. An interrupt stops training. Raises what a run
-        raised."""
-        if self._thread is None:
+        """Block until every run is done, paused or failed, and return `results`; starts all if none
+        ever was. An interrupt pauses all. Raises what a run raised."""
+        if not self._begun:
             self.start()
         try:
-            self._thread.join()
+            self._settle()
         except KeyboardInterrupt:
             self.stop()
-            self._thread.join()
+            self._settle()
             raise
-        if self._error is not None:
-            raise self._error
+        for run in self._runs.values():
+            if run.error is not None:
+                raise run.error
         return self.results
 
-    def _work(self, todo, before):
-        """The thread: once that of another monitor has ended, every run, and whatever happens the buttons as they should be."""
-        try:
-            if before is not None:
-                before.join()
-            for run in todo:
-                if self._stopping.is_set():
-                    break
-                self._train(run)
-            self.refresh()
-        except Exception as error:  # noqa: BLE001 `wait` raises it; as nobody may wait, the reader sees it here
-            self._error = error
-            self.show(text=self._text(), alert=alert(error))
-        finally:
-            self.start_button.disabled = all(run.state == "done" for run in self._runs.values())
-            self.stop_button.disabled = True
+    def _settle(self):
+        with _turns.changed:
+            while self.running:
+                _turns.changed.wait(1)  # with a limit: else some systems let no interrupt through
 
-    def _train(self, run):
-        run.state, run.begin = "training", clock()
+    def _named(self, names):
+        for name in names:
+            one_of("names", name, self._runs)
+        return [self._runs[name] for name in names or self._runs]
+
+    def _want(self, runs, wanted):
+        with _turns.changed:
+            for run in runs:
+                run.wanted = wanted
+                if wanted:
+                    _turns.queue_up(run)
+
+    def _toggle(self, name):
+        (self.stop if self._runs[name].wanted else self.start)(name)
+
+    def _work(self, run):
+        """A thread: one run from its first turn to its end."""
+        _turns.take(run)
         try:
-            run.result = train(run.config, self.catalogue, self.table, start_from=self.start_from, progress=False,
-                               callbacks=[_Watch(self, run)])
-            run.state = "stopped" if self._stopping.is_set() and run.step < run.updates else "done"
-        except _Stopped:
-            run.state = "stopped"
-        except Exception:
-            run.state = "failed"
-            raise
+            self._hold(run)
+            run.state, run.since = "training", clock()
+            run.result = train(run.config, self.catalogue, self.table, start_from=self.start_from,
+                               progress=False, callbacks=[_Watch(self, run)])
+            run.state = "done"
+        except Exception as error:  # noqa: BLE001 `wait` raises it, and the reader sees it
+            run.state, run.error = "failed", error
+        finally:
+            with _turns.changed:
+                run.wanted, run.thread = False, None
+            try:
+                self._tell()
+            finally:
+                _turns.give(run)
+
+    def pass_on(self, run, so_far):
+        """Called by a run before an update: let the others have their turns, and come back when it
+        is to go on. `so_far`: a function that returns its `TrainResult` so far."""
+        run.spent += clock() - run.since
+        if run.wanted:
+            _turns.give(run, again=True)
+            _turns.take(run)
+        self._hold(run, so_far)
+        run.state, run.result, run.since = "training", None, clock()
+
+    def _hold(self, run, so_far=None):
+        """Return at once or, if the run is to pause, when it is to go on."""
+        while not run.wanted:
+            run.state = "paused" if run.step else "waiting"
+            if run.recall and run.result is None:
+                run.result = so_far()
+            self._tell()
+            _turns.give(run)
+            _turns.take(run)
+
+    def _tell(self):
+        """Buttons and picture as they should be."""
+        with self._drawing:
+            runs = self._runs.values()
+            left = [run for run in runs if run.state != "done"]
+            every = " all" if len(runs) > 1 else ""
+            resumes = any(run.state == "paused" for run in left)
+            self.start_button.description = ("Resume" if resumes else "Start") + every
+            self.stop_button.description = "Stop" + every
+            self.start_button.disabled = all(run.wanted for run in left)
+            self.stop_button.disabled = not any(run.wanted for run in runs)
+            for run, button in zip(runs, self.run_buttons.values()):
+                button.description, button.icon = run.says()
+                button.disabled = run.state == "done"
+            self.refresh()
+            self._drawn = clock()
 
     def follow(self) -> None:
-        """Bring text and, where a curve has grown, figure up to date, but at most every `PAUSE` seconds: it is time lost for training."""
-        if clock() - self._drawn < PAUSE:
-            return
-        points = [(len(run.loss), len(run.recall)) for run in self._runs.values()]
-        if points != self._points:
-            self.refresh()
-        else:
-            self.show(text=self._text())
-        self._drawn, self._points = clock(), points
+        """Bring the picture up to date, but at most every `PAUSE` seconds: it is time lost for
+        training."""
+        if clock() - self._drawn >= PAUSE:
+            with self._drawing:
+                self.refresh()
+                self._drawn = clock()
+
+    def state(self):
+        errors = [alert(run.error) for run in self._runs.values() if run.error is not None]
+        return super().state() | {"alert": "".join(errors)}
 
     def draw(self):
         return self._figure(), self._text()
 
     def _figure(self, until=float("inf")):
-        """The curves up to one update; all runs have theirs, if empty."""
-        curves = []
-        for run in self._runs.values():
-            loss, recall = ([pair for pair in points if pair[0] <= until] for points in (run.loss, run.recall))
-            curves.append({"method": run.name, "seed": run.config.seed, "step": [s for s, _ in loss], "loss": [v for _, v in loss],
-                           "eval_step": [s for s, _ in recall], "recall@10": [v for _, v in recall]})
-        last = max(run.updates for run in self._runs.values())
-        figure = learning_curves({"curves": curves}).update_xaxes(range=[0, 1.03 * last] if last else None)
+        """The curves up to one update; all runs have theirs, if empty. The axes are those of the
+        whole training from the start, and give way only to what lies outside."""
+        runs, curves = self._runs.values(), []
+        for run in runs:
+            loss, recall = run.until(until)
+            curves.append({
+                "method": run.name, "seed": run.config.seed,
+                "step": [step for step, _ in loss], "loss": [value for _, value in loss],
+                "eval_step": [step for step, _ in recall],
+                "recall@10": [value for _, value in recall],
+            })
+        figure = learning_curves({"curves": curves})
+        for name, value in self.rulers.items():
+            look = MARKS[name]
+            figure.add_hline(value, line_color=look.color, line_dash=look.dash, line_width=1.5,
+                             annotation_text=f"{RULERS[name]} {value:.3f}",
+                             annotation_position="top left", row=1, col=1)
+        best = max([*self.rulers.values(), *(value for run in runs for _, value in run.recall)])
+        worst = max([self._guess, *(value for run in runs for _, value in run.loss)])
+        last = max(1, *(run.planned for run in runs))
+        figure.update_yaxes(range=[0, ROOM * best or 1], col=1)
+        figure.update_yaxes(range=[0, ROOM * worst], col=2)
+        figure.update_xaxes(range=[0, 1.03 * last])
         return figure.update_layout(height=420, uirevision="same", margin_b=90)
 
     def _text(self, until=float("inf")):
-        rows, places = [], sorted({step for run in self._runs.values() for step, _ in run.recall if step <= until})
+        rows, curves = [], {}
         for run in self._runs.values():
-            loss, recall = ([v for step, v in points if step <= until] for points in (run.loss, run.recall))
-            rows.append((run.name, run.state, f"{min(run.step, until)} of {run.updates}" if run.updates else "–", f"{run.seconds:.0f}",
-                         f"{loss[-1]:.3f}" if loss else "–", f"{max(recall):.4f}" if recall else "–"))
-        out = html_table(("run", "state", "update", "seconds", "training loss", "best validation recall@10"), rows)
-        if places:
-            by_run = [dict(run.recall) for run in self._runs.values()]
-            rows = [(step, *(f"{of_run[step]:.4f}" if step in of_run else "–" for of_run in by_run)) for step in places]
-            out += "<p>Validation recall@10 after so many updates:</p>" + html_table(("update", *self._runs), rows)
+            loss, recall = run.until(until)
+            curves[run.name] = dict(recall)
+            update = f"{min(run.step, until)} of {run.planned}" if run.planned else "–"
+            last = f"{loss[-1][1]:.3f}" if loss else "–"
+            best = f"{max(curves[run.name].values()):.4f}" if recall else "–"
+            rows.append((run.name, run.state, update, f"{run.seconds:.0f}", last, best))
+        head = ("run", "state", "update", "seconds", "training loss", "best validation recall@10")
+        out = html_table(head, rows) + f"<p>On these {self._users} validation users: "
+        out += ", ".join(f"{RULERS[name]} {value:.4f}" for name, value in self.rulers.items())
+        out += ".</p>"
+        if places := sorted({step for curve in curves.values() for step in curve}):
+            rows = [(step, *(f"{curve[step]:.4f}" if step in curve else "–"
+                             for curve in curves.values())) for step in places]
+            out += "<p>Validation recall@10 after so many updates:</p>"
+            out += html_table(("update", *curves), rows)
         return out
 
     def frames(self, values=None):
-        """The curves as they grew: a frame for each of `values`, numbers of updates (default: each evaluation, thinned to 21)."""
+        """The curves as they grew: a frame for each of `values`, numbers of updates (default: each
+        evaluation, thinned to 21)."""
         if values is None:
             steps = sorted({step for run in self._runs.values() for step, _ in run.recall}) or [0]
             values = steps[::-1][:: -(-len(steps) // 21)][::-1]
-        return [(str(value), chart_state(self._figure(value), self._text(value))) for value in values]
+        states = (chart_state(self._figure(value), self._text(value)) for value in values)
+        return list(zip(map(str, values), states))
 
     def export(self, path, values=None):
-        """Write one HTML file with the final curves and a slider back to how they grew (see `frames`)."""
+        """Write one HTML file with the final curves and a slider back to how they grew (see
+        `frames`)."""
         frames = self.frames(values)
         return write_frames(path, self.heading, "up to update", frames, first=len(frames) - 1)
 
@@ -186,29 +322,134 @@ class TrainingMonitor(Explorer):
         return super()._repr_mimebundle_(**kwargs)
 
 
-@dataclasses.dataclass
 class _Run:
-    """One run as the monitor sees it: `loss` and `recall` are lists of (update, value)."""
+    """One run as the monitor sees it: `loss` and `recall` are lists of (update, value), `wanted`
+    says whether it is to train, `planned` is its number of updates if nothing stops it early."""
 
-    name: str
-    config: TrainConfig
-
-    def __post_init__(self):
+    def __init__(self, name, config):
+        self.name, self.config = name, config
+        self.thread, self.wanted, self.planned = None, False, 0
         self.clear()
 
     def clear(self):
-        self.state, self.result, self.step, self.updates, self.begin, self.seconds = "waiting", None, 0, 0, 0.0, 0.0
+        self.state, self.result, self.error, self.kept = "waiting", None, None, None
+        self.step, self.spent, self.since, self.seconds = 0, 0.0, 0.0, 0.0
         self.loss, self.recall = [], []
+
+    def until(self, update):
+        """Loss and recall up to an update."""
+        return [[point for point in curve if point[0] <= update]
+                for curve in (self.loss, self.recall)]
+
+    def says(self):
+        """Text and icon of its button."""
+        if self.state == "done":
+            return f"{self.name} is done", "check"
+        if self.wanted:
+            return f"Stop {self.name}", "stop"
+        return f"{'Resume' if self.state == 'paused' else 'Start'} {self.name}", "play"
+
+
+class _Turns:
+    """Whose turn it is: one thread of all monitors trains at a time, in the order of a queue.
+
+    With the turn goes what a process has once and a run takes for its own: the random state, how
+    loud Hugging Face's libraries are, and what accelerate remembers about precision and batches.
+    Afterwards all that is as it was before the turn.
+    """
+
+    def __init__(self):
+        self.changed = threading.Condition()  # guards the queue and `_Run.wanted`
+        self.holder, self.queue = None, []
+
+    def has(self, run):
+        return run is self.holder or run in self.queue
+
+    def queue_up(self, run):
+        """Let a run in that waits for the turn or soon will, unless it is there already."""
+        with self.changed:
+            if not self.has(run):
+                self.queue.append(run)
+            self.changed.notify_all()
+
+    def take(self, run):
+        """Wait until the run is first in the queue, and until the one before it is through."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.holder is None and self.queue[:1] == [run])
+            self.holder = self.queue.pop(0)
+        self.outside = _process()
+        if run.kept is not None:
+            _restore(run.kept)
+
+    def give(self, run, again=False):
+        """End the run's turn. `again`: it queues up for another one, as does one that is wanted
+        again by now."""
+        run.kept = _process()
+        _restore(self.outside)
+        with self.changed:
+            self.holder = None
+            if again or run.wanted:
+                self.queue.append(run)
+            self.changed.notify_all()
+
+
+_turns = _Turns()
+_OF_ACCELERATE = (AcceleratorState, GradientState)
+
+
+def _process():
+    """What the process has once: see `_Turns`."""
+    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    of_accelerate = [dict(of._shared_state) for of in _OF_ACCELERATE]
+    bars = logging.is_progress_bar_enabled()
+    return numbers, on_gpu, logging.get_verbosity(), bars, of_accelerate
+
+
+def _restore(kept):
+    (python, numpy, on_cpu), on_gpu, verbosity, bars, of_accelerate = kept
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu)
+    logging.set_verbosity(verbosity)
+    if bars != logging.is_progress_bar_enabled():
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    for of, content in zip(_OF_ACCELERATE, of_accelerate):
+        of._shared_state.update(content)
+        for name in of._shared_state.keys() - content.keys():
+            del of._shared_state[name]
 
 
 class _Watch(TrainerCallback):
-    """Carries a run's numbers to the monitor and the reader's stop to the Trainer."""
+    """Carries a run's numbers to the monitor, and passes the turn on."""
 
     def __init__(self, monitor, run):
         self.monitor, self.run = monitor, run
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.run.updates = state.max_steps
+        self.run.planned = state.max_steps
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        """The only place to pass the turn on: all that belongs to the last update, its evaluation
+        too, is done.
+
+        After so many updates as lie between two losses, so that curves grow side by side; or at
+        once, if one who waits for the turn only needs it to pause."""
+        due = state.global_step % args.logging_steps == 0
+        if not due and self.run.wanted and all(run.wanted for run in list(_turns.queue)):
+            return
+        self.meter.pause()
+        self.monitor.pass_on(self.run, lambda: self._so_far(args, model))
+        self.meter.resume()
+
+    def _so_far(self, args, model):
+        config = dataclasses.replace(self.run.config, precision="bf16" if args.bf16 else "fp32")
+        with kept_random_state():
+            result = result_so_far(args.output_dir, config)
+        result.model.to(model.device)
+        return result
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
@@ -216,17 +457,12 @@ class _Watch(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         self.run.recall.append((state.global_step, metrics["eval_recall@10"]))
-        self.run.seconds = clock() - self.run.begin
-        self.monitor.follow()
+        self._show()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.run.step, self.run.seconds = state.global_step, clock() - self.run.begin
-        if self.monitor._stopping.is_set():
-            if not self.run.recall:
-                raise _Stopped  # without an evaluation there is no checkpoint that `train` could return
-            control.should_training_stop = True
+        self.run.step = state.global_step
+        self._show()
+
+    def _show(self):
+        self.run.seconds = self.run.spent + clock() - self.run.since
         self.monitor.follow()
-
-
-class _Stopped(Exception):
-    """Stopped before the first evaluation."""
