@@ -244,9 +244,25 @@ def test_latency_is_measured_in_a_process_of_its_own():
 
 def test_a_notebook_without_a_kernel_has_a_picture(capsys, monkeypatch):
     shown = []
-    monkeypatch.setattr("sidlab.viz.explorer.display", lambda bundle, raw: shown.append(bundle))
-    Squares()._ipython_display_()
+    renewed = []
+
+    class Handle:
+        def update(self, bundle, raw):
+            renewed.append(bundle)
+
+    def display(bundle, raw, display_id=False):
+        shown.append(bundle)
+        return Handle() if display_id else None
+
+    monkeypatch.setattr("sidlab.viz.explorer.display", display)
+    explorer = Squares()
+    explorer.renew_picture()
+    assert not renewed, "there is none before it is shown"
+    explorer._ipython_display_()
     widget, picture = shown
     assert "application/vnd.jupyter.widget-view+json" in widget
     figure = picture["application/vnd.plotly.v1+json"]
     assert len(figure["data"]) == 2 and figure["layout"]["template"]["layout"]["paper_bgcolor"] == "#FFFFFF"
+    explorer.controls["n"].value = 5
+    explorer.renew_picture()
+    assert renewed[0]["application/vnd.plotly.v1+json"]["layout"]["title"]["text"] == "5 squares"

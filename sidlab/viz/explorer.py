@@ -146,7 +146,7 @@ class Explorer(widgets.VBox):
 
     def __init__(self, controls: dict, *, slow=()):
         super().__init__()
-        self.controls, self._quiet = controls, False
+        self.controls, self._quiet, self._picture = controls, False, None
         for name, control in controls.items():
             if not control.description:
                 raise ValueError(f"controls[{name!r}] needs a description: it is the label that assistive technology reads")
@@ -262,7 +262,12 @@ class Explorer(widgets.VBox):
         """The widget, and below it the picture, which the live view hides."""
         display(self._repr_mimebundle_(), raw=True)
         if not os.environ.get("SIDLAB_SITE"):
-            display(self.picture(), raw=True)
+            self._picture = display(self.picture(), raw=True, display_id=True)
+
+    def renew_picture(self) -> None:
+        """Let the picture show what the views show. It costs what a picture costs, so no move does it."""
+        if self._picture is not None:
+            self._picture.update(self.picture(), raw=True)
 
     def _repr_mimebundle_(self, **kwargs):
         """While a static site is rendered ($SIDLAB_SITE names its folder of explorers), the exported page stands in for the live widget."""

@@ -238,6 +238,8 @@ class TrainingMonitor(Explorer):
                 button.description, button.icon = run.says()
                 button.disabled = run.state == "done"
             self.refresh()
+            if not any(run.wanted for run in runs):
+                self.renew_picture()
             self._drawn = clock()
 
     def follow(self) -> None:
