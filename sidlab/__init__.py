@@ -13,7 +13,7 @@ import importlib
 
 _HOME = {
     "Catalogue": "data.catalogue",
-    "load_catalogue": "data.catalogue",
+    "load_catalogue": "data.load",
     "save_catalogue": "data.folder",
     "algr_catalogue": "data.algr",
     "ResidualKMeans": "sids.residual_kmeans",

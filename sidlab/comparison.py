@@ -25,7 +25,7 @@ from sidlab.baselines import NeighbourTable, Popularity
 from sidlab.checks import SHARE, integer, one_of
 from sidlab.config import DENSE, PRESETS, ROWS, TrainConfig
 from sidlab.cost import cost
-from sidlab.data.catalogue import load_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.metrics import paired_test, per_user, rank_of_target, ranks_of
 from sidlab.sweeps import (
     COSTS,

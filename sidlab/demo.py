@@ -13,7 +13,8 @@ import numpy as np
 from transformers import TrainerCallback
 
 from sidlab.config import TrainConfig
-from sidlab.data.catalogue import Catalogue, load_catalogue
+from sidlab.data.catalogue import Catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.sids.residual_kmeans import ResidualKMeans

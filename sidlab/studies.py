@@ -17,7 +17,7 @@ import pandas as pd
 
 from sidlab.checks import integer, one_of
 from sidlab.comparison import hardware, versions
-from sidlab.data.catalogue import load_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.metrics import paired_test, per_user, ranks_of
 from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 from sidlab.pruning import PruningConfig

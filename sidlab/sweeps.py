@@ -33,7 +33,8 @@ from transformers import TrainerCallback
 import sidlab
 from sidlab.checks import integer, one_of
 from sidlab.config import PARTS, TrainConfig
-from sidlab.data.catalogue import Catalogue, load_catalogue
+from sidlab.data.catalogue import Catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.files import read_json, write, write_json
 from sidlab.meter import Meter, device_name

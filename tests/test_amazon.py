@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sidlab.data import amazon
 from sidlab.data.amazon import fetch_amazon, k_core, read_amazon
-from sidlab.data.catalogue import load_catalogue
 from sidlab.data.folder import read_folder, save_catalogue
+from sidlab.data.load import load_catalogue
 
 DAY = 86400
 

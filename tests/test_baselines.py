@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sidlab.baselines import NeighbourTable, Popularity
-from sidlab.data.catalogue import load_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.metrics import rank_of_target, summary
 
 N_ITEMS = 7

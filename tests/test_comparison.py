@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from sidlab import comparison, sweeps
 from sidlab.config import TrainConfig
-from sidlab.data.catalogue import load_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.metrics import paired_test
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sidlab.data import text as text_module
-from sidlab.data.catalogue import WEIGHTS, Catalogue, compose_text, load_catalogue, text_parts
+from sidlab.data.catalogue import WEIGHTS, Catalogue, compose_text, text_parts
 from sidlab.data.folder import read_folder, save_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.data.text import text_embeddings
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable

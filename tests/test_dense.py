@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidlab.config import TrainConfig
-from sidlab.data.catalogue import load_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.decoding import recommend, score_items
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig, kept_count

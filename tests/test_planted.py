@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidlab.data.catalogue import load_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.data.planted import PlantedTruth, planted_catalogue
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable

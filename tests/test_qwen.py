@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from sidlab.config import TrainConfig
-from sidlab.data.catalogue import load_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.decoding import beam_search, encode_histories, items_of_leaves, recommend, score_items
 from sidlab.map_loss import MapConfig
 from sidlab.models.qwen import SidQwen, SidQwenConfig

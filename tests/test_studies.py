@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from sidlab import claims, studies
 from sidlab.comparison import compare
-from sidlab.data.catalogue import load_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.metrics import METRICS, paired_test, pooled_seed_noise, recall_at
 from sidlab.sweeps import COSTS, config_with
 from sidlab.viz.studies import curves_figure, schedule_figure, strata_figure, study_figure

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from sidlab import sweeps
 from sidlab.config import TrainConfig
-from sidlab.data.catalogue import load_catalogue
+from sidlab.data.load import load_catalogue
 from sidlab.files import write
 from sidlab.sids.table import SidTable
 

@@ -44,7 +44,7 @@ class SidExplorer(Explorer):
 
     def __init__(self, catalogue=None, *, sample=300, seed=0, levels=3, width=8, after=0, axes=AXES[1]):
         if catalogue is None:
-            from sidlab.data.catalogue import load_catalogue
+            from sidlab.data.load import load_catalogue
 
             catalogue = load_catalogue("planted")
         self.catalogue, self.x, self.seed, n = catalogue, catalogue.embeddings, seed, catalogue.n_items
