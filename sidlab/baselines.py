@@ -12,7 +12,7 @@ class Popularity:
 
     def fit(self, train_histories, n_items: int):
         """train_histories: int64 arrays of item ids, each user's part for training (`history[:-2]`); may be empty."""
-        counts = np.bincount(_flat(train_histories, n_items)[0], minlength=n_items + 1)  # [n_items + 1]
+        counts = np.bincount(flat_histories(train_histories, n_items)[0], minlength=n_items + 1)  # [n_items + 1]
         self.n_items_ = n_items
         self.popular_ = 1 + np.argsort(-counts[1:], kind="stable")  # [n_items] item ids, most popular first
         return self
@@ -23,7 +23,7 @@ class Popularity:
         exclude_seen: leave out what is in the user's history."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        items, lengths = _flat(histories, self.n_items_)
+        items, lengths = flat_histories(histories, self.n_items_)
         ranked = np.zeros((len(lengths), k), dtype=np.int64)
         for row, history in enumerate(np.split(items, np.cumsum(lengths)[:-1]) if len(lengths) else ()):
             most = k + len(history)
@@ -53,7 +53,7 @@ class NeighbourTable(Popularity):
         """train_histories: int64 arrays of item ids, each user's part for training (`history[:-2]`); may be empty."""
         train_histories = list(train_histories)
         super().fit(train_histories, n_items)
-        items, lengths = _flat(train_histories, n_items)
+        items, lengths = flat_histories(train_histories, n_items)
         user = np.repeat(np.arange(len(lengths)), lengths)
         adjacent = np.flatnonzero(user[1:] == user[:-1])
         left, right = items[adjacent], items[adjacent + 1]
@@ -87,7 +87,7 @@ class NeighbourTable(Popularity):
         return neighbour[start][np.lexsort((proposal[start], -scores))]
 
 
-def _flat(histories, n_items):
+def flat_histories(histories, n_items):
     """All item ids in one array, and the length of each history."""
     histories = list(histories)
     items = np.concatenate([np.empty(0, dtype=np.int64), *histories])

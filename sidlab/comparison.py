@@ -29,7 +29,7 @@ from sidlab.data.load import load_catalogue
 from sidlab.metrics import paired_test, per_user, rank_of_target, ranks_of
 from sidlab.sweeps import (
     COSTS,
-    _code,
+    code_digest,
     config_with,
     fitted,
     metrics_of,
@@ -110,9 +110,6 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     results = [{"method": name, "seed": seed, **result} for (name, seed), result in zip(runs, run_all(specs, folder))]
     results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids, arch, protocol)
     write_json(folder / "results.json", results)
-    from sidlab.viz.page import write_page  # the one step to the right: the page shows what was just written
-
-    write_page(results, folder / "index.html")
     return results
 
 
@@ -265,5 +262,5 @@ def versions() -> dict:
     """Versions of this package and its code (a digest, as in the runs' keys), of Python and of what computes."""
     import sidlab
 
-    return {"sidlab": sidlab.__version__, "code": _code()[:12], "python": platform.python_version(), "torch": torch.__version__,
+    return {"sidlab": sidlab.__version__, "code": code_digest()[:12], "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "numpy": np.__version__}

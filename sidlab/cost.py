@@ -68,7 +68,7 @@ def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf1
     bf16 = uses_bf16(config.precision) if bf16 is None else bf16
     activations = _qwen_activations if config.arch == "qwen" else _activations
     memory = size * activations(config, widths, slots, kept, *padded, fused, bf16)
-    flops = {part: _mean(value, size) for part, value in _flops(config, widths, slots, kept).items()}
+    flops = {part: _mean(value, size) for part, value in flops_by_part(config, widths, slots, kept).items()}
     parameters = _parameters(config, widths)
     activation_bytes = int(memory.max()) + 2 * parameters * bf16  # a copy of the weights is kept with them
     return Cost(flops, activation_bytes, parameters, _mean(slots, size), _mean(kept, size), int(size.sum()), len(size))
@@ -88,7 +88,7 @@ def _dense_cost(config, widths, windows, fused, bf16):
     bf16 = uses_bf16(config.precision) if bf16 is None else bf16
     activations, padded = _qwen_activations if config.arch == "qwen" else _activations, shortest < longest
     memory = size * activations(config, widths, slots, slots, padded, padded, fused, bf16, taught)
-    flops = {part: float((size * value).sum()) / targets for part, value in _flops(config, widths, slots, slots, taught).items()}
+    flops = {part: float((size * value).sum()) / targets for part, value in flops_by_part(config, widths, slots, slots, taught).items()}
     parameters, mean_slots = _parameters(config, widths), float((size * slots).sum()) / targets
     return Cost(flops, int(memory.max()) + 2 * parameters * bf16, parameters, mean_slots, mean_slots, targets, len(size))
 
@@ -105,7 +105,7 @@ def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = 
         longest = np.full_like(longest, config.max_items)
     slots, d, inner = longest * (len(widths) + config.separators), config.d_model, config.num_heads * config.d_kv
     kept = slots if config.pruning is not None and not config.pruning.at_inference else _kept(config, widths, longest)
-    flops, rows = _flops(config, widths, slots, kept), 1
+    flops, rows = flops_by_part(config, widths, slots, kept), 1
     total = flops["encoder"] + flops["behind"] + config.num_decoder_layers * 4 * kept * d * inner
     for depth, width in enumerate(widths):  # one token a beam; keys and values are in the cache
         layer = _layer(config, 1, depth + 1) + 4 * inner * (d + kept)
@@ -176,7 +176,7 @@ def _layer(config, n, keys):
     return n * (8 * d * inner + 4 * keys * inner + 4 * d * f + 2 * (config.ffn_hidden_layers - 1) * f**2)
 
 
-def _flops(config, widths, slots, kept, taught=1):
+def flops_by_part(config, widths, slots, kept, taught=1):
     """FLOPs of a row by part; `taught`: how many targets it has."""
     d, inner, levels, layers = config.d_model, config.num_heads * config.d_kv, len(widths) * taught, config.num_decoder_layers
     p, ahead = config.pruning, _ahead(config, widths)

@@ -157,7 +157,7 @@ class TokenPruner(nn.Module):
             count = kept_count(real.sum(1), self.keep)
             if self.mass is not None:
                 count = torch.minimum(count, self._holding_mass(candidates))
-            kept = _top(candidates, count) & real
+            kept = highest(candidates, count) & real
         return kept if protect is None else kept | protect
 
     def _holding_mass(self, score):
@@ -177,7 +177,7 @@ class TokenPruner(nn.Module):
         total = torch.zeros_like(score).scatter_add(1, item_index, votes)  # [B, N], one column an item
         exists = torch.zeros_like(score).scatter_add(1, item_index, real.float()) > 0
         total = total.clamp_min(torch.finfo(torch.float32).min).masked_fill(~exists, -torch.inf)
-        kept_items = _top(total, kept_count(exists.sum(1), self.keep)) & exists
+        kept_items = highest(total, kept_count(exists.sum(1), self.keep)) & exists
         return kept_items.gather(1, item_index) & real
 
 
@@ -215,7 +215,7 @@ def pool_tokens(hidden: Tensor, mask: Tensor, keep: float) -> Pruned:
     return Pruned(total / size.clamp_min(1).unsqueeze(-1), used.long(), positions, None)
 
 
-def _top(score: Tensor, count: Tensor) -> Tensor:
+def highest(score: Tensor, count: Tensor) -> Tensor:
     """bool [B, N]: the `count[b]` highest scores of each row; of equal ones the lowest position."""
     order = torch.argsort(score, dim=1, descending=True, stable=True)  # [B, N]
     taken = torch.arange(score.shape[1], device=score.device) < count[:, None]

@@ -227,7 +227,7 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
     default residual k-means with 3 levels of 256 codes, or as many levels and codes as a planted tree has.
     """
     sids = dict(sids or {})
-    made_by = hashlib.sha256(pathlib.Path(sids["file"]).read_bytes()).hexdigest() if "file" in sids else _code()
+    made_by = hashlib.sha256(pathlib.Path(sids["file"]).read_bytes()).hexdigest() if "file" in sids else code_digest()
     name = hashlib.sha256(json.dumps([sids, catalogue.fingerprint(), made_by]).encode()).hexdigest()[:12]
     folder = pathlib.Path(folder) / "sids" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -275,48 +275,6 @@ def run(folder, name: str) -> None:
     row = result["row"]
     trained = f", trained {row['train_seconds']:.0f} s" if row["train_seconds"] is not None else ""
     say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users{trained}")
-
-
-def launch(arguments) -> None:
-    """`accelerate launch -m sidlab.training --config run.json`: one run on any number of processes and machines.
-
-    The file: {"dataset", "output_dir", "preset", "seed", "settings": {name: value, as in `sweep`}, "sids": {name: value, as in
-    `sid_table`}, "start_from": folder of a model to go on from}; only `output_dir` must be there. Writes the model, its table and
-    result.json (configuration, test metrics, costs) into it; a run that was stopped goes on.
-    """
-    parser = argparse.ArgumentParser("sidlab.training", description=launch.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="the JSON file")
-    path = pathlib.Path(parser.parse_args(arguments).config)
-    given = json.loads(path.read_text())
-    known = {"dataset": "planted", "output_dir": None, "preset": "quick", "seed": 0, "settings": {}, "sids": {}, "start_from": None}
-    if unknown := given.keys() - known.keys():
-        raise ValueError(f"{path}: {sorted(unknown)} are unknown; use {', '.join(known)}")
-    if not given.get("output_dir"):
-        raise ValueError(f"{path}: output_dir is missing: where checkpoints, model and result go")
-    # The others wait for the first process to make SIDs, which takes longer than the 10 minutes that the library allows.
-    one, state = known | given, PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6))
-    _check_sids(one["sids"])
-    sids = one["sids"] | {name.removeprefix("sids."): value for name, value in one["settings"].items() if name.startswith("sids.")}
-    _check_sids(sids)
-    config = config_with(one["preset"], one["seed"], {k: v for k, v in one["settings"].items() if not k.startswith("sids.")},
-                         continued=one["start_from"] is not None)
-    folder, catalogue = pathlib.Path(one["output_dir"]), load_catalogue(one["dataset"])
-    with state.main_process_first():  # the others read what it made
-        table, _ = sid_table(catalogue, folder, sids)
-    config = fitted(config, catalogue)
-    result = train(config, catalogue, table, output_dir=folder / "run", start_from=one["start_from"], progress=state.is_main_process)
-    gc.collect()  # the trainer's cycles hold the group of processes
-    state.destroy_process_group()  # an interpreter that ends while the group's threads still drop tensors aborts, now and then
-    if not state.is_main_process:
-        return
-    histories, targets = leave_one_out(catalogue.histories).cases("test")
-    ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=_truth_for(config, catalogue))
-    result.model.save_pretrained(folder)
-    write_json(folder / "result.json", {
-        "config": config.to_dict() | {"precision": result.precision},
-        "processes": state.num_processes, "test": metrics_of(ranks), "validation": result.metrics,
-        **result.timing, **result.tokens, "peak_memory_mb": result.peak_memory, "log": result.log})
-    print(f"recall@10 {metrics_of(ranks)['recall@10']:.4f} on {len(targets)} test users; {folder / 'result.json'}")
 
 
 def _run_sasrec(one, catalogue, folder, path):
@@ -460,13 +418,13 @@ def _key(one, catalogue, table, base=None):
 
 
 def _version(config):
-    """`_code`, and the text of an own scorer's module."""
+    """`code_digest`, and the text of an own scorer's module."""
     own = own_source((config.get("pruning") or {}).get("scorer", "rastp"))
-    return _code() if own is None else f"{_code()} {hashlib.sha256(own.encode()).hexdigest()}"
+    return code_digest() if own is None else f"{code_digest()} {hashlib.sha256(own.encode()).hexdigest()}"
 
 
 @functools.cache
-def _code():
+def code_digest():
     """A digest of the parts of this package that a run goes through, comments, docstrings and layout aside: rounding differs between
     versions, and a table of old and new runs would compare that too."""
     home, digest = pathlib.Path(sidlab.__file__).parent, hashlib.sha256()

@@ -645,9 +645,3 @@ class _Patience(EarlyStoppingCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self.early_stopping_patience_counter = _stale(state)
-
-
-if __name__ == "__main__":  # accelerate launch -m sidlab.training --config run.json
-    from sidlab.sweeps import launch
-
-    launch(sys.argv[1:])

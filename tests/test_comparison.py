@@ -122,7 +122,7 @@ def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
 def test_a_failing_run_says_so_with_its_output(tmp_path):
     (tmp_path / "runs").mkdir()
     sweeps.write_json(tmp_path / "runs" / "unpadded-seed0.spec", {"dataset": "nowhere", "sids": {}, "config": {}, "key": "",
-                                                                  "code": sweeps._code()})
+                                                                  "code": sweeps.code_digest()})
     with pytest.raises(RuntimeError, match="(?s)unpadded-seed0 failed.*no catalogue 'nowhere'"):
         sweeps._run_child(tmp_path, "unpadded-seed0", "")
 

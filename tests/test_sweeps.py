@@ -278,7 +278,7 @@ def test_a_docstring_makes_no_other_version_of_the_code(tmp_path, monkeypatch):
     digests = []
     for text in ('def f():\n    """One."""\n    return 1', 'def f():\n    """Other."""\n    return 1  # one', "def f():\n    return 2"):
         (tmp_path / "part.py").write_text(text)
-        digests.append(sweeps._code.__wrapped__())
+        digests.append(sweeps.code_digest.__wrapped__())
     assert digests[0] == digests[1] != digests[2]
 
 

@@ -30,7 +30,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
-from sidlab.data.folder import Dirt, _find, _lines
+from sidlab.data.folder import Dirt, find_file, numbered_lines
 from sidlab.data.text import cache_folder
 
 ADDRESS = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
@@ -55,7 +55,7 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     if len(found) != 1:
         raise ValueError(f"{folder} must hold the files of one category, reviews_X_5.json.gz and meta_X.json.gz; found {sorted(found)}")
     ((category, reviews),) = found.items()
-    meta = _find(folder, f"meta_{category}.json")
+    meta = find_file(folder, f"meta_{category}.json")
     user_names, asins, events = _read_reviews(reviews, dirt)
     events = events[k_core(events[:, 0], events[:, 1])]
     if len(events) == 0:
@@ -140,7 +140,7 @@ def _download(url, path):
     if done == 0 or total not in (0, done):
         raise OSError(f"{url} broke off: {done} of {total} bytes")
     try:
-        for _ in _lines(part):  # to the end, for gzip's checksum
+        for _ in numbered_lines(part):  # to the end, for gzip's checksum
             pass
     except ValueError as error:
         part.unlink()
@@ -151,7 +151,7 @@ def _download(url, path):
 def _read_reviews(path, dirt):
     """Names of users, asins of items, and int64 [n, 4]: user, item (both as positions among the names), time, line number."""
     users, asins, events = {}, {}, array.array("q")
-    for line_number, line in _lines(path):
+    for line_number, line in numbered_lines(path):
         try:
             record = json.loads(line)
             user, asin, time = (record[name] for name in ("reviewerID", "asin", "unixReviewTime"))
@@ -168,7 +168,7 @@ def _read_reviews(path, dirt):
 def _read_meta(path, wanted, dirt):
     """{asin: (title, brand, categories, text)} of the asins in `wanted`."""
     described = {}
-    for line_number, line in _lines(path):
+    for line_number, line in numbered_lines(path):
         try:
             literal = line.decode()
             named = _ASIN.findall(literal)

@@ -60,8 +60,8 @@ def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     "raise" a ValueError at the first dirty line. ValueError too for a gap in the item ids and for unreadable files.
     """
     folder, dirt = pathlib.Path(folder), Dirt(on_dirty)
-    items = _read_items(_find(folder, "items.jsonl"), dirt)
-    user_ids, histories = _read_sequences(path := _find(folder, "sequences.txt"), len(items), dirt)
+    items = _read_items(find_file(folder, "items.jsonl"), dirt)
+    user_ids, histories = _read_sequences(path := find_file(folder, "sequences.txt"), len(items), dirt)
     if not histories and (dirt.kinds or path.stat().st_size == 0):  # without users, but as it was saved: a gzip header
         raise ValueError(f"{path} holds no history; a line is `user item item …`, with spaces. Dirty lines: {str(dirt) or 'none'}")
     dirt.warn(folder)
@@ -94,7 +94,7 @@ def save_catalogue(catalogue: Catalogue, folder) -> None:
         write(folder / "embeddings.npy", array.getvalue())
 
 
-def _find(folder, name):
+def find_file(folder, name):
     found = [path for path in (folder / f"{name}.gz", folder / name) if path.exists()]
     if len(found) != 1:
         raise ValueError(f"{folder} must hold either {name}.gz or {name}, found {[path.name for path in found]}; "
@@ -102,7 +102,7 @@ def _find(folder, name):
     return found[0]
 
 
-def _lines(path):
+def numbered_lines(path):
     try:
         with (gzip.open if ".gz" in path.suffixes else open)(path, "rb") as file:
             yield from enumerate(file, start=1)
@@ -112,7 +112,7 @@ def _lines(path):
 
 def _read_items(path, dirt):
     rows, highest = {}, 0
-    for line_number, line in _lines(path):
+    for line_number, line in numbered_lines(path):
         try:
             record = json.loads(line)
         except ValueError:  # bad JSON or bad UTF-8
@@ -151,7 +151,7 @@ def _read_items(path, dirt):
 
 def _read_sequences(path, n_items, dirt):
     sequences = {}
-    for line_number, line in _lines(path):
+    for line_number, line in numbered_lines(path):
         try:
             user, *ids = line.decode().split() or [""]
             ids = [int(item.replace("_", "?")) for item in ids]  # Python reads 1_2 as 12

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidlab.baselines import _flat
+from sidlab.baselines import flat_histories
 from sidlab.checks import integer
 from sidlab.metrics import rank_of_target, summary
 from sidlab.windows import Windows, pad_histories
@@ -82,7 +82,7 @@ class SASRec:
 
         Sets `model_`, `n_items_` and `log_`, a dict an epoch: "loss" and, with validation, "recall@5", "recall@10", "ndcg@5", "ndcg@10".
         """
-        _flat(train_histories, n_items)  # checks the ids
+        flat_histories(train_histories, n_items)  # checks the ids
         if validation is not None and not len(validation[0]) == len(validation[1]) > 0:
             raise ValueError(f"validation must hold a target for each history, got {len(validation[0])} and {len(validation[1])}")
         windows = Windows(train_histories, self.max_items)
@@ -115,7 +115,7 @@ class SASRec:
         if not hasattr(self, "model_"):
             raise RuntimeError("recommend needs a fitted model: call fit first")
         model, device = self.model_.eval(), self.model_.items.weight.device
-        lengths = _flat(histories, self.n_items_)[1]
+        lengths = flat_histories(histories, self.n_items_)[1]
         ranked = np.zeros((len(lengths), k), np.int64)
         for users in np.split(np.argsort(lengths, kind="stable"), range(256, len(lengths), 256)) if len(lengths) else ():
             part = [histories[u] for u in users]

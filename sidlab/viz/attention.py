@@ -13,7 +13,7 @@ from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality, semantic_saliency
 from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
 from sidlab.viz.figures import shorten
-from sidlab.viz.pruning import _level_names, table
+from sidlab.viz.pruning import level_names, table
 from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION, template
 
 SHOWN, SEARCHED = 10, 200  # places of the list; how many items are scored, so that one that leaves the list is still found
@@ -62,7 +62,7 @@ class AttentionExplorer(HistoryExplorer):
         return dict(zip(pruned.items.tolist(), pruned.scores.tolist()))
 
     def _options(self, user):
-        probe, levels = self._probe(user), _level_names(self.model)
+        probe, levels = self._probe(user), level_names(self.model)
         titles = self.titles(probe.history)
         return [(f"item {m + 1}, {levels[level]}: {shorten(titles[m])}", place)
                 for place, (m, level) in enumerate(zip(probe.item_index.tolist(), probe.levels.tolist()))]
@@ -86,7 +86,7 @@ class AttentionExplorer(HistoryExplorer):
 
     def _names(self, probe):
         """Of the tokens, as a sentence has them."""
-        levels, titles = _level_names(self.model), self.titles(probe.history)
+        levels, titles = level_names(self.model), self.titles(probe.history)
         return [f"{levels[level]} of item {m + 1} ({shorten(titles[m])})"
                 for m, level in zip(probe.item_index.tolist(), probe.levels.tolist())]
 

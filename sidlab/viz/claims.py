@@ -3,7 +3,7 @@
 from sidlab.files import write
 from sidlab.metrics import METRICS
 from sidlab.viz.figures import span
-from sidlab.viz.page import _table, _text, _with_code, document
+from sidlab.viz.page import captioned_table, document, escaped, with_code
 
 SIGNS = {"confirmed": "✓", "not confirmed": "✗", "undecided": "?", "mixed": "±", "not run": "…", "not testable here": "–"}
 STYLE = """
@@ -17,12 +17,13 @@ def write_claims(claims: list[dict], rows: list[dict], path) -> None:
     """Writes the page of `claims` (what `claims.judge` gives) and `rows` (what `claims.beside_published` gives) to `path`, atomically."""
     count = {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in SIGNS}
     summary = ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n)
-    body = [[f"<b>{_text(claim['paper'])}</b> {_text(claim['claim'])}", f"{SIGNS[claim['verdict']]} {_text(claim['verdict'])}" + "".join(
-        f"<small>{SIGNS[verdict]} {_text(data)}</small>" for data, verdict in claim["verdicts"].items()), _findings(claim)]
+    body = [[f"<b>{escaped(claim['paper'])}</b> {escaped(claim['claim'])}",
+             f"{SIGNS[claim['verdict']]} {escaped(claim['verdict'])}" + "".join(
+        f"<small>{SIGNS[verdict]} {escaped(data)}</small>" for data, verdict in claim["verdicts"].items()), _findings(claim)]
             for claim in claims]
     tables = "\n".join(
-        _table(f"{name}: published beside ours", ["method", *METRICS],
-               [[f"<b>{_text(row['method'])}</b><small>{_text(row['source'])}</small>",
+        captioned_table(f"{name}: published beside ours", ["method", *METRICS],
+               [[f"<b>{escaped(row['method'])}</b><small>{escaped(row['source'])}</small>",
                  *(f"{row[m]:.4f}<small>{span(row, m)}</small>" for m in METRICS)]
                 for row in rows if row["dataset"] == name])
         for name in dict.fromkeys(row["dataset"] for row in rows))
@@ -32,7 +33,7 @@ one, against an unpruned model that pads no more; quality is lost where the inte
 kept where it does not and lies above −5 % of its recall@10, else undecided, as it is with one seed or a model that is not trained
 enough. “Mixed”: runs that decide disagree; each data set has its own verdict below. Intervals are 95 %, over
 test users, and over seeds where there are several. How to run what is missing: <code>make paper</code>.</p>
-{_table("Claims", ["claim", "verdict", "evidence"], body)}
+{captioned_table("Claims", ["claim", "verdict", "evidence"], body)}
 <h2>Numbers</h2>
 <p>Published numbers have no intervals and rest on other preparations of the data; honest reproductions of one method differ by more than
 either paper gains.</p>
@@ -41,7 +42,7 @@ either paper gains.</p>
 
 def _findings(claim):
     if not claim["findings"]:
-        return _with_code(claim["missing"])
-    items = "".join(f"<li>{SIGNS[found['verdict']]} {_text(found['figures'])}<small>{_text(found['where'])}<br>"
-                    f"<code>{_text(found['command'])}</code></small></li>" for found in claim["findings"])
+        return with_code(claim["missing"])
+    items = "".join(f"<li>{SIGNS[found['verdict']]} {escaped(found['figures'])}<small>{escaped(found['where'])}<br>"
+                    f"<code>{escaped(found['command'])}</code></small></li>" for found in claim["findings"])
     return f"<ul>{items}</ul>"

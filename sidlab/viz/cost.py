@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from sidlab.calibration import Speed, calibrate, one_batch, plain_config
 from sidlab.checks import one_of
 from sidlab.config import TrainConfig
-from sidlab.cost import _flops, recommend_flops
+from sidlab.cost import flops_by_part, recommend_flops
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.viz.explorer import Explorer
 from sidlab.viz.pruning import table
@@ -74,7 +74,7 @@ def windows_of_batches(lengths, which: str = "published", seed: int = 0) -> np.n
 
 def _training_flops(slots, kept, pruning=None):
     """FLOPs of a training step of RASTP's model per window of so many slots, kept behind the pruner: both int64, any shape."""
-    flops = _flops(TrainConfig.preset("paper", pruning=pruning, padding="fixed"), WIDTHS, slots, kept)
+    flops = flops_by_part(TrainConfig.preset("paper", pruning=pruning, padding="fixed"), WIDTHS, slots, kept)
     return 3 * sum(flops.values())
 
 

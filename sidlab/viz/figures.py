@@ -53,7 +53,7 @@ def quality(results: dict) -> go.Figure:
     for column, metric in enumerate(("recall@10", "ndcg@10"), start=1):
         common = {"mode": "markers", "showlegend": column == 1, "row": 1, "col": column}
         figure.add_scatter(
-            x=[row[metric] for row in rows], y=places, error_x=_error(rows, metric), name="mean and 95 % interval",
+            x=[row[metric] for row in rows], y=places, error_x=error_bars(rows, metric), name="mean and 95 % interval",
             marker_symbol=[marks[name].symbol for name in names], marker_color=[marks[name].color for name in names], marker_size=11,
             marker_line_width=1, marker_line_color=GREY, legendgroup="mean",
             customdata=[[row["method"], span(row, metric)] for row in rows],
@@ -98,7 +98,7 @@ def quality_cost(results: dict) -> go.Figure:
         name, value, look = row["method"], row["recall@10"], marks[row["method"]]
         if row.get(COST):
             figure.add_scatter(
-                x=[row[COST]], y=[value], error_y=_error([row], "recall@10"), name=name, mode="markers+text",
+                x=[row[COST]], y=[value], error_y=error_bars([row], "recall@10"), name=name, mode="markers+text",
                 text=[name.partition("@")[2]], textposition="middle right", marker_symbol=look.symbol, marker_size=13,
                 marker_color=look.color, marker_line_width=1, marker_line_color=GREY,
                 hovertemplate=f"{name}: {value:.4f} {span(row, 'recall@10')}<br>%{{x:.3g}} s<extra></extra>")
@@ -216,7 +216,7 @@ def _window(results, metric, paper=()):
     return min(near) - room, max(near) + room
 
 
-def _error(rows, metric):
+def error_bars(rows, metric):
     """Asymmetric error bars of the rows' intervals."""
     ends = [(row[metric], *_interval(row, metric)) for row in rows]
     return {"type": "data", "symmetric": False, "array": [high - mean for mean, _, high in ends],

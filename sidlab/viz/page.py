@@ -83,7 +83,7 @@ summary { cursor: pointer; padding: .3rem 0; width: max-content }
 def write_page(results: dict, path) -> None:
     """Writes the HTML page of `results` (what results.json holds) to `path`, atomically."""
     name = pathlib.PurePath(results["dataset"]).name
-    guide = "".join(f"<dt>{_text(term)}</dt><dd>{_with_code(meaning)}</dd>\n" for term, meaning in GUIDE.items())
+    guide = "".join(f"<dt>{escaped(term)}</dt><dd>{with_code(meaning)}</dd>\n" for term, meaning in GUIDE.items())
     tables = [table(results) for table in (_summary_table, _claims_table, _predicted_table, _published_table)]
     write(path, document(f"Pruning semantic-ID histories: {name}, preset {results['preset']}", "\n".join([
         _run(results), "<h2>Results</h2>", *tables, "<h2>How to read this</h2>", f"<dl>\n{guide}</dl>", _charts(results)])))
@@ -96,13 +96,13 @@ def document(title: str, body: str, style: str = "", plotly: bool = True) -> str
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
+<title>{escaped(title)}</title>
 <style>{STYLE}{style}</style>
 {f"<script>{get_plotlyjs()}</script>" * plotly}
 </head>
 <body>
 <main>
-<h1>{_text(title)}</h1>
+<h1>{escaped(title)}</h1>
 {body}
 </main>
 </body>
@@ -124,10 +124,10 @@ def _run(results):
         "Hardware": ", ".join(form.format(hardware[part]) for part, form in parts.items() if hardware.get(part)),
         "Versions": ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items()),
     }
-    rows = "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>\n" for name, value in facts.items() if value)
-    command = _text(results.get("command") or "unknown")
+    rows = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>\n" for name, value in facts.items() if value)
+    command = escaped(results.get("command") or "unknown")
     smoke = "<p><strong>The preset smoke only shows that everything runs. Its numbers mean nothing.</strong></p>\n"
-    busy = f"<p><strong>{_text(results['busy'])}</strong></p>\n" if results.get("busy") else ""
+    busy = f"<p><strong>{escaped(results['busy'])}</strong></p>\n" if results.get("busy") else ""
     facts = f"<dl>\n{rows}<dt>Command</dt><dd><code>{command}</code></dd>\n</dl>"
     return smoke * (results["preset"] == "smoke") + busy + facts
 
@@ -140,7 +140,7 @@ def _summary_table(results):
     known = any(row.get("kept_informative") for row in rows)
     body = []
     for row in rows:
-        cells = [f"<b>{_text(row['method'])}</b><small>{_text(describe(row['method']))}</small>", _number(row.get("seeds"), "d")]
+        cells = [f"<b>{escaped(row['method'])}</b><small>{escaped(describe(row['method']))}</small>", _number(row.get("seeds"), "d")]
         cells += [f"{row[metric]:.4f}<small>{figures.span(row, metric)}</small>" for metric in METRICS]
         cells += [_versus(row.get("versus_unpadded")), _ratio(row, base, COST, "#.3g"),
                   _ratio(row, base, MEMORY, ",.0f"), _number(row.get("real_token_fraction"), ".0%"),
@@ -149,7 +149,7 @@ def _summary_table(results):
         cells.append(f"{truth['recall']:.0%}<small>precision {truth['precision']:.0%}</small>" if truth else "–")
         body.append(cells if known else cells[:-1])
     caption = f"Means over seeds with 95 % intervals; medians of costs, and how many times those of {base['method']}"
-    return _table(caption, head if known else head[:-1], body)
+    return captioned_table(caption, head if known else head[:-1], body)
 
 
 def _versus(test):
@@ -187,24 +187,25 @@ def _claims_table(results):
             for method, field, claim in claims if rows.get(method, {}).get(field)]
     caption = ("What the papers claim against their own padded models, and what came out here. What unpadded saves, "
                "too, is no merit of pruning.")
-    return _table(caption, ["claim", "here, against padded", "here, against unpadded"], body) if body else ""
+    return captioned_table(caption, ["claim", "here, against padded", "here, against unpadded"], body) if body else ""
 
 
 def _predicted_table(results):
     if not any(row.get("predicted_flops") for row in results["summary"]):
         return ""
     frame = predicted_and_measured(results)
-    body = [[_text(name), *(f"{value:.3g}" for value in row)] for name, *row in frame.itertuples()]
-    return _table("Cost as predicted from configuration and lengths alone, beside what was measured", ["method", *frame.columns], body)
+    body = [[escaped(name), *(f"{value:.3g}" for value in row)] for name, *row in frame.itertuples()]
+    caption = "Cost as predicted from configuration and lengths alone, beside what was measured"
+    return captioned_table(caption, ["method", *frame.columns], body)
 
 
 def _published_table(results):
     paper = published(results["dataset"])
-    body = [[f"<b>{_text(row['method'])}</b><small>{_text(row['source'])}</small>", *(f"{row[m]:.4f}" for m in METRICS)]
+    body = [[f"<b>{escaped(row['method'])}</b><small>{escaped(row['source'])}</small>", *(f"{row[m]:.4f}" for m in METRICS)]
             for row in paper.to_dict("records")]
     caption = ("Published on this data set, with other preparations of the data and without intervals. Honest "
                "reproductions of one method differ by more than either pruning paper gains.")
-    return _table(caption, ["method", *METRICS], body) if body else ""
+    return captioned_table(caption, ["method", *METRICS], body) if body else ""
 
 
 def _charts(results):
@@ -237,15 +238,15 @@ def _chart(results, name, heading, draw, rows, caption):
     return f"""<h2 id="{name}-heading">{heading}</h2>
 <figure aria-labelledby="{name}-heading">
 <div class="chart" role="img" aria-label="Chart: {heading} The numbers are in the table below it.">{chart}</div>
-<figcaption>{_text(caption)}</figcaption>
+<figcaption>{escaped(caption)}</figcaption>
 <details><summary>The numbers as a table</summary>
-{_table(heading, *rows(results))}
+{captioned_table(heading, *rows(results))}
 </details>
 </figure>"""
 
 
 def _quality_rows(results):
-    body = [[_text(row["method"]), _number(row["seed"], "d"),
+    body = [[escaped(row["method"]), _number(row["seed"], "d"),
              *(f"{row[metric]:.4f} {figures.span(row, metric)}" for metric in ("recall@10", "ndcg@10"))]
             for row in results["rows"]]
     return ["method", "seed", "recall@10", "ndcg@10"], body
@@ -255,7 +256,7 @@ def _cost_rows(results):
     base = figures.reference(results)
     head = ["method", "recall@10", f"s per 1,000 windows (× {base['method']})", f"peak MB (× {base['method']})",
             "kept"]
-    body = [[_text(row["method"]), f"{row['recall@10']:.4f} {figures.span(row, 'recall@10')}",
+    body = [[escaped(row["method"]), f"{row['recall@10']:.4f} {figures.span(row, 'recall@10')}",
              _ratio(row, base, COST, "#.3g"), _ratio(row, base, MEMORY, ",.0f"),
              _number(row.get("kept_token_fraction"), ".0%")] for row in results["summary"]]
     return head, body
@@ -267,7 +268,7 @@ def _curve_rows(results):
     body = []
     for curve in results["curves"]:
         recall = dict(zip(curve["eval_step"], curve["recall@10"]))
-        cells = [_text(f"{curve['method']}, seed {curve['seed']}")]
+        cells = [escaped(f"{curve['method']}, seed {curve['seed']}")]
         for step in steps:
             losses = [loss for at, loss in zip(curve["step"], curve["loss"]) if at <= step]
             loss = f"<small>loss {losses[-1]:.3f}</small>" if losses and step in recall else ""
@@ -276,25 +277,25 @@ def _curve_rows(results):
     return ["run", *(f"update {step}" for step in steps)], body
 
 
-def _table(caption, head, body):
+def captioned_table(caption, head, body):
     """An HTML table. Cells of `body` are HTML, the first of a row its header; `head` and `caption` are plain text."""
-    top = "".join(f'<th scope="col">{_text(name)}</th>' for name in head)
+    top = "".join(f'<th scope="col">{escaped(name)}</th>' for name in head)
     rows = "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
                    for first, *cells in body)
-    return f"""<div class="scroll" role="region" tabindex="0" aria-label="{_text(caption)}">
-<table><caption>{_text(caption)}</caption>
+    return f"""<div class="scroll" role="region" tabindex="0" aria-label="{escaped(caption)}">
+<table><caption>{escaped(caption)}</caption>
 <thead><tr>{top}</tr></thead>
 <tbody>
 {rows}</tbody></table></div>"""
 
 
-def _text(value):
+def escaped(value):
     return html.escape(str(value))
 
 
-def _with_code(text):
+def with_code(text):
     """Escaped, with `backticks` as <code>."""
-    parts = _text(" ".join(text.split())).split("`")
+    parts = escaped(" ".join(text.split())).split("`")
     return "".join(f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts))
 
 

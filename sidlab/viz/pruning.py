@@ -17,7 +17,7 @@ from sidlab.checks import integer, one_of
 from sidlab.config import TrainConfig
 from sidlab.cost import cost
 from sidlab.metrics import rank_of_target, recall_at
-from sidlab.pruning import POSITIONS, UNITS, PruningConfig, _top
+from sidlab.pruning import POSITIONS, UNITS, PruningConfig, highest
 from sidlab.saliency import SCORERS, token_importance
 from sidlab.viz.explorer import HistoryExplorer, View, moved, within
 from sidlab.viz.theme import BLUE, GREY, ORANGE
@@ -280,7 +280,7 @@ class PruningExplorer(HistoryExplorer):
             "label": html.unescape(_without_tags(text)),
             "layer": layer,
             "layers": self.model.config.num_layers,
-            "levels": _level_names(self.model),
+            "levels": level_names(self.model),
             "items": {"title": self.titles(probe.history)},
             "tokens": self._tokens(probe, chosen.importance.numpy(), self.pruned.kept.numpy()),
             "list": {
@@ -310,7 +310,7 @@ class PruningExplorer(HistoryExplorer):
         }
 
     def _tokens(self, probe, importance, kept):
-        levels, offsets = _level_names(self.model), self.model.table.offsets
+        levels, offsets = level_names(self.model), self.model.table.offsets
         titles = [_cut(title, 32) for title in self.titles(probe.history)]
         item, level, n = probe.item_index.tolist(), probe.levels.tolist(), len(kept)
         place = np.empty(n, int)
@@ -471,7 +471,7 @@ class PruningExplorer(HistoryExplorer):
 
     def _ruled(self, levels, newest):
         """What `state()["rule"]` says of this rule."""
-        names = _level_names(self.model)
+        names = level_names(self.model)
         levels = tuple(sorted({integer("levels", level, 0) for level in levels}))
         if not levels or levels[-1] >= len(names):
             raise ValueError(
@@ -546,7 +546,7 @@ def as_many(rule, scorer=None):
         return (
             ones
             if scorer is None
-            else _top(token_importance(signals, scorer), ones.sum(1).long()).float()
+            else highest(token_importance(signals, scorer), ones.sum(1).long()).float()
         )
 
     return chosen
@@ -692,7 +692,7 @@ def _escaped(text):
     return html.escape("".join(letter for letter in text if letter.isprintable()))
 
 
-def _level_names(model):
+def level_names(model):
     return [f"level {v + 1}" for v in range(model.table.levels)] + [
         "separator"
     ] * model.config.separators

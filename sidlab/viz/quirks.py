@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.viz.explorer import Explorer, demo_or, folded
-from sidlab.viz.pruning import _level_names, table
+from sidlab.viz.pruning import level_names, table
 from sidlab.viz.theme import BLUE, SCALE, VERMILLION, template
 from sidlab.windows import history_tokens, pad_histories
 
@@ -165,7 +165,7 @@ def separators_compete(subject: Subject, mode: str) -> Evidence:
     """Row 6: separators and codes compete, so items are cut apart. Corrected here by scoring whole items."""
     _, kept = subject.encode("items" if mode == "corrected" else mode)
     cells = kept[0].view(LENGTHS[0], -1)  # [items, tokens an item]
-    names = _level_names(subject.models[mode])
+    names = level_names(subject.models[mode])
     whole, none = cells.all(1), ~cells.any(1)
     bars = {"kept whole": whole, "cut apart": ~whole & ~none, "dropped": none}
     return Evidence(np.where(cells.T, KEPT, EMPTY), names, "item of the history, oldest first", {KEPT: "kept", EMPTY: "pruned"},

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sidlab.viz.explorer import Explorer, folded
-from sidlab.viz.figures import COST, MEMORY, _error, span
+from sidlab.viz.figures import COST, MEMORY, error_bars, span
 from sidlab.viz.pruning import table
 from sidlab.viz.theme import BLUE, GREY, VERMILLION, mark, template
 
@@ -107,7 +107,7 @@ def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str) -> g
         of_level = sorted((row for row in runs if row["sids.levels"] == level), key=lambda row: row["sids.width"])
         places, names = [widths.index(row["sids.width"]) for row in of_level], [_size(row) for row in of_level]
         common = {"showlegend": False, "customdata": names, "col": column}
-        figure.add_scatter(x=places, y=[row[RECALL] for row in of_level], error_y=_error(of_level, RECALL), mode="lines+markers",
+        figure.add_scatter(x=places, y=[row[RECALL] for row in of_level], error_y=error_bars(of_level, RECALL), mode="lines+markers",
                            marker_size=9, marker_color=BLUE, line_color=BLUE, line_width=1, line_dash="dot",
                            hovertemplate=f"%{{customdata}}: %{{y:.{DIGITS}f}}<extra></extra>", row=1, **common)
         here = [row is chosen for row in of_level]
@@ -187,7 +187,7 @@ def map_figure(runs: list[dict], baseline: dict, chosen: dict) -> go.Figure:
     ordered = sorted(runs, key=lambda row: (row["map.unit"], row["map.steps"], row["map.weight"]))
     names, gains = [_map_name(row) for row in ordered], _gains(ordered, baseline)
     figure.add_scatter(
-        x=list(range(len(ordered))), y=[one["gain"] for one in gains], error_y=_error(gains, "gain"), mode="markers", showlegend=False,
+        x=list(range(len(ordered))), y=[one["gain"] for one in gains], error_y=error_bars(gains, "gain"), mode="markers", showlegend=False,
         marker_symbol=mark("map").symbol, marker_color=mark("map").color, marker_size=9, customdata=names,
         hovertemplate=f"%{{customdata}}: %{{y:+.{DIGITS}f}}<extra></extra>", row=2, col=1)
     place = ordered.index(chosen)
@@ -259,7 +259,7 @@ def frontier_figure(runs: list[dict], unpruned: dict, keep: float, field: str, t
             figure.add_scatter(
                 x=[row[field] for row in rows], y=[one["gain"] for one in _gains(rows, unpruned)], name=scorer, legendgroup=scorer,
                 showlegend=chosen, mode="markers" if chosen else "lines+markers",
-                error_y=_error(_gains(rows, unpruned), "gain") if chosen else None,
+                error_y=error_bars(_gains(rows, unpruned), "gain") if chosen else None,
                 line={"color": look.color, "dash": look.dash, "width": 1.2}, opacity=1 if chosen else 0.6,
                 marker={"symbol": look.symbol, "color": look.color, "size": 17 if chosen else 7},
                 marker_line={"width": 2 * chosen, "color": GREY},

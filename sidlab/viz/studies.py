@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sidlab.adaptive import SCHEDULES, Strategy, keep_at
-from sidlab.viz.figures import COST, MEMORY, _error
+from sidlab.viz.figures import COST, MEMORY, error_bars
 from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, template
 
 TITLES = {"pruning.keep": "kept share", "map.weight": "weight of the auxiliary loss", "sids.levels": "levels",
@@ -31,7 +31,7 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS))
         figure = make_subplots(1, 2, shared_yaxes=True, column_widths=[0.65, 0.35], horizontal_spacing=0.03,
                                subplot_titles=("test recall@10", PANELS[COST]))
         places = list(range(len(records)))
-        figure.add_scatter(x=[row["recall@10"] for row in records], y=places, error_x=_error(records, "recall@10"), mode="markers",
+        figure.add_scatter(x=[row["recall@10"] for row in records], y=places, error_x=error_bars(records, "recall@10"), mode="markers",
                            marker_size=10, showlegend=False, row=1, col=1)
         figure.add_bar(x=[row[COST] for row in records], y=places, orientation="h", showlegend=False, row=1, col=2)
         figure.update_yaxes(tickvals=places, ticktext=[row["label"] for row in records], range=[len(records) - 0.5, -0.5], zeroline=False)
@@ -51,7 +51,7 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS))
             quality = column == "recall@10"
             figure.add_scatter(
                 x=[row[x] + beside * quality for row in of_line], y=[row[column] for row in of_line], name=line, legendgroup=line,
-                showlegend=place == 1, error_y=_error(of_line, column) if quality else None,
+                showlegend=place == 1, error_y=error_bars(of_line, column) if quality else None,
                 mode="lines+markers" if len(of_line) > 1 else "markers", line_color=color, line_dash=dash, marker_symbol=symbol,
                 marker_size=9, text=[row["label"] for row in of_line], hovertemplate="%{text}: %{y:.4g}<extra></extra>", row=1, col=place)
     of_settings = sorted(set(places)) if x in ("sids.levels", "pruning.keep", "map.weight") else None
@@ -95,7 +95,7 @@ def strata_figure(rows: pd.DataFrame) -> go.Figure:
             part = rows[(rows["label"] == label) & (rows["by"] == by)].to_dict("records")
             figure.add_scatter(
                 x=[f"{row['group']}<br>{row['users']:,} users" for row in part], y=[row["recall@10"] for row in part], name=label,
-                legendgroup=label, showlegend=place == 1, error_y=_error(part, "recall@10"), mode="lines+markers", line_color=color,
+                legendgroup=label, showlegend=place == 1, error_y=error_bars(part, "recall@10"), mode="lines+markers", line_color=color,
                 line_dash=dash, marker_symbol=symbol, marker_size=9, row=1, col=place)
     for place, by in enumerate(sides, start=1):
         values = rows.loc[rows["by"] == by, "recall@10"]

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from sidlab.files import write
-from sidlab.viz.page import _table, document
+from sidlab.viz.page import captioned_table, document
 from sidlab.viz.studies import curves_figure
 from sidlab.viz.theme import BLUE, GREY, ORANGE, TEMPLATES
 
@@ -56,8 +56,8 @@ def write_page(results: dict, path, studies=()) -> None:
     rows = [(row["workload"], row["variant"], _number(row["seconds_per_1k_windows"]), _number(row["gflops_per_1k_windows"]),
              _number(row["achieved_gflops_per_second"]), _number(row["activation_mb_predicted"]), _number(row["peak_mb"]),
              row["attention"]) for row in measured]
-    tables = (_table("What was to be reached.", ("figure", "target", "value", "95 % interval", "verdict"), _cells(targets)),
-              _table("Every row that was measured.", HEAD, _cells(rows)))
+    tables = (captioned_table("What was to be reached.", ("figure", "target", "value", "95 % interval", "verdict"), _cells(targets)),
+              captioned_table("Every row that was measured.", HEAD, _cells(rows)))
     body = f"""<p>{html.escape(setting)}.
 Ratios are of medians of runs that take turns in one process; intervals are 95 % of a bootstrap over rounds. Each
 step of the waterfall changes one thing. FLOPs come from the cost model, not from the clock.</p>
@@ -80,7 +80,7 @@ def _quality(study):
     head = ("setting", "test recall@10", "against the first [95 %]", "s to 95 % of the first's validation recall", "s per 1,000 windows")
     name, seeds = pathlib.PurePath(study["dataset"]).name, study["seeds"]
     machine = study["hardware"]["gpu"] or study["hardware"]["processor"]
-    table = _table(f"{name}, preset {study['preset']}, {seeds} seed{'s' * (seeds > 1)}; {machine}.", head, _cells(cells))
+    table = captioned_table(f"{name}, preset {study['preset']}, {seeds} seed{'s' * (seeds > 1)}; {machine}.", head, _cells(cells))
     return f"""<h2>Does it disturb learning? {html.escape(name)}</h2>{table}
 <figure class="chart">{_chart(curves_figure(rows))}</figure>"""
 
