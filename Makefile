@@ -78,7 +78,7 @@ reproduce: $(READY)
 	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)" -r arch "$(ARCH)" -r protocol "$(PROTOCOL)"
 
 paper: $(READY)
-	$(BIN)/python -m sidlab.claims $(DATASETS) --preset $(call given,PRESET,paper) --seeds $(SEEDS) --arch $(ARCH) --output $(call given,OUTPUT_DIR,runs/paper) \
+	$(BIN)/python -m sidlab.research.claims $(DATASETS) --preset $(call given,PRESET,paper) --seeds $(SEEDS) --arch $(ARCH) --output $(call given,OUTPUT_DIR,runs/paper) \
 	    $(if $(call given,METHODS),--methods "$(METHODS)") $(if $(SIDS),--sids "$(SIDS)")
 
 test: $(READY)
@@ -91,19 +91,19 @@ site: $(READY)
 	$(BIN)/python notebooks/site.py
 
 demo-model: $(READY)
-	$(BIN)/python -m sidlab.demo
+	$(BIN)/python -m sidlab.course.demo
 
 record: $(READY)
 	$(BIN)/python notebooks/record.py
 
 bench: $(READY)
-	$(BIN)/python -m sidlab.bench $(QUICK) --json runs/bench/bench.json --page runs/bench/index.html
+	$(BIN)/python -m sidlab.research.bench $(QUICK) --json runs/bench/bench.json --page runs/bench/index.html
 
 # Asks for the device first, so that a machine without one says so at once.
 bench-gpu: $(READY)
-	@$(BIN)/python -m sidlab.bench --gpu --check
+	@$(BIN)/python -m sidlab.research.bench --gpu --check
 	$(BIN)/python -m pytest -q tests/test_kernels.py tests/test_graphs.py
-	$(BIN)/python -m sidlab.bench --gpu --json runs/bench-gpu/bench.json --page runs/bench-gpu/index.html
+	$(BIN)/python -m sidlab.research.bench --gpu --json runs/bench-gpu/bench.json --page runs/bench-gpu/index.html
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .ruff_cache

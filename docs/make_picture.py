@@ -12,7 +12,7 @@ import sys
 import torch
 
 import sidlab
-from sidlab.viz.theme import BLUE, FONT, ORANGE
+from sidlab.figures.theme import BLUE, FONT, ORANGE
 from sidlab.windows import truth_tokens
 
 ITEMS, KEEP = 10, 1 / 3

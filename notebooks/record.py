@@ -13,10 +13,10 @@ import pathlib
 import numpy as np
 
 import sidlab
-from sidlab.comparison import hardware
-from sidlab.cost import cost
 from sidlab.metrics import paired_test, ranks_of, recall_at
-from sidlab.sweeps import COSTS, config_with, fitted, metrics_of, sid_table, write_json
+from sidlab.research.compare import hardware
+from sidlab.research.cost import cost
+from sidlab.research.runs import COSTS, config_with, fitted, metrics_of, sid_table, write_json
 from sidlab.windows import Windows, leave_one_out
 
 HERE = pathlib.Path(__file__).parent

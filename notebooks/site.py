@@ -28,8 +28,8 @@ from nbconvert.filters import markdown2html
 from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 from plotly.offline import get_plotlyjs
 
+from sidlab.figures import theme
 from sidlab.files import write
-from sidlab.viz import theme
 
 HERE = pathlib.Path(__file__).resolve().parent
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"

@@ -1,4 +1,4 @@
-"""Make the notebooks of the studies, one for each in sidlab.studies: python notebooks/studies.py
+"""Make the notebooks of the studies, one for each in sidlab.research.studies: python notebooks/studies.py
 
 Each is run by papermill, with any data set, preset and number of seeds; what is done is kept in `output_dir` and not done again:
 
@@ -10,7 +10,7 @@ import pathlib
 import build
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from sidlab.studies import STUDIES
+from sidlab.research.studies import STUDIES
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "studies"
 PARAMETERS = """# Parameters (papermill replaces them)
@@ -24,7 +24,8 @@ only = 0  # the first settings only; 0: all"""
 CHECK = """import os
 import pathlib
 
-from sidlab import comparison, studies
+from sidlab.research import compare as comparison
+from sidlab.research import studies
 
 valid = ("dataset", "preset", "seeds", "arch", "sids", "output_dir", "only")
 if unknown := comparison.unknown_parameters(globals(), {{*valid, "os", "pathlib", "studies", "valid"}}):
@@ -67,19 +68,19 @@ ENDED = """for row in rows.to_dict("records"):
     for end in row["ended"] if row.get("strategy.kind") in ("loss-gap", "settled-layer") else ():
         agreement = "".join(f", {r:.2f}" for r in end["agreement"] or ())
         print(f"{row['label']}: {end['keep']:.0%} behind layer {end['after_layer']}" + agreement)"""
-SCHEDULES = """from sidlab.viz.studies import schedule_figure
+SCHEDULES = """from sidlab.research.study_figures import schedule_figure
 
 schedule_figure(study.settings)"""
 FIGURE = """import torch
 
-from sidlab.viz.studies import study_figure
+from sidlab.research.study_figures import study_figure
 
 study_figure(rows, study.x, study.panels(torch.cuda.is_available()))"""
-STRATA = """from sidlab.viz.studies import strata_figure
+STRATA = """from sidlab.research.study_figures import strata_figure
 
 groups = studies.strata(runs, dataset)
 strata_figure(groups)"""
-CURVES = """from sidlab.viz.studies import curves_figure
+CURVES = """from sidlab.research.study_figures import curves_figure
 
 curves_figure(rows)"""
 SAVE = """studies.save({name!r}, runs, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only)"""

@@ -12,9 +12,9 @@ import pathlib
 import numpy as np
 
 import sidlab
-from sidlab.comparison import hardware, versions
 from sidlab.metrics import paired_test, recall_at, summary
-from sidlab.sweeps import write_json
+from sidlab.research.compare import hardware, versions
+from sidlab.research.runs import write_json
 from sidlab.training import evaluate
 from sidlab.windows import leave_one_out
 
@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--sids", help="a published SID file; default: residual k-means on the texts")
     args = parser.parse_args()
     catalogue = sidlab.load_catalogue(args.dataset)
-    table = sidlab.SidTable.from_file(args.sids) if args.sids else sidlab.sweeps.sid_table(catalogue, "runs/levers")[0]
+    table = sidlab.SidTable.from_file(args.sids) if args.sids else sidlab.research.runs.sid_table(catalogue, "runs/levers")[0]
     histories, targets = leave_one_out(catalogue.histories).cases("validation")
 
     path = HERE / "levers.json"

@@ -10,10 +10,10 @@ import json
 import pathlib
 
 import sidlab
-from sidlab.comparison import hardware, versions
 from sidlab.files import write
 from sidlab.metrics import METRICS, ranks_of
-from sidlab.sweeps import metrics_of
+from sidlab.research.compare import hardware, versions
+from sidlab.research.runs import metrics_of
 
 HERE = pathlib.Path(__file__).parent
 

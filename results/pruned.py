@@ -14,9 +14,9 @@ import pathlib
 import numpy as np
 
 import sidlab
-from sidlab.comparison import hardware, versions
 from sidlab.files import write
 from sidlab.metrics import paired_test, recall_at, summary
+from sidlab.research.compare import hardware, versions
 from sidlab.training import evaluate, load_model, weights_digest
 from sidlab.windows import leave_one_out
 

@@ -19,10 +19,10 @@ import time
 import numpy as np
 
 import sidlab
-from sidlab.comparison import hardware, versions
+from sidlab.research.compare import hardware, versions
+from sidlab.research.runs import write_json
+from sidlab.research.timing import GIVE_BACK, peak_mb
 from sidlab.sids.fusion import collaborative_embeddings
-from sidlab.sweeps import write_json
-from sidlab.timing import GIVE_BACK, peak_mb
 from sidlab.windows import leave_one_out
 
 HERE = pathlib.Path(__file__).parent

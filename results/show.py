@@ -9,12 +9,12 @@ import re
 import pandas as pd
 import plotly.graph_objects as go
 
-from sidlab.claims import evidence, judge
 from sidlab.config import TrainConfig
-from sidlab.papers import published
-from sidlab.studies import STUDIES
-from sidlab.viz import waterfall
-from sidlab.viz.studies import strata_figure, study_figure
+from sidlab.research import waterfall
+from sidlab.research.claims import evidence, judge
+from sidlab.research.papers import published
+from sidlab.research.studies import STUDIES
+from sidlab.research.study_figures import strata_figure, study_figure
 
 HERE = pathlib.Path(__file__).parent
 README, PAGE = HERE.parent / "README.md", HERE / "README.md"
@@ -48,7 +48,7 @@ so bars may overlap; of one seed, it holds for that seed. Of twenty pairs
 without a difference one comes out "clearly", too. Levels: a further code that tells colliding items apart is not counted. *fast* has a
 model of its own (d_model 128, dropout 0.1, at most 400 updates), not comparable with the others.
 """
-CLAIMS_HEAD = """**What the papers claim**, by the rules of `sidlab/claims.py`, from the files of this folder (`make paper` runs
+CLAIMS_HEAD = """**What the papers claim**, by the rules of `sidlab/research/claims.py`, from the files of this folder (`make paper` runs
 comparisons with the paper preset and writes a page with the commands). *Not confirmed*: the interval contradicts the
 claim. *Undecided*: it allows both, or there is one seed, or the model is not trained enough. A data set's verdict is
 that of its findings that decide. Brackets behind "times as fast": quartiles in the benchmark; lowest and highest of

@@ -22,7 +22,7 @@ _HOME = {
     "SidTable": "sids.table",
     "TokenPruner": "pruning",
     "PruningConfig": "pruning",
-    "Strategy": "adaptive",
+    "Strategy": "strategy",
     "MapConfig": "map_loss",
     "SidT5": "models.t5",
     "SidT5Config": "models.t5",
@@ -31,12 +31,19 @@ _HOME = {
     "TrainConfig": "config",
     "train": "training",
     "recommend": "decoding",
-    "sweep": "sweeps",
+    "sweep": "research.runs",
 }
-_ROOMS = (
-    "adaptive", "baselines", "comparison", "cost", "decoding", "demo", "kernels", "map_loss", "metrics", "papers", "probe", "pruning",
-    "saliency", "sweeps", "teach", "training", "viz", "windows",
-)
+# Modules by their last name, wherever they stand.
+_ROOMS = {
+    name: f"{room}.{name}" if room else name
+    for room, names in (
+        ("", "saliency pruning map_loss windows strategy metrics decoding training viz"),
+        ("fast", "kernels"),
+        ("research", "baselines compare cost papers runs"),
+        ("course", "demo probe teach"),
+    )
+    for name in names.split()
+}
 
 __all__ = [*_HOME, *_ROOMS]
 __version__ = "0.1.0"
@@ -46,7 +53,7 @@ def __getattr__(name):
     if name in _HOME:
         value = getattr(importlib.import_module(f"sidlab.{_HOME[name]}"), name)
     elif name in _ROOMS:
-        value = importlib.import_module(f"sidlab.{name}")
+        value = importlib.import_module(f"sidlab.{_ROOMS[name]}")
     else:
         raise AttributeError(f"module 'sidlab' has no attribute {name!r}")
     globals()[name] = value

@@ -4,13 +4,13 @@ import dataclasses
 import math
 import typing
 
-from sidlab.adaptive import SCHEDULES, Strategy
 from sidlab.checks import integer, number, one_of, plain
 from sidlab.map_loss import MapConfig
 from sidlab.models import qwen as sid_qwen
 from sidlab.models import t5 as sid_t5
-from sidlab.models.sid import check_after_layer
+from sidlab.models.base import check_after_layer
 from sidlab.pruning import PruningConfig
+from sidlab.strategy import SCHEDULES, Strategy
 
 # Hugging Face's names of those that need no further arguments
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
@@ -91,8 +91,8 @@ class TrainConfig:
     beam: int = 10  # width of the search, on test users too
 
     # --- The machine
-    precision: str = "auto"  # "fp32", "bf16" (mixed precision) or "auto": the faster of both, as `sidlab.precision` finds
-    plain: bool = False  # the libraries' own attention and dropout in place of `models.fast` and `models.scoring`, to compare
+    precision: str = "auto"  # "fp32", "bf16" (mixed precision) or "auto": the faster of both, as `sidlab.fast.precision` finds
+    plain: bool = False  # the libraries' own attention and dropout in place of `fast`, to compare
     seed: int = 0  # of weights, dropout and order
 
     def __post_init__(self):

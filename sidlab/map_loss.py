@@ -43,7 +43,7 @@ class MapConfig:
 class MapHead(nn.Module):
     """The shared projection: decoder states [B, L, d] → states of the steps [B, S, L, d].
 
-    Plain parameters and no child modules: the model draws them in a fork of the random state (`models.sid`), so that a model
+    Plain parameters and no child modules: the model draws them in a fork of the random state (`models.base`), so that a model
     with the head starts from the same weights as one without.
     """
 

@@ -34,22 +34,22 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sidlab.adaptive import SCHEDULES, AdaptPruning
 from sidlab.checks import one_of
 from sidlab.config import FRESH, TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
+from sidlab.fast import cpu_layers
+from sidlab.fast.graphs import ReplayedPasses
+from sidlab.fast.meter import Meter
+from sidlab.fast.optimiser import MuonAdamW
+from sidlab.fast.precision import faster_precision, kept_random_state, sizes, unmeasured
 from sidlab.files import read_json, reading, write_json
-from sidlab.graphs import ReplayedPasses
-from sidlab.meter import Meter
 from sidlab.metrics import rank_of_target, shared_ranks, summary
-from sidlab.models import fast
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.models.t5 import SidT5, SidT5Config
-from sidlab.muon import MuonAdamW
-from sidlab.precision import faster_precision, kept_random_state, sizes, unmeasured
 from sidlab.saliency import own_source
 from sidlab.sids.table import SidTable
+from sidlab.strategy import SCHEDULES, AdaptPruning
 from sidlab.windows import (
     Collator,
     LengthBatches,
@@ -91,7 +91,7 @@ def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
         model.set_scorer(config.pruning.scorer)
     if config.plain:
         model.set_attn_implementation("eager")
-        fast.replace_dropout(model, torch.nn.Dropout)
+        cpu_layers.replace_dropout(model, torch.nn.Dropout)
     return model
 
 
@@ -185,7 +185,7 @@ def train(config: TrainConfig, catalogue: Catalogue, table: SidTable, *, output_
     saved model whose weights training begins with, under a new optimiser and schedule; sizes and SIDs must be the same, layout and mask
     stay unless `config` names them, and a MAP head that is missing there is drawn as in a fresh model. `callbacks`: further Hugging Face
     callbacks; each finds the run's `Meter` in its attribute `meter`, to pause it over what is no training. On one GPU the passes are
-    replayed from CUDA graphs (`sidlab.graphs`).
+    replayed from CUDA graphs (`sidlab.fast.graphs`).
 
     `precision="auto"` is measured before the first update (`measured_precision`), by one process for
     all. `output_dir/run.json` keeps the answer, and a run that goes on trains in that.

@@ -31,7 +31,7 @@ def pytest_report_header():
 @pytest.fixture
 def dark(monkeypatch):
     """Figures are dark."""
-    from sidlab.viz import theme
+    from sidlab.figures import theme
 
     monkeypatch.setattr(theme.pio.templates, "default", theme.pio.templates.default)
     theme.use_theme("dark")

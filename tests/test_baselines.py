@@ -10,9 +10,9 @@ from conftest import SHARED, needs_shared
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sidlab.baselines import NeighbourTable, Popularity
 from sidlab.data.load import load_catalogue
 from sidlab.metrics import rank_of_target, summary
+from sidlab.research.baselines import NeighbourTable, Popularity
 
 N_ITEMS = 7
 histories_of = st.lists(st.lists(st.integers(1, N_ITEMS), max_size=8), max_size=6)

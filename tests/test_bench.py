@@ -13,14 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sidlab import bench, timing
-from sidlab.calibration import random_table
-from sidlab.cost import cost
 from sidlab.decoding import recommend
-from sidlab.models import fast
+from sidlab.fast import cpu_layers
+from sidlab.research import bench, timing, waterfall
+from sidlab.research.calibration import random_table
+from sidlab.research.cost import cost
 from sidlab.sids.residual_kmeans import SUBSET, ResidualKMeans
 from sidlab.training import build_model
-from sidlab.viz import waterfall
 from sidlab.windows import StratifiedBatches, Windows, leave_one_out
 
 TINY = dict(d_model=16, d_kv=4, num_heads=2, d_ff=16, num_layers=3, num_decoder_layers=1)
@@ -65,7 +64,7 @@ def test_every_variant_trains_the_same_model_on_the_same_windows():
         slots = [batch["input_ids"].shape[1] for batch in training.batches]
         assert slots == ([150, 150] if config.padding == "fixed" else [20, 150]), name
         dropouts = {type(m) for m in training.model.modules() if isinstance(m, nn.Dropout)}
-        assert dropouts == ({nn.Dropout} if variant.config.plain else {fast.Dropout}), name
+        assert dropouts == ({nn.Dropout} if variant.config.plain else {cpu_layers.Dropout}), name
         attention = {m.config._attn_implementation for m in training.model.modules() if hasattr(m, "relative_attention_num_buckets")}
         assert attention <= {"eager" if variant.config.plain else "sidlab", "sidlab_scored"}, name
         before = [p.detach().clone() for p in training.model.parameters()]

@@ -10,14 +10,15 @@ import papermill
 import pytest
 from conftest import ROOT
 
-from sidlab import comparison, sweeps
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.metrics import paired_test
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
+from sidlab.research import compare as comparison
+from sidlab.research import runs as sweeps
+from sidlab.research.runs import COSTS, metrics_of, seed_noise
 from sidlab.sids.table import SidTable
-from sidlab.sweeps import COSTS, metrics_of, seed_noise
 from sidlab.training import build_model, evaluate, weights_digest
 from sidlab.windows import leave_one_out
 

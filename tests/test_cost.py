@@ -15,17 +15,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidlab import kernels
-from sidlab.adaptive import Strategy
-from sidlab.comparison import METHODS, method_config
 from sidlab.config import TrainConfig
-from sidlab.cost import cost, cost_table, recommend_flops
 from sidlab.decoding import recommend
+from sidlab.fast import kernels, scoring
 from sidlab.map_loss import MapConfig
-from sidlab.models import fast, scoring
 from sidlab.pruning import PruningConfig
+from sidlab.research.compare import METHODS, method_config
+from sidlab.research.cost import cost, cost_table, recommend_flops
 from sidlab.saliency import SCORERS
 from sidlab.sids.table import SidTable
+from sidlab.strategy import Strategy
 from sidlab.training import build_model
 from sidlab.windows import (
     Collator,
@@ -229,7 +228,7 @@ def on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(scoring, "choose_path", lambda *_: "sdpa")
     monkeypatch.setattr(kernels, "choose_backend", lambda *_: "torch")  # the interpreted kernel takes minutes
-    monkeypatch.setattr(fast, "_by_byte", lambda x, p: False)
+    monkeypatch.setattr(cpu_layers, "_by_byte", lambda x, p: False)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(F, "dropout", dropout)
 

@@ -3,10 +3,10 @@
 import pytest
 
 import sidlab
-from sidlab import demo
-from sidlab.baselines import Popularity
+from sidlab.course import demo
 from sidlab.metrics import rank_of_target, recall_at
 from sidlab.pruning import PruningConfig
+from sidlab.research.baselines import Popularity
 from sidlab.training import evaluate
 from sidlab.windows import leave_one_out
 

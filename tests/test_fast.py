@@ -11,7 +11,7 @@ from test_t5 import CLOSE, LABELS, batch, build, gradients
 from torch import nn
 from torch.autograd.gradcheck import gradcheck
 
-from sidlab.models import fast
+from sidlab.fast import cpu_layers
 from sidlab.pruning import PruningConfig
 
 SHAPES = st.lists(st.integers(0, 9), min_size=0, max_size=4)
@@ -28,44 +28,44 @@ def bound(n, p):
 def test_an_element_is_zero_or_rescaled_and_so_is_its_gradient(shape, dtype, p, seed):
     x = (torch.rand(shape, dtype=torch.float64) + 1).to(dtype).requires_grad_()
     torch.manual_seed(seed)
-    out = fast.dropout(x, p)
+    out = cpu_layers.dropout(x, p)
     kept = out != 0
-    scaled = x.detach() * (1 / (1 - fast.realised(p)))
+    scaled = x.detach() * (1 / (1 - cpu_layers.realised(p)))
     torch.testing.assert_close(out, torch.where(kept, scaled, 0.0))
     out.sum().backward()
-    torch.testing.assert_close(x.grad, torch.where(kept, torch.full_like(x, 1 / (1 - fast.realised(p))), 0.0))
+    torch.testing.assert_close(x.grad, torch.where(kept, torch.full_like(x, 1 / (1 - cpu_layers.realised(p))), 0.0))
     torch.manual_seed(seed)
-    assert torch.equal(fast.dropout(x, p), out), "the seed repeats it"
+    assert torch.equal(cpu_layers.dropout(x, p), out), "the seed repeats it"
     torch.manual_seed(seed)
     shifted = x.detach() - 1.5
-    assert torch.equal(fast.relu_dropout(shifted, p) != 0, kept & (shifted > 0)), "the same draw behind a ReLU"
+    assert torch.equal(cpu_layers.relu_dropout(shifted, p) != 0, kept & (shifted > 0)), "the same draw behind a ReLU"
 
 
 @pytest.mark.parametrize("p", [0.02, 0.15, 0.5])
 def test_every_byte_of_a_word_drops_at_the_realised_rate(p):
     torch.manual_seed(0)
-    zero = fast.dropout(torch.ones(1_000_000, 8), p) == 0
-    assert abs(fast.realised(p) - p) <= 1 / 512
-    assert (zero.double().mean(0) - fast.realised(p)).abs().max() < bound(1_000_000, fast.realised(p))
+    zero = cpu_layers.dropout(torch.ones(1_000_000, 8), p) == 0
+    assert abs(cpu_layers.realised(p) - p) <= 1 / 512
+    assert (zero.double().mean(0) - cpu_layers.realised(p)).abs().max() < bound(1_000_000, cpu_layers.realised(p))
 
 
 def test_the_mean_stays_and_neighbours_are_independent():
     torch.manual_seed(1)
-    q, n = fast.realised(0.15), 4_000_000
-    out = fast.dropout(torch.ones(n), 0.15)
+    q, n = cpu_layers.realised(0.15), 4_000_000
+    out = cpu_layers.dropout(torch.ones(n), 0.15)
     assert abs(out.double().mean() - 1) < bound(n, q) / (1 - q)
     zero = (out == 0).double() - q
     for lag in (1, 2, 3, 7, 8, 9, 64, 312, 624):  # 312 words are the generator's state
         correlation = (zero[lag:] * zero[:-lag]).mean() / (q * (1 - q))
         assert abs(correlation) < 6 / math.sqrt(n), lag
-    again = (fast.dropout(torch.ones(n), 0.15) == 0).double() - q
+    again = (cpu_layers.dropout(torch.ones(n), 0.15) == 0).double() - q
     assert abs((zero * again).mean() / (q * (1 - q))) < 6 / math.sqrt(n)
     counts = torch.bincount((out.view(-1, 8) == 0).sum(1), minlength=9).double() / (n // 8)
     binomial = torch.tensor([math.comb(8, k) * q**k * (1 - q) ** (8 - k) for k in range(9)], dtype=torch.float64)
     assert ((counts - binomial).abs() <= 6 * (binomial * (1 - binomial) / (n // 8)).sqrt()).all()
 
 
-@pytest.mark.parametrize("function", [fast.dropout, fast.relu_dropout])
+@pytest.mark.parametrize("function", [cpu_layers.dropout, cpu_layers.relu_dropout])
 def test_gradients_are_those_of_finite_differences(function):
     def drawn(x):
         torch.manual_seed(3)
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_finite_differences(function):
 @pytest.mark.parametrize("p", [0.0, 1.0, 0.001, 0.9995])
 def test_rates_that_no_byte_can_hold_are_pytorchs_own(p):
     x = torch.randn(1000, requires_grad=True)
-    for ours, theirs in ((fast.dropout, F.dropout), (fast.relu_dropout, lambda x, p: F.dropout(F.relu(x), p))):
+    for ours, theirs in ((cpu_layers.dropout, F.dropout), (cpu_layers.relu_dropout, lambda x, p: F.dropout(F.relu(x), p))):
         found = []
         for function in (ours, theirs):
             torch.manual_seed(5)
@@ -88,10 +88,10 @@ def test_rates_that_no_byte_can_hold_are_pytorchs_own(p):
             found.append((out, *torch.autograd.grad(out.sum(), x)))
         for one, other in zip(*found):
             torch.testing.assert_close(one, other)
-    assert torch.equal(fast.dropout(x, 0.5, training=False), x)
-    assert torch.equal(fast.relu_dropout(x, 0.5, training=False), F.relu(x))
+    assert torch.equal(cpu_layers.dropout(x, 0.5, training=False), x)
+    assert torch.equal(cpu_layers.relu_dropout(x, 0.5, training=False), F.relu(x))
     with pytest.raises(ValueError, match="between 0 and 1"):
-        fast.dropout(x, 1.5)
+        cpu_layers.dropout(x, 1.5)
 
 
 # --- Inside the model
@@ -104,9 +104,9 @@ def test_the_written_out_path_is_the_librarys(monkeypatch, pruning, hidden):
     inputs = batch(extra=3) | {"labels": LABELS}
     model = build(pruning, dropout=0.25, ffn_hidden_layers=hidden).train()
     ones = torch.ones
-    monkeypatch.setattr(fast, "_kept", lambda x, p: ones(x.shape, dtype=torch.uint8))
-    monkeypatch.setattr(fast, "realised", lambda p: 0.0 if p == 0.25 else 1.0)
-    monkeypatch.setattr(fast, "_by_byte", lambda x, p: True)
+    monkeypatch.setattr(cpu_layers, "_kept", lambda x, p: ones(x.shape, dtype=torch.uint8))
+    monkeypatch.setattr(cpu_layers, "realised", lambda p: 0.0 if p == 0.25 else 1.0)
+    monkeypatch.setattr(cpu_layers, "_by_byte", lambda x, p: True)
     plain = build(pruning, dropout=0.0, ffn_hidden_layers=hidden).train()
     torch.testing.assert_close(model(**inputs).loss, plain(**inputs).loss, **CLOSE)
     ours, theirs = gradients(model, inputs), gradients(plain, inputs)
@@ -129,7 +129,7 @@ def test_the_decoder_sees_no_later_token_while_dropout_is_on():
 def test_the_published_mode_keeps_pytorchs_own():
     reference, corrected = build(PruningConfig(mode="reference"), dropout=0.2), build(PruningConfig(), dropout=0.2)
     kinds = [{type(m) for m in model.modules() if isinstance(m, nn.Dropout)} for model in (reference, corrected)]
-    assert kinds == [{nn.Dropout}, {fast.Dropout}]
+    assert kinds == [{nn.Dropout}, {cpu_layers.Dropout}]
     assert {m.config._attn_implementation for m in reference.modules() if hasattr(m, "relative_attention_num_buckets")} == {
         "eager", "sidlab_scored"}
 

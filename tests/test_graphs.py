@@ -15,11 +15,11 @@ from transformers.utils import import_utils
 
 from sidlab.config import TrainConfig
 from sidlab.data.planted import planted_catalogue
-from sidlab.graphs import GRAPHS, ReplayedPasses, recordable
+from sidlab.fast.graphs import GRAPHS, ReplayedPasses, recordable
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig
+from sidlab.research.runs import sid_table
 from sidlab.saliency import SCORERS
-from sidlab.sweeps import sid_table
 from sidlab.training import train
 
 gpu = pytest.mark.skipif(not CUDA, reason="no CUDA device: CUDA graphs have not run")
@@ -192,7 +192,7 @@ def test_on_a_gpu_training_replays_and_learns_the_same(arch, monkeypatch, tmp_pa
     found, recorded, seen = {}, [], ReplayedPasses._record
     monkeypatch.setattr(ReplayedPasses, "_record", lambda self, *batch: recorded.append(batch) or seen(self, *batch))
     for name, most in (("replayed", GRAPHS), ("as they are", 0)):
-        monkeypatch.setattr("sidlab.graphs.GRAPHS", most)
+        monkeypatch.setattr("sidlab.fast.graphs.GRAPHS", most)
         found[name] = [entry["main_loss"] for entry in train(config, catalogue, table, progress=False).log if "main_loss" in entry]
         print(name, found[name])
     assert recorded
@@ -207,7 +207,7 @@ def test_on_a_gpu_training_replays_and_learns_the_same(arch, monkeypatch, tmp_pa
         pairs.append([float(replayed(one)[0]) for _ in range(2)])
     assert pairs[0] == pairs[1] and pairs[0][0] != pairs[0][1], "each replay draws anew, from the generator of the device"
     dropping = dataclasses.replace(config, dropout=0.3, max_updates=20, eval_every=10)
-    monkeypatch.setattr("sidlab.graphs.GRAPHS", GRAPHS)
+    monkeypatch.setattr("sidlab.fast.graphs.GRAPHS", GRAPHS)
     losses = [[entry["main_loss"] for entry in train(dropping, catalogue, table, progress=False).log if "main_loss" in entry]
               for _ in range(2)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02), "dropout repeats with the seed"

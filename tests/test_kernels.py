@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from test_t5 import CLOSE, HISTORIES, LABELS, batch, build, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidlab import kernels
 from sidlab.decoding import recommend
-from sidlab.models import scoring
+from sidlab.fast import kernels, scoring
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality
 
@@ -198,7 +197,7 @@ import json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sidlab import kernels
+from sidlab.fast import kernels
 
 made = []
 for number, width, block, everything, chip in (("bf16", 64, 64, True, 80), ("fp32", 256, 16, False, 90)):

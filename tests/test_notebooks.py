@@ -43,7 +43,7 @@ share = 0.5  # kept
 # %% tags=["setup"]
 import math
 
-from sidlab import teach
+from sidlab.course import teach
 
 # %% tags=["exercise"]
 def kept(n, keep):
@@ -258,7 +258,7 @@ def test_checks_have_the_names_of_the_functions(path):
 
 @each_source
 def test_stubs_are_not_started_and_solutions_pass(path, monkeypatch, request):
-    from sidlab import teach
+    from sidlab.course import teach
 
     monkeypatch.chdir(NOTEBOOKS)
     monkeypatch.setenv("SIDLAB_UNATTENDED", "1")

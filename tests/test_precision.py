@@ -12,12 +12,15 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidlab import precision, sweeps, timing, training
+from sidlab import training
 from sidlab.config import TrainConfig
-from sidlab.cost import cost
 from sidlab.data.planted import planted_catalogue
+from sidlab.fast import precision
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig
+from sidlab.research import runs as sweeps
+from sidlab.research import timing
+from sidlab.research.cost import cost
 from sidlab.sids.table import SidTable
 from sidlab.training import measured_precision, train
 from sidlab.windows import Windows, leave_one_out
@@ -299,7 +302,7 @@ def test_the_cost_of_auto_is_that_of_fp32_on_a_cpu_and_of_what_a_gpu_takes(monke
 
 
 def test_the_cost_model_needs_no_training():
-    code = "import sys, sidlab.cost; sys.exit('sidlab.training' in sys.modules)"
+    code = "import sys, sidlab.research.cost; sys.exit('sidlab.training' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
 
 

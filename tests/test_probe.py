@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sidlab
+from sidlab.course.probe import Probe
 from sidlab.decoding import encode_histories
 from sidlab.models.qwen import SidQwen, SidQwenConfig
-from sidlab.probe import Probe
 from sidlab.pruning import POSITIONS, UNITS, PruningConfig
 from sidlab.saliency import SCORERS
 from sidlab.training import build_model

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from sidlab.models.qwen import SidQwen
 from sidlab.models.t5 import SidT5
-from sidlab.sweeps import launch
+from sidlab.research.launch import launch
 
 SETTINGS = {"accumulation": 2, "max_updates": 8, "eval_every": 4, "pruning.keep": 0.5, "map.steps": 2, "precision": "fp32", "muon": 0.01,
             "batch_tokens": 700}
@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
     """Result of a run on one process and on two; neither leaves a group of processes behind, at whose threads its end may abort."""
     folder, results = tmp_path_factory.mktemp("processes"), {}
     program = folder / "program.py"
-    program.write_text("import sys\nimport torch\nfrom sidlab.sweeps import launch\nlaunch(sys.argv[1:])\n"
+    program.write_text("import sys\nimport torch\nfrom sidlab.research.launch import launch\nlaunch(sys.argv[1:])\n"
                        "assert not torch.distributed.is_initialized()\n")
     for processes in (1, 2):
         code, output = run(write(folder / f"{processes}.json", folder / str(processes)), processes, [str(program)])
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_one_goes_on_in_two_and_the_other_way_round(finished, tm
 ALONE = """
 import json, sys
 import sidlab
-from sidlab.sweeps import config_with
+from sidlab.research.runs import config_with
 catalogue = sidlab.load_catalogue("planted", n_users=200)
 table = sidlab.SidTable(catalogue.truth.tree, tuple(catalogue.truth.tree.max(axis=0) + 1), collisions="extend")
 settings = {"accumulation": 2, "max_updates": 8, "eval_every": 4, "pruning.keep": 0.5, "strategy.start": 0.2, "strategy.every": 4}
@@ -127,7 +127,7 @@ def test_without_a_folder_all_processes_return_the_same_model(tmp_path):
 MEASURED = """
 import os, sys
 from sidlab import training
-from sidlab.sweeps import launch
+from sidlab.research.launch import launch
 
 def measured(*args):
     assert os.environ["RANK"] == "0", "one process measures for all"

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.decoding import beam_search, encode_histories, items_of_leaves, recommend, score_items
+from sidlab.fast.scored_attention import attention_path, fused_attention
 from sidlab.map_loss import MapConfig
 from sidlab.models.qwen import SidQwen, SidQwenConfig
-from sidlab.models.scoring import attention_path, fused_attention
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, SEP, SidTable
 from sidlab.training import build_model, train
@@ -486,7 +486,7 @@ def test_rows_of_one_length_need_no_mask(arch, way):
 def test_what_does_not_prune_does_not_score_and_eager_attention_shows_every_layer(arch):
     model, inputs = arch.build(PruningConfig(at_inference=False)), arch.batch() | {"labels": LABELS}
     assert attention_path(model) == "all layers: sdpa; none scores"
-    with unittest.mock.patch("sidlab.models.scoring.attention_centrality", side_effect=AssertionError("scored")):
+    with unittest.mock.patch("sidlab.fast.scored_attention.attention_centrality", side_effect=AssertionError("scored")):
         expected = model(**inputs).logits
         model.set_attn_implementation("eager")
         out = model(**inputs, output_attentions=True)

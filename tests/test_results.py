@@ -50,7 +50,7 @@ def test_a_readme_without_the_section_is_refused():
 
 
 def test_every_study_has_a_sentence_whose_better_and_worse_follow_from_intervals():
-    from sidlab.studies import STUDIES
+    from sidlab.research.studies import STUDIES
 
     assert show.SENTENCES.keys() == STUDIES.keys()
     for name, study in STUDIES.items():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidlab.metrics import rank_of_target, summary
-from sidlab.models.sasrec import SASRec, SASRecModel, rows_of
+from sidlab.research.sasrec import SASRec, SASRecModel, rows_of
 from sidlab.windows import Windows
 
 N_ITEMS = 12
@@ -104,7 +104,7 @@ def test_fit_trains_on_exactly_these_windows(monkeypatch):
     histories = [np.arange(1, 10), np.array([10, 11]), np.array([12])]
     targets = []
     real = torch.nn.functional.cross_entropy
-    monkeypatch.setattr("sidlab.models.sasrec.F.cross_entropy", lambda s, t, **kw: targets.append(t.tolist()) or real(s, t, **kw))
+    monkeypatch.setattr("sidlab.research.sasrec.F.cross_entropy", lambda s, t, **kw: targets.append(t.tolist()) or real(s, t, **kw))
     SASRec(**TINY, epochs=1).fit(histories, N_ITEMS)
     assert sorted(chain(*targets)) == [2, 3, 4, 5, 6, 7, 8, 9, 11]
 

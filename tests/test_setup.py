@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from sidlab.comparison import DEFAULT_METHODS
+from sidlab.research.compare import DEFAULT_METHODS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
@@ -241,6 +241,6 @@ def test_make_paper_hands_on_what_it_is_given():
     alone = make("paper", "DATASETS=planted").stdout
     told = make("paper", "DATASETS=planted", "ARCH=t5 qwen", "METHODS=unpadded rastp", "SIDS=table.txt", "PRESET=smoke", "SEEDS=1",
                 "OUTPUT_DIR=out").stdout
-    assert "sidlab.claims planted --preset paper --seeds 3 --arch t5 --output runs/paper" in alone and "--methods" not in alone
+    assert "sidlab.research.claims planted --preset paper --seeds 3 --arch t5 --output runs/paper" in alone and "--methods" not in alone
     assert "planted --preset smoke --seeds 1 --arch t5 qwen --output out" in told
     assert '--methods "unpadded rastp"' in told and '--sids "table.txt"' in told

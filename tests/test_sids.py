@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend, score_items
+from sidlab.research.runs import metrics_of
 from sidlab.sids import encoder as encoder_module
 from sidlab.sids import residual_kmeans, rqvae
 from sidlab.sids import table as table_module
@@ -25,7 +26,6 @@ from sidlab.sids.opq import OPQ
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.rqvae import RQVAE
 from sidlab.sids.table import PAD, SidTable
-from sidlab.sweeps import metrics_of
 from sidlab.training import evaluate, train
 
 SMALL = {"hidden": (32,), "latent": 8, "steps": 150}  # an RQ-VAE that fits in a blink

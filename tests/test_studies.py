@@ -12,12 +12,12 @@ import pytest
 import studies as notebooks  # notebooks/studies.py
 from conftest import ROOT
 
-from sidlab import claims, studies
-from sidlab.comparison import compare
 from sidlab.data.load import load_catalogue
 from sidlab.metrics import METRICS, paired_test, pooled_seed_noise, recall_at
-from sidlab.sweeps import COSTS, config_with
-from sidlab.viz.studies import curves_figure, schedule_figure, strata_figure, study_figure
+from sidlab.research import claims, studies
+from sidlab.research.compare import compare
+from sidlab.research.runs import COSTS, config_with
+from sidlab.research.study_figures import curves_figure, schedule_figure, strata_figure, study_figure
 from sidlab.windows import leave_one_out
 
 
@@ -283,7 +283,8 @@ def test_the_benchmark_is_evidence_too():
              for name, seconds, mb in full]
     for row in rows:
         row["quartiles"] = [0.98 * row["seconds_per_1k_windows"], 1.02 * row["seconds_per_1k_windows"]]
-    bench = {"command": "python -m sidlab.bench", "rows": rows, "targets": [], "hardware": {"processor": "p", "gpu": "H100", "threads": 1}}
+    bench = {"command": "python -m sidlab.research.bench", "rows": rows, "targets": [],
+             "hardware": {"processor": "p", "gpu": "H100", "threads": 1}}
     found = {claim["claim"][:17]: claim for claim in claims.judge([bench])}
     figures = [finding["figures"] for finding in found["Training takes 26"]["findings"]]
     assert found["Training takes 26"]["verdict"] == "mixed" and figures == [
@@ -412,8 +413,8 @@ def test_the_page_is_written_from_the_files_and_names_the_commands(tmp_path, mon
     (tmp_path / "more").mkdir()
     bench = {"rows": [], "targets": [], "hardware": {"processor": "p", "gpu": None, "threads": 1}}
     for name, options in (("bench.json", ""), ("quick-bench.json", " --quick")):
-        (tmp_path / "more" / name).write_text(json.dumps(bench | {"command": "python -m sidlab.bench" + options}))
-    assert [file["command"] for file in claims.evidence(tmp_path / "more", tmp_path / "nothing")] == ["python -m sidlab.bench"]
+        (tmp_path / "more" / name).write_text(json.dumps(bench | {"command": "python -m sidlab.research.bench" + options}))
+    assert [file["command"] for file in claims.evidence(tmp_path / "more", tmp_path / "nothing")] == ["python -m sidlab.research.bench"]
     (tmp_path / "studies").mkdir()
     for place, changes in enumerate(({"seeds": 3, "sids": ""}, {"seeds": 1}, {"seeds": 9, "only": 2}, {"seeds": 1, "sids": "x"})):
         (tmp_path / "studies" / f"{place}.json").write_text(json.dumps(study("map", **{"no MAP": 0.4}) | changes))

@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from sidlab import sweeps
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.files import write
+from sidlab.research import runs as sweeps
 from sidlab.sids.table import SidTable
 
 GRID = [{}, {"pruning.keep": 0.5, "pruning.after_layer": 1}, {"map.steps": 1, "sids.levels": 2, "sids.width": 16}]

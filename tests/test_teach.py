@@ -9,7 +9,7 @@ import plotly.express as px
 import pytest
 import torch
 
-from sidlab import teach
+from sidlab.course import teach
 from sidlab.map_loss import MapConfig
 from sidlab.sids.table import SidTable
 from sidlab.windows import Collator, Windows

@@ -11,17 +11,17 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from sidlab import meter as meter_module
 from sidlab import training
-from sidlab.adaptive import AdaptPruning, Strategy
 from sidlab.config import PRESETS, TrainConfig
 from sidlab.data.planted import planted_catalogue
 from sidlab.decoding import recommend, score_items
+from sidlab.fast import meter as meter_module
+from sidlab.fast.meter import Meter
 from sidlab.map_loss import MapConfig
-from sidlab.meter import Meter
 from sidlab.metrics import summary
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
+from sidlab.strategy import AdaptPruning, Strategy
 from sidlab.training import build_model, evaluate, train
 from sidlab.windows import Collator, StratifiedBatches, Windows, leave_one_out
 

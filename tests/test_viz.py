@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, SHARED, needs_shared
 from plotly.offline import get_plotlyjs
 
-from sidlab import papers
-from sidlab.viz import figures, theme
-from sidlab.viz.page import write_page
+from sidlab.figures import charts, theme
+from sidlab.research import figures, papers
+from sidlab.research.page import write_page
 
 METRICS = papers.METRICS
 AMAZON = ("amazon-beauty", "amazon-sports", "amazon-toys")
@@ -245,7 +245,7 @@ def test_quality_cost_has_a_point_per_method_with_cost_and_a_line_per_method_wit
 
 def test_learning_curves_have_a_line_per_run_and_one_look_per_method():
     results = fake_results()
-    figure = figures.learning_curves(results)
+    figure = charts.learning_curves(results)
     recall, loss = figure.data[::2], figure.data[1::2]
     for curve, left, right in zip(results["curves"], recall, loss, strict=True):
         assert left.name == right.name == curve["method"]
@@ -255,7 +255,7 @@ def test_learning_curves_have_a_line_per_run_and_one_look_per_method():
         assert (left.line.color, left.marker.symbol, left.line.dash) == look and right.line.dash == look.dash
     assert [trace.name for trace in figure.data if trace.showlegend] == list(TRAINED)
     with pytest.raises(ValueError, match="no curves"):
-        figures.learning_curves(results | {"curves": []})
+        charts.learning_curves(results | {"curves": []})
 
 
 def test_cost_bars_are_relative_to_unpadded_and_claims_to_padded():

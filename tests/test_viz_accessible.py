@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 
 from sidlab import SidTable, TrainConfig, load_catalogue, viz
-from sidlab.viz import theme
+from sidlab.course.labels import Labels
+from sidlab.figures import theme
 from sidlab.viz.explorer import ChartView
-from sidlab.viz.labels import Labels
 
 # Widgets that ipywidgets draws as native, focusable inputs or, sliders, as handles that take the arrow keys.
 KEYBOARD = (widgets.IntSlider, widgets.FloatSlider, widgets.SelectionSlider, widgets.FloatLogSlider, widgets.Dropdown,

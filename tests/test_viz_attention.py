@@ -9,9 +9,9 @@ import torch
 from conftest import frames_of
 
 import sidlab
-from sidlab import demo
+from sidlab.course import demo
+from sidlab.course.probe import Probe
 from sidlab.decoding import score_items
-from sidlab.probe import Probe
 from sidlab.viz import AttentionExplorer
 from sidlab.viz.attention import FAINT, SHADES, SHOWN, factors, small_multiples
 

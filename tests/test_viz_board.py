@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sidlab.viz.board import Board
+from sidlab.course.board import Board
 
 
 def test_entries_are_kept_replaced_and_sorted(tmp_path):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import SHARED, connect, frames_of, needs_shared
 
-from sidlab import calibration
-from sidlab.calibration import Speed, calibrate, one_batch, plain_config, random_table, time_steps
 from sidlab.config import TrainConfig
-from sidlab.cost import cost, recommend_flops
 from sidlab.pruning import PruningConfig, TokenPruner, reference_choice
+from sidlab.research import calibration
+from sidlab.research.calibration import Speed, calibrate, one_batch, plain_config, random_table, time_steps
+from sidlab.research.cost import cost, recommend_flops
 from sidlab.viz import CostCalculator, PaddingExplorer
 from sidlab.viz.cost import (
     ON_BEAUTY,

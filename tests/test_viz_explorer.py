@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plotly.subplots import make_subplots
 
-from sidlab.viz import theme
+from sidlab.figures import theme
 from sidlab.viz.explorer import Explorer, State, chart_state, write_frames
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from playwright.sync_api import sync_playwright
 
 import sidlab
+from sidlab.course.demo import load
+from sidlab.course.probe import Probe
 from sidlab.decoding import encode_histories, score_items
-from sidlab.demo import load
-from sidlab.probe import Probe
 from sidlab.pruning import PruningConfig
 from sidlab.training import build_model
 from sidlab.viz import PruningExplorer

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, connect, frames_of
 
 from sidlab.config import TrainConfig
-from sidlab.demo import load
+from sidlab.course.demo import load
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
 from sidlab.training import build_model

@@ -10,10 +10,10 @@ from conftest import ROOT, connect, frames_of
 from traitlets import TraitError
 
 from sidlab import viz
-from sidlab.comparison import method_config
-from sidlab.cost import cost
 from sidlab.data.planted import planted_catalogue
-from sidlab.viz import theme
+from sidlab.figures import theme
+from sidlab.research.compare import method_config
+from sidlab.research.cost import cost
 from sidlab.viz.recorded import FrontierExplorer, frontier_figure
 from sidlab.windows import leave_one_out
 

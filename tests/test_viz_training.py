@@ -15,12 +15,13 @@ from transformers.utils import logging
 from sidlab import viz
 from sidlab.config import TrainConfig
 from sidlab.data.planted import planted_catalogue
+from sidlab.figures import theme
+from sidlab.figures.theme import looks
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
 from sidlab.training import train, validation_cases
-from sidlab.viz import theme, training
-from sidlab.viz.theme import looks
+from sidlab.viz import training
 from sidlab.viz.training import TrainingMonitor
 from sidlab.windows import leave_one_out
 

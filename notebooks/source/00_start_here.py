@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 
 import sidlab
-from sidlab import teach
+from sidlab.course import teach
 
 torch.set_num_threads(1)  # the model is too small to gain from more
 
@@ -42,7 +42,7 @@ torch.set_num_threads(1)  # the model is too small to gain from more
 # shop is *planted*: we wrote the rules by which its customers shop. In the list on the right, the ★ item is the one that the user really took next.
 
 # %%
-from sidlab.demo import load
+from sidlab.course.demo import load
 from sidlab.viz import PruningExplorer
 
 demo = load()
@@ -133,7 +133,7 @@ teach.predict(
 # Everybody looks at it, and it has a lot to say: then it stays. A `Probe` runs the model on one history and lets us look inside.
 
 # %%
-from sidlab.probe import Probe
+from sidlab.course.probe import Probe
 
 probe = Probe(demo.model, history, catalogue.truth)
 received = probe.attention[1].sum(dim=(0, 1))  # layer 2: [heads, from, to] → [to], the attention that each token receives
@@ -170,7 +170,7 @@ pd.DataFrame({"title": [titles[item - 1] for item in items[0].tolist()], "log pr
 # optimum**; popular items for everybody are the least that one should beat.
 
 # %%
-from sidlab.baselines import Popularity
+from sidlab.research.baselines import Popularity
 from sidlab.metrics import rank_of_target, recall_at
 from sidlab.training import evaluate
 from sidlab.windows import leave_one_out
@@ -317,7 +317,7 @@ teach.quiz(
 # * STAMP, Semantic Trimming and Auxiliary Multi-step Prediction: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329)
 # * TIGER, generative retrieval with semantic IDs: [arXiv 2305.05065](https://arxiv.org/abs/2305.05065)
 # * Code: [the planted shop](../sidlab/data/planted.py), [the pruning layer](../sidlab/pruning.py), [the scorers](../sidlab/saliency.py),
-#   [constrained beam search](../sidlab/decoding.py), [the demo model](../sidlab/demo.py), [this explorer](../sidlab/viz/pruning.py)
+#   [constrained beam search](../sidlab/decoding.py), [the demo model](../sidlab/course/demo.py), [this explorer](../sidlab/viz/pruning.py)
 # * [T5 primer](../docs/t5-primer.md)
 
 # %% tags=["record"]

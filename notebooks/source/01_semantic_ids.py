@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sidlab
-from sidlab import teach
+from sidlab.course import teach
 
 torch.set_num_threads(1)  # the networks here are too small to gain from more
 catalogue = sidlab.load_catalogue(dataset)

@@ -34,10 +34,11 @@ import plotly.express as px
 import torch
 
 import sidlab
-from sidlab import demo, teach
-from sidlab.probe import Probe
+from sidlab.course import demo
+from sidlab.course import teach
+from sidlab.course.probe import Probe
 from sidlab.viz import DilutionExplorer
-from sidlab.viz.theme import template
+from sidlab.figures.theme import template
 
 torch.set_num_threads(1)  # the model is too small to gain from more
 catalogue, encoder, table, model = demo.load()
@@ -258,21 +259,21 @@ teach.predict(
 # ## What the tokens cost
 #
 # Attention compares every token with every other: scores and weighted sum take about `4 · N² · d` FLOPs a layer.
-# Everything else grows with N. `sidlab.cost` counts all of it, from the configuration and the lengths alone.
+# Everything else grows with N. `sidlab.research.cost` counts all of it, from the configuration and the lengths alone.
 
 # %%
 config = sidlab.TrainConfig.preset("quick")
 
 
 def flops(n_levels, width, lengths):
-    return sidlab.cost.cost(config, (width,) * n_levels, lengths).training
+    return sidlab.research.cost.cost(config, (width,) * n_levels, lengths).training
 
 
 rows = []
 for items in (int(windows.lengths.mean()), 30, 100):
     long_config = sidlab.TrainConfig.preset("quick", max_items=items, batch_tokens=2048)
     for n in (1, 2, 3, 4, 6, 8):
-        c = sidlab.cost.cost(long_config, (256,) * n, np.full(64, items))
+        c = sidlab.research.cost.cost(long_config, (256,) * n, np.full(64, items))
         rows.append({"items of history": items, "levels": n, "tokens": round(c.slots), "MFLOPs per window": c.training / 1e6})
 growth = pd.DataFrame(rows)
 growth["× against 1 level"] = growth["MFLOPs per window"] / growth.groupby("items of history")["MFLOPs per window"].transform("first")
@@ -292,7 +293,7 @@ teach.predict(
 # And the width? It buys parameters (an embedding per code) and a larger softmax, but no tokens:
 
 # %%
-wider = {f"W = {width}": sidlab.cost.cost(config, (width,) * 3, windows.lengths) for width in (16, 256, 4096)}
+wider = {f"W = {width}": sidlab.research.cost.cost(config, (width,) * 3, windows.lengths) for width in (16, 256, 4096)}
 pd.DataFrame({name: {"parameters": c.parameters, "MFLOPs per window": c.training / 1e6} for name, c in wider.items()}
              ).T.style.format({"parameters": "{:,.0f}", "MFLOPs per window": "{:.1f}"})
 
@@ -484,7 +485,7 @@ teach.quiz(
 #   2511.16943](https://arxiv.org/abs/2511.16943). TIGER, residual SIDs and the digit against collisions: [arXiv
 #   2305.05065](https://arxiv.org/abs/2305.05065).
 # * Code: [sids/table.py](../sidlab/sids/table.py) (reports), [data/planted.py](../sidlab/data/planted.py) (the exact
-#   information), [probe.py](../sidlab/probe.py), [cost.py](../sidlab/cost.py), [sweeps.py](../sidlab/sweeps.py),
+#   information), [probe.py](../sidlab/course/probe.py), [cost.py](../sidlab/research/cost.py), [sweeps.py](../sidlab/research/runs.py),
 #   [viz/recorded.py](../sidlab/viz/recorded.py); [record.py](record.py) made the recording.
 
 # %% tags=["record"]

@@ -28,9 +28,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from sidlab import PruningConfig, TrainConfig, teach
+from sidlab import PruningConfig, TrainConfig
+from sidlab.course import teach
 from sidlab.training import build_model
-from sidlab.viz.theme import BLUE, VERMILLION, template
+from sidlab.figures.theme import BLUE, VERMILLION, template
 from sidlab.windows import history_tokens
 
 torch.set_num_threads(1)  # the model is too small to gain from more
@@ -45,8 +46,8 @@ pd.set_option("display.precision", 3)
 # keeps everything that passes by.
 
 # %%
-from sidlab.demo import load
-from sidlab.probe import Probe
+from sidlab.course.demo import load
+from sidlab.course.probe import Probe
 
 demo = load()
 model, catalogue = demo.model, demo.catalogue
@@ -317,7 +318,7 @@ tokens["effect"] = np.concatenate([effect(probe) for probe in probes])
 
 # %%
 import plotly.graph_objects as go
-from sidlab.viz.theme import BLUE, GREY, template
+from sidlab.figures.theme import BLUE, GREY, template
 
 figure = go.Figure()
 for name, which, symbol, color in (("truly informative", informative, "star", BLUE),
@@ -548,7 +549,7 @@ teach.quiz(
 # * Jain and Wallace, *Attention is not Explanation*: [arXiv 1902.10186](https://arxiv.org/abs/1902.10186); an answer, Wiegreffe and
 #   Pinter, *Attention is not not Explanation*: [arXiv 1908.04626](https://arxiv.org/abs/1908.04626)
 # * Code: [the scorers](../sidlab/saliency.py), [attention and its centrality inside T5](../sidlab/models/t5.py), [the
-#   probe](../sidlab/probe.py), [the planted truth](../sidlab/data/planted.py), [the explorer](../sidlab/viz/attention.py)
+#   probe](../sidlab/course/probe.py), [the planted truth](../sidlab/data/planted.py), [the explorer](../sidlab/viz/attention.py)
 
 # %% tags=["record"]
 record = {"attention_difference": float((attention - probe.attention[layer - 1]).abs().max()), "informative": float(informative.mean()),

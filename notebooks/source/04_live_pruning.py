@@ -30,7 +30,8 @@ import pandas as pd
 import torch
 
 import sidlab
-from sidlab import PruningConfig, teach
+from sidlab import PruningConfig
+from sidlab.course import teach
 
 torch.set_num_threads(1)  # the model is too small to gain from more
 
@@ -51,7 +52,7 @@ torch.set_num_threads(1)  # the model is too small to gain from more
 # there. Right: the next layer, drawn to the same scale, so that its area is what is left to compute. *attention maps* shows them larger, *cost and tables* holds a meter of what was saved.
 
 # %%
-from sidlab.demo import load
+from sidlab.course.demo import load
 from sidlab.viz import PruningExplorer
 
 demo = load()
@@ -176,7 +177,7 @@ for name in ("norm", "rastp"):
 # much does a token of one level look at the tokens of its own item? We average the attention of layers 1 and 2 over the items of some users.
 
 # %%
-from sidlab.probe import Probe
+from sidlab.course.probe import Probe
 
 looks = torch.zeros(4, 4)
 for history in histories[:20]:
@@ -239,7 +240,7 @@ curves = {name: [recall(PruningConfig(keep=ratio, scorer=one_level.get(name, nam
 
 # %%
 import plotly.graph_objects as go
-from sidlab.viz.theme import VERMILLION, mark, template
+from sidlab.figures.theme import VERMILLION, mark, template
 
 figure = go.Figure()
 for name, values in curves.items():
@@ -263,7 +264,7 @@ pd.DataFrame(curves.values(), index=curves, columns=[f"{ratio:.0%}" for ratio in
 # alone ([notebook 8](08_cost_and_scale.ipynb)).
 
 # %%
-from sidlab.cost import cost_table
+from sidlab.research.cost import cost_table
 
 pruning = {f"after layer {v}": PruningConfig(after_layer=v, keep=keep) for v in (1, 2, 3, 4)}
 configs = {name: sidlab.TrainConfig.preset("quick", pruning=p) for name, p in {"unpadded": None, **pruning}.items()}
@@ -367,8 +368,8 @@ teach.quiz(
 # ## Links
 #
 # * RASTP: [arXiv 2511.16943](https://arxiv.org/abs/2511.16943); STAMP: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329)
-# * Code: [the pruning layer](../sidlab/pruning.py), [the scorers](../sidlab/saliency.py), [where it sits in T5](../sidlab/models/t5.py), [the probe](../sidlab/probe.py),
-#   [the explorer](../sidlab/viz/pruning.py), [how the demo model was trained](../sidlab/demo.py)
+# * Code: [the pruning layer](../sidlab/pruning.py), [the scorers](../sidlab/saliency.py), [where it sits in T5](../sidlab/models/t5.py), [the probe](../sidlab/course/probe.py),
+#   [the explorer](../sidlab/viz/pruning.py), [how the demo model was trained](../sidlab/course/demo.py)
 
 # %% tags=["record"]
 record = {"recall_unpruned": unpruned, "recall_rastp": recall_rastp, "recall_oracle": recall_oracle,

@@ -38,10 +38,11 @@ import torch
 import torch.nn.functional as F
 
 import sidlab
-from sidlab import demo, teach
+from sidlab.course import demo
+from sidlab.course import teach
 from sidlab.training import build_model
 from sidlab.viz import MapExplorer
-from sidlab.viz.theme import template
+from sidlab.figures.theme import template
 from sidlab.windows import Collator, StretchCollator, Stretches, Windows, leave_one_out
 
 catalogue, _, table, _ = demo.load()
@@ -265,7 +266,7 @@ print(f"with head {model.num_parameters():,} parameters, without {bare.num_param
 common = {"arch": "t5", "encoder_mask": "items", "precision": "fp32"}
 ways = {"one item a window": {}, "one item a window and MAP": {"map": config}, "all items": {"targets": "all"},
         "all items and MAP": {"targets": "all", "map": config}}
-costs = {way: sidlab.cost.cost(sidlab.TrainConfig.preset("quick", **common, **fields), table.widths, stretches if "targets" in fields else windows)
+costs = {way: sidlab.research.cost.cost(sidlab.TrainConfig.preset("quick", **common, **fields), table.widths, stretches if "targets" in fields else windows)
          for way, fields in ways.items()}
 flops = pd.DataFrame({way: {**c.flops, "forward": c.forward, "training": c.training} for way, c in costs.items()}).T / 1e6
 relative = flops["training"] / flops["training"]["one item a window"]
@@ -452,7 +453,7 @@ teach.quiz(
 # * STAMP, which proposes MAP: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329). SASRec, all items in one pass:
 #   [arXiv 1808.09781](https://arxiv.org/abs/1808.09781).
 # * Code: [windows.py](../sidlab/windows.py), [map_loss.py](../sidlab/map_loss.py),
-#   [models/t5.py](../sidlab/models/t5.py), [cost.py](../sidlab/cost.py); [record.py](record.py) made the recording.
+#   [models/t5.py](../sidlab/models/t5.py), [cost.py](../sidlab/research/cost.py); [record.py](record.py) made the recording.
 
 # %% tags=["record"]
 record = {

@@ -38,7 +38,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 import sidlab
-from sidlab import PruningConfig, TrainConfig, teach
+from sidlab import PruningConfig, TrainConfig
+from sidlab.course import teach
 from sidlab.metrics import bootstrap_interval, paired_test, rank_of_target, recall_at
 from sidlab.training import evaluate
 
@@ -105,7 +106,7 @@ pd.Series(evaluations, name="validation recall@10").round(3)
 # the training histories; and, as this shop is planted, the **Bayes optimum**, the list of one who knows by which rules customers click.
 
 # %%
-from sidlab.baselines import NeighbourTable, Popularity
+from sidlab.research.baselines import NeighbourTable, Popularity
 
 histories, targets = split.cases("test")
 lists = {name: baseline().fit(split.train, catalogue.n_items).recommend(histories)
@@ -168,7 +169,7 @@ tried = {(scorer, share): pruned(scorer, share) for scorer in scorers for share 
 ranks |= {f"base-{scorer}": tried[scorer, keep] for scorer in ("rastp", "random")}
 
 # %%
-from sidlab.viz.theme import mark, template
+from sidlab.figures.theme import mark, template
 
 figure = go.Figure()
 for place, scorer in enumerate(scorers):
@@ -214,7 +215,7 @@ with sidlab.training.quiet():  # no bar over the saved files
 # %% [markdown]
 # These runs teach one target a window, since a pruner would keep other tokens for each target of a pass.
 #
-# Why not train each method from nothing, as the papers do (`protocol="scratch"` of [comparison.py](../sidlab/comparison.py))? Each would
+# Why not train each method from nothing, as the papers do (`protocol="scratch"` of [compare.py](../sidlab/research/compare.py))? Each would
 # have to learn from single targets, and runs cut short show who learns faster. It matters where you ask what a model becomes that never
 # saw all tokens: it may learn to put what it knows where its pruner looks.
 #
@@ -241,7 +242,7 @@ monitor
 # The same arithmetic on RASTP's paper, which reports recall@10 on Amazon Beauty, with 22,363 test users:
 
 # %%
-beauty = sidlab.papers.published("amazon-beauty")
+beauty = sidlab.research.papers.published("amazon-beauty")
 stored = pathlib.Path(sidlab.__file__).parents[1] / "results" / "amazon-beauty-long.json"  # wherever this notebook lies
 ours = {row["method"]: row["recall@10"] for row in json.loads(stored.read_text())["summary"]}
 added = pd.DataFrame([{"method": name, "source": "this kit", "recall@10": ours[name]}
@@ -259,7 +260,7 @@ def of_rastp(published):
     return published[published.source.str.contains("2511.16943")].set_index("method")["recall@10"]
 
 
-pair, sports = of_rastp(beauty), of_rastp(sidlab.papers.published("amazon-sports"))
+pair, sports = of_rastp(beauty), of_rastp(sidlab.research.papers.published("amazon-sports"))
 found = np.arange(22_363) < pair["TIGER"] * 22_363  # as many hits as the baseline had
 low, high = bootstrap_interval(found)
 print(f"the gain RASTP reports: {pair['RASTP'] - pair['TIGER']:+.4f}")
@@ -283,8 +284,8 @@ assert {"unpruned", "rastp"} <= results.keys(), "stopped too early to compare: p
 ranks |= {name: evaluate(result.model, histories, targets) for name, result in results.items()}
 
 # %%
-from sidlab.sweeps import metrics_of
-from sidlab.viz.figures import quality
+from sidlab.research.runs import metrics_of
+from sidlab.research.figures import quality
 
 summary = [{"method": name, **metrics_of(of)} for name, of in ranks.items()]
 quality({"dataset": "planted", "rows": [], "summary": summary})
@@ -363,7 +364,7 @@ pd.DataFrame(rows, columns=["", "recall@10", "from", "to", "p"]).set_index("").r
 # Seconds are of training alone, without evaluation. FLOPs are predicted from the configuration and the lengths of the histories.
 
 # %%
-from sidlab.cost import cost
+from sidlab.research.cost import cost
 
 runs = {"base": (dense, stretches, first)}
 runs |= {name: (configs[name], windows, result) for name, result in results.items()}
@@ -478,8 +479,8 @@ teach.quiz(
 #   model that both prune: [arXiv 2305.05065](https://arxiv.org/abs/2305.05065).
 # * NDCG: K. Järvelin and J. Kekäläinen, *Cumulated gain-based evaluation of IR techniques* (2002). The bootstrap: B. Efron and R.
 #   Tibshirani, *An Introduction to the Bootstrap* (1993).
-# * In the kit: [training.py](../sidlab/training.py), [metrics.py](../sidlab/metrics.py), [baselines.py](../sidlab/baselines.py),
-#   [comparison.py](../sidlab/comparison.py), [viz/training.py](../sidlab/viz/training.py). Section 10 is made by [record.py](record.py).
+# * In the kit: [training.py](../sidlab/training.py), [metrics.py](../sidlab/metrics.py), [baselines.py](../sidlab/research/baselines.py),
+#   [compare.py](../sidlab/research/compare.py), [viz/training.py](../sidlab/viz/training.py). Section 10 is made by [record.py](record.py).
 
 # %% tags=["record"]
 record = {f"recall_{name}": float(recall_at(of, 10).mean()) for name, of in ranks.items()}

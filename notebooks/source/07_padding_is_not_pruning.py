@@ -29,7 +29,8 @@ import pandas as pd
 import torch
 
 import sidlab
-from sidlab import PruningConfig, teach
+from sidlab import PruningConfig
+from sidlab.course import teach
 
 torch.set_num_threads(1)  # steps as small as ours gain little from more, and their times vary less
 
@@ -114,9 +115,9 @@ padding
 # (`padding="batch"`, and batches hold windows of similar length), with and without pruning. The model is the small one of the preset `quick`.
 
 # %%
-from sidlab.calibration import stepper, time_steps
-from sidlab.cost import cost
-from sidlab.demo import load
+from sidlab.research.calibration import stepper, time_steps
+from sidlab.research.cost import cost
+from sidlab.course.demo import load
 from sidlab.windows import Collator, StratifiedBatches, Windows
 
 table, rng = load().table, np.random.default_rng(0)

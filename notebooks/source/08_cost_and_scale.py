@@ -30,7 +30,8 @@ import pandas as pd
 import torch
 
 import sidlab
-from sidlab import PruningConfig, teach
+from sidlab import PruningConfig
+from sidlab.course import teach
 
 torch.set_num_threads(threads)
 
@@ -46,12 +47,12 @@ torch.set_num_threads(threads)
 # feed-forward       4 · n · d · f     linear again
 # ```
 #
-# `sidlab.cost` adds them up for a whole model, exactly. To train on a history costs three times the forward pass, for the backward pass makes two products for each one
+# `sidlab.research.cost` adds them up for a whole model, exactly. To train on a history costs three times the forward pass, for the backward pass makes two products for each one
 # of the forward pass. A model of ordinary proportions, d = 128 and f = 512, histories of 3 codes and a separator an item:
 
 # %%
-from sidlab.calibration import one_batch, plain_config
-from sidlab.cost import cost
+from sidlab.research.calibration import one_batch, plain_config
+from sidlab.research.cost import cost
 
 
 def costs_of(items, levels=3, width=256, pruning=None):
@@ -93,7 +94,7 @@ pd.DataFrame({name: {"tokens per history": c.slots, "MFLOPs to train on it": c.t
 # ```
 
 # %%
-from sidlab.calibration import calibrate
+from sidlab.research.calibration import calibrate
 
 begin = time.perf_counter()
 speed = calibrate(rounds=rounds)
@@ -109,7 +110,7 @@ print(f"{speed.device}, calibrated in {time.perf_counter() - begin:.0f} s, the f
 # A fit that is good on its own points shows little, too. So predict steps that were **not** timed: other widths, other depths, other lengths.
 
 # %%
-from sidlab.calibration import time_steps, timed_size
+from sidlab.research.calibration import time_steps, timed_size
 
 cases = {(*size, pruned): timed_size(*size, PruningConfig(after_layer=1) if pruned else None) for size in unseen for pruned in (False, True)}
 measured = time_steps({name: step for name, (_, _, step) in cases.items()}, rounds)
@@ -189,7 +190,7 @@ teach.predict(
 # extends the ten best beginnings of SIDs so far by the codes that the trie allows, and keeps the best ten again.
 
 # %%
-from sidlab.calibration import random_table
+from sidlab.research.calibration import random_table
 from sidlab.training import build_model
 from sidlab.viz.cost import table_bytes
 
@@ -304,7 +305,7 @@ teach.quiz(
 # ## Links
 #
 # * RASTP: [arXiv 2511.16943](https://arxiv.org/abs/2511.16943); STAMP: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329); TIGER: [arXiv 2305.05065](https://arxiv.org/abs/2305.05065)
-# * Code: [the cost model](../sidlab/cost.py) and [its test against counters](../tests/test_cost.py), [the calibration](../sidlab/calibration.py),
+# * Code: [the cost model](../sidlab/research/cost.py) and [its test against counters](../tests/test_cost.py), [the calibration](../sidlab/research/calibration.py),
 #   [the calculator](../sidlab/viz/cost.py), [the trie](../sidlab/sids/trie.py), [beam search](../sidlab/decoding.py)
 
 # %% tags=["record"]

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import sidlab
-from sidlab import teach
+from sidlab.course import teach
 
 # %% [markdown]
 # ## Two files
@@ -204,7 +204,7 @@ for name, scorer in {"rastp": "rastp", "random": "random", "fresh": fresh, "noth
     hits[name] = recall_at(evaluate(results[name].model, histories, targets), 10)  # [U], 1 or 0
 
 # %%
-from sidlab.baselines import NeighbourTable
+from sidlab.research.baselines import NeighbourTable
 from sidlab.metrics import rank_of_target
 
 neighbours = NeighbourTable().fit(train_part, shop.n_items).recommend(histories, k=10)

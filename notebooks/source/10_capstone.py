@@ -30,7 +30,8 @@ import pandas as pd
 import torch
 
 import sidlab
-from sidlab import PruningConfig, teach
+from sidlab import PruningConfig
+from sidlab.course import teach
 
 
 def fair(scorer):
@@ -68,7 +69,7 @@ teach.register("my_scorer", [(fair,)], lambda f: f(lambda s: s.positions.float()
 # * `oracle` keeps the tokens that truly hold most information in the input. Whether that is a bound, too, you saw in notebook 4.
 
 # %%
-from sidlab.demo import load
+from sidlab.course.demo import load
 from sidlab.metrics import bootstrap_interval, paired_test, recall_at
 from sidlab.training import evaluate
 from sidlab.windows import leave_one_out
@@ -192,7 +193,7 @@ if accepted.passed:
 # the place of the old one.
 
 # %%
-from sidlab.viz.board import Board
+from sidlab.course.board import Board
 
 board, contest = Board(board_file), f"demo model, test of {test_users} users, keep {keep:.3f}"
 
@@ -270,7 +271,7 @@ runners = {"rastp": "rastp", challenger: entries[challenger], **({"oracle": "ora
 raced = {name: race(name, scorer) for name, scorer in runners.items()}
 
 # %%
-from sidlab.baselines import NeighbourTable
+from sidlab.research.baselines import NeighbourTable
 from sidlab.metrics import rank_of_target
 
 neighbours = NeighbourTable().fit(leave_one_out(world.histories).train, world.n_items).recommend(histories, k=10)
@@ -353,8 +354,8 @@ teach.quiz(
 # ## Links
 #
 # * RASTP: [arXiv 2511.16943](https://arxiv.org/abs/2511.16943); STAMP, which names adaptive ratios and layers as future work: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329)
-# * Code: [signals and scorers](../sidlab/saliency.py), [the planted truth](../sidlab/data/planted.py), [intervals and paired tests](../sidlab/metrics.py), [the board](../sidlab/viz/board.py),
-#   [sweeps](../sidlab/sweeps.py), [the fair comparison](../sidlab/comparison.py)
+# * Code: [signals and scorers](../sidlab/saliency.py), [the planted truth](../sidlab/data/planted.py), [intervals and paired tests](../sidlab/metrics.py), [the board](../sidlab/course/board.py),
+#   [sweeps](../sidlab/research/runs.py), [the fair comparison](../sidlab/research/compare.py)
 
 # %% tags=["record"]
 record = {"bayes": best, "unpruned": float(whole.mean()), **{f"demo_{name}": float(h.mean()) for name, h in found.items()},

@@ -31,11 +31,12 @@ import plotly.graph_objects as go
 import torch
 
 import sidlab
-from sidlab import PruningConfig, TrainConfig, teach
+from sidlab import PruningConfig, TrainConfig
+from sidlab.course import teach
 from sidlab.metrics import bootstrap_interval, rank_of_target, recall_at
 from sidlab.sids.fusion import collaborative_embeddings, fuse_codes, fuse_embeddings
 from sidlab.training import evaluate
-from sidlab.viz.theme import BLUE, GREY, ORANGE, VERMILLION, template
+from sidlab.figures.theme import BLUE, GREY, ORANGE, VERMILLION, template
 from sidlab.windows import leave_one_out
 
 
@@ -119,7 +120,7 @@ teach.predict(
 # All four experiments below use the bundled model, its test users, and pruning behind layer 2. They are small on purpose: each shows one thing that pruning would meet there.
 
 # %%
-demo = sidlab.demo.load()
+demo = sidlab.course.demo.load()
 split = leave_one_out(demo.catalogue.histories)
 demo_histories, demo_targets = (part[:test_users] for part in split.cases("test"))
 third = PruningConfig(keep=1 / 3)

@@ -31,8 +31,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrained
 from transformers.utils.output_capturing import capture_outputs
 
 from sidlab.checks import one_of
-from sidlab.models import fast
-from sidlab.models.sid import (
+from sidlab.fast import cpu_layers
+from sidlab.models.base import (
     OutputProjection,
     PrunedHistory,
     PrunedStack,
@@ -118,7 +118,7 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
             for layer in self.layers:
                 layer.self_attn.o_proj = OutputProjection(layer.self_attn.o_proj, config.residual_dropout)
                 layer.mlp.down_proj = OutputProjection(layer.mlp.down_proj, config.residual_dropout)
-            fast.replace_dropout(self)
+            cpu_layers.replace_dropout(self)
 
     def padded_behind(self, padded: bool) -> bool:
         # The token that always stays comes on top of whole items only where its own is not among them (it has no say in that), so rows of

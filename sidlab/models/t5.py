@@ -5,7 +5,7 @@ A subclass of Hugging Face's T5 that overrides three short pieces and nothing el
 * `PrunedEncoder.forward`: the loop over encoder blocks, with the `TokenPruner` behind block `after_layer`;
 * `SidT5.forward`: output heads by level, cross-attention on the pruned mask, the MAP loss;
 * the attention of the one block that scores, registered with `transformers.AttentionInterface`: all other blocks keep the
-  library's fused attention. On a GPU that block is fused as well (`models/scoring.py`).
+  library's fused attention. On a GPU that block is fused as well (`fast/scored_attention.py`).
 
 An item is its SID's tokens, followed by one learned separator where `separators` is on. The decoder starts from BOS and
 predicts the L tokens of the target; there is no EOS, for a SID has a fixed length.
@@ -28,10 +28,9 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5PreTrainedModel, T5Stack
 from transformers.utils.output_capturing import capture_outputs
 
-from sidlab import kernels
 from sidlab.checks import one_of
-from sidlab.models import fast
-from sidlab.models.sid import PrunedHistory, PrunedStack, SidEmbedding, SidLosses, SidModel
+from sidlab.fast import cpu_layers, kernels
+from sidlab.models.base import PrunedHistory, PrunedStack, SidEmbedding, SidLosses, SidModel
 from sidlab.pruning import pool_tokens
 from sidlab.sids.table import BOS, PAD, SidTable
 
@@ -212,8 +211,8 @@ class DeepFeedForward(T5DenseActDense):
     def forward(self, hidden_states):
         for layer in (self.wi, *self.hidden):
             hidden_states = layer(hidden_states)
-            if isinstance(self.dropout, fast.Dropout) and isinstance(self.act, nn.ReLU):
-                hidden_states = fast.relu_dropout(hidden_states, self.dropout.p, self.training)
+            if isinstance(self.dropout, cpu_layers.Dropout) and isinstance(self.act, nn.ReLU):
+                hidden_states = cpu_layers.relu_dropout(hidden_states, self.dropout.p, self.training)
             else:
                 hidden_states = self.dropout(self.act(hidden_states))
         return self.wo(hidden_states)
@@ -260,7 +259,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
                 for module in (stack, *(layer for block in stack.block for layer in block.layer)):
                     module.dropout = nn.Dropout(config.residual_dropout)
         if not reference:
-            fast.replace_dropout(self)
+            cpu_layers.replace_dropout(self)
         if config.qk_norm:
             for layer in self._attentions():
                 layer.q, layer.k = (NormedProjection(linear, config.d_kv) for linear in (layer.q, layer.k))

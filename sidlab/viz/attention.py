@@ -9,12 +9,13 @@ import plotly.graph_objects as go
 from torch.nn.functional import max_pool2d
 
 from sidlab.checks import one_of
+from sidlab.figures.charts import shorten
+from sidlab.figures.tables import folded, table
+from sidlab.figures.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION, template
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality, semantic_saliency
-from sidlab.viz.explorer import HistoryExplorer, folded, moved, within
-from sidlab.viz.figures import shorten
-from sidlab.viz.pruning import level_names, table
-from sidlab.viz.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION, template
+from sidlab.viz.explorer import HistoryExplorer, moved, within
+from sidlab.viz.pruning import level_names
 
 SHOWN, SEARCHED = 10, 200  # places of the list; how many items are scored, so that one that leaves the list is still found
 REMOVALS = ("nothing", "this token", "its whole item")

@@ -10,14 +10,14 @@ import plotly.graph_objects as go
 import torch
 from scipy.optimize import brentq
 
-from sidlab.calibration import Speed, calibrate, one_batch, plain_config
 from sidlab.checks import one_of
 from sidlab.config import TrainConfig
-from sidlab.cost import flops_by_part, recommend_flops
+from sidlab.figures.tables import table
+from sidlab.figures.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, template
 from sidlab.pruning import PruningConfig, kept_count
+from sidlab.research.calibration import Speed, calibrate, one_batch, plain_config
+from sidlab.research.cost import flops_by_part, recommend_flops
 from sidlab.viz.explorer import Explorer
-from sidlab.viz.pruning import table
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, template
 
 MAX_ITEMS, TOKENS = 30, 5  # RASTP's: items of history, tokens an item (4 codes and a separator), so 150 slots
 SLOTS, LAST = MAX_ITEMS * TOKENS, 10  # and the cheap alternative: the last ten items only

@@ -23,11 +23,11 @@ from IPython.display import display
 from plotly.offline import get_plotlyjs
 
 from sidlab.checks import as_histories, one_of
+from sidlab.course.labels import Labels
+from sidlab.course.probe import Probe, on_processor
+from sidlab.figures.theme import TEMPLATES
 from sidlab.files import write
 from sidlab.models.t5 import SidT5
-from sidlab.probe import Probe, on_processor
-from sidlab.viz.labels import Labels
-from sidlab.viz.theme import TEMPLATES
 
 HERE = pathlib.Path(__file__).parent
 
@@ -301,7 +301,7 @@ def demo_or(model, catalogue):
     if (model is None) != (catalogue is None):
         raise ValueError("give model and catalogue, or neither for the bundled demo")
     if model is None:
-        from sidlab.demo import load
+        from sidlab.course.demo import load
 
         return (demo := load()).model, demo.catalogue
     return model, catalogue
@@ -342,10 +342,6 @@ def moved(before: int | None, place: int) -> str:
 def within(name, value, low, high):
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in {low}..{high}, got {value}")
-
-
-def folded(summary: str, content: str) -> str:
-    return f"<details><summary>{summary}</summary>{content}</details>"
 
 
 def _shown(widget):

@@ -15,12 +15,12 @@ import torch
 
 from sidlab.checks import integer, one_of
 from sidlab.config import TrainConfig
-from sidlab.cost import cost
+from sidlab.figures.theme import BLUE, GREY, ORANGE
 from sidlab.metrics import rank_of_target, recall_at
 from sidlab.pruning import POSITIONS, UNITS, PruningConfig, highest
+from sidlab.research.cost import cost
 from sidlab.saliency import SCORERS, token_importance
 from sidlab.viz.explorer import HistoryExplorer, View, moved, within
-from sidlab.viz.theme import BLUE, GREY, ORANGE
 
 RIVALS = ("rastp", "random", "recent", "oracle")  # whom the reader plays against
 CROWD = 200  # how many users a rule is scored over
@@ -38,7 +38,7 @@ class PruningExplorer(HistoryExplorer):
     """Prune one user's history live. `PruningExplorer()` shows the bundled demo.
 
     Args: `model`, `catalogue`: a `SidT5` with its table and the catalogue it was trained on
-    (default: `sidlab.demo.load()`); `histories`: which to choose from (default: the catalogue's
+    (default: `sidlab.course.demo.load()`); `histories`: which to choose from (default: the catalogue's
     first 50); the last item of each is the one to be found; `scorers`: {name: callable} that join
     the menu; `simple`: only kept share, scorer and user are shown; other arguments set controls:
     `user` (1 is the first), `keep`, `layer`, `scorer`, `unit`, `positions`, `protect`.
@@ -696,15 +696,3 @@ def level_names(model):
     return [f"level {v + 1}" for v in range(model.table.levels)] + [
         "separator"
     ] * model.config.separators
-
-
-def table(head, rows) -> str:
-    """An HTML table; all cells are escaped."""
-    top = "".join(
-        f'<th scope="col" style="text-align: left">{html.escape(str(cell))}</th>' for cell in head
-    )
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f'<table cellpadding="4"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'

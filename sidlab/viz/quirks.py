@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from sidlab.figures.tables import folded, table
+from sidlab.figures.theme import BLUE, SCALE, VERMILLION, template
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
-from sidlab.viz.explorer import Explorer, demo_or, folded
-from sidlab.viz.pruning import level_names, table
-from sidlab.viz.theme import BLUE, SCALE, VERMILLION, template
+from sidlab.viz.explorer import Explorer, demo_or
+from sidlab.viz.pruning import level_names
 from sidlab.windows import history_tokens, pad_histories
 
 AFTER, DROPOUT, DRAWS = 2, 0.15, 12  # pruned behind this encoder layer; RASTP's dropout; so many draws of it

@@ -5,10 +5,10 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sidlab.viz.explorer import Explorer, folded
-from sidlab.viz.figures import COST, MEMORY, error_bars, span
-from sidlab.viz.pruning import table
-from sidlab.viz.theme import BLUE, GREY, VERMILLION, mark, template
+from sidlab.figures.charts import COST, MEMORY, error_bars, span
+from sidlab.figures.tables import folded, table
+from sidlab.figures.theme import BLUE, GREY, VERMILLION, mark, template
+from sidlab.viz.explorer import Explorer
 
 RECALL = "recall@10"
 DIGITS = 3  # of recalls, their intervals and their differences: more than the intervals know

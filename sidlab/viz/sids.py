@@ -9,12 +9,12 @@ import plotly.graph_objects as go
 from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import CountVectorizer
 
+from sidlab.figures.charts import shorten
+from sidlab.figures.tables import folded, table
+from sidlab.figures.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, template
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
-from sidlab.viz.explorer import Explorer, folded
-from sidlab.viz.figures import shorten
-from sidlab.viz.pruning import table
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, template
+from sidlab.viz.explorer import Explorer
 
 LEVELS, WIDTHS = 4, (2, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 NODES = 300  # of the tree, at most that many on a level

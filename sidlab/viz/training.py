@@ -23,15 +23,15 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from sidlab.baselines import Popularity
 from sidlab.checks import one_of
 from sidlab.config import TrainConfig
-from sidlab.precision import kept_random_state
+from sidlab.fast.precision import kept_random_state
+from sidlab.figures.charts import learning_curves
+from sidlab.figures.tables import table as html_table
+from sidlab.figures.theme import MARKS
+from sidlab.research.baselines import Popularity
 from sidlab.training import TrainResult, planned_updates, result_so_far, train, validation_cases
 from sidlab.viz.explorer import Explorer, alert, chart_state, write_frames
-from sidlab.viz.figures import learning_curves
-from sidlab.viz.pruning import table as html_table
-from sidlab.viz.theme import MARKS
 from sidlab.windows import leave_one_out
 
 PAUSE = 0.5  # seconds between two pictures

@@ -1,16 +1,13 @@
 """Runs in processes of their own, kept on disk and never repeated: what `compare` and the sweeps of the notebooks stand on.
 
 A run is a spec, as `spec` makes it. Its result is a file in `folder/runs`, written when the run is complete. Results
-that are there already are read, and a killed run goes on from its last checkpoint. `python -m sidlab.sweeps FOLDER NAME` is the
+that are there already are read, and a killed run goes on from its last checkpoint. `python -m sidlab.research.runs FOLDER NAME` is the
 child process that does one run.
 """
 
-import argparse
 import ast
 import dataclasses
-import datetime
 import functools
-import gc
 import hashlib
 import itertools
 import json
@@ -26,7 +23,6 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from accelerate import PartialState
 from filelock import FileLock
 from transformers import TrainerCallback
 
@@ -36,12 +32,12 @@ from sidlab.config import PARTS, TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.data.load import load_catalogue
 from sidlab.decoding import encode_histories
+from sidlab.fast.meter import Meter, device_name
+from sidlab.fast.precision import sizes, unmeasured
 from sidlab.files import read_json, write, write_json
-from sidlab.meter import Meter, device_name
 from sidlab.metrics import METRICS, SeedNoise, bootstrap_interval, per_user, pooled_seed_noise, rank_of_target, stored
-from sidlab.models.sasrec import SASRec
-from sidlab.precision import sizes, unmeasured
 from sidlab.pruning import PruningConfig
+from sidlab.research import sasrec
 from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.table import SidTable
 from sidlab.training import evaluate, load_model, measured_precision, train, weights_digest
@@ -50,9 +46,8 @@ from sidlab.windows import leave_one_out, training_windows, truth_tokens
 COSTS = ("train_seconds", "seconds_per_1k_windows", "real_token_fraction", "kept_token_fraction", "peak_memory_mb",
          "evaluation_seconds", "windows", "updates")
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
-# Modules that no run goes through ("precision": a run is told its own).
-BESIDE = ("bench", "calibration", "claims", "comparison", "cost", "demo", "exercises", "papers", "precision", "probe", "studies", "teach",
-          "timing", "viz")
+# Rooms that no run goes through: they come after training.
+BESIDE = ("research", "course", "figures", "viz")
 CHANGED = "the package or the scorer's module has changed since this sweep began: start it again"
 SIDS = ("encoder", "levels", "width", "collisions", "file")
 
@@ -119,7 +114,7 @@ def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None, sta
     `config` may also be {"sasrec": arguments of `SASRec`}; or, with `start`, {"recommend": width of the beam, "pruning": fields of
     `PruningConfig`}: then nothing is trained, and the model of `start` recommends pruned.
     """
-    _check_sids(sids or {})
+    check_sids(sids or {})
     if isinstance(config, TrainConfig):
         if config.pruning is not None and callable(config.pruning.scorer):
             raise ValueError("a run in a process of its own takes a scorer by name, also as module:function; train() takes any callable")
@@ -133,7 +128,7 @@ def spec(dataset: str, config: TrainConfig | dict, sids: dict | None = None, sta
     return made | ({"start": start} if start else {})
 
 
-def _check_sids(sids):
+def check_sids(sids):
     if not isinstance(sids, dict) or set(sids) - set(SIDS):
         raise ValueError(f"sids={sids!r} must hold some of {', '.join(SIDS)}, as {{name: value}}")
     if "file" in sids and {"encoder", "levels"} & set(sids):
@@ -280,7 +275,7 @@ def run(folder, name: str) -> None:
 def _run_sasrec(one, catalogue, folder, path):
     split, meter = leave_one_out(catalogue.histories), Meter()
     meter.resume()
-    model = SASRec(**one["config"]["sasrec"]).fit(split.train, catalogue.n_items, split.cases("validation"))
+    model = sasrec.SASRec(**one["config"]["sasrec"]).fit(split.train, catalogue.n_items, split.cases("validation"))
     meter.pause()
     histories, targets = split.cases("test")
     begin = time.perf_counter()
@@ -296,7 +291,7 @@ def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
     return dataclasses.replace(config, max_items=min(config.max_items, max(len(h) for h in catalogue.histories) - 1))
 
 
-def _truth_for(config, catalogue):
+def truth_for(config, catalogue):
     return catalogue.truth if config.pruning is not None and config.pruning.scorer == "oracle" else None
 
 
@@ -328,7 +323,7 @@ def _run_model(one, catalogue, folder, path):
                    callbacks=[progress])
     histories, targets = leave_one_out(catalogue.histories).cases("test")
     begin = time.perf_counter()
-    ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=_truth_for(config, catalogue))
+    ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=truth_for(config, catalogue))
     row = {**metrics_of(ranks), **result.timing, **result.tokens, "peak_memory_mb": result.peak_memory,
            "evaluation_seconds": time.perf_counter() - begin, "kept_informative": None}
     prunes = config.pruning is not None and config.pruning.reduce == "select" and config.pruning.at_inference
@@ -418,8 +413,10 @@ def _key(one, catalogue, table, base=None):
 
 
 def _version(config):
-    """`code_digest`, and the text of an own scorer's module."""
+    """`code_digest`, and the text of a custom scorer's module or SASRec's."""
     own = own_source((config.get("pruning") or {}).get("scorer", "rastp"))
+    if "sasrec" in config:
+        own = pathlib.Path(sasrec.__file__).read_text(encoding="utf-8")
     return code_digest() if own is None else f"{code_digest()} {hashlib.sha256(own.encode()).hexdigest()}"
 
 
@@ -453,7 +450,7 @@ def _finished(path, key):
 def _run_child(folder, name, label):
     """One run in a process of its own, its progress lines passed on as they come."""
     path = _path(folder, name)
-    process = subprocess.Popen([sys.executable, "-m", "sidlab.sweeps", str(folder), name], stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-m", "sidlab.research.runs", str(folder), name], stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
     lines = []
     try:

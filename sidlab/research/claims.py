@@ -1,6 +1,6 @@
 """What the two papers claim, and what came out here: `make paper` runs the comparisons and writes the claims page from their files.
 
-    python -m sidlab.claims DATASET … [--preset paper] [--seeds 3] [--arch t5 qwen] [--methods "unpadded rastp"]
+    python -m sidlab.research.claims DATASET … [--preset paper] [--seeds 3] [--arch t5 qwen] [--methods "unpadded rastp"]
                             [--sids FILE] [--output runs/paper] [--evidence results]
 
 A claim is judged by rules alone, from every results.json, study.json and benchmark below `--output` and `--evidence`; nothing is typed
@@ -17,10 +17,12 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
-from sidlab.comparison import DEFAULT_METHODS, compare
 from sidlab.files import reading, write_json
 from sidlab.metrics import METRICS
-from sidlab.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, published
+from sidlab.research.claims_page import write_claims
+from sidlab.research.compare import DEFAULT_METHODS, compare
+from sidlab.research.page import write_page
+from sidlab.research.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, published
 
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
 MARGIN = 0.05  # of the unpruned recall
@@ -315,7 +317,7 @@ def beside_published(files: list[dict]) -> list[dict]:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser("sidlab.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("sidlab.research.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="*", metavar="DATASET")
     parser.add_argument("--preset", default="paper")
     parser.add_argument("--seeds", type=int, default=3)
@@ -325,8 +327,6 @@ def main(arguments=None) -> None:
     parser.add_argument("--output", default="runs/paper")
     parser.add_argument("--evidence", nargs="*", default=["results", "runs/studies", "runs/bench", "runs/bench-gpu"])
     args = parser.parse_args(arguments)
-    from sidlab.viz.claims import write_claims
-
     output = pathlib.Path(args.output)
     for dataset in args.datasets:
         for arch in args.arch:
@@ -334,7 +334,8 @@ def main(arguments=None) -> None:
             if arch == "qwen" and args.methods == METHODS:
                 methods.append("rastp-visible")
             folder = output / f"{_name(dataset)}-{args.preset}-{arch}"
-            compare(dataset, args.preset, methods, args.seeds, str(folder), args.sids, arch=arch)
+            results = compare(dataset, args.preset, methods, args.seeds, str(folder), args.sids, arch=arch)
+            write_page(results, folder / "index.html")
     files = evidence(*args.evidence, output)
     claims, rows = judge(files), beside_published(files)
     write_json(output / "claims.json", {"claims": claims, "published": rows})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sidlab.decoding import beam_search, items_of_leaves, table_of
-from sidlab.models.scoring import SCORED
+from sidlab.fast.scored_attention import SCORED
 from sidlab.models.t5 import PrunedEncoderOutput
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality

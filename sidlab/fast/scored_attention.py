@@ -26,9 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
-from sidlab import kernels
 from sidlab.checks import one_of
-from sidlab.models import fast
+from sidlab.fast import cpu_layers, kernels
 from sidlab.saliency import attention_centrality
 
 PATHS = ("auto", "plain", "sdpa")
@@ -44,7 +43,8 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     attention of that name."""
     causal = module.is_causal and query.shape[2] > 1
     if record is None and not eager:
-        return fast.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs)
+        return cpu_layers.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                               position_bias=position_bias, **kwargs)
     one_of("scoring_path", path, PATHS)
     if eager:
         path = "plain"
@@ -56,8 +56,8 @@ def scored_attention(module, query, key, value, attention_mask, dropout=0.0, sca
             token_mask=token_mask, causal=causal, history=history)
         return output, None
     key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
-    clean = fast.masked_softmax(query, key, attention_mask, scaling, position_bias, causal)
-    weights = (F.dropout if eager else fast.dropout)(clean.to(value.dtype), dropout, module.training)
+    clean = cpu_layers.masked_softmax(query, key, attention_mask, scaling, position_bias, causal)
+    weights = (F.dropout if eager else cpu_layers.dropout)(clean.to(value.dtype), dropout, module.training)
     if record is not None:
         votes = (weights if reference else clean).detach()[:, :, history, history]
         record["centrality"] = attention_centrality(votes, token_mask[:, history], reference)  # [B, N]
@@ -89,7 +89,7 @@ def fused_attention(module, query: Tensor, key: Tensor, value: Tensor, attention
     Returns the output [B, N, H, dk] and float32 [B, history], 0 at padding, through which no gradient flows.
     """
     scaling = 1.0 if scaling is None else scaling
-    output, _ = fast.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias)
+    output, _ = cpu_layers.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias)
     if causal:  # what comes behind the history sees it, and does not vote; what stands in front of it sees, and votes for, itself alone
         query, key, token_mask = query[:, :, : history.stop], key[:, :, : history.stop], token_mask[:, : history.stop]
     bias = None if position_bias is None else kernels.by_distance(position_bias)
@@ -141,7 +141,7 @@ def attention_path(model) -> str:
     stack, device, others = model.stack, model.device, model.stack.config._attn_implementation
     causal = not hasattr(stack, "block")
     dropout = (model.config.attention_dropout if causal else model.config.dropout_rate) if model.training else 0.0
-    if others == "sidlab":  # as `fast.attention` decides
+    if others == "sidlab":  # as `cpu_layers.attention` decides
         others = "written out, dropout by bytes" if dropout > 0 and device.type == "cpu" else "sdpa"
     if stack.pruning is None or stack.pruning.reduce != "select" or not (model.training or stack.pruning.at_inference):
         return f"all layers: {others}; none scores"

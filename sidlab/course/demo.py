@@ -1,6 +1,6 @@
 """The bundled demo: a small model trained on the planted world, so that the first explorer stands without any training.
 
-    python -m sidlab.demo      trains it anew (minutes on two cores) and writes it into the package; `make demo-model`
+    python -m sidlab.course.demo      trains it anew (minutes on two cores) and writes it into the package; `make demo-model`
 
 In every update another scorer keeps another share of the tokens behind another layer, so each position of an explorer's sliders finds
 a model that has seen the like. It trains on ten times the users that `load` shows, in the same world.

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from sidlab import metrics
+from sidlab.course.checks import register
 from sidlab.map_loss import map_loss
 from sidlab.pruning import TokenPruner, kept_count
 from sidlab.saliency import Signals, attention_centrality, semantic_saliency, token_importance
 from sidlab.sids.encoder import residual_codes
 from sidlab.sids.table import SidTable
 from sidlab.sids.trie import Trie
-from sidlab.teach import register
 
 _draw = torch.Generator().manual_seed(0)
 _mask = (torch.arange(9) < torch.tensor([[9], [5], [1]])).long()  # [B, N]: rows of 9, 5 and 1 real tokens

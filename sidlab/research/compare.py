@@ -21,13 +21,13 @@ import pandas as pd
 import torch
 import transformers
 
-from sidlab.baselines import NeighbourTable, Popularity
 from sidlab.checks import SHARE, integer, one_of
 from sidlab.config import DENSE, PRESETS, ROWS, TrainConfig
-from sidlab.cost import cost
 from sidlab.data.load import load_catalogue
 from sidlab.metrics import paired_test, per_user, rank_of_target, ranks_of
-from sidlab.sweeps import (
+from sidlab.research.baselines import NeighbourTable, Popularity
+from sidlab.research.cost import cost
+from sidlab.research.runs import (
     COSTS,
     code_digest,
     config_with,
@@ -75,7 +75,8 @@ BASE = "base"  # the row of the unpruned model that the others continue, and in 
 
 def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_METHODS, seeds: int = 3, output_dir: str = "",
             sids: str = "", arch: str = "t5", protocol: str = "") -> dict:
-    """Train and test every method with every seed; write `results.json` and `index.html` into `output_dir`; return the results.
+    """Train and test every method with every seed; write `results.json` into `output_dir`; return the results, of which
+    `page.write_page` makes a page.
 
     Args: `dataset`: what `load_catalogue` takes; `preset`: of `TrainConfig`; `methods`: names of `METHODS`, separated by spaces or
     in a list, or "module:function", an own scorer (see `saliency.named_scorer`); a pruning method may carry its kept share, as in
@@ -104,13 +105,19 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     for name, seed in runs:
         start = f"{BASE}-seed{seed}" if protocol == "continue" and name not in (BASE, "sasrec") else None
         specs[f"{name}-seed{seed}"] = spec(dataset, method_config(name, preset, seed, arch, protocol), source, start)
-    folder = pathlib.Path(output_dir or f"runs/{pathlib.Path(dataset).name}-{preset}" + f"-{arch}" * (arch != "t5")
-                          + f"-{protocol}" * (protocol != default_protocol(preset)))
+    folder = folder_of(dataset, preset, output_dir, arch, protocol)
     catalogue = load_catalogue(dataset)
     results = [{"method": name, "seed": seed, **result} for (name, seed), result in zip(runs, run_all(specs, folder))]
     results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids, arch, protocol)
     write_json(folder / "results.json", results)
     return results
+
+
+def folder_of(dataset: str, preset: str, output_dir: str = "", arch: str = "t5", protocol: str = "") -> pathlib.Path:
+    """Where `compare` keeps its runs and results: `output_dir`, or runs/<dataset>-<preset> with what else is not the default."""
+    usual = protocol in ("", default_protocol(preset))
+    parts = [pathlib.Path(dataset).name, preset, *([arch] if arch != "t5" else []), *([] if usual else [protocol])]
+    return pathlib.Path(output_dir or f"runs/{'-'.join(parts)}")
 
 
 def default_protocol(preset: str) -> str:
@@ -139,7 +146,7 @@ def describe(name: str) -> str:
 def unknown_parameters(namespace: dict, valid=PARAMETERS) -> list[str]:
     """Names in a notebook's namespace that are no parameter of it. papermill takes any name in silence; the notebook asks here."""
     given = {name for name in namespace if not name.startswith("_")}
-    return sorted(given - {*valid, "In", "Out", "get_ipython", "exit", "quit", "open", "comparison"})
+    return sorted(given - {*valid, "In", "Out", "get_ipython", "exit", "quit", "open", "comparison", "charts", "figures", "page"})
 
 
 def predicted_and_measured(results: dict) -> pd.DataFrame:

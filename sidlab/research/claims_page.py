@@ -1,9 +1,9 @@
 """The claims page: what both papers claim, the verdict of the runs at hand, and the figures it rests on. One HTML file, no script."""
 
+from sidlab.figures.charts import span
 from sidlab.files import write
 from sidlab.metrics import METRICS
-from sidlab.viz.figures import span
-from sidlab.viz.page import captioned_table, document, escaped, with_code
+from sidlab.research.page import captioned_table, document, escaped, with_code
 
 SIGNS = {"confirmed": "✓", "not confirmed": "✗", "undecided": "?", "mixed": "±", "not run": "…", "not testable here": "–"}
 STYLE = """
@@ -28,8 +28,9 @@ def write_claims(claims: list[dict], rows: list[dict], path) -> None:
                 for row in rows if row["dataset"] == name])
         for name in dict.fromkeys(row["dataset"] for row in rows))
     write(path, document("What RASTP and STAMP claim, and what came out here", f"""<p>{summary}.
-Verdicts follow rules (<code>sidlab/claims.py</code>): a saving is confirmed where the whole spread of ours is at least the published
-one, against an unpruned model that pads no more; quality is lost where the interval of the difference to the unpruned model lies below 0,
+Verdicts follow rules (<code>sidlab/research/claims.py</code>): a saving is confirmed where the whole spread of ours is at least the
+published one, against an unpruned model that pads no more; quality is lost
+where the interval of the difference to the unpruned model lies below 0,
 kept where it does not and lies above −5 % of its recall@10, else undecided, as it is with one seed or a model that is not trained
 enough. “Mixed”: runs that decide disagree; each data set has its own verdict below. Intervals are 95 %, over
 test users, and over seeds where there are several. How to run what is missing: <code>make paper</code>.</p>

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from sidlab.fast.scored_attention import SCORED
 from sidlab.files import read_json, reading
 from sidlab.map_loss import MapConfig, MapHead, map_loss
-from sidlab.models.scoring import SCORED
 from sidlab.pruning import Pruned, PruningConfig, TokenPruner, reference_choice
 from sidlab.saliency import Signals, scramble, semantic_saliency, token_importance
 from sidlab.sids.table import BOS, PAD, SidTable

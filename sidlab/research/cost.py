@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 from sidlab.config import TrainConfig
+from sidlab.fast.precision import uses_bf16
 from sidlab.models.t5 import ITEMS_BACK
-from sidlab.precision import uses_bf16
 from sidlab.pruning import kept_count
 from sidlab.windows import LengthBatches, StratifiedBatches, Stretches, UserBatches, Windows
 
@@ -273,7 +273,7 @@ def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused,
         return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
 
     def in_kernel(n, masked):  # queries, keys, values, result; one number a query; a mask, and then keys and values for all heads
-        v = w if fused else 4  # a CPU's kernel gets float32 (`fast.attention`), and its result is read in w bytes
+        v = w if fused else 4  # a CPU's kernel gets float32 (`cpu_layers.attention`), and its result is read in w bytes
         read = w * inner * (v != w)
         return n * (v * (2 * inner + 2 * kv) + read + 4 * heads) + masked * n * (v * 2 * (inner - kv) + w * n)
 

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 
 from sidlab.checks import integer, one_of
-from sidlab.comparison import hardware, versions
 from sidlab.data.load import load_catalogue
 from sidlab.metrics import paired_test, per_user, ranks_of
-from sidlab.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 from sidlab.pruning import PruningConfig
-from sidlab.sweeps import COSTS, metrics_of, seed_noise, sweep, write_json
+from sidlab.research.compare import hardware, versions
+from sidlab.research.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
+from sidlab.research.runs import COSTS, metrics_of, seed_noise, sweep, write_json
 from sidlab.windows import leave_one_out
 
 KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)

@@ -1,20 +1,15 @@
-"""Figures: pure functions from data to a plotly Figure. `results` is what `comparison.py` writes as results.json.
+"""Figures of a comparison: pure functions from `results`, what `compare` gives, to a plotly Figure.
 
-Nothing rests on colour alone: methods differ by symbol and dash, published numbers are hollow, pruned tokens hatched.
-They are light or dark as `theme.use_theme` says. Of partial results, what is missing is left out.
+Of partial results, what is missing is left out.
 """
-
-import html
-import textwrap
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sidlab.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
-from sidlab.viz.theme import BLUE, GREY, ORANGE, VERMILLION, looks, template
-
-COST, MEMORY = "seconds_per_1k_windows", "peak_memory_mb"
+from sidlab.figures.charts import COST, MEMORY, error_bars, interval_of, legend_below, marks_of, span
+from sidlab.figures.theme import BLUE, GREY, ORANGE, VERMILLION, template
+from sidlab.research.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
 
 
 def with_cost(results: dict) -> list[dict]:
@@ -30,24 +25,12 @@ def reference(results: dict) -> dict:
     return next((row for row in rows if row["method"] == "unpadded"), rows[0])
 
 
-def span(row: dict, metric: str, digits: int = 4) -> str:
-    """The row's interval as text, or nothing. `digits`: as many decimals as the value beside it has."""
-    ends = row.get(f"{metric}_interval")
-    return f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
-
-
-def _marks(results):
-    """{method: its mark}, the same in all figures of these results."""
-    names = list(dict.fromkeys(row["method"] for part in ("summary", "curves") for row in results.get(part, ())))
-    return dict(zip(names, looks(names)))
-
-
 def quality(results: dict) -> go.Figure:
     """recall@10 and ndcg@10 of every method: mean and 95 % interval, single seeds as dots, published numbers hollow."""
     rows, paper = results["summary"], published(results["dataset"])
     names = [row["method"] for row in rows]
     places = list(range(len(rows)))
-    marks = _marks(results)
+    marks = marks_of(results)
     seeds = [row for row in results["rows"] if row["seed"] is not None and row["method"] in names]
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=("recall@10", "ndcg@10"))
     for column, metric in enumerate(("recall@10", "ndcg@10"), start=1):
@@ -85,7 +68,7 @@ def quality(results: dict) -> go.Figure:
     height = 130 + 32 * len(labels)
     figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, range=[len(labels) - 0.4, -0.6],
                         zeroline=False)
-    return figure.update_layout(template=template(), height=height, legend=_below(height))
+    return figure.update_layout(template=template(), height=height, legend=legend_below(height))
 
 
 def quality_cost(results: dict) -> go.Figure:
@@ -93,7 +76,7 @@ def quality_cost(results: dict) -> go.Figure:
     reference(results)  # raises where nothing has a cost
     costs = np.log10([row[COST] for row in with_cost(results)])
     low, high = _window(results, "recall@10")
-    figure, lines, marks = go.Figure(), 0, _marks(results)
+    figure, lines, marks = go.Figure(), 0, marks_of(results)
     for row in results["summary"]:
         name, value, look = row["method"], row["recall@10"], marks[row["method"]]
         if row.get(COST):
@@ -118,25 +101,6 @@ def quality_cost(results: dict) -> go.Figure:
                         title_text="training seconds per 1,000 windows (log scale; left is cheaper)")
     figure.update_yaxes(title_text="recall@10", title_standoff=12, range=[low, high])
     return figure.update_layout(template=template(), height=480, showlegend=True, margin_l=80)
-
-
-def learning_curves(results: dict) -> go.Figure:
-    """Validation recall@10 and training loss against updates: a line per method and seed, one look per method."""
-    if not results.get("curves"):
-        raise ValueError("results hold no curves")
-    titles = ("validation recall@10", "training loss")
-    figure, seen, marks = make_subplots(1, 2, horizontal_spacing=0.09, subplot_titles=titles), set(), _marks(results)
-    for curve in results["curves"]:
-        name, look = curve["method"], marks[curve["method"]]
-        common = {"name": name, "legendgroup": name, "line_color": look.color, "line_dash": look.dash,
-                  "line_width": 1.8, "opacity": 0.85, "row": 1,
-                  "hovertemplate": f"{name}, seed {curve['seed']}, update %{{x}}: %{{y:.4f}}<extra></extra>"}
-        figure.add_scatter(x=curve["eval_step"], y=curve["recall@10"], mode="lines+markers", marker_symbol=look.symbol,
-                           marker_size=7, showlegend=name not in seen, col=1, **common)
-        figure.add_scatter(x=curve["step"], y=curve["loss"], mode="lines", showlegend=False, col=2, **common)
-        seen.add(name)
-    figure.update_xaxes(title_text="updates", title_standoff=8)
-    return figure.update_layout(template=template(), height=500, legend=_below(500, 85))
 
 
 def cost_bars(results: dict) -> go.Figure:
@@ -164,7 +128,7 @@ def cost_bars(results: dict) -> go.Figure:
               else f"{row['method']} ({row['kept_token_fraction']:.0%} kept)" for row in rows]
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, range=[len(rows) - 0.5, -0.5])
     height = 150 + 34 * len(rows)
-    return figure.update_layout(template=template(), height=height, legend=_below(height))
+    return figure.update_layout(template=template(), height=height, legend=legend_below(height))
 
 
 def _claims(figure, field, padded, column, ends):
@@ -183,46 +147,15 @@ def _claims(figure, field, padded, column, ends):
                        fillpattern_bgcolor="rgba(0,0,0,0)", name=text, hoverinfo="name", zorder=-1, row=1, col=column)
 
 
-def short_title(title, columns):
-    """An axis label: few columns leave room for three lines, many for one short one."""
-    few = columns <= 6
-    width = 16 if few else 24
-    words = " ".join(shorten(word, width - 1) for word in title.split())  # or of a longer word nothing would be left
-    lines = textwrap.wrap(words, width, max_lines=3 if few else 1, placeholder="…")
-    return "<br>".join(html.escape(line) for line in lines)
-
-
-def shorten(title: str, width: int = 40) -> str:
-    """`title`, cut to `width` characters."""
-    return title if len(title) <= width else title[: width - 1].rstrip() + "…"
-
-
-def _interval(row, metric):
-    """The row's interval; where there is none, one of no length."""
-    return row.get(f"{metric}_interval") or (row[metric], row[metric])
-
-
 def _window(results, metric, paper=()):
     """The range of an axis: all trained and published values, and whatever else is not far away from them."""
     trained = with_cost(results) or results["summary"]
-    near = [end for row in trained for end in _interval(row, metric)]
+    near = [end for row in trained for end in interval_of(row, metric)]
     near += [row[metric] for row in results["rows"] if row["seed"] is not None] + list(paper)
     low, high = min(near), max(near)
     reach = (high - low) or 0.1 * high or 1
     for row in results["summary"]:
         if low - reach <= row[metric] <= high + reach:
-            near += _interval(row, metric)
+            near += interval_of(row, metric)
     room = 0.06 * (max(near) - min(near)) or 1
     return min(near) - room, max(near) + room
-
-
-def error_bars(rows, metric):
-    """Asymmetric error bars of the rows' intervals."""
-    ends = [(row[metric], *_interval(row, metric)) for row in rows]
-    return {"type": "data", "symmetric": False, "array": [high - mean for mean, _, high in ends],
-            "arrayminus": [mean - low for mean, low, _ in ends], "thickness": 1.6, "width": 4, "color": GREY}
-
-
-def _below(height, gap=55):
-    """A horizontal legend under the x axis of a figure of that height, `gap` pixels down."""
-    return {"orientation": "h", "x": 0, "y": -gap / max(height - 100, 1), "yanchor": "top"}

@@ -8,9 +8,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
 
+from sidlab.figures.charts import shorten
+from sidlab.figures.theme import BLUE, GREY, mark, template
 from sidlab.files import write_json
-from sidlab.viz.figures import shorten
-from sidlab.viz.theme import BLUE, GREY, mark, template
 
 
 class Board:

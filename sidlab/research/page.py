@@ -9,13 +9,13 @@ import pathlib
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from sidlab.comparison import describe, predicted_and_measured
+from sidlab.figures.charts import COST, MEMORY, learning_curves, span
+from sidlab.figures.theme import TEMPLATES
 from sidlab.files import write
 from sidlab.metrics import METRICS
-from sidlab.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
-from sidlab.viz import figures
-from sidlab.viz.figures import COST, MEMORY
-from sidlab.viz.theme import TEMPLATES
+from sidlab.research import figures
+from sidlab.research.compare import describe, predicted_and_measured
+from sidlab.research.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
 
 GUIDE = {
     "recall@10": """the share of test users whose next item, which no method saw, is among the ten recommended ones.
@@ -141,7 +141,7 @@ def _summary_table(results):
     body = []
     for row in rows:
         cells = [f"<b>{escaped(row['method'])}</b><small>{escaped(describe(row['method']))}</small>", _number(row.get("seeds"), "d")]
-        cells += [f"{row[metric]:.4f}<small>{figures.span(row, metric)}</small>" for metric in METRICS]
+        cells += [f"{row[metric]:.4f}<small>{span(row, metric)}</small>" for metric in METRICS]
         cells += [_versus(row.get("versus_unpadded")), _ratio(row, base, COST, "#.3g"),
                   _ratio(row, base, MEMORY, ",.0f"), _number(row.get("real_token_fraction"), ".0%"),
                   _number(row.get("kept_token_fraction"), ".0%")]
@@ -224,7 +224,7 @@ def _charts(results):
             "the bar of padded, if it was run."))
     if results.get("curves"):
         charts.append(_chart(
-            results, "curves", "Learning curves", figures.learning_curves, _curve_rows,
+            results, "curves", "Learning curves", learning_curves, _curve_rows,
             "A line per method and seed; a click on a name hides it. The loss is that of the next item alone, without "
             "the auxiliary part of map and stamp."))
     return "\n".join(charts)
@@ -247,7 +247,7 @@ def _chart(results, name, heading, draw, rows, caption):
 
 def _quality_rows(results):
     body = [[escaped(row["method"]), _number(row["seed"], "d"),
-             *(f"{row[metric]:.4f} {figures.span(row, metric)}" for metric in ("recall@10", "ndcg@10"))]
+             *(f"{row[metric]:.4f} {span(row, metric)}" for metric in ("recall@10", "ndcg@10"))]
             for row in results["rows"]]
     return ["method", "seed", "recall@10", "ndcg@10"], body
 
@@ -256,7 +256,7 @@ def _cost_rows(results):
     base = figures.reference(results)
     head = ["method", "recall@10", f"s per 1,000 windows (× {base['method']})", f"peak MB (× {base['method']})",
             "kept"]
-    body = [[escaped(row["method"]), f"{row['recall@10']:.4f} {figures.span(row, 'recall@10')}",
+    body = [[escaped(row["method"]), f"{row['recall@10']:.4f} {span(row, 'recall@10')}",
              _ratio(row, base, COST, "#.3g"), _ratio(row, base, MEMORY, ",.0f"),
              _number(row.get("kept_token_fraction"), ".0%")] for row in results["summary"]]
     return head, body

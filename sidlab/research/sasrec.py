@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidlab.baselines import flat_histories
 from sidlab.checks import integer
 from sidlab.metrics import rank_of_target, summary
+from sidlab.research.baselines import flat_histories
 from sidlab.windows import Windows, pad_histories
 
 

@@ -16,17 +16,15 @@ import html
 import json
 import math
 import os
-import re
-import traceback
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
 import numpy as np
 
+from sidlab.course import exercises  # noqa: F401 - it registers the checks that come with the package
+from sidlab.course.checks import CHECKS, Check, judge, register, with_code  # noqa: F401 - register is for those who add one
+from sidlab.course.labels import Labels
 from sidlab.files import write_json
-from sidlab.viz.labels import Labels
-
-TOLERANCE = 1e-5  # of the right number, or of 1 where that is less
 
 _guesses: dict[str, tuple[bool, float]] = {}  # by question: right?, stated confidence in 0..1
 _intervals: dict[str, bool] = {}  # did it hold the truth?
@@ -89,11 +87,6 @@ _STYLE = """<style>.sidlab-choices .widget-radio-box label
 .sidlab-question .jp-RenderedHTML td { max-width: 30rem; overflow-wrap: break-word }
 .sidlab-question > .widget-html, .sidlab-choices .widget-radio-box label { overflow-wrap: anywhere }
 .sidlab-inert { opacity: 0.5; pointer-events: none }</style>"""
-
-
-def _text(text: str) -> str:
-    """As HTML, in which `code` is set as code and nothing else has a meaning."""
-    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _output(thing) -> dict:
@@ -165,7 +158,7 @@ class Prediction(widgets.VBox):
         self.again = _Button(self._ask_anew, description="Answer anew", tooltip="Hide the truth and answer once more")
         self.result, self.more, self._buttons = widgets.HTML(), widgets.Output(), widgets.HBox()
         self._open(True)
-        asked = widgets.HTML(f"{_STYLE}<b>Predict first.</b> {_text(question)}")
+        asked = widgets.HTML(f"{_STYLE}<b>Predict first.</b> {with_code(question)}")
         parts = (asked, self.answer, self.confidence, self._buttons, self.result, self.more, Labels())
         self.children = [w for w in parts if w is not None]
         self.add_class("sidlab-question")
@@ -252,8 +245,8 @@ class Prediction(widgets.VBox):
             verdict = "✓ Inside your range." if right else "✗ Outside your range."
             said, was = f"You said {_number(low)} to {_number(high)}", _number(truth)
         unit = f" {self._unit}" if self._unit else ""
-        parts = [f"<b>{verdict}</b> " + _text(f"{said}{unit if self._choices is None else ''}; the truth is {was}{unit}."),
-                 _text(self._explain), _text(_calibration())]
+        parts = [f"<b>{verdict}</b> " + with_code(f"{said}{unit if self._choices is None else ''}; the truth is {was}{unit}."),
+                 with_code(self._explain), with_code(_calibration())]
         self.result.value = f'<div role="status">{"<br>".join(filter(None, parts))}</div>'
 
 
@@ -302,7 +295,7 @@ class Quiz(widgets.VBox):
         self.answers = [_radio(f"Question {i}", q.answers, q.text) for i, q in enumerate(questions, start=1)]
         self.feedback, self.total = [widgets.HTML() for _ in questions], widgets.HTML()
         self.check = _Button(self._check, description="Check", tooltip="Check your answers")
-        rows = [(widgets.HTML(f"{_STYLE}<b>{i}.</b> {_text(q.text)}"), answer, feedback)
+        rows = [(widgets.HTML(f"{_STYLE}<b>{i}.</b> {with_code(q.text)}"), answer, feedback)
                 for i, (q, answer, feedback) in enumerate(zip(questions, self.answers, self.feedback), start=1)]
         self.children = [*(part for row in rows for part in row), self.check, self.total]
         self.add_class("sidlab-question")
@@ -316,7 +309,7 @@ class Quiz(widgets.VBox):
         for question, answer, feedback in zip(self.questions, self.answers, self.feedback):
             verdict = "– No answer yet." if answer.value is None else "✓ Right." if answer.value == question.right else "✗ Not right."
             right += answer.value == question.right
-            why = "" if answer.value is None else _text(question.why)
+            why = "" if answer.value is None else with_code(question.why)
             feedback.value = f"<b>{verdict}</b> {why}"
             _answers[_key(question)] = answer.value
         self.total.value = f'<div role="status"><b>{right} of {len(self.questions)}</b> right.</div>'
@@ -329,59 +322,6 @@ def _key(question: Question) -> tuple:
     return question.text, repr(list(question.answers))
 
 
-# ---- checks
-
-
-@dataclasses.dataclass(frozen=True)
-class Exercise:
-    """What a check runs: `inputs`, a list of argument tuples; `oracle`, the right function; `mistakes`, {what to tell the learner: a
-    function that makes this mistake, or several variants of it}."""
-
-    inputs: list[tuple]
-    oracle: Callable
-    mistakes: dict[str, Callable | Sequence[Callable]]
-
-    def run(self, function) -> list:
-        """The results of `function` on fresh copies of all inputs, so that none can spoil another's."""
-        return [function(*arguments) for arguments in copy.deepcopy(self.inputs)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """`verdict`: "exact", "close" (within `TOLERANCE`), "max difference …", "wrong shape", "not started" or "raised …"."""
-
-    name: str
-    passed: bool
-    verdict: str
-    hint: str = ""
-
-    def __str__(self):
-        if self.verdict == "not started":
-            return f"– {self.name}: not started. {self.hint}"
-        return f"{'✓' if self.passed else '✗'} {self.name}: {'' if self.passed else 'not '}passed, {self.verdict}. {self.hint}".rstrip()
-
-    __repr__ = __str__
-
-    def _repr_html_(self):
-        said = _text(str(self)).replace(":", ":</b>", 1)
-        return f'<p role="status" style="overflow-wrap: anywhere"><b>{said}</p>'
-
-
-CHECKS: dict[str, Exercise] = {}
-
-
-def register(name: str, inputs: Sequence[tuple], oracle: Callable, mistakes: dict | None = None) -> None:
-    """Add a check (or replace it): see `Exercise`. Results are numbers, None, arrays, tensors, or nested lists of them.
-
-    >>> register("double", [(1,), (4,)], lambda x: 2 * x, {"This squares.": lambda x: x * x})
-    >>> check("double", lambda x: x ** 2)
-    ✗ double: not passed, max difference 8. This squares.
-    """
-    if not inputs or not all(isinstance(arguments, tuple) for arguments in inputs):
-        raise ValueError(f"inputs must be a list with at least one tuple of arguments, got {inputs!r}")
-    CHECKS[name] = Exercise(list(inputs), oracle, mistakes or {})
-
-
 def check(name: str, mine) -> Check:
     """Compare `mine`, a function, with the package's on fixed inputs (`CHECKS[name].inputs`); of a check with one input `mine` may also be
     the result itself.
@@ -391,76 +331,6 @@ def check(name: str, mine) -> Check:
     """
     if name not in CHECKS:
         raise ValueError(f"name={name!r} is no check; use one of {', '.join(CHECKS)}")
-    result = Check(name, *_judge(CHECKS[name], mine))
+    result = Check(name, *judge(CHECKS[name], mine))
     _checks.append({"name": name, "passed": result.passed, "verdict": result.verdict})
     return result
-
-
-def _judge(exercise: Exercise, mine) -> tuple[bool, str, str]:
-    if not callable(mine) and len(exercise.inputs) > 1:
-        raise ValueError(f"this check runs your function on {len(exercise.inputs)} inputs: pass the function itself, got {mine!r}")
-    try:
-        results = exercise.run(mine) if callable(mine) else [mine]
-    except NotImplementedError as error:
-        return False, "not started", f"Write your code in place of the line that raises NotImplementedError({str(error)!r})."
-    except Exception as error:  # noqa: BLE001 - it is the verdict, and the reader sees it
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]  # the learner's
-        where = f"In line {frames[0].lineno} of your code: {frames[0].line}" if frames else f"Arguments it gets: {len(exercise.inputs[0])}."
-        return False, f"raised {type(error).__name__}: {error}", where
-    right = exercise.run(exercise.oracle)
-    found = [_compare(*pair) for pair in zip(results, right)]
-    if all(verdict in ("exact", "close") for verdict, *_ in found):
-        return True, "close" if any(verdict == "close" for verdict, *_ in found) else "exact", ""
-    worst = max((i for i, (verdict, *_) in enumerate(found) if verdict not in ("exact", "close")), key=lambda i: found[i][2])
-    verdict, where, _ = found[worst]
-    for message, variants in exercise.mistakes.items():
-        for variant in [variants] if callable(variants) else variants:
-            if all(_compare(*pair)[0] in ("exact", "close") for pair in zip(results, exercise.run(variant))):
-                return False, verdict, message
-    return False, verdict, f"Input {worst + 1} of {len(right)}: {where}" if len(right) > 1 else where
-
-
-def _compare(mine, right) -> tuple[str, str, float]:
-    """(verdict, where it differs, by how much at most)."""
-    if mine is None and right is not None:
-        return "wrong shape", "Your function returned None: is there a `return`?", math.inf
-    (shape, got), (wanted, numbers) = _flat(mine), _flat(right)
-    if shape != wanted:
-        return "wrong shape", f"Expected {_described(wanted)}, got {_described(shape)}.", math.inf
-    whole = all(n is None or isinstance(n, int) for n in numbers)  # codes, positions, counts: close is not enough
-    a, b = np.array(got, float), np.array(numbers, float)  # None becomes NaN
-    with np.errstate(invalid="ignore"):
-        difference = np.where((a == b) | np.isnan(a) & np.isnan(b), 0, np.abs(a - b))
-    difference[np.isnan(difference)] = np.inf  # NaN on one side
-    if not difference.any():
-        return "exact", "", 0.0
-    far = difference > (0 if whole else TOLERANCE * np.maximum(1, np.where(np.isfinite(b), np.abs(b), 1)))
-    if not far.any():
-        return "close", "", float(difference.max())
-    wrong = np.flatnonzero(far)
-    where = f"{len(wrong)} of {len(b)} numbers differ; the first of them is {got[wrong[0]]}, and {numbers[wrong[0]]} is right."
-    return f"max difference {difference.max():.3g}", where, float(difference.max())
-
-
-def _flat(value) -> tuple[list, list]:
-    """The shape of tensors, arrays and nested lists, and their numbers one after the other. A shape is [length, *shape of the parts], with
-    the list of their shapes in place of it where they differ; of what is no number it is the name of the type."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, list | tuple):
-        parts = [_flat(part) for part in value]
-        shapes = [shape for shape, _ in parts]
-        inner = [] if not shapes else shapes[0] if all(shape == shapes[0] for shape in shapes) else [shapes]
-        return [len(value), *inner], [number for _, numbers in parts for number in numbers]
-    known = value is None or isinstance(value, int | float)
-    return ([], [value]) if known else ([type(value).__name__], [])
-
-
-def _described(shape) -> str:
-    if not shape or isinstance(shape[0], str):
-        return shape[0] if shape else "a number"
-    if isinstance(shape[-1], list):
-        return f"{shape[0]} parts of the shapes {', '.join(map(str, shape[-1]))}"
-    return f"the shape {shape}"
-
-
-from sidlab import exercises  # noqa: F401 - it registers the checks that come with the package

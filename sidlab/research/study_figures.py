@@ -1,4 +1,4 @@
-"""Figures of `sidlab.studies`: recall with its interval, and cost, of every setting."""
+"""Figures of `sidlab.research.studies`: recall with its interval, and cost, of every setting."""
 
 import itertools
 import re
@@ -7,9 +7,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sidlab.adaptive import SCHEDULES, Strategy, keep_at
-from sidlab.viz.figures import COST, MEMORY, error_bars
-from sidlab.viz.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, template
+from sidlab.figures.charts import COST, MEMORY, error_bars
+from sidlab.figures.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, template
+from sidlab.strategy import SCHEDULES, Strategy, keep_at
 
 TITLES = {"pruning.keep": "kept share", "map.weight": "weight of the auxiliary loss", "sids.levels": "levels",
           "kept_token_fraction": "share of tokens kept in training"}

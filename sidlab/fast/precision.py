@@ -12,7 +12,7 @@ import statistics
 import numpy as np
 import torch
 
-from sidlab.meter import clock
+from sidlab.fast.meter import clock
 
 # Passes in each precision, of which the median counts.
 ROUNDS = 5

@@ -1,6 +1,6 @@
 """The benchmark: what training, recommending and SID encoding cost here, against the published way and against the cost model.
 
-    python -m sidlab.bench [--quick] [--json FILE] [--page FILE]        (also: make bench)
+    python -m sidlab.research.bench [--quick] [--json FILE] [--page FILE]        (also: make bench)
 
 Every figure is a ratio of medians over rounds in which all variants take turns, in one process; its spread is the 95 % interval of a
 bootstrap over rounds. Peak memory is that of a child process of its own, or what a GPU has allocated. How it is measured: `timing`.
@@ -16,13 +16,14 @@ import time
 import numpy as np
 import torch
 
-from sidlab.comparison import hardware, versions
-from sidlab.cost import cost
+from sidlab.fast.precision import uses_bf16
+from sidlab.fast.scored_attention import attention_path
 from sidlab.files import write_json
-from sidlab.models.scoring import attention_path
-from sidlab.precision import uses_bf16
 from sidlab.pruning import PruningConfig
-from sidlab.timing import (
+from sidlab.research import waterfall
+from sidlab.research.compare import hardware, versions
+from sidlab.research.cost import cost
+from sidlab.research.timing import (
     BEAUTY,
     LENGTHS,
     OURS,
@@ -222,7 +223,8 @@ def say(what):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m sidlab.bench", description="Measure this machine and compare with the targets.")
+    parser = argparse.ArgumentParser(prog="python -m sidlab.research.bench",
+                                     description="Measure this machine and compare with the targets.")
     parser.add_argument("--quick", action="store_true", help="under three minutes on an idle machine; fewer rounds, smaller batches")
     parser.add_argument("--gpu", action="store_true", help="the rows of a CUDA device")
     parser.add_argument("--check", action="store_true", help="only say whether what is asked for can be measured here")
@@ -237,14 +239,12 @@ def main(arguments=None):
     if options.check:
         return
     report = run(options.quick, "cuda" if options.gpu else "cpu")
-    command = "python -m sidlab.bench" + " --quick" * options.quick + " --gpu" * options.gpu
+    command = "python -m sidlab.research.bench" + " --quick" * options.quick + " --gpu" * options.gpu
     results = {"command": command, "hardware": hardware(), "versions": versions(), "rows": report.rows, "targets": report.targets}
     print("\n".join(report.lines()))
     if options.json:
         write_json(pathlib.Path(options.json), results)
     if options.page:
-        from sidlab.viz import waterfall  # the one step to the right: it shows what was just measured
-
         studies = [json.loads(path.read_text()) for path in sorted(pathlib.Path(options.studies).glob("fast-*.json"))]
         waterfall.write_page(results, options.page, studies)
 

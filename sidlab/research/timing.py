@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from sidlab.calibration import random_table
 from sidlab.config import TrainConfig
 from sidlab.decoding import recommend
-from sidlab.graphs import ReplayedPasses
-from sidlab.meter import clock, highest_mb, memory_mb, reset_highest_mb
+from sidlab.fast.graphs import ReplayedPasses
+from sidlab.fast.meter import clock, highest_mb, memory_mb, reset_highest_mb
+from sidlab.fast.precision import faster_precision, sizes, uses_bf16
 from sidlab.models.t5 import DeepFeedForward
-from sidlab.precision import faster_precision, sizes, uses_bf16
+from sidlab.research.calibration import random_table
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
 from sidlab.training import build_model

@@ -1,6 +1,6 @@
 """What the benchmark measured, as a page: the waterfall from the published configuration to ours.
 
-`results` is what `python -m sidlab.bench --json` writes.
+`results` is what `python -m sidlab.research.bench --json` writes.
 """
 
 import html
@@ -10,10 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from sidlab.figures.theme import BLUE, GREY, ORANGE, TEMPLATES
 from sidlab.files import write
-from sidlab.viz.page import captioned_table, document
-from sidlab.viz.studies import curves_figure
-from sidlab.viz.theme import BLUE, GREY, ORANGE, TEMPLATES
+from sidlab.research.page import captioned_table, document
+from sidlab.research.study_figures import curves_figure
 
 TRAINING = "Beauty lengths"
 HEAD = ("windows", "variant", "s per 1,000", "GFLOP per 1,000", "GFLOP/s", "activations MB, predicted", "peak MB, measured", "attention")

@@ -16,11 +16,11 @@ import torch
 from scipy.optimize import nnls
 
 from sidlab.config import TrainConfig
-from sidlab.cost import Cost, cost
-from sidlab.graphs import ReplayedPasses
-from sidlab.meter import device_name
-from sidlab.precision import uses_bf16
+from sidlab.fast.graphs import ReplayedPasses
+from sidlab.fast.meter import device_name
+from sidlab.fast.precision import uses_bf16
 from sidlab.pruning import PruningConfig
+from sidlab.research.cost import Cost, cost
 from sidlab.sids.table import SidTable
 from sidlab.training import build_model
 from sidlab.windows import Collator, Windows, tell_padding
