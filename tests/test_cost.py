@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidlab.config import TrainConfig
 from sidlab.decoding import recommend
-from sidlab.fast import kernels, scoring
+from sidlab.fast import cpu_layers, kernels, scored_attention
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig
 from sidlab.research.compare import METHODS, method_config
@@ -226,7 +226,7 @@ def on_a_gpu(monkeypatch):
     def dropout(x, p, training, inplace=False):
         return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
-    monkeypatch.setattr(scoring, "choose_path", lambda *_: "sdpa")
+    monkeypatch.setattr(scored_attention, "choose_path", lambda *_: "sdpa")
     monkeypatch.setattr(kernels, "choose_backend", lambda *_: "torch")  # the interpreted kernel takes minutes
     monkeypatch.setattr(cpu_layers, "_by_byte", lambda x, p: False)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)

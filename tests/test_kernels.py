@@ -18,7 +18,7 @@ from test_t5 import CLOSE, HISTORIES, LABELS, batch, build, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidlab.decoding import recommend
-from sidlab.fast import kernels, scoring
+from sidlab.fast import kernels, scored_attention
 from sidlab.pruning import PruningConfig
 from sidlab.saliency import attention_centrality
 
@@ -259,7 +259,7 @@ def fused(dropout=0.0, seed=0):
     query, key, value = tensors(2, 2, 12, 8, count=3)
     module, mask = build().encoder.block[0].layer[0].SelfAttention, torch.ones(2, 12, dtype=torch.long)
     torch.manual_seed(seed)
-    return scoring.fused_attention(module, query.cpu(), key.cpu(), value.cpu(), None, dropout=dropout, scaling=None,
+    return scored_attention.fused_attention(module, query.cpu(), key.cpu(), value.cpu(), None, dropout=dropout, scaling=None,
                                    position_bias=torch.zeros(1, 2, 12, 12), token_mask=mask)
 
 
@@ -285,26 +285,26 @@ def test_a_compiled_encoder_has_the_kernel_in_its_graph():
 
 def test_which_path_is_taken_and_told(monkeypatch):
     model = model_with("auto")
-    assert scoring.attention_path(model) == "layer 2, which scores: plain attention; the others: sdpa"
-    assert scoring.attention_path(build()) == "all layers: sdpa; none scores"
+    assert scored_attention.attention_path(model) == "layer 2, which scores: plain attention; the others: sdpa"
+    assert scored_attention.attention_path(build()) == "all layers: sdpa; none scores"
     model.encoder.scoring_path = "sdpa"
     by = "PyTorch" if CUDA else "Triton"  # of the CPU, where Triton is interpreted or not at all
-    assert scoring.attention_path(model) == f"layer 2, which scores: SDPA + column sums in {by}; the others: sdpa"
+    assert scored_attention.attention_path(model) == f"layer 2, which scores: SDPA + column sums in {by}; the others: sdpa"
     model.set_attn_implementation("eager")  # whoever wants to see the weights sees all of them
-    assert scoring.attention_path(model) == "layer 2, which scores: plain attention; the others: eager"
+    assert scored_attention.attention_path(model) == "layer 2, which scores: plain attention; the others: eager"
     assert model.encoder(**batch(), output_attentions=True).attentions[1].shape == (4, 2, 32, 32)
 
     for works, path in ((True, "sdpa"), (False, "plain")):
-        monkeypatch.setattr(scoring, "_works", lambda *_, works=works: works)
-        assert scoring.choose_path(torch.device("cuda"), torch.bfloat16, 6, 64) == path
-        assert scoring.choose_path(torch.device("cpu"), torch.float32, 6, 64) == "plain"
+        monkeypatch.setattr(scored_attention, "_works", lambda *_, works=works: works)
+        assert scored_attention.choose_path(torch.device("cuda"), torch.bfloat16, 6, 64) == path
+        assert scored_attention.choose_path(torch.device("cpu"), torch.float32, 6, 64) == "plain"
 
 
 @pytest.fixture
 def check():
-    scoring._works.cache_clear()
-    yield lambda dtype=torch.float32, causal=False: scoring._works(torch.device(DEVICE), dtype, 2, 16, causal)
-    scoring._works.cache_clear()
+    scored_attention._works.cache_clear()
+    yield lambda dtype=torch.float32, causal=False: scored_attention._works(torch.device(DEVICE), dtype, 2, 16, causal)
+    scored_attention._works.cache_clear()
 
 
 def test_the_fused_path_is_used_only_after_its_check(check, monkeypatch, recwarn):
@@ -314,7 +314,7 @@ def test_the_fused_path_is_used_only_after_its_check(check, monkeypatch, recwarn
         assert check(torch.float16)
     assert torch.equal(torch.get_rng_state(), state)
 
-    scoring._works.cache_clear()
+    scored_attention._works.cache_clear()
     right = kernels.column_sums
     monkeypatch.setattr(kernels, "column_sums", lambda *args, **options: 1.2 * right(*args, **options))
     with pytest.warns(UserWarning, match='path "sdpa" does not work .* its results are off by 20'):
@@ -341,7 +341,7 @@ def test_on_a_gpu_the_fused_path_works(dtype, dropout, recwarn):
     model, inputs = build(PruningConfig(), **sizes, dropout=dropout).cuda().train(), {k: v.cuda() for k, v in batch().items()}
     plain = model_with("plain", **sizes, dropout=dropout).cuda()
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        assert "SDPA" in scoring.attention_path(model)
+        assert "SDPA" in scored_attention.attention_path(model)
         model(**inputs, labels=LABELS.cuda()).loss.backward()
         found, expected = model.eval().encoder(**inputs), plain.encoder(**inputs)
     assert not [w for w in recwarn.list if "does not work" in str(w.message)]
