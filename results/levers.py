@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--sids", help="a published SID file; default: residual k-means on the texts")
     args = parser.parse_args()
     catalogue = sidlab.load_catalogue(args.dataset)
-    table = sidlab.SidTable.from_file(args.sids) if args.sids else sidlab.research.runs.sid_table(catalogue, "runs/levers")[0]
+    table = sidlab.SidTable.from_file(args.sids) if args.sids else sidlab.runs.sid_table(catalogue, "runs/levers")[0]
     histories, targets = leave_one_out(catalogue.histories).cases("validation")
 
     path = HERE / "levers.json"

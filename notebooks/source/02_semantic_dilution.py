@@ -266,14 +266,14 @@ config = sidlab.TrainConfig.preset("quick")
 
 
 def flops(n_levels, width, lengths):
-    return sidlab.research.cost.cost(config, (width,) * n_levels, lengths).training
+    return sidlab.cost.cost(config, (width,) * n_levels, lengths).training
 
 
 rows = []
 for items in (int(windows.lengths.mean()), 30, 100):
     long_config = sidlab.TrainConfig.preset("quick", max_items=items, batch_tokens=2048)
     for n in (1, 2, 3, 4, 6, 8):
-        c = sidlab.research.cost.cost(long_config, (256,) * n, np.full(64, items))
+        c = sidlab.cost.cost(long_config, (256,) * n, np.full(64, items))
         rows.append({"items of history": items, "levels": n, "tokens": round(c.slots), "MFLOPs per window": c.training / 1e6})
 growth = pd.DataFrame(rows)
 growth["× against 1 level"] = growth["MFLOPs per window"] / growth.groupby("items of history")["MFLOPs per window"].transform("first")
@@ -293,7 +293,7 @@ teach.predict(
 # And the width? It buys parameters (an embedding per code) and a larger softmax, but no tokens:
 
 # %%
-wider = {f"W = {width}": sidlab.research.cost.cost(config, (width,) * 3, windows.lengths) for width in (16, 256, 4096)}
+wider = {f"W = {width}": sidlab.cost.cost(config, (width,) * 3, windows.lengths) for width in (16, 256, 4096)}
 pd.DataFrame({name: {"parameters": c.parameters, "MFLOPs per window": c.training / 1e6} for name, c in wider.items()}
              ).T.style.format({"parameters": "{:,.0f}", "MFLOPs per window": "{:.1f}"})
 

@@ -266,7 +266,7 @@ print(f"with head {model.num_parameters():,} parameters, without {bare.num_param
 common = {"arch": "t5", "encoder_mask": "items", "precision": "fp32"}
 ways = {"one item a window": {}, "one item a window and MAP": {"map": config}, "all items": {"targets": "all"},
         "all items and MAP": {"targets": "all", "map": config}}
-costs = {way: sidlab.research.cost.cost(sidlab.TrainConfig.preset("quick", **common, **fields), table.widths, stretches if "targets" in fields else windows)
+costs = {way: sidlab.cost.cost(sidlab.TrainConfig.preset("quick", **common, **fields), table.widths, stretches if "targets" in fields else windows)
          for way, fields in ways.items()}
 flops = pd.DataFrame({way: {**c.flops, "forward": c.forward, "training": c.training} for way, c in costs.items()}).T / 1e6
 relative = flops["training"] / flops["training"]["one item a window"]

@@ -242,7 +242,7 @@ monitor
 # The same arithmetic on RASTP's paper, which reports recall@10 on Amazon Beauty, with 22,363 test users:
 
 # %%
-beauty = sidlab.research.papers.published("amazon-beauty")
+beauty = sidlab.papers.published("amazon-beauty")
 stored = pathlib.Path(sidlab.__file__).parents[1] / "results" / "amazon-beauty-long.json"  # wherever this notebook lies
 ours = {row["method"]: row["recall@10"] for row in json.loads(stored.read_text())["summary"]}
 added = pd.DataFrame([{"method": name, "source": "this kit", "recall@10": ours[name]}
@@ -260,7 +260,7 @@ def of_rastp(published):
     return published[published.source.str.contains("2511.16943")].set_index("method")["recall@10"]
 
 
-pair, sports = of_rastp(beauty), of_rastp(sidlab.research.papers.published("amazon-sports"))
+pair, sports = of_rastp(beauty), of_rastp(sidlab.papers.published("amazon-sports"))
 found = np.arange(22_363) < pair["TIGER"] * 22_363  # as many hits as the baseline had
 low, high = bootstrap_interval(found)
 print(f"the gain RASTP reports: {pair['RASTP'] - pair['TIGER']:+.4f}")

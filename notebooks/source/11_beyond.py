@@ -120,7 +120,7 @@ teach.predict(
 # All four experiments below use the bundled model, its test users, and pruning behind layer 2. They are small on purpose: each shows one thing that pruning would meet there.
 
 # %%
-demo = sidlab.course.demo.load()
+demo = sidlab.demo.load()
 split = leave_one_out(demo.catalogue.histories)
 demo_histories, demo_targets = (part[:test_users] for part in split.cases("test"))
 third = PruningConfig(keep=1 / 3)
