@@ -76,6 +76,7 @@ class TrainConfig:
     learning_rate: float = 1e-3  # AdamW's peak
     muon: float | None = None  # the peak rate of Muon, which then has the weight matrices inside the layers (`MuonAdamW`)
     beta2: float = 0.999  # AdamW's decay of the squared gradients
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm over all parameters; 0: never
     warmup: float = 0.05  # share of all updates
     schedule: str = "cosine"  # one of `SCHEDULERS`, the same for both optimisers
     # Share of all updates, the last ones, whose weights are averaged (`torch.optim.swa_utils`). From then on the average is
@@ -116,7 +117,7 @@ class TrainConfig:
             raise ValueError("epochs must be above 0 and finite, and warmup, a share of the updates, in [0, 1]; "
                              f"got {self.epochs} and {self.warmup}")
         below_one = ("dropout", "residual_dropout", "label_smoothing", "beta2", "average_last")
-        limits = dict.fromkeys(below_one, 1) | dict.fromkeys(("weight_decay", "learning_rate", "muon"), math.inf)
+        limits = dict.fromkeys(below_one, 1) | dict.fromkeys(("weight_decay", "learning_rate", "muon", "max_grad_norm"), math.inf)
         for name, below in limits.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value < below:

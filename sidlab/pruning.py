@@ -115,9 +115,11 @@ class TokenPruner(nn.Module):
 
         Args: `hidden` [B, N, d]; `mask` [B, N], 1 real, 0 padding; `importance` float [B, N] (ignored at padding); `protect`
         bool [B, N], tokens kept on top of the share; `item_index` int64 [B, N], needed by `unit="item"`, ascending from 0;
-        `slots`: K if the caller knows it. Without it K is ceil(keep · N) in token mode, from the shape alone, and is read
-        from the mask (one synchronisation on a GPU) in item mode, with `protect` and with `mass`.
-        Returns `Pruned`. Where scores are equal the lowest position is kept. Raises ValueError on shapes that do not agree.
+        `slots`: K if the caller knows it, enough for what is kept. Without it K is ceil(keep · N) in token mode, from the shape
+        alone, and is read from the mask (one synchronisation on a GPU) in item mode, with `protect` and with `mass`.
+        Returns `Pruned`. Where scores are equal the lowest position is kept. Raises ValueError on shapes that do not agree, and
+        on too few `slots`: in token mode fewer than the shape alone asks for; otherwise checked on the CPU only, since a GPU
+        would have to be waited for.
         """
         if hidden.ndim != 3 or mask.shape != hidden.shape[:2] or importance.shape != hidden.shape[:2]:
             raise ValueError("hidden, mask and importance must be [B, N, d], [B, N] and [B, N], got "
@@ -126,10 +128,14 @@ class TokenPruner(nn.Module):
             raise ValueError(f"slots must be at least 0, got {slots}")
         kept = self.choose(mask, importance, protect=protect, item_index=item_index)
         width = mask.shape[1]
+        from_shape = self.unit == "token" and protect is None and self.mass is None
         if slots is None or self.mass is not None:
-            from_shape = self.unit == "token" and protect is None and self.mass is None
             slots = math.ceil(self.keep * width - 1e-6) if from_shape else int(kept.sum(1).max()) if len(kept) else 0
             slots = max(slots, min(width, 1))  # one also for rows of nothing but padding: no layer behind takes less
+        elif from_shape or kept.device.type == "cpu":
+            needed = math.ceil(self.keep * width - 1e-6) if from_shape else int(kept.sum(1).max()) if len(kept) else 0
+            if slots < needed:
+                raise ValueError(f"slots={slots} would drop tokens that are kept; give at least {needed}, or None")
         # The n-th kept token of a row goes to slot n; one slot more takes all that is dropped.
         slot = torch.where(kept, kept.cumsum(1) - 1, slots).clamp_max(slots)  # [B, N]
         places = torch.arange(width, device=mask.device).expand_as(slot)

@@ -138,7 +138,7 @@ def named_scorer(name: str) -> Callable[[Signals], Tensor]:
 
 
 def own_source(scorer: str | Callable) -> str | None:
-    """The text that tells two versions of an own scorer apart: of its module, where it has a name; None for those of `SCORERS`, and for
+    """The text that tells two versions of a custom scorer apart: of its module, where it has a name; None for those of `SCORERS`, and for
     what has no source."""
     if isinstance(scorer, str) and scorer not in SCORERS:
         named_scorer(scorer)
@@ -152,7 +152,7 @@ def token_importance(signals: Signals, scorer: str | Callable[[Signals], Tensor]
     """How much each token is worth keeping: float32 [B, N], −inf where the mask is 0.
 
     Args: `scorer`: a name as in `named_scorer`, or any callable from `Signals` to a float tensor [B, N].
-    Raises ValueError for an unknown name, a signal that is missing, or an own scorer's result of the wrong shape or with NaN for a token.
+    Raises ValueError for an unknown name, a signal that is missing, or a custom scorer's result of the wrong shape or with NaN for a token.
     """
     score = (named_scorer(scorer) if isinstance(scorer, str) else scorer)(signals)
     if not (isinstance(scorer, str) and scorer in SCORERS):

@@ -129,14 +129,15 @@ class AdaptPruning(TrainerCallback):
     @torch.no_grad()
     def _probe(self, pruning: PruningConfig, encode: bool = False):
         before, training = self.model.pruning, self.model.training
-        self.model.eval()
-        self.model.set_pruning(dataclasses.replace(pruning, at_inference=True))
         inputs = {name: value.to(self.model.device) for name, value in self.probe.items()}
         labels = inputs.pop("labels")
-        out = self.model.encode(**inputs) if encode else self.model(**inputs, labels=labels)
-        self.model.set_pruning(before)
-        self.model.train(training)
-        return out
+        try:
+            self.model.eval()
+            self.model.set_pruning(dataclasses.replace(pruning, at_inference=True))
+            return self.model.encode(**inputs) if encode else self.model(**inputs, labels=labels)
+        finally:
+            self.model.set_pruning(before)
+            self.model.train(training)
 
 
 def spearman(one: Tensor, other: Tensor, mask: Tensor) -> float:

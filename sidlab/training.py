@@ -82,12 +82,15 @@ class TrainResult:
 
 
 def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
-    """A fresh model; weights depend on `config.seed` alone, whatever is pruned or predicted besides."""
+    """A fresh model; weights depend on `config.seed` alone, whatever is pruned or predicted besides. Random numbers that the caller draws
+    stay as they were."""
     config = config.completed()
     fields = config.to_dict()
-    set_seed(config.seed)
-    model = MODELS[config.arch](config, table, {name: fields[name] for name in SHARED})
-    if config.pruning is not None and callable(config.pruning.scorer):
+    with kept_random_state():
+        set_seed(config.seed)
+        model = MODELS[config.arch](config, table, {name: fields[name] for name in SHARED})
+    # A custom scorer, by name or as it is: of the model's own configuration it would not be imported.
+    if config.pruning is not None:
         model.set_scorer(config.pruning.scorer)
     if config.plain:
         model.set_attn_implementation("eager")
@@ -469,7 +472,8 @@ def _arguments(config, folder, updates, processes, *, keep, progress):
         output_dir=str(folder), seed=config.seed, per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulation // processes, adam_beta2=config.beta2,
         learning_rate=config.learning_rate, weight_decay=config.weight_decay, lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup, max_steps=updates,
+        # In updates: the library takes a number below 1 for a share, but 1.0 for one update.
+        warmup_steps=math.ceil(config.warmup * updates), max_steps=updates, max_grad_norm=config.max_grad_norm,
         eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
         save_total_limit=2, save_only_model=not keep, load_best_model_at_end=True, metric_for_best_model="recall@5",
         greater_is_better=True, logging_steps=max(1, config.eval_every // 5), bf16=config.precision == "bf16", optim="adamw_torch_fused",

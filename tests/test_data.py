@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from sidlab.data import load
 from sidlab.data import text as text_module
 from sidlab.data.catalogue import WEIGHTS, Catalogue, compose_text, text_parts
 from sidlab.data.folder import read_folder, save_catalogue
@@ -164,10 +165,12 @@ def test_names_and_folders_find_their_catalogue(monkeypatch, tmp_path):
         load_catalogue("mine", n_items=3)
 
 
+def test_a_catalogue_prints_itself_in_a_line():
+    assert repr(load_catalogue("planted", n_users=20)).startswith("Catalogue('planted': 160 items, 20 users, ")
+
+
 def test_planted_gets_its_options(monkeypatch):
-    planted = types.ModuleType("sidlab.data.planted")
-    planted.planted_catalogue = lambda n: catalogue(texts=["a word"] * n, truth="known")
-    monkeypatch.setitem(sys.modules, "sidlab.data.planted", planted)
+    monkeypatch.setattr(load, "planted_catalogue", lambda n: catalogue(texts=["a word"] * n, truth="known"))
     assert load_catalogue("planted", n=4).n_items == 4
     replaced = load_catalogue("planted", n=3, embeddings=np.eye(3))
     assert replaced.truth == "known" and replaced.embeddings.tolist() == np.eye(3).tolist()

@@ -136,3 +136,20 @@ def test_a_decoder_only_model_is_refused_in_words():
     with pytest.raises(ValueError, match="opens the encoder of a SidT5.*got a SidQwen"):
         Probe(SidQwen(SidQwenConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
                                     head_dim=4)), [1])
+
+
+def test_a_probe_leaves_the_model_as_it_was(world):
+    model, catalogue = world
+    model.train().set_pruning(PruningConfig(keep=0.5))
+    before = model.pruning
+    try:
+        probe = Probe(model, catalogue.histories[0][:-1])
+        scores = [probe.prune(PruningConfig(keep=0.3)).scores for _ in range(2)]
+        assert model.training and model.pruning is before
+        assert all(module.training for module in model.modules())
+        assert torch.equal(*scores), "no dropout in what it recommends"
+        with pytest.raises(ValueError, match="reference"):
+            probe.prune(PruningConfig(mode="reference"))
+        assert model.training
+    finally:
+        model.eval().set_pruning(None)

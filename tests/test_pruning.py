@@ -91,6 +91,20 @@ def test_a_share_of_any_number_type_is_written_as_json():
     assert json.loads(json.dumps(PruningConfig(keep=Fraction(1, 2)).to_dict()))["keep"] == 0.5
 
 
+@pytest.mark.parametrize("unit", ["token", "item"])
+def test_too_few_slots_are_refused(unit):
+    """Half of 8 tokens are 4, and so are half of 4 items of 2 tokens."""
+    hidden, mask = torch.randn(2, 8, 4), torch.ones(2, 8, dtype=torch.long)
+    item_index = torch.arange(8).repeat(2, 1) // 2
+    pruner = TokenPruner(0.5, unit)
+    needed = 4
+    arguments = {"item_index": item_index} if unit == "item" else {}
+    importance = torch.rand(2, 8)
+    assert pruner(hidden, mask, importance, slots=needed, **arguments).mask.sum() == 2 * needed
+    with pytest.raises(ValueError, match=f"slots={needed - 1} would drop tokens that are kept; give at least {needed}"):
+        pruner(hidden, mask, importance, slots=needed - 1, **arguments)
+
+
 def test_equal_scores_keep_the_lowest_positions():
     assert TokenPruner(0.5)(torch.zeros(1, 6, 1), torch.ones(1, 6), torch.ones(1, 6)).positions.tolist() == [[0, 1, 2]]
 

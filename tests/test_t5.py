@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -538,10 +539,31 @@ def test_an_own_scorer_is_called_and_asked_for_after_loading(tmp_path):
         assert positions[mask == 1].tolist() == list(range(int(mask.sum())))
     model.save_pretrained(tmp_path)
     loaded = SidT5.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"own scorer \(own:oldest\); give it back with model.set_scorer"):
+    with pytest.raises(ValueError, match=r"custom scorer \(own:oldest\), and a saved model imports nothing: give it back with"):
         loaded.encoder(**batch())
+    loaded.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["pruning"]["scorer"] == "own:oldest"
     loaded.set_scorer(oldest)
     assert torch.equal(loaded.encoder(**batch()).positions, encoded.positions)
+
+
+def test_a_saved_model_imports_no_module(tmp_path, monkeypatch):
+    """A folder from a stranger whose configuration names a module that writes a file when it is imported."""
+    (tmp_path / "stranger.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_suffix('.ran').touch()\nscore = lambda signals: signals.positions.float()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    build(PruningConfig()).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    fields = json.loads(path.read_text())
+    fields["pruning"]["scorer"] = "stranger:score"
+    path.write_text(json.dumps(fields))
+    loaded = SidT5.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"custom scorer \(stranger:score\), and a saved model imports nothing"):
+        loaded.encoder(**batch())
+    assert not (tmp_path / "stranger.ran").exists()
+    loaded.set_scorer("stranger:score")
+    loaded.encoder(**batch())
+    assert (tmp_path / "stranger.ran").exists(), "what the caller names is imported"
 
 
 def test_a_scorer_set_by_name_is_the_one_that_is_saved(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import random
 import tempfile
 import types
 
@@ -620,6 +621,37 @@ def test_a_killed_run_with_muon_goes_on_as_if_nothing_had_happened(tmp_path):
         run(tmp_path / "cut", [Stop(5)], muon=0.01, **STAMP)
     assert_same(run(tmp_path / "cut", muon=0.01, **STAMP), expected)
     assert any(not torch.equal(a, b) for a, b in zip(expected.model.parameters(), run(**STAMP).model.parameters()))
+
+
+def test_building_a_model_draws_no_numbers_of_the_callers():
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    build_model(config(), TABLE)
+    drawn = torch.rand(1).item(), np.random.rand(), random.random()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    assert drawn == (torch.rand(1).item(), np.random.rand(), random.random())
+
+
+@pytest.mark.parametrize("warmup, updates", [(0.0, 0), (0.05, 1), (0.5, 4), (1.0, 8)])
+def test_warmup_is_a_share_of_all_updates(warmup, updates):
+    """The learning rate rises in even steps until then."""
+    arguments = training._arguments(config(warmup=warmup), "nowhere", 8, 1, keep=False, progress=False)
+    assert arguments.get_warmup_steps(8) == updates
+
+
+def test_gradients_are_cut_to_a_norm():
+    class Norms(TrainerCallback):
+        seen = []
+
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            self.seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item())
+
+    run(callbacks=[Norms()], max_grad_norm=0.01)
+    assert len(Norms.seen) == 8
+    assert all(norm == pytest.approx(0.01, rel=1e-3) for norm in Norms.seen)
 
 
 class AllWeights(TrainerCallback):

@@ -203,7 +203,7 @@ go.Figure([go.Scatter(x=weights, y=kept_likeness[:, side], name=name, mode="line
 # ### Several businesses in one model
 #
 # Videos, goods and adverts in one history: most of it belongs to another business than the next item. Does a pruner know which? Here a "business" is one kind of item (the first code), and
-# the experiment keeps, with an own scorer, either the tokens of the target's business first or those of the others, at the same third.
+# the experiment keeps, with a custom scorer, either the tokens of the target's business first or those of the others, at the same third.
 
 # %%
 business = demo.catalogue.truth.tree[:, 0]

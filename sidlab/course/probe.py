@@ -50,10 +50,10 @@ class Probe:
     def __init__(self, model, history, truth=None):
         if not hasattr(model, "encoder"):
             raise ValueError(f"a probe opens the encoder of a SidT5, and so do the explorers; got a {type(model).__name__}")
-        self.model, config = on_processor(model).eval(), model.config
+        self.model, config = on_processor(model), model.config
         model = self.model
         self.history = pad_histories([history], config.max_items, table_of(model).n_items)[0]
-        self._encoder = copy.deepcopy(model.encoder)  # its own, so that the model's pruning stays as it is
+        self._encoder = copy.deepcopy(model.encoder).eval()  # its own, so that the model stays as it is
         self.input_ids = history_tokens(self.history[None], model.table, config.separators).to(model.device)  # [1, N]
         self.mask = torch.ones_like(self.input_ids)
         self.tokens = self.input_ids[0]
@@ -117,7 +117,11 @@ class Probe:
             out.items_back = out.items_back[:, :used]
             states, _, attention = self._run(hidden[:, :used], bias[..., :used, :used], layer, item.gather(1, out.positions))
         out.last_hidden_state = encoder.final_layer_norm(states[-1])
-        leaves, scores = beam_search(self.model, out, beam or max(k, 10))
+        training = self.model.training
+        try:
+            leaves, scores = beam_search(self.model.eval(), out, beam or max(k, 10))
+        finally:
+            self.model.train(training)
         k = min(k, self.model.table.n_items)
         items, scores = items_of_leaves(self.model.table.trie_on(self.model.device), leaves, scores, k)
         kept = torch.ones_like(self.tokens, dtype=torch.bool)

@@ -32,7 +32,7 @@ WEIGHTS = {"title": 1.0, "brand": 0.25, "categories": 0.25, "rest": 0.25}
 COLUMNS = ("item_id", "title", "brand", "categories", "text")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Catalogue:
     """Items and histories, checked when built.
 
@@ -69,6 +69,10 @@ class Catalogue:
                              f"{len(self.user_ids)} ids, {len(set(self.user_ids))} of them different")
         self.given_embeddings = None if embeddings is None else _checked_embeddings(embeddings, self.n_items)
         self._embeddings = self.given_embeddings
+
+    def __repr__(self):
+        events = sum(map(len, self.histories))
+        return f"Catalogue({self.name!r}: {self.n_items:,} items, {len(self.histories):,} users, {events:,} interactions)"
 
     @property
     def n_items(self) -> int:

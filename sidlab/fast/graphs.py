@@ -18,7 +18,7 @@ GRAPHS = 128  # at most; batches of further shapes run as ever
 
 def recordable(pruning: PruningConfig | None) -> bool:
     """Whether a model that prunes so never waits for the device in a training pass: not where the number of slots is read from the scores.
-    An own scorer may do anything."""
+    A custom scorer may do anything."""
     return pruning is None or (pruning.unit == "token" and not pruning.protect_separators and pruning.mass is None
                                and isinstance(pruning.scorer, str) and pruning.scorer in SCORERS)
 

@@ -18,7 +18,7 @@ from sidlab.fast.scored_attention import SCORED
 from sidlab.files import read_json, reading
 from sidlab.map_loss import MapConfig, MapHead, map_loss
 from sidlab.pruning import Pruned, PruningConfig, TokenPruner, reference_choice
-from sidlab.saliency import Signals, scramble, semantic_saliency, token_importance
+from sidlab.saliency import SCORERS, Signals, scramble, semantic_saliency, token_importance
 from sidlab.sids.table import BOS, PAD, SidTable
 
 
@@ -116,18 +116,24 @@ def check_after_layer(pruning: PruningConfig | None, layers: int, of: str = "enc
 
 
 def pruning_of(config) -> PruningConfig | None:
-    """The `PruningConfig` that a model's configuration holds as a dict; an own scorer becomes one that says it is missing."""
+    """The `PruningConfig` that a model's configuration holds as a dict.
+
+    A custom scorer becomes one that says it is missing until `set_scorer` gives it back: a model may
+    come from a stranger, so what it names is never imported.
+    """
     if config.pruning is None:
         return None
     scorer = config.pruning["scorer"]
-    own = _missing_scorer(scorer) if scorer.startswith("own:") else scorer
-    return PruningConfig(**config.pruning | {"scorer": own})
+    return PruningConfig(**config.pruning | {"scorer": scorer if scorer in SCORERS else _missing_scorer(scorer)})
 
 
 def _missing_scorer(name):
     def scorer(signals):
-        raise ValueError(f"this model was built with an own scorer ({name}); give it back with model.set_scorer(function)")
+        raise ValueError(f"this model was built with a custom scorer ({name}), and a saved model imports nothing: give it back with "
+                         "model.set_scorer(function)")
 
+    # Saved again, it is known by the same name.
+    scorer.__name__ = name.removeprefix("own:")
     return scorer
 
 

@@ -79,7 +79,7 @@ def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_MET
     `page.write_page` makes a page.
 
     Args: `dataset`: what `load_catalogue` takes; `preset`: of `TrainConfig`; `methods`: names of `METHODS`, separated by spaces or
-    in a list, or "module:function", an own scorer (see `saliency.named_scorer`); a pruning method may carry its kept share, as in
+    in a list, or "module:function", a custom scorer (see `saliency.named_scorer`); a pruning method may carry its kept share, as in
     "rastp@1/2" (default 1/3); `seeds`: how many, from 0 on;
     `output_dir`: default runs/<dataset>-<preset>; `sids`: a published SID file (default: `sweeps.sid_table`'s choice); `arch`: "t5" or
     "qwen", decoder-only; `protocol`: "continue" or "scratch" (see the module; default: "continue", but "scratch" for the preset "paper").
@@ -155,7 +155,8 @@ def predicted_and_measured(results: dict) -> pd.DataFrame:
     base = next((row for row in rows if row["method"] == "unpadded"), rows[0])
     columns = {"predicted FLOPs ×": "predicted_flops", "measured seconds ×": "seconds_per_1k_windows",
                "predicted activations ×": "predicted_activation_mb", "measured memory ×": "peak_memory_mb"}
-    frame = pd.DataFrame({title: [row[field] / base[field] for row in rows] for title, field in columns.items()},
+    # Some systems tell no peak memory: 0, of which there is no ratio.
+    frame = pd.DataFrame({title: [row[field] / base[field] if base[field] else None for row in rows] for title, field in columns.items()},
                          index=pd.Index([row["method"] for row in rows], name="method"))
     frame.insert(0, "MFLOPs per window", [row["predicted_flops"] / 1e6 for row in rows])
     return frame
@@ -176,7 +177,7 @@ def method_config(name: str, preset: str, seed: int, arch: str = "t5", protocol:
         return {"recommend": config.beam, "pruning": config.pruning.to_dict()}
     base, at, keep = name.partition("@")
     if base not in METHODS and ":" not in base:
-        raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}, or an own scorer as module:function")
+        raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}, or a custom scorer as module:function")
     if at and not ((base in PRUNERS or ":" in base) and re.fullmatch(SHARE, keep)):
         raise ValueError(f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or rastp@0.5")
     if base == "sasrec":

@@ -319,7 +319,7 @@ class PruningExplorer(HistoryExplorer):
         informative = [] if probe.truth is None else (probe.truth.numpy() > 0).astype(int).tolist()
         for token, says in enumerate(informative):
             fact[token] += ", truly informative" if says else ", holds nothing about the next item"
-        # An own scorer may say −inf, which JSON does not know.
+        # A custom scorer may say −inf, which JSON does not know.
         finite = np.nan_to_num(
             importance.astype(float), neginf=importance[np.isfinite(importance)].min(initial=0)
         )
