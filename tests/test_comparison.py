@@ -241,7 +241,7 @@ def continued(tmp_path_factory):
     return folder, comparison.compare("planted", "smoke", CONTINUED, 1, str(folder))
 
 
-def test_methods_go_on_from_one_base_and_the_base_itself_is_shown(continued):
+def test_methods_go_on_from_one_base_and_the_base_itself_is_shown(continued, tmp_path):
     folder, results = continued
     rows = {row["method"]: row for row in results["rows"]}
     assert list(rows) == ["base", *CONTINUED, "base-rastp@1/2", "base-pool", "popularity", "neighbours", "bayes"]
