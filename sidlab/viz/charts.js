@@ -11,7 +11,8 @@ function draw(el, state, env) {
     el.parts.text.className = "sidlab-text jp-RenderedHTMLCommon";
     el.parts.figure.setAttribute("aria-label", `${env.heading} The text below says the same.`);
     el.parts.figure.textContent = "The figure is loading …";
-    el.sizes = new ResizeObserver(() => el.plotly?.Plots.resize(el.parts.figure));
+    // Plotly has no size for what is hidden, in another tab for example.
+    el.sizes = new ResizeObserver(() => el.offsetParent && el.plotly?.Plots.resize(el.parts.figure));
     env.plotly.then(plotly => {
       el.plotly = plotly;
       el.parts.figure.textContent = "";

@@ -63,8 +63,10 @@ export default {
     theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
     show();
 
-    // The picture for a notebook without a kernel is the output that follows, sooner or later.
-    const output = el.closest(".jp-OutputArea-child");
+    // The picture for a notebook without a kernel is the output that follows, sooner or later; an
+    // explorer inside of another widget has none.
+    const explorer = el.closest(".sidlab-explorer");
+    const output = explorer?.parentElement.closest(".widget-box") ? null : el.closest(".jp-OutputArea-child");
     const hide = () => output?.nextElementSibling?.style.setProperty("display", "none");
     const outputs = new MutationObserver(hide);
     if (output) outputs.observe(output.parentElement, { childList: true });

@@ -256,7 +256,7 @@ class Explorer(widgets.VBox):
         """What stands for the explorer where a saved notebook is opened without a kernel, by MIME type."""
         return {"application/vnd.plotly.v1+json": {
             "data": self.content["figure"]["data"], "layout": self.content["figure"]["layout"] | {"template": _looks()[0]},
-            "config": {"displayModeBar": False}}}
+            "config": {"displayModeBar": False, "responsive": True}}}
 
     def _ipython_display_(self):
         """The widget, and below it the picture, which the live view hides."""
