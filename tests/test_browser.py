@@ -30,6 +30,7 @@ from test_viz_training import TABLE, TINY, WORLD
 
 from sidlab.config import TrainConfig
 from sidlab.viz import TrainingMonitor
+from sidlab.viz.training import MUTE
 
 # What each explorer starts with, and by how many steps a reader moves its main control.
 SETTINGS = {
@@ -404,7 +405,8 @@ def test_the_training_monitor_after_a_reload(reloaded):
     start, stop = (explorer.get_by_role("button", name=name) for name in ("Resume", "Stop"))
     stop.click()
     until(lambda: "paused" in explorer.inner_text(), "the end of training")
-    assert start.is_enabled() and stop.is_disabled()
+    mute = [MUTE in button.get_attribute("class") for button in (start, stop)]
+    assert mute == [False, True]
 
 
 @pytest.mark.parametrize("name", SETTINGS)

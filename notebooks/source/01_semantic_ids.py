@@ -300,16 +300,16 @@ def random_start(z):
     return torch.randn(levels, width, latent)
 
 
-collapsed, collapsed_error = train_by_hand(random_start, free=0)
-used = [len(np.unique(column)) for column in collapsed.T]
+from_random, from_random_error = train_by_hand(random_start, free=0)
+used = [len(np.unique(column)) for column in from_random.T]
 
 # %%
 teach.predict(
     f"How many of the {width} codes of level 1 are still in use after {steps} steps?", used[0], range=(0, width),
     default=(width / 2, width),
     explain="A code that nobody chooses gets no gradient and never moves again: it is dead. This is called codebook collapse.",
-    then=f"Codes in use, by level: {used} of {width}; error {collapsed_error:.1%}. Items by code of level 1: "
-         f"{np.bincount(collapsed[:, 0], minlength=width).tolist()}.",
+    then=f"Codes in use, by level: {used} of {width}; error {from_random_error:.1%}. Items by code of level 1: "
+         f"{np.bincount(from_random[:, 0], minlength=width).tolist()}.",
 )
 
 # %% [markdown]
@@ -350,7 +350,7 @@ package_error = {"residual k-means": error(encoder.decode(codes)), "RQ-VAE": err
 
 # %%
 made = {"residual k-means by hand": (by_hand, error(x - left)), "residual k-means": (codes, package_error["residual k-means"]),
-        "RQ-VAE by hand, random start": (collapsed, collapsed_error), "RQ-VAE by hand, k-means start": (revived, revived_error),
+        "RQ-VAE by hand, random start": (from_random, from_random_error), "RQ-VAE by hand, k-means start": (revived, revived_error),
         "RQ-VAE": (rqvae_codes, package_error["RQ-VAE"])}
 rows = {}
 for name, (sid, lost) in made.items():
@@ -496,7 +496,7 @@ teach.quiz(
 #   [the table and its report](../sidlab/sids/table.py), [the planted shop](../sidlab/data/planted.py), [this explorer](../sidlab/viz/sids.py)
 
 # %% tags=["record"]
-record = {"error_one_level_by_hand": one_level, "error_by_hand": error(x - left), "error_random_start": collapsed_error,
+record = {"error_one_level_by_hand": one_level, "error_by_hand": error(x - left), "error_random_start": from_random_error,
           "error_kmeans_start": revived_error, **{f"error of {name}": value for name, value in package_error.items()},
           "collisions_two_levels": shared, "codes_used_random_start": used[0], "codes_used_kmeans_start": len(np.unique(revived[:, 0])),
           **{f"overlap of {name}": value for name, value in compared["neighbours with the same code 1"].astype(float).items()}}

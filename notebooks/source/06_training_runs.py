@@ -90,7 +90,7 @@ pd.DataFrame(in_update).T.round(1)
 
 # %% [markdown]
 # Every `eval_every` updates `sidlab.train` recommends to `eval_users` users and counts the validation items it finds. The checkpoint with
-# the best recall@5 is the result. The next cell takes about a minute.
+# the best recall@5 is the result. The next cell takes a minute or two.
 
 # %%
 first = sidlab.train(dense, catalogue, table, progress=False)
@@ -231,7 +231,8 @@ monitor
 # **What to look for**
 #
 # * Where does each loss begin? All start from the same weights, but not with the same tokens.
-# * How far does recall jump between evaluations? Few users are noisy. The lines are the rulers of section 2, on these users.
+# * How far does recall jump between evaluations? Few users are noisy, so a curve may even cross the Bayes line, which is the
+#   best that can be expected, not the luckiest. The lines are the rulers of section 2, on these users.
 # * After two evaluations: **which run would you stop?** Stop it. The others go on, and faster. Was it behind by more than recall jumps?
 # * **Resume** it: a stopped run goes on where it was, to the same bit as if nothing had stopped it.
 # * The seconds are each run's own, and rough: what you run meanwhile shares the processor. (And PyTorch's random numbers; the next section
@@ -395,7 +396,7 @@ frontier
 # %% [markdown]
 # **What to look for**
 #
-# * Up and left is better. Move the slider down from 70 %. Does the interval of any scorer reach the dotted line, nothing pruned?
+# * Up and left is better. Move the slider through all shares. Does the interval of any scorer reach the dotted line, nothing pruned?
 # * Where is `rastp` ahead of `recent`, and where not? In this shop, what matters was often last seen far back. But where hardly anything
 #   may stay, the newest items are a safe choice.
 # * Compare with section 3. Is the order of the scorers the same for models that pruned from the start?

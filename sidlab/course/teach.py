@@ -148,8 +148,11 @@ class Prediction(widgets.VBox):
         else:
             low, high = self._check_range(range, default)
             width, of = high - low, f" ({unit})" if unit else ""
+            # Between whole numbers one guesses whole numbers.
+            step = max(1, width // 200) if all(isinstance(bound, int) for bound in range) else width / 200
             self.answer = widgets.FloatRangeSlider(
-                value=(low + width / 4, high - width / 4), min=low, max=high, step=width / 200, tooltip=question,
+                value=(low + width // 4, high - width // 4) if step == int(step) else (low + width / 4, high - width / 4),
+                min=low, max=high, step=step, tooltip=question,
                 description=f"I am 80 % sure that it lies in{of}", readout_format=",.0f" if width >= 1000 else ".3g",
                 style={"description_width": "initial"}, layout={"width": "40rem", "max_width": "97%"})
         if not callable(truth):

@@ -45,7 +45,7 @@ class AttentionExplorer(HistoryExplorer):
         users = widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user")
         within("token", token, 0, len(self._options(user)) - 1)
         self._tokens = widgets.SelectionSlider(options=self._options(user), value=token, description="token",
-                                               layout={"width": "560px", "max_width": "97%"})
+                                               layout={"width": "700px", "max_width": "97%"})
         users.observe(self._other_tokens, "value")  # before all other observers, so that these find the tokens of this user
         super().__init__({
             "token": self._tokens,
@@ -200,7 +200,7 @@ def attention_figure(probe, scores, layer: int, head: int, token: int, removed=(
              for what, count, form in (("head", n_heads, "{} in head {}"), ("layer", n_layers, "layer {1}: {0}"))]
     title = {"xref": "x2 domain", "yref": "paper", "x": 0, "xanchor": "left", "yanchor": "bottom", "showarrow": False, "font": {"size": 12}}
     layout = {
-        "template": template(), "height": 720, "bargap": 0.25, "margin": {"l": 20, "r": 20, "t": 50, "b": 40}, "uirevision": "same",
+        "template": template(), "height": 720, "bargap": 0.25, "margin": {"l": 20, "r": 20, "t": 50, "b": 55}, "uirevision": "same",
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
         "xaxis": bare | tiles[0] | {"domain": [0, 0.4], "range": [-0.5, side * n_heads - 0.5], "side": "top", "anchor": "y"},
         "yaxis": bare | tiles[1] | {"domain": [0, 1], "range": [side * n_layers - 0.5, -0.5], "tickangle": -90, "anchor": "x"},

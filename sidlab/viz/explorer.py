@@ -108,6 +108,7 @@ class View(anywidget.AnyWidget):
     _css = """
     .sidlab-text { overflow-x: auto; overflow-wrap: anywhere }
     .sidlab-text table { border-collapse: collapse }
+    .sidlab-mute { opacity: 0.5; pointer-events: none }
     """
 
     def __init_subclass__(cls, **kwargs):

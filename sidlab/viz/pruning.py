@@ -392,6 +392,9 @@ class PruningExplorer(HistoryExplorer):
                     f"pruned must hold places below {n}, and leave one token, got {list(tokens)}"
                 )
             self._by_hand = (user, tokens)
+        # By hand the scorer has no say.
+        for name in ("keep", "scorer", "unit", "protect"):
+            self.controls[name].disabled = self._by_hand is not None
         if "rule" in content:
             self._rule = self._ruled(**content["rule"])
         self.refresh()
@@ -423,14 +426,16 @@ class PruningExplorer(HistoryExplorer):
             [name, str(place or "–"), "–" if score is None else f"{score:.2f}"]
             for name, (place, score) in scores.items()
         ]
-        mine, worse = scores["you"][1], []
-        if mine is not None:
-            worse = [
-                name for name in names if scores[name][1] is None or scores[name][1] < mine - 5e-3
-            ]
-        verdict = (
-            f"Better than {', '.join(worse)}." if worse else "Better than none of them, so far."
-        )
+        mine, level, worse = scores["you"][1], [], []
+        for name in names if mine is not None else ():
+            theirs = scores[name][1]
+            if theirs is None or theirs < mine - 5e-3:
+                worse.append(name)
+            elif theirs < mine + 5e-3:
+                level.append(name)
+        verdict = [f"Better than {', '.join(worse)}." if worse else "Better than none so far."]
+        verdict += [f"Level with {', '.join(level)}."] if level else []
+        verdict = " ".join(verdict)
         said = "; ".join(f"{name} {place} ({score})" for name, place, score in rows)
         text = (
             f"sidlab: I kept {kept} of user {user}'s {n} tokens by hand, after layer "

@@ -230,7 +230,7 @@ class FrontierExplorer(Recorded):
         says = []
         for row in chosen:
             ratio = row[field] / base[field]
-            says.append(f"<li><b>{row['pruning.scorer']}</b>: recall@10 {_difference(row, base)}, {_verdict(row, base)}. "
+            says.append(f"<li><b>{row['pruning.scorer']}</b>: {_difference(row, base)} in recall@10, {_verdict(row, base)}. "
                         f"Cost {abs(ratio - 1):.0%} {'lower' if ratio < 1 else 'higher'}.</li>")
         text = (f"<p><b>{keep:.0%} of the tokens kept</b> behind the pruner, against nothing pruned with recall@10 "
                 f"{_recall(base)}, on the same users and seeds. Cost: {self.COSTS[field]}.</p><ul>{''.join(says)}</ul>"

@@ -89,7 +89,11 @@ class SidExplorer(Explorer):
 
     def draw(self):
         levels, width = self.value("levels"), self.value("width")
-        after = min(self.value("after"), levels)
+        # There is nothing after the last level: the control goes there with it.
+        before, self._quiet = self._quiet, True
+        self.controls["after"].max = levels
+        self._quiet = before
+        after = self.value("after")
         level = min(after + 1, levels)  # whose codes mark the items: the next ones; at the end the last ones
         left = self.left(after, width)
         plane = main_plane(left if self.value("axes") == AXES[0] else self.left(0, width))

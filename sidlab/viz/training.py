@@ -35,6 +35,7 @@ from sidlab.viz.explorer import Explorer, alert, chart_state, write_frames
 from sidlab.windows import leave_one_out
 
 PAUSE = 0.5  # seconds between two pictures
+MUTE = "sidlab-mute"  # the class of a button that has nothing to do
 ROOM = 1.1  # how far an axis reaches beyond what it must show
 RULERS = {"popularity": "popularity", "bayes": "Bayes optimum"}
 clock = time.monotonic
@@ -182,7 +183,7 @@ class TrainingMonitor(Explorer):
                     _turns.queue_up(run)
 
     def _toggle(self, name):
-        (self.stop if self._runs[name].wanted else self.start)(name)
+        (self.stop if self._runs[name].wanted else self.start)(name)  # of one that is done: nothing
 
     def _work(self, run):
         """A thread: one run from its first turn to its end."""
@@ -232,11 +233,11 @@ class TrainingMonitor(Explorer):
             resumes = any(run.state == "paused" for run in left)
             self.start_button.description = ("Resume" if resumes else "Start") + every
             self.stop_button.description = "Stop" + every
-            self.start_button.disabled = all(run.wanted for run in left)
-            self.stop_button.disabled = not any(run.wanted for run in runs)
+            _mute(self.start_button, all(run.wanted for run in left))
+            _mute(self.stop_button, not any(run.wanted for run in runs))
             for run, button in zip(runs, self.run_buttons.values()):
                 button.description, button.icon = run.says()
-                button.disabled = run.state == "done"
+                _mute(button, run.state == "done")
             self.refresh()
             if not any(run.wanted for run in runs):
                 self.renew_picture()
@@ -263,6 +264,8 @@ class TrainingMonitor(Explorer):
         runs, curves = self._runs.values(), []
         for run in runs:
             loss, recall = run.until(until)
+            # One without a point yet has its name in the legend all the same.
+            recall = recall or [(None, None)]
             curves.append({
                 "method": run.name, "seed": run.config.seed,
                 "step": [step for step, _ in loss], "loss": [value for _, value in loss],
@@ -322,6 +325,12 @@ class TrainingMonitor(Explorer):
         if os.environ.get("SIDLAB_SITE"):
             self.wait()  # a page shows the finished curves
         return super()._repr_mimebundle_(**kwargs)
+
+
+def _mute(button, mute):
+    """Pale and deaf to the mouse, but not disabled: a disabled button loses the focus, and with it
+    the notebook's keys."""
+    (button.add_class if mute else button.remove_class)(MUTE)
 
 
 class _Run:
