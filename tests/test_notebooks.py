@@ -43,7 +43,7 @@ share = 0.5  # kept
 # %% tags=["setup"]
 import math
 
-from sidlab.course import teach
+from sidlab.course import checks, teach
 
 # %% tags=["exercise"]
 def kept(n, keep):
@@ -258,11 +258,11 @@ def test_checks_have_the_names_of_the_functions(path):
 
 @each_source
 def test_stubs_are_not_started_and_solutions_pass(path, monkeypatch, request):
-    from sidlab.course import teach
+    from sidlab.course import checks, teach
 
     monkeypatch.chdir(NOTEBOOKS)
     monkeypatch.setenv("SIDLAB_UNATTENDED", "1")
-    monkeypatch.setattr(teach, "CHECKS", dict(teach.CHECKS))  # notebooks add their own
+    monkeypatch.setattr(checks, "CHECKS", dict(checks.CHECKS))  # notebooks add their own
     request.addfinalizer(lambda: torch.set_grad_enabled(True))  # a notebook may turn gradients off for its whole kernel
     namespace, done = {"__name__": "__main__"}, 0
     for place, cell in enumerate(build.read(path)):

@@ -9,7 +9,7 @@ import plotly.express as px
 import pytest
 import torch
 
-from sidlab.course import teach
+from sidlab.course import checks, teach
 from sidlab.map_loss import MapConfig
 from sidlab.sids.table import SidTable
 from sidlab.windows import Collator, Windows
@@ -19,7 +19,7 @@ from sidlab.windows import Collator, Windows
 def fresh(monkeypatch):
     monkeypatch.delenv("SIDLAB_UNATTENDED", raising=False)
     monkeypatch.delenv("SIDLAB_RECORD", raising=False)
-    monkeypatch.setattr(teach, "CHECKS", dict(teach.CHECKS))
+    monkeypatch.setattr(checks, "CHECKS", dict(checks.CHECKS))
     teach.reset()
     yield
     teach.reset()
@@ -122,7 +122,7 @@ SOLUTIONS = {
 
 
 def test_every_check_has_a_solution_here():
-    assert list(teach.CHECKS) == list(SOLUTIONS)
+    assert list(checks.CHECKS) == list(SOLUTIONS)
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)
@@ -131,9 +131,9 @@ def test_independent_solution_passes(name):
     assert result.passed and result.verdict in ("exact", "close") and result.hint == "", result
 
 
-@pytest.mark.parametrize(("name", "message"), [(name, message) for name in SOLUTIONS for message in teach.CHECKS[name].mistakes])
+@pytest.mark.parametrize(("name", "message"), [(name, message) for name in SOLUTIONS for message in checks.CHECKS[name].mistakes])
 def test_every_variant_of_every_mistake_fails_and_is_named(name, message):
-    mistake = teach.CHECKS[name].mistakes[message]
+    mistake = checks.CHECKS[name].mistakes[message]
     for variant in [mistake] if callable(mistake) else mistake:
         result = teach.check(name, variant)
         assert not result.passed and result.hint == message, result
@@ -186,14 +186,14 @@ def test_classic_mistakes_are_named(name, mistaken, words):
 
 def test_map_labels_are_those_of_the_training_batches():
     # The oracle of this check is its own; the collator of the package must agree with it.
-    for items, target, steps in teach.CHECKS["map_labels"].inputs:
+    for items, target, steps in checks.CHECKS["map_labels"].inputs:
         if target == 0:
             continue  # no window: there is no history before it
         table = SidTable(np.arange(max(items))[:, None], width=max(items))  # one level: token = item + 2
         windows = Windows([np.array(items)], max_items=10)
         collate = Collator(windows, table, separators=False, max_items=10, map_config=MapConfig(steps=steps))
         labels = collate([target - 1])["map_labels"][0, :, 0].tolist()
-        assert [None if label == -100 else label - 2 for label in labels] == teach.CHECKS["map_labels"].oracle(items, target, steps)
+        assert [None if label == -100 else label - 2 for label in labels] == checks.CHECKS["map_labels"].oracle(items, target, steps)
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)
@@ -267,7 +267,7 @@ def test_a_function_cannot_spoil_the_inputs_of_the_next():
         return hidden.abs_().sum(-1)
 
     assert teach.check("saliency_of", in_place).passed
-    assert teach.CHECKS["saliency_of"].inputs[0][0].min() < 0
+    assert checks.CHECKS["saliency_of"].inputs[0][0].min() < 0
     assert teach.check("saliency_of", lambda hidden: hidden.sum(-1)).hint.startswith("This sums the values with their signs")
 
 

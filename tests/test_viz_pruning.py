@@ -375,9 +375,11 @@ def test_by_hand_is_scored_as_recommend_and_exact_scoring_do(demo):
     for name, place, score in hand["rows"]:
         assert place == found[name][0] and float(score) == pytest.approx(found[name][1], abs=0.006)
     better = [name for name in found if found["you"][1] - found[name][1] > 5e-3]
-    assert hand["verdict"] == (
-        f"Better than {', '.join(better)}." if better else "Better than none of them, so far."
-    )
+    level = [name for name in found if name != "you" and abs(found["you"][1] - found[name][1]) < 5e-3]
+    verdict = f"Better than {', '.join(better)}." if better else "Better than none so far."
+    assert hand["verdict"] == verdict + (f" Level with {', '.join(level)}." if level else "")
+    resting = [name for name, control in explorer.controls.items() if control.disabled]
+    assert resting == ["keep", "scorer", "unit", "protect"], "by hand the scorer has no say"
     assert all(f"{name} {place} ({score})" in hand["text"] for name, place, score in hand["rows"])
 
     # Another user begins anew, and the scorer is back when the hand rests.

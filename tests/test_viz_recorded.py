@@ -86,7 +86,7 @@ def test_words_follow_from_the_numbers(data):
     for scorer in SCORERS:
         row = recorded(data, scorer, 0.5)
         lost = row["recall@10"] - 0.5
-        assert f"recall@10 {lost:+.3f} [{lost - 0.015:+.3f}, {lost + 0.015:+.3f}]" in said[scorer]
+        assert f"{lost:+.3f} [{lost - 0.015:+.3f}, {lost + 0.015:+.3f}] in recall@10" in said[scorer]
         assert ("undecided" in said[scorer]) == (scorer in ("rastp", "oracle"))
         assert ("clearly worse" in said[scorer]) == (scorer in ("recent", "random"))
         assert f"Cost {1 - row[COST] / 2:.0%} lower" in said[scorer]
@@ -94,7 +94,7 @@ def test_words_follow_from_the_numbers(data):
     recorded(data, "rastp", 0.5).update(run("rastp", 0.5, 0.56, 2.5))
     numbered(data["rows"])
     better = FrontierExplorer(data, keep=0.5).text
-    assert "recall@10 +0.060 [+0.045, +0.075], clearly better. Cost 25% higher" in better
+    assert "+0.060 [+0.045, +0.075] in recall@10, clearly better. Cost 25% higher" in better
 
 
 def test_text_holds_all_runs(data):

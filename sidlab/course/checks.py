@@ -68,6 +68,13 @@ def register(name: str, inputs: Sequence[tuple], oracle: Callable, mistakes: dic
     CHECKS[name] = Exercise(list(inputs), oracle, mistakes or {})
 
 
+def registered(name: str) -> Exercise:
+    """The check of this name; ValueError where there is none."""
+    if name not in CHECKS:
+        raise ValueError(f"name={name!r} is no check; use one of {', '.join(CHECKS)}")
+    return CHECKS[name]
+
+
 def judge(exercise: Exercise, mine) -> tuple[bool, str, str]:
     if not callable(mine) and len(exercise.inputs) > 1:
         raise ValueError(f"this check runs your function on {len(exercise.inputs)} inputs: pass the function itself, got {mine!r}")

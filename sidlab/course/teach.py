@@ -22,7 +22,7 @@ import ipywidgets as widgets
 import numpy as np
 
 from sidlab.course import exercises  # noqa: F401 - it registers the checks that come with the package
-from sidlab.course.checks import CHECKS, Check, judge, register, with_code  # noqa: F401 - register is for those who add one
+from sidlab.course.checks import Check, judge, register, registered, with_code  # noqa: F401 - register is for those who add one
 from sidlab.course.labels import Labels
 from sidlab.files import write_json
 
@@ -326,14 +326,12 @@ def _key(question: Question) -> tuple:
 
 
 def check(name: str, mine) -> Check:
-    """Compare `mine`, a function, with the package's on fixed inputs (`CHECKS[name].inputs`); of a check with one input `mine` may also be
-    the result itself.
+    """Compare `mine`, a function, with the package's on fixed inputs (`checks.CHECKS[name].inputs`); of a check with one input
+    `mine` may also be the result itself.
 
     Nothing that `mine` raises gets out: a stub is "not started". A failed check names the mistake if it is a classic one.
     Raises ValueError if there is no such check.
     """
-    if name not in CHECKS:
-        raise ValueError(f"name={name!r} is no check; use one of {', '.join(CHECKS)}")
-    result = Check(name, *judge(CHECKS[name], mine))
+    result = Check(name, *judge(registered(name), mine))
     _checks.append({"name": name, "passed": result.passed, "verdict": result.verdict})
     return result

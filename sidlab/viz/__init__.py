@@ -14,13 +14,14 @@ _HOME = {
     "CostCalculator": "cost",
     "PaddingExplorer": "cost",
     "QuirkExplorer": "quirks",
-    "use_theme": "theme",
 }
 
-__all__ = [*_HOME]
+__all__ = [*_HOME, "use_theme"]
 
 
 def __getattr__(name):
+    if name == "use_theme":
+        return importlib.import_module("sidlab.figures.theme").use_theme
     if name not in _HOME:
         raise AttributeError(f"module 'sidlab.viz' has no attribute {name!r}")
     module = importlib.import_module(f"sidlab.viz.{_HOME[name]}")

@@ -90,9 +90,10 @@ class SidExplorer(Explorer):
     def draw(self):
         levels, width = self.value("levels"), self.value("width")
         # There is nothing after the last level: the control goes there with it.
-        before, self._quiet = self._quiet, True
-        self.controls["after"].max = levels
-        self._quiet = before
+        if self.value("after") > levels:
+            before, self._quiet = self._quiet, True
+            self.controls["after"].value = levels
+            self._quiet = before
         after = self.value("after")
         level = min(after + 1, levels)  # whose codes mark the items: the next ones; at the end the last ones
         left = self.left(after, width)
