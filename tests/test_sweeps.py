@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_where_the_code_is_the_same_alone(tmp_path, monkeyp
 
     monkeypatch.setattr(sweeps, "_run_child", child)
     for version in ("the same", code):
-        monkeypatch.setattr(sweeps, "_code", lambda version=version: version)
+        monkeypatch.setattr(sweeps, "code_digest", lambda version=version: version)
         with pytest.raises(RuntimeError, match="killed"):
             sweeps.sweep([{}], tmp_path, preset="smoke", seeds=1)
     assert found == [False, code == "the same"]
@@ -243,12 +243,12 @@ def test_a_sid_file_of_another_catalogue_is_refused_before_anything_is_trained(t
 def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatch):
     settings = [{"max_updates": 2, "eval_every": 2}]
     with monkeypatch.context() as changed, pytest.raises(RuntimeError, match="has changed since this sweep began"):
-        changed.setattr(sweeps, "_code", lambda: "another")  # the child finds the present one
+        changed.setattr(sweeps, "code_digest", lambda: "another")  # the child finds the present one
         sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
     sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
     monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
     sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
-    monkeypatch.setattr(sweeps, "_code", lambda: "another")
+    monkeypatch.setattr(sweeps, "code_digest", lambda: "another")
     with pytest.raises(pytest.fail.Exception, match="trained"):
         sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
 
