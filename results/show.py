@@ -188,7 +188,8 @@ def _bench(bench):
         spread = "" if not target["spread"] else "{:.3g} – {:.3g}".format(*target["spread"])
         value = "–" if target["value"] is None else f"{target['value']:.3g}"
         rows.append(f"| {target['figure']} | {target['target']} | {value} | {spread} | {target['verdict']} |")
-    title = f"**What it costs**, in ratios of medians of runs that take turns; {_where(machine)}: `{bench['command']}`"
+    command = bench["command"].replace("-m sidlab.bench", "-m sidlab.research.bench")  # where it stands by now
+    title = f"**What it costs**, in ratios of medians of runs that take turns; {_where(machine)}: `{command}`"
     seconds = [f"{row['workload']}: {row['seconds']:.3g} s." for row in bench["rows"] if "seconds" in row]
     return "\n".join([title, "", "| figure | target | value | 95 % | verdict |", "|---|---|---|---|---|", *rows, "", *seconds, ""])
 
@@ -212,7 +213,8 @@ def _mature():
     for path in sorted(HERE.glob("mature-*.json")):
         found = json.loads(path.read_text())
         runs, ours = found["runs"], found["metrics"]
-        minutes = "–".join(dict.fromkeys(f"{run['train_seconds'] / 60:.0f}" for run in sorted(runs, key=lambda run: run["train_seconds"])))
+        seconds = [run["train_seconds"] for run in runs]
+        minutes = "–".join(dict.fromkeys(f"{end / 60:.0f}" for end in (min(seconds), max(seconds))))
         theirs = published(found["dataset"]).query("method == 'TIGER'")["recall@10"]
         seeds = ", ".join(f"{run['recall@10']:.4f}" for run in runs)
         rows.append(f"| {found['dataset']} | {MODELS[found['arch']]} | {len(runs)} | {ours['recall@5']:.4f} | {ours['recall@10']:.4f} "
