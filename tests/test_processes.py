@@ -21,7 +21,7 @@ def write(path, folder, **changes):
     return path
 
 
-def run(config, processes, program=("-m", "sidlab.training")):
+def run(config, processes, program=("-m", "sidlab.research.launch")):
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     done = subprocess.run([sys.executable, *several, *program, "--config", str(config)], cwd=ROOT, capture_output=True,
                           text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
@@ -137,7 +137,8 @@ training.measured_precision = measured
 arguments = training._arguments
 
 def told(config, *args, **kwargs):
-    print("rank", os.environ["RANK"], "trains in", config.precision, flush=True)
+    # In one piece, or the lines of two processes may mix.
+    os.write(1, f"rank {os.environ['RANK']} trains in {config.precision}\n".encode())
     return arguments(config, *args, **kwargs)
 
 training._arguments = told
