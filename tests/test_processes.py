@@ -138,7 +138,7 @@ arguments = training._arguments
 
 def told(config, *args, **kwargs):
     # In one piece, or the lines of two processes may mix.
-    os.write(1, f"rank {os.environ['RANK']} trains in {config.precision}\n".encode())
+    os.write(1, f"rank {os.environ['RANK']} trains in {config.precision}\\n".encode())
     return arguments(config, *args, **kwargs)
 
 training._arguments = told
