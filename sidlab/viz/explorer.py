@@ -106,8 +106,9 @@ class View(anywidget.AnyWidget):
     library = traitlets.Instance(_Library, allow_none=True).tag(sync=True, **widgets.widget_serialization)
     heading = traitlets.Unicode().tag(sync=True)
     _css = """
-    .sidlab-text { overflow-x: auto; overflow-wrap: anywhere }
+    .sidlab-text { overflow-x: auto; overflow-wrap: break-word }
     .sidlab-text table { border-collapse: collapse }
+    .sidlab-text :is(td, th) { max-width: 30rem; overflow-wrap: break-word }
     .sidlab-mute { opacity: 0.5; pointer-events: none }
     """
 
@@ -369,8 +370,8 @@ PAGE = """<!DOCTYPE html>
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; margin: 1rem; color: #222; background: #fff }
 label { font-weight: 600 }
 input[type=range] { width: min(30rem, 60%%); vertical-align: middle }
-.sidlab-text { overflow-x: auto; overflow-wrap: anywhere }
-table { border-collapse: collapse } th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #8886 }
+.sidlab-text { overflow-x: auto; overflow-wrap: break-word }
+table { border-collapse: collapse } th, td { max-width: 30rem; overflow-wrap: break-word; padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #8886 }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #14171a } }
 </style>
 %(library)s

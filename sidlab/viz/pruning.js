@@ -93,7 +93,7 @@ function draw(el, state, env) {
   & summary { cursor: pointer }
   & table { border-collapse: collapse; margin: 4px 0; font-size: 12px; color: var(--ink) }
   & th, & td { text-align: left; padding: 1px 10px 1px 3px; border-bottom: 1px solid var(--line);
-    overflow-wrap: anywhere }
+    max-width: 24rem; overflow-wrap: break-word }
   & th { font-weight: 600; white-space: nowrap }
   & .you { background: var(--mine); font-weight: 600 }
   & .right table { width: 100% }
