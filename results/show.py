@@ -74,13 +74,14 @@ unpruned models of this kind (TIGER) reach {theirs.min():.4f} to {theirs.max():.
 {max(ours):.4f}: what pruning costs a fully trained model stays open. Every table, command and machine, and a verdict on each claim of
 both papers, is in [results/README.md](results/README.md).
 """
-    return "\n".join([_mature(), _pruned(), OLDER, head, *_differences(comparisons), "", *(_finding(name, studies) for name in FINDINGS)])
+    today, findings = (_mature(), _pruned(), _continued()), [_finding(name, studies) for name in FINDINGS]
+    return "\n".join([*today, OLDER, head, *_differences(comparisons), "", *findings])
 
 
 def page() -> str:
     """results/README.md: everything."""
     comparisons, studies = load()
-    parts = [HEAD, _mature(), _pruned(), OLDER, *map(_comparison, comparisons)]
+    parts = [HEAD, _mature(), _pruned(), _continued(), OLDER, *map(_comparison, comparisons)]
     parts += [_bench(json.loads(path.read_text())) for path in sorted(HERE.glob("bench-*.json"))]
     for name, write in (("levers", _levers), ("scale", _scale)):
         if (HERE / f"{name}.json").exists():
@@ -242,6 +243,30 @@ def _pruned():
         parts += [title, "", "| kept | " + " | ".join(scorers) + " |", "|" + "---|" * (1 + len(scorers)),
                   *(f"| {keep} | " + " | ".join(cells.get((scorer, keep), "–") for scorer in scorers) + " |" for keep in keeps), ""]
     return "\n".join(parts)
+
+
+def _continued():
+    """What it gives up after it has gone on, pruned, for a few updates: every comparison here under the protocol "continue"."""
+    parts = []
+    for path in sorted(HERE.glob("continued-*.json")):
+        found = json.loads(path.read_text())
+        rows = _by_method(found)
+        names = [name for name in rows if "versus_unpadded" in rows[name] and not name.startswith("base") and rows[name]["train_seconds"]]
+        title = (f"**What it gives up once it has gone on**: {_name(found)}, seeds: {found['summary'][0]['seeds']}; the unpruned base has "
+                 f"R@10 {rows['base']['recall@10']:.4f}, and every row goes on from it for the same updates. Differences are to "
+                 f"`unpadded`, which went on unpruned, on all {found['users']:,} test users (95 % over users); beside them, to the base, "
+                 f"what it gives up untrained; `{found['command']}` ({_machine(found['hardware'])}).")
+        lines = []
+        for name in names:
+            free = rows.get(f"base-{name}")
+            lines.append(f"| {name} | {rows[name]['recall@10']:.4f} | {_change(rows[name])} | {_change(free) if free else '–'} |")
+        parts += [title, "", "| method | R@10 | against unpadded | base, only pruned |", "|" + "---|" * 4, *lines, ""]
+    return "\n".join(parts)
+
+
+def _change(row):
+    test = row["versus_unpadded"]
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"]) if test else "–"
 
 
 def _scale(scale):

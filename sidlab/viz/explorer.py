@@ -371,7 +371,8 @@ body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-
 label { font-weight: 600 }
 input[type=range] { width: min(30rem, 60%%); vertical-align: middle }
 .sidlab-text { overflow-x: auto; overflow-wrap: break-word }
-table { border-collapse: collapse } th, td { max-width: 30rem; overflow-wrap: break-word; padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #8886 }
+table { border-collapse: collapse }
+th, td { max-width: 30rem; overflow-wrap: break-word; padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #8886 }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #14171a } }
 </style>
 %(library)s
