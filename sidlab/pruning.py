@@ -118,8 +118,8 @@ class TokenPruner(nn.Module):
         `slots`: K if the caller knows it, enough for what is kept. Without it K is ceil(keep · N) in token mode, from the shape
         alone, and is read from the mask (one synchronisation on a GPU) in item mode, with `protect` and with `mass`.
         Returns `Pruned`. Where scores are equal the lowest position is kept. Raises ValueError on shapes that do not agree, and
-        on too few `slots`: in token mode fewer than the shape alone asks for; otherwise checked on the CPU only, since a GPU
-        would have to be waited for.
+        on too few `slots`: in token mode fewer than the shape alone asks for; in item mode on the CPU only, since a GPU would
+        have to be waited for.
         """
         if hidden.ndim != 3 or mask.shape != hidden.shape[:2] or importance.shape != hidden.shape[:2]:
             raise ValueError("hidden, mask and importance must be [B, N, d], [B, N] and [B, N], got "
@@ -132,8 +132,11 @@ class TokenPruner(nn.Module):
         if slots is None or self.mass is not None:
             slots = math.ceil(self.keep * width - 1e-6) if from_shape else int(kept.sum(1).max()) if len(kept) else 0
             slots = max(slots, min(width, 1))  # one also for rows of nothing but padding: no layer behind takes less
-        elif from_shape or kept.device.type == "cpu":
-            needed = math.ceil(self.keep * width - 1e-6) if from_shape else int(kept.sum(1).max()) if len(kept) else 0
+        else:
+            # Token mode is never read from the mask, or a pass could not be recorded in a CUDA graph.
+            needed = math.ceil(self.keep * width - 1e-6) if self.unit == "token" else 0
+            if self.unit == "item" and kept.device.type == "cpu" and len(kept):
+                needed = int(kept.sum(1).max())
             if slots < needed:
                 raise ValueError(f"slots={slots} would drop tokens that are kept; give at least {needed}, or None")
         # The n-th kept token of a row goes to slot n; one slot more takes all that is dropped.
