@@ -281,7 +281,8 @@ def result_so_far(folder, config: TrainConfig) -> TrainResult:
     meter.load(newest)
     model = load_model(state.best_model_checkpoint)
     _average_as(model, state.best_model_checkpoint)
-    if config.pruning is not None and callable(config.pruning.scorer):
+    # A saved model imports no custom scorer, also of one that has a name.
+    if config.pruning is not None:
         model.set_scorer(config.pruning.scorer)
     return _result(model, state, meter, config.precision)
 
