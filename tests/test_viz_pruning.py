@@ -516,6 +516,15 @@ def show(page, state, **env):
     )
 
 
+def settled(page):
+    """Wait until nothing moves any more: what is measured before is a moment of a transition."""
+    # Two frames first: a fold draws what it holds once it has told that it is open.
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.wait_for_function(
+        "document.getAnimations().length === 0 && !document.querySelector('.leaving')"
+    )
+
+
 def opened(page, width):
     page.set_viewport_size({"width": width, "height": 700})
     page.set_content('<body style="margin: 0"><div id="v"></div></body>')
@@ -552,9 +561,7 @@ def test_the_view_shows_what_the_state_says_and_follows(demo, page):
         explorer.set(keep=keep)
         state = explorer.content
         show(page, state, reduced=number % 2 == 0)
-        page.wait_for_function(
-            "document.getAnimations().length === 0 && !document.querySelector('.leaving')"
-        )
+        settled(page)
         said = page.locator(".strip:not(.after) [data-token]").evaluate_all(
             "all => all.map(t => [t.dataset.kept, t.title, t.ariaLabel])"
         )
@@ -591,6 +598,7 @@ def test_the_view_shows_what_the_state_says_and_follows(demo, page):
     assert float(canvas.get_attribute("title").rpartition(": ")[2]) == pytest.approx(
         value, rel=0.06
     )
+    settled(page)
     sides = [
         box["width"] - 2
         for box in (page.locator("canvas[tabindex]").nth(i).bounding_box() for i in (0, 1))
