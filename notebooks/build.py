@@ -1,27 +1,36 @@
 """Make the course's notebooks from their sources: python notebooks/build.py
 
-`notebooks/source/NN_name.py` (percent format of jupytext, no front matter) becomes `notebooks/NN_name.ipynb` for the student, in which the
-solutions are stubs, and `notebooks/solutions/NN_name.ipynb`, in which they stand. The same sources always give the same bytes. A source
-with an error is named with its cell, and its notebooks stay as they were; the others are written.
+`notebooks/source/NN_name.py` (percent format of jupytext, no front matter) becomes
+`notebooks/NN_name.ipynb` for the student, in which the solutions are stubs, and
+`notebooks/solutions/NN_name.ipynb`, in which they stand. The same sources always give the same
+bytes. A source with an error is named with its cell, and its notebooks stay as they were; the
+others are written.
 
 How a source is written:
 
-* Cells begin with `# %% [markdown]` or `# %%`, tagged ones with `# %% tags=["setup"]`. Errors count the cells of the source from 1.
-* The first cell is markdown and begins with `# Title`; then **Goals**, **You need**, **Time** (minutes), **Machine**. Links to the previous
-  and the next notebook and to the index are not written: they are added here, from the titles. Other links are relative to notebooks/, the
-  folder in which the code runs.
+* Cells begin with `# %% [markdown]` or `# %%`, tagged ones with `# %% tags=["setup"]`. Errors count
+  the cells of the source from 1.
+* The first cell is markdown and begins with `# Title`; then **Goals**, **You need**, **Time**
+  (minutes), **Machine**. Links to the previous and the next notebook and to the index are not
+  written: they are added here, from the titles. Other links are relative to notebooks/, the folder
+  in which the code runs.
 * One code cell is tagged "parameters": what papermill may replace.
 * Cells tagged "setup" hold the imports and data that exercises need; they take less than 3 s.
-* An exercise is a markdown cell `### Exercise 1 · ★★☆ · 10 minutes` with the task and, in <details>, a hint, and then a code cell tagged
-  "exercise" that defines a function. Its solution stands between the lines `### BEGIN SOLUTION` and
-  `### END SOLUTION`, indented like the code; the student finds `raise NotImplementedError("your turn")` in their place. The next code
-  cell is tagged "check" and calls `teach.check("name", function)`. What comes after must not need the student's function.
-* A cell with `teach.predict` holds the truth, so JupyterLab shows it folded up, but for its first line: that is `teach.predict(`, and
-  nothing but the call is in the cell. What gives the answer away comes as `then=`, not in the cells behind.
-* At the end stand `## Summary`, one `teach.quiz` of five questions, whose cell is folded up, too, and `## Links` to papers and code.
-* The last code cell is tagged "record" and passes a dict of numbers to `teach.record`: what run.py asserts on. It is folded up as well.
-* No LaTeX, since pages render offline: formulas are unicode in code blocks. No `Output` widgets and no `interact`, which keep errors to
-  themselves.
+* An exercise is a markdown cell `### Exercise 1 · ★★☆ · 10 minutes` with the task and, in
+  <details>, a hint, and then a code cell tagged "exercise" that defines a function. Its solution
+  stands between the lines `### BEGIN SOLUTION` and `### END SOLUTION`, indented like the code; the
+  student finds `raise NotImplementedError("your turn")` in their place. The next code cell is
+  tagged "check" and calls `teach.check("name", function)`. What comes after must not need the
+  student's function.
+* A cell with `teach.predict` holds the truth, so JupyterLab shows it folded up, but for its first
+  line: that is `teach.predict(`, and nothing but the call is in the cell. What gives the answer
+  away comes as `then=`, not in the cells behind.
+* At the end stand `## Summary`, one `teach.quiz` of five questions, whose cell is folded up, too,
+  and `## Links` to papers and code.
+* The last code cell is tagged "record" and passes a dict of numbers to `teach.record`: what run.py
+  asserts on. It is folded up as well.
+* No LaTeX, since pages render offline: formulas are unicode in code blocks. No `Output` widgets and
+  no `interact`, which keep errors to themselves.
 """
 
 import pathlib
@@ -38,24 +47,41 @@ HERE = pathlib.Path(__file__).resolve().parent
 STUB = 'raise NotImplementedError("your turn")'
 PREDICTION = re.compile(r"teach\.predict\(\n(?:(?:    .*)?\n)*\)")
 FOLDED = re.compile(r"\bteach\.(predict|quiz|record)\(")
-# What JupyterLab writes when it opens a notebook, so that it is not changed by that. The kernel that `make setup` and Binder configure
-# gives this version, whichever Python it is (see ../binder/ipython_kernel_config.py).
+# What JupyterLab writes when it opens a notebook, so that it is not changed by that. The kernel
+# that `make setup` and Binder configure gives this version, whichever Python it is (see
+# ../binder/ipython_kernel_config.py).
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {
-        "codemirror_mode": {"name": "ipython", "version": 3}, "file_extension": ".py", "mimetype": "text/x-python",
-        "name": "python", "nbconvert_exporter": "python", "pygments_lexer": "ipython3", "version": "3"}}
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": "3",
+    },
+}
 FOLDER = """import os
 import pathlib
 
 if pathlib.Path.cwd().name == "solutions":
     os.chdir("..")  # where the notebook without solutions runs: its files are found from there"""
-BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-SOLUTION = re.compile(rf"^([ \t]*){BEGIN}[ \t]*\n(.*?)^[ \t]*{END}[ \t]*$", re.MULTILINE | re.DOTALL)
-CODE = re.compile(r"^(```+|~~~+).*?^\1[ \t]*$|(`+)(?!`).*?(?<!`)\2(?!`)", re.MULTILINE | re.DOTALL)  # of markdown: blocks and `spans`
+BEGIN = "### BEGIN SOLUTION"
+END = "### END SOLUTION"
+SOLUTION = re.compile(
+    rf"^([ \t]*){BEGIN}[ \t]*\n(.*?)^[ \t]*{END}[ \t]*$", re.MULTILINE | re.DOTALL
+)
+# Of markdown: blocks and `spans`
+CODE = re.compile(r"^(```+|~~~+).*?^\1[ \t]*$|(`+)(?!`).*?(?<!`)\2(?!`)", re.MULTILINE | re.DOTALL)
 LATEX = re.compile(r"\$\$|(?<!\\)\$[^$\n]+\$|\\\\[(\[]|\\begin\{")
-HIDES_ERRORS = re.compile(r"\b(?:Output|interact|interactive|interact_manual|interactive_output)\s*\(")
-LINK = re.compile(r"(\]\(\s*<?|\b(?:src|href)=[\"'])(?![<\s#/]|[a-z][a-z0-9+.-]*:)([^)>\"'\s]+)", re.IGNORECASE)  # to a file
+HIDES_ERRORS = re.compile(
+    r"\b(?:Output|interact|interactive|interact_manual|interactive_output)\s*\("
+)
+# To a file
+LINK = re.compile(
+    r"(\]\(\s*<?|\b(?:src|href)=[\"'])(?![<\s#/]|[a-z][a-z0-9+.-]*:)([^)>\"'\s]+)", re.IGNORECASE
+)
 
 
 class SourceError(ValueError):
@@ -71,10 +97,14 @@ def main():
 
 
 def build(folder) -> tuple[dict[str, str], list[SourceError]]:
-    """Make the notebooks of all sources in `folder`: ({path below notebooks/: text of the .ipynb}, errors)."""
+    """Make the notebooks of all sources in `folder`: ({path below notebooks/: text of the .ipynb},
+    errors).
+    """
     paths = sorted(pathlib.Path(folder).glob("[0-9][0-9]_*.py"))
     sources = {path.stem: read(path) for path in paths}
-    titles, notebooks, errors = {stem: title(cells) or stem for stem, cells in sources.items()}, {}, []
+    titles = {stem: title(cells) or stem for stem, cells in sources.items()}
+    notebooks = {}
+    errors = []
     for path in paths:
         cells = sources[path.stem]
         try:
@@ -83,9 +113,15 @@ def build(folder) -> tuple[dict[str, str], list[SourceError]]:
             errors.append(error)
             continue
         top, bottom = navigation(path.stem, titles)
-        back = new_markdown_cell(f"Solutions. [The notebook without them](../{path.stem}.ipynb) · [Index](../README.md)")
-        notebooks[f"{path.stem}.ipynb"] = notebook(path.stem, [top, *(without_solution(cell) for cell in cells), bottom])
-        notebooks[f"solutions/{path.stem}.ipynb"] = notebook(path.stem, [back, new_code_cell(FOLDER), *map(one_folder_down, cells), back])
+        back = new_markdown_cell(
+            f"Solutions. [The notebook without them](../{path.stem}.ipynb) · [Index](../README.md)"
+        )
+        notebooks[f"{path.stem}.ipynb"] = notebook(
+            path.stem, [top, *(without_solution(cell) for cell in cells), bottom]
+        )
+        notebooks[f"solutions/{path.stem}.ipynb"] = notebook(
+            path.stem, [back, new_code_cell(FOLDER), *map(one_folder_down, cells), back]
+        )
     return notebooks, errors
 
 
@@ -101,19 +137,26 @@ def title(cells) -> str | None:
 
 
 def navigation(stem, titles):
-    """The first and the last cell of a student's notebook: links to its neighbours in `titles`, {stem: title}, and to the index."""
+    """The first and the last cell of a student's notebook: links to its neighbours in `titles`,
+    {stem: title}, and to the index.
+    """
     stems = list(titles)
-    place, links = stems.index(stem), ["[Index](README.md)"]
+    place = stems.index(stem)
+    links = ["[Index](README.md)"]
     if place > 0:
         links.insert(0, f"[← {titles[stems[place - 1]]}]({stems[place - 1]}.ipynb)")
     if place + 1 < len(stems):
         links.append(f"[{titles[stems[place + 1]]} →]({stems[place + 1]}.ipynb)")
     top = " · ".join(links)
-    return new_markdown_cell(top), new_markdown_cell(f"[Solutions](solutions/{stem}.ipynb)\n\n{top}")
+    return new_markdown_cell(top), new_markdown_cell(
+        f"[Solutions](solutions/{stem}.ipynb)\n\n{top}"
+    )
 
 
 def notebook(stem, cells) -> str:
-    """The text of an .ipynb. Of a cell's metadata only its tags stay; its id is the stem and its place."""
+    """The text of an .ipynb. Of a cell's metadata only its tags stay; its id is the stem and its
+    place.
+    """
     out = new_notebook(metadata=METADATA)
     for place, cell in enumerate(cells):
         new = new_code_cell if cell.cell_type == "code" else new_markdown_cell
@@ -135,17 +178,23 @@ def without_solution(cell):
     """The cell with its solutions replaced by stubs."""
     if "exercise" not in tags(cell):
         return cell
-    return new_code_cell(SOLUTION.sub(lambda found: found[1] + STUB, cell.source), metadata=cell.metadata)
+    return new_code_cell(
+        SOLUTION.sub(lambda found: found[1] + STUB, cell.source), metadata=cell.metadata
+    )
 
 
 def relink(text: str, change) -> str:
-    """Markdown with `change(target)` in place of the target of every relative link and image outside of code."""
+    """Markdown with `change(target)` in place of the target of every relative link and image
+    outside of code.
+    """
+
     def changed(prose):
         return LINK.sub(lambda link: link[1] + change(link[2]), prose)
 
-    pieces, at = [], 0
+    pieces = []
+    at = 0
     for code in CODE.finditer(text):
-        pieces += [changed(text[at:code.start()]), code[0]]
+        pieces += [changed(text[at : code.start()]), code[0]]
         at = code.end()
     return "".join([*pieces, changed(text[at:])])
 
@@ -154,11 +203,15 @@ def one_folder_down(cell):
     """A markdown cell with its links to files as they are from solutions/; a code cell as it is."""
     if cell.cell_type == "code":
         return cell
-    return new_markdown_cell(relink(cell.source, lambda target: f"../{target}"), metadata=cell.metadata)
+    return new_markdown_cell(
+        relink(cell.source, lambda target: f"../{target}"), metadata=cell.metadata
+    )
 
 
 def solutions(cell) -> list[list[str]]:
-    """The lines of each solution of a cell, without indentation, empty lines and comments. ValueError where the markers do not pair up."""
+    """The lines of each solution of a cell, without indentation, empty lines and comments.
+    ValueError where the markers do not pair up.
+    """
     rest = SOLUTION.sub(lambda found: found[2], cell.source)
     for marker in (BEGIN, END):
         if marker in rest:
@@ -167,7 +220,10 @@ def solutions(cell) -> list[list[str]]:
 
 
 def check(name, cells) -> None:
-    """SourceError if the cells of the source `name` do not keep to the rules at the top of this file."""
+    """SourceError if the cells of the source `name` do not keep to the rules at the top of this
+    file.
+    """
+
     def error(place, what):
         raise SourceError(f"{name}, cell {place + 1}: {what}")
 
@@ -176,19 +232,33 @@ def check(name, cells) -> None:
     code = [place for place, cell in enumerate(cells) if cell.cell_type == "code"]
     tagged = [place for place in code if "parameters" in tags(cells[place])]
     if len(tagged) != 1:
-        error(tagged[1] if tagged else 0, f"{len(tagged)} cells are tagged 'parameters'; it has to be one")
+        error(
+            tagged[1] if tagged else 0,
+            f"{len(tagged)} cells are tagged 'parameters'; it has to be one",
+        )
     for place, cell in enumerate(cells):
         if cell.cell_type == "markdown":
             if found := LATEX.search(CODE.sub("", cell.source)):
-                error(place, f"LaTeX ({found[0]!r}) does not render offline; write formulas as unicode in a code block")
+                error(
+                    place,
+                    f"LaTeX ({found[0]!r}) does not render offline; write formulas as unicode in a"
+                    " code block",
+                )
             if BEGIN in cell.source or END in cell.source:
                 error(place, "a marker of solutions in a markdown cell")
         elif found := HIDES_ERRORS.search(cell.source):
             error(place, f"{found[0]!r} keeps errors to itself; use .observe and HTML widgets")
         elif "teach.predict(" in cell.source and not PREDICTION.fullmatch(cell.source):
-            error(place, "a prediction has to be a cell of its own, and its first line, which is seen when it is folded, 'teach.predict('")
+            error(
+                place,
+                "a prediction has to be a cell of its own, and its first line, which is seen when"
+                " it is folded, 'teach.predict('",
+            )
     if not code or "record" not in tags(cells[code[-1]]) or "record(" not in cells[code[-1]].source:
-        error(code[-1] if code else 0, "the last code cell has to be tagged 'record' and to call teach.record")
+        error(
+            code[-1] if code else 0,
+            "the last code cell has to be tagged 'record' and to call teach.record",
+        )
     for place, after in zip(code, [*code[1:], None]):
         _check_exercise(cells, place, after, error)
 
@@ -207,14 +277,18 @@ def _check_exercise(cells, place, after, error):
         error(place, f"an exercise without the lines {BEGIN!r} and {END!r}")
     if re.search(rf"^{BEGIN}", cell.source, re.MULTILINE):
         error(place, "a solution outside of a function: its stub would stop the notebook")
-    if after is None or "check" not in tags(cells[after]) or "teach.check(" not in cells[after].source:
+    if (
+        after is None
+        or "check" not in tags(cells[after])
+        or "teach.check(" not in cells[after].source
+    ):
         error(place, "the next code cell has to be tagged 'check' and to call teach.check")
     for other, text in enumerate(without_solution(cell).source for cell in cells):
         lines = _statements(text.splitlines())
         for solution in found:
             if not solution:
                 error(place, "an empty solution")
-            if any(lines[at:at + len(solution)] == solution for at in range(len(lines))):
+            if any(lines[at : at + len(solution)] == solution for at in range(len(lines))):
                 error(other, f"the solution of cell {place + 1} leaks: {solution[0]!r}")
 
 

@@ -2,10 +2,11 @@
 
 python notebooks/run.py [--only NN …] [--settings tiny|quick] [--output runs/notebooks]
 
-`settings.json` gives each notebook its papermill "parameters", the "seconds" it may take and, in "expect", bounds [low, high] of metrics.
-Every notebook runs in a process of its own, two at a time. It passes if it ends in time, if none of its outputs and widgets shows an
-error, if it records metrics (`teach.record`), all finite and within their bounds, and if every check finds its exercise not done.
-The executed notebooks, their logs and `results.json` are in the output folder.
+`settings.json` gives each notebook its papermill "parameters", the "seconds" it may take and, in
+"expect", bounds [low, high] of metrics. Every notebook runs in a process of its own, two at a time.
+It passes if it ends in time, if none of its outputs and widgets shows an error, if it records
+metrics (`teach.record`), all finite and within their bounds, and if every check finds its exercise
+not done. The executed notebooks, their logs and `results.json` are in the output folder.
 """
 
 import argparse
@@ -31,12 +32,24 @@ ROW = "{:28} {:>8} {:>8} {:>6}  {}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NN", help="notebooks whose names begin so; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="NN",
+        help="notebooks whose names begin so; default: all",
+    )
     parser.add_argument("--settings", default="tiny", choices=sorted(load_settings()))
     parser.add_argument("--output", default="runs/notebooks", type=pathlib.Path)
     args = parser.parse_args()
-    paths = [path for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")) if path.name.startswith(tuple(args.only))]
+    paths = [
+        path
+        for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+        if path.name.startswith(tuple(args.only))
+    ]
     if not paths:
         sys.exit(f"--only {' '.join(args.only)}: no notebook's name begins so")
     results = run(paths, load_settings()[args.settings], args.output)
@@ -48,49 +61,89 @@ def load_settings() -> dict:
 
 
 def run(paths, settings, output, environment=None, keep_widgets=False) -> list[dict]:
-    """Run and judge the notebooks `paths` under `settings`, {stem: {"parameters", "seconds", "expect"}}, and print a table.
+    """Run and judge the notebooks `paths` under `settings`, {stem: {"parameters", "seconds",
+    "expect"}}, and print a table.
 
-    Returns a dict each, also in `output`/results.json: notebook, seconds, peak_mb (of the kernel and its children), cells, metrics,
-    problems (a list of texts; empty: it passed). `environment`: further variables of the kernels; `keep_widgets`: leave the widgets'
-    state, megabytes, in the executed notebooks. ValueError if the settings do not fit the notebooks."""
+    Returns a dict each, also in `output`/results.json: notebook, seconds, peak_mb (of the kernel
+    and its children), cells, metrics, problems (a list of texts; empty: it passed). `environment`:
+    further variables of the kernels; `keep_widgets`: leave the widgets' state, megabytes, in the
+    executed notebooks. ValueError if the settings do not fit the notebooks.
+    """
     check_settings(paths, settings)
     output = pathlib.Path(output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     results = []
     print(ROW.format("notebook", "seconds", "peak MB", "cells", "verdict"), flush=True)
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(_run_one, path, settings[path.stem], output, environment or {}, keep_widgets) for path in paths]
+        jobs = [
+            pool.submit(
+                _run_one, path, settings[path.stem], output, environment or {}, keep_widgets
+            )
+            for path in paths
+        ]
         for result in (job.result() for job in jobs):
             results.append(result)
-            seconds, peak, verdict = f"{result['seconds']:.0f}", f"{result['peak_mb']:.0f}", "FAILED" if result["problems"] else "passed"
+            seconds = f"{result['seconds']:.0f}"
+            peak = f"{result['peak_mb']:.0f}"
+            verdict = "FAILED" if result["problems"] else "passed"
             print(ROW.format(result["notebook"], seconds, peak, result["cells"], verdict))
-            print(*(f"    {problem}\n" for problem in result["problems"]), sep="", end="", flush=True)
-    (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            print(
+                *(f"    {problem}\n" for problem in result["problems"]), sep="", end="", flush=True
+            )
+    (output / "results.json").write_text(
+        json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     failed = sum(bool(result["problems"]) for result in results)
-    print(f"{len(results) - failed} of {len(results)} passed; executed notebooks and logs: {output}")
+    print(
+        f"{len(results) - failed} of {len(results)} passed; executed notebooks and logs: {output}"
+    )
     return results
 
 
 def check_settings(paths, settings):
-    """ValueError if a notebook has no settings, or if they hold a parameter that it does not have: papermill would ignore that one."""
+    """ValueError if a notebook has no settings, or if they hold a parameter that it does not have:
+    papermill would ignore that one.
+    """
     for path in paths:
         if path.stem not in settings:
-            raise ValueError(f"settings.json: no entry for {path.stem}; it has {', '.join(settings)}")
+            raise ValueError(
+                f"settings.json: no entry for {path.stem}; it has {', '.join(settings)}"
+            )
         known = papermill.inspect_notebook(path)
         if unknown := settings[path.stem]["parameters"].keys() - known.keys():
-            raise ValueError(f"settings.json: {path.stem} has no parameter {', '.join(sorted(unknown))}; "
-                             f"it has {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"settings.json: {path.stem} has no parameter {', '.join(sorted(unknown))}; "
+                f"it has {', '.join(known) or 'none'}"
+            )
 
 
 def _run_one(path, setting, output, environment, keep_widgets):
-    executed, record = output / path.name, output / f"{path.stem}.record.json"
+    executed = output / path.name
+    record = output / f"{path.stem}.record.json"
     for file in (executed, record):
         file.unlink(missing_ok=True)
     # Two notebooks share the cores; with more threads they would wait for one another.
     variables = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
-    variables |= {"SIDLAB_UNATTENDED": "1", "SIDLAB_RECORD": str(record), "PLOTLY_RENDERER": "plotly_mimetype", **environment}
-    command = [sys.executable, "-m", "papermill", path, executed, "--kernel", "python3", "--cwd", HERE, "--no-progress-bar",
-               "--parameters_yaml", json.dumps(setting["parameters"])]
+    variables |= {
+        "SIDLAB_UNATTENDED": "1",
+        "SIDLAB_RECORD": str(record),
+        "PLOTLY_RENDERER": "plotly_mimetype",
+        **environment,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        path,
+        executed,
+        "--kernel",
+        "python3",
+        "--cwd",
+        HERE,
+        "--no-progress-bar",
+        "--parameters_yaml",
+        json.dumps(setting["parameters"]),
+    ]
     with open(output / f"{path.stem}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
         seconds, peak, in_time = _watch(process, setting["seconds"])
@@ -101,16 +154,30 @@ def _run_one(path, setting, output, environment, keep_widgets):
         problems = [f"papermill ended with {process.returncode}; see {log.name}"]
     recorded = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if not problems:
-        problems = judge(recorded, setting.get("expect", {}), sum("check" in cell.metadata.get("tags", []) for cell in notebook.cells))
+        problems = judge(
+            recorded,
+            setting.get("expect", {}),
+            sum("check" in cell.metadata.get("tags", []) for cell in notebook.cells),
+        )
     if not keep_widgets and notebook.metadata.pop("widgets", None):
         nbformat.write(notebook, executed)
-    return {"notebook": path.stem, "seconds": round(seconds, 1), "peak_mb": round(peak, 1), "cells": len(notebook.cells),
-            "metrics": recorded.get("metrics", {}), "problems": problems}
+    return {
+        "notebook": path.stem,
+        "seconds": round(seconds, 1),
+        "peak_mb": round(peak, 1),
+        "cells": len(notebook.cells),
+        "metrics": recorded.get("metrics", {}),
+        "problems": problems,
+    }
 
 
 def _watch(process, limit):
-    """Wait for `process`; end it and its children after `limit` seconds: (seconds, peak MB of all below it together, whether it ended)."""
-    start, peak, parent = time.monotonic(), 0.0, psutil.Process(process.pid)
+    """Wait for `process`; end it and its children after `limit` seconds: (seconds, peak MB of all
+    below it together, whether it ended).
+    """
+    start = time.monotonic()
+    peak = 0.0
+    parent = psutil.Process(process.pid)
     while process.poll() is None:
         try:
             below = parent.children(recursive=True)
@@ -127,7 +194,9 @@ def _watch(process, limit):
 
 
 def _megabytes(process):
-    """The most that a process has held so far where the system tells (Linux), else what it holds now."""
+    """The most that a process has held so far where the system tells (Linux), else what it holds
+    now.
+    """
     status = pathlib.Path(f"/proc/{process.pid}/status")
     try:
         found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
@@ -137,15 +206,28 @@ def _megabytes(process):
 
 
 def errors_shown(notebook) -> list[str]:
-    """Every error that an executed notebook shows, in outputs or inside of widgets (of which the state has to be in its metadata)."""
+    """Every error that an executed notebook shows, in outputs or inside of widgets (of which the
+    state has to be in its metadata).
+    """
     problems = []
     for cell in notebook.cells:
-        problems += [f"cell {cell.id}: {problem}" for output in cell.get("outputs", []) for problem in _errors_of_output(output)]
+        problems += [
+            f"cell {cell.id}: {problem}"
+            for output in cell.get("outputs", [])
+            for problem in _errors_of_output(output)
+        ]
     for model in notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {}).values():
-        name, state = model["model_name"], model["state"]
-        problems += [f"inside an Output widget: {problem}" for output in state.get("outputs", []) for problem in _errors_of_output(output)]
+        name = model["model_name"]
+        state = model["state"]
+        problems += [
+            f"inside an Output widget: {problem}"
+            for output in state.get("outputs", [])
+            for problem in _errors_of_output(output)
+        ]
         shown = [value for key, value in state.items() if key != "_esm"]  # which is a view's source
-        problems += [f"a widget ({name}): {problem}" for value in shown for problem in _errors_of_text(value)]
+        problems += [
+            f"a widget ({name}): {problem}" for value in shown for problem in _errors_of_text(value)
+        ]
     return problems
 
 
@@ -164,16 +246,22 @@ def _errors_of_text(text):
     if TRACEBACK in text:
         return [f"shows a traceback: {text.strip().splitlines()[-1]}"]
     if found := ALERT.search(text):
-        return [f"shows an alert: {re.sub('<[^>]*>', '', text[found.start():].partition('>')[2])[:200]}"]
+        return [
+            f"shows an alert: {re.sub('<[^>]*>', '', text[found.start() :].partition('>')[2])[:200]}"
+        ]
     return []
 
 
 def judge(recorded: dict, expect: dict, checks: int) -> list[str]:
-    """What is wrong with a record, {"metrics": {...}, "checks": [{"name", "passed", "verdict"}]}: nothing recorded, a number that is not
-    finite, a metric outside of `expect`, {name: [low, high]}, fewer checks than `checks`, a check that a stub does not fail."""
+    """What is wrong with a record, {"metrics": {...}, "checks": [{"name", "passed", "verdict"}]}:
+    nothing recorded, a number that is not finite, a metric outside of `expect`, {name: [low,
+    high]}, fewer checks than `checks`, a check that a stub does not fail.
+    """
     metrics = recorded.get("metrics", {})
     problems = [] if metrics else ["nothing was recorded"]
-    problems += [f"metric {name} is {value}" for name, value in _numbers(metrics) if not math.isfinite(value)]
+    problems += [
+        f"metric {name} is {value}" for name, value in _numbers(metrics) if not math.isfinite(value)
+    ]
     for name, (low, high) in expect.items():
         value = metrics.get(name)
         if not isinstance(value, int | float) or not low <= value <= high:
@@ -181,8 +269,11 @@ def judge(recorded: dict, expect: dict, checks: int) -> list[str]:
     made = recorded.get("checks", [])
     if len(made) < checks:
         problems.append(f"{len(made)} checks recorded of {checks} cells tagged 'check'")
-    problems += [f"check {check['name']} of a stub says {check['verdict']!r}, not 'not started'" for check in made
-                 if check["passed"] or check["verdict"] != "not started"]
+    problems += [
+        f"check {check['name']} of a stub says {check['verdict']!r}, not 'not started'"
+        for check in made
+        if check["passed"] or check["verdict"] != "not started"
+    ]
     return problems
 
 

@@ -1,6 +1,8 @@
-"""Make the notebooks of the studies, one for each in sidlab.research.studies: python notebooks/studies.py
+"""Make the notebooks of the studies, one for each in sidlab.research.studies: python
+notebooks/studies.py
 
-Each is run by papermill, with any data set, preset and number of seeds; what is done is kept in `output_dir` and not done again:
+Each is run by papermill, with any data set, preset and number of seeds; what is done is kept in
+`output_dir` and not done again:
 
     papermill notebooks/studies/layer-ratio.ipynb runs/layer-ratio.ipynb --cwd . -k python3 -p dataset planted -p preset quick -p seeds 2
 """
@@ -84,39 +86,63 @@ CURVES = """from sidlab.research.study_figures import curves_figure
 
 curves_figure(rows)"""
 SAVE = """studies.save({name!r}, runs, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only)"""
-ASIDE = {"strategies": "What a scorer is worth: against a random third, on the same users and seeds.",
-         "granularity": "Finer SIDs against coarser ones, on the same users and seeds.",
-         "adaptive": "What adapts, against the constant share behind the second layer that leaves as much work (tokens × layers): between "
-                     "the two constant ones beside it."}
+ASIDE = {
+    "strategies": "What a scorer is worth: against a random third, on the same users and seeds.",
+    "granularity": "Finer SIDs against coarser ones, on the same users and seeds.",
+    "adaptive": (
+        "What adapts, against the constant share behind the second layer that leaves as much work"
+        " (tokens × layers): between the two constant ones beside it."
+    ),
+}
 
 
 def notebook(name: str) -> str:
     """The text of the study's .ipynb."""
     study = STUDIES[name]
-    text = (f"# {study.title}\n\n**{study.question}** {len(study.settings)} settings, each in a process of its own; what is done already "
-            "is not done again. On two cores a run of `planted` with `quick` takes about a minute, of Amazon Beauty five. From a "
-            "terminal (`source .venv/bin/activate`):\n\n"
-            f"```\nmkdir -p runs\npapermill notebooks/studies/{name}.ipynb runs/{name}.ipynb --cwd . -k python3 -p dataset planted "
-            "-p seeds 3\n```\n\n"
-            f"*What the papers say.* {study.published}\n\n*How to read it.* Intervals are over test users and seeds; "
-            "with one seed they know nothing of other seeds, with more the noise of seeds is estimated from all settings together, as if "
-            "it were alike in all. \"Against the first\" compares with the first setting on the same users and "
-            "seeds: if its interval holds 0, do not call either better. Costs are medians, measured in training.")
-    cells = [new_markdown_cell(text), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-             new_code_cell(CHECK.format(name=name))]
+    text = (
+        f"# {study.title}\n\n**{study.question}** {len(study.settings)} settings, each in a process"
+        " of its own; what is done already is not done again. On two cores a run of `planted` with"
+        " `quick` takes about a minute, of Amazon Beauty five. From a terminal (`source"
+        f" .venv/bin/activate`):\n\n```\nmkdir -p runs\npapermill notebooks/studies/{name}.ipynb"
+        f" runs/{name}.ipynb --cwd . -k python3 -p dataset planted -p seeds 3\n```\n\n*What the"
+        f" papers say.* {study.published}\n\n*How to read it.* Intervals are over test users and"
+        " seeds; with one seed they know nothing of other seeds, with more the noise of seeds is"
+        ' estimated from all settings together, as if it were alike in all. "Against the first"'
+        " compares with the first setting on the same users and seeds: if its interval holds 0, do"
+        " not call either better. Costs are medians, measured in training."
+    )
+    cells = [
+        new_markdown_cell(text),
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        new_code_cell(CHECK.format(name=name)),
+    ]
     if name == "adaptive":
-        cells += [new_markdown_cell("The schedules, before anything is trained. What follows the loss or the ranking isn't known yet."),
-                  new_code_cell(SCHEDULES)]
-    cells += [new_code_cell(RUN.format(name=name)), new_code_cell(QUALITY), new_code_cell(COSTS), new_code_cell(FIGURE)]
+        cells += [
+            new_markdown_cell(
+                "The schedules, before anything is trained. What follows the loss or the ranking"
+                " isn't known yet."
+            ),
+            new_code_cell(SCHEDULES),
+        ]
+    cells += [
+        new_code_cell(RUN.format(name=name)),
+        new_code_cell(QUALITY),
+        new_code_cell(COSTS),
+        new_code_cell(FIGURE),
+    ]
     if name in ASIDE:
         cells += [new_markdown_cell(ASIDE[name]), new_code_cell(VERSUS.format(name=name))]
     if name == "adaptive":
-        cells += [new_markdown_cell(
-            "What the two that look at a probe had chosen when the best checkpoint was written, seed by seed; the settled "
-            "layer with the rank correlation of each layer with the one behind."),
-                  new_code_cell(ENDED)]
+        cells += [
+            new_markdown_cell(
+                "What the two that look at a probe had chosen when the best checkpoint was written,"
+                " seed by seed; the settled layer with the rank correlation of each layer with the"
+                " one behind."
+            ),
+            new_code_cell(ENDED),
+        ]
     if name == "strata":
-        cells += [new_code_cell(STRATA), new_code_cell('groups.round(4)')]
+        cells += [new_code_cell(STRATA), new_code_cell("groups.round(4)")]
     if name == "fast":
         cells.append(new_code_cell(CURVES))
     cells.append(new_code_cell(SAVE.format(name=name)))
@@ -126,5 +152,7 @@ def notebook(name: str) -> str:
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for study_name in STUDIES:
-        (FOLDER / f"{study_name}.ipynb").write_text(notebook(study_name), encoding="utf-8", newline="\n")
+        (FOLDER / f"{study_name}.ipynb").write_text(
+            notebook(study_name), encoding="utf-8", newline="\n"
+        )
     print(f"{len(STUDIES)} notebooks in {FOLDER}")

@@ -1,8 +1,10 @@
-"""What makes a model work: one change at a time from the preset `long` with dense targets, short runs, judged by all validation users.
+"""What makes a model work: one change at a time from the preset `long` with dense targets, short
+runs, judged by all validation users.
 
     python results/levers.py ../shared/data/amazon-beauty [--arch qwen t5] [--epochs 4] [--sids FILE]
 
-Test users are not looked at. A row is written as soon as its run ends, and is not run again: results/levers.json.
+Test users are not looked at. A row is written as soon as its run ends, and is not run again:
+results/levers.json.
 """
 
 import argparse
@@ -48,20 +50,32 @@ OF_ARCH = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset")
     parser.add_argument("--arch", nargs="+", default=["qwen", "t5"])
     parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--sids", help="a published SID file; default: residual k-means on the texts")
+    parser.add_argument(
+        "--sids", help="a published SID file; default: residual k-means on the texts"
+    )
     args = parser.parse_args()
     catalogue = sidlab.load_catalogue(args.dataset)
-    table = sidlab.SidTable.from_file(args.sids) if args.sids else sidlab.runs.sid_table(catalogue, "runs/levers")[0]
+    table = (
+        sidlab.SidTable.from_file(args.sids)
+        if args.sids
+        else sidlab.runs.sid_table(catalogue, "runs/levers")[0]
+    )
     histories, targets = leave_one_out(catalogue.histories).cases("validation")
 
     path = HERE / "levers.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     rows = known.get("rows", [])
-    about = {"dataset": pathlib.Path(args.dataset).resolve().name, "epochs": args.epochs, "table": table.fingerprint()}
+    about = {
+        "dataset": pathlib.Path(args.dataset).resolve().name,
+        "epochs": args.epochs,
+        "table": table.fingerprint(),
+    }
     if rows and known["about"] != about:
         raise SystemExit(f"{path} is of {known['about']}, asked for {about}: move it away first")
     done = {(row["arch"], row["lever"]) for row in rows}
@@ -70,22 +84,50 @@ def main():
         for lever, changes in {**BOTH, **OF_ARCH[arch]}.items():
             if (arch, lever) in done:
                 continue
-            settings = {"arch": arch, "targets": "all", "epochs": args.epochs, "eval_every": 10**6} | changes
-            result = sidlab.train(sidlab.TrainConfig.preset("long", **settings), catalogue, table, progress=False)
+            settings = {
+                "arch": arch,
+                "targets": "all",
+                "epochs": args.epochs,
+                "eval_every": 10**6,
+            } | changes
+            result = sidlab.train(
+                sidlab.TrainConfig.preset("long", **settings), catalogue, table, progress=False
+            )
             ranks = evaluate(result.model, histories, targets, beam=20)
             hits = recall_at(ranks, 10)
-            row = {"arch": arch, "lever": lever, **summary(ranks), "train_seconds": result.timing["train_seconds"],
-                   "precision": result.precision, "loss": next(e["loss"] for e in reversed(result.log) if "loss" in e),
-                   "hits": np.packbits(hits.astype(bool)).tolist()}
+            row = {
+                "arch": arch,
+                "lever": lever,
+                **summary(ranks),
+                "train_seconds": result.timing["train_seconds"],
+                "precision": result.precision,
+                "loss": next(e["loss"] for e in reversed(result.log) if "loss" in e),
+                "hits": np.packbits(hits.astype(bool)).tolist(),
+            }
             first = next((r for r in rows if r["arch"] == arch), None)
             if first is not None:
-                before = np.unpackbits(np.array(first["hits"], np.uint8))[: len(targets)].astype(float)
+                before = np.unpackbits(np.array(first["hits"], np.uint8))[: len(targets)].astype(
+                    float
+                )
                 test = paired_test(hits, before)
                 row |= {"difference": test.difference, "interval": list(test.interval)}
             rows.append(row)
-            command = f"python results/levers.py {args.dataset} --epochs {args.epochs:g}" + (f" --sids {args.sids}" if args.sids else "")
-            write_json(path, {"command": command, "about": about, "hardware": hardware(), "versions": versions(), "rows": rows})
-            print(f"{arch}, {lever}: {row['recall@10']:.4f}, {row['train_seconds']:.0f} s", flush=True)
+            command = f"python results/levers.py {args.dataset} --epochs {args.epochs:g}" + (
+                f" --sids {args.sids}" if args.sids else ""
+            )
+            write_json(
+                path,
+                {
+                    "command": command,
+                    "about": about,
+                    "hardware": hardware(),
+                    "versions": versions(),
+                    "rows": rows,
+                },
+            )
+            print(
+                f"{arch}, {lever}: {row['recall@10']:.4f}, {row['train_seconds']:.0f} s", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Models of published quality on real data: the preset `long` with dense targets, on test users, every item ranked, nothing excluded.
+"""Models of published quality on real data: the preset `long` with dense targets, on test users,
+every item ranked, nothing excluded.
 
     python results/mature.py ../shared/data/amazon-beauty [--arch qwen] [--seeds 3] [--sids FILE] [--folder runs/mature]
 
-Test users are scored once a run. Resumable; writes results/mature-<data set>-<architecture>.json with the ranks of every run.
+Test users are scored once a run. Resumable; writes results/mature-<data set>-<architecture>.json
+with the ranks of every run.
 """
 
 import argparse
@@ -19,26 +21,50 @@ HERE = pathlib.Path(__file__).parent
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset")
     parser.add_argument("--arch", default="qwen", help="qwen (decoder-only) or t5")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sids", help="a published SID file; default: residual k-means on the texts")
+    parser.add_argument(
+        "--sids", help="a published SID file; default: residual k-means on the texts"
+    )
     parser.add_argument("--folder", default="runs/mature")
     args = parser.parse_args()
-    setting = {"arch": args.arch, "targets": "all"} | ({"sids.file": str(pathlib.Path(args.sids).absolute())} if args.sids else {})
-    frame = sidlab.sweep([setting], args.folder, dataset=args.dataset, preset="long", seeds=args.seeds)
+    setting = {"arch": args.arch, "targets": "all"} | (
+        {"sids.file": str(pathlib.Path(args.sids).absolute())} if args.sids else {}
+    )
+    frame = sidlab.sweep(
+        [setting], args.folder, dataset=args.dataset, preset="long", seeds=args.seeds
+    )
 
     found = [json.loads(pathlib.Path(file).read_text()) for file in frame["file"]]
     name = pathlib.Path(args.dataset).resolve().name
     sids = f" --sids {args.sids}" if args.sids else ""
     content = {
-        "command": f"python results/mature.py {args.dataset} --arch {args.arch} --seeds {args.seeds}{sids}",
-        "dataset": name, "arch": args.arch, "preset": "long", "hardware": hardware(), "versions": versions(),
+        "command": (
+            f"python results/mature.py {args.dataset} --arch {args.arch} --seeds {args.seeds}{sids}"
+        ),
+        "dataset": name,
+        "arch": args.arch,
+        "preset": "long",
+        "hardware": hardware(),
+        "versions": versions(),
         "metrics": metrics_of(ranks_of(found)),
-        "runs": [{"seed": seed, "precision": one["precision"], "busy": one["busy"], **{metric: one["row"][metric] for metric in METRICS},
-                  "train_seconds": one["row"]["train_seconds"], "updates": one["row"]["updates"], "curve": one["curve"],
-                  "ranks": one["ranks"]} for seed, one in enumerate(found)],
+        "runs": [
+            {
+                "seed": seed,
+                "precision": one["precision"],
+                "busy": one["busy"],
+                **{metric: one["row"][metric] for metric in METRICS},
+                "train_seconds": one["row"]["train_seconds"],
+                "updates": one["row"]["updates"],
+                "curve": one["curve"],
+                "ranks": one["ranks"],
+            }
+            for seed, one in enumerate(found)
+        ],
     }
     write(HERE / f"mature-{name}-{args.arch}.json", json.dumps(content))
 

@@ -1,10 +1,13 @@
-"""sidlab: understand, teach and explore semantic-ID generative recommendation and the pruning of its input tokens.
+"""sidlab: understand, teach and explore semantic-ID generative recommendation and the pruning of
+its input tokens.
 
-An item is a short sequence of codes, its semantic ID (SID); a user's history is its items' SIDs; a transformer generates the
-SID of the next item. RASTP and STAMP keep only the history tokens that matter; STAMP also predicts further items ahead.
+An item is a short sequence of codes, its semantic ID (SID); a user's history is its items' SIDs; a
+transformer generates the SID of the next item. RASTP and STAMP keep only the history tokens that
+matter; STAMP also predicts further items ahead.
 
-Axes, everywhere: B batch, N history tokens, K kept tokens, H heads, d hidden size, L levels of an SID, W codes per level, S
-auxiliary steps. Masks are 1 for real and 0 for padding. Ratios are kept fractions. Layers count from 1.
+Axes, everywhere: B batch, N history tokens, K kept tokens, H heads, d hidden size, L levels of an
+SID, W codes per level, S auxiliary steps. Masks are 1 for real and 0 for padding. Ratios are kept
+fractions. Layers count from 1.
 
 Names are imported on first use, so `import sidlab` itself costs next to nothing.
 """

@@ -26,8 +26,9 @@ def integer(name: str, value, least: int = 1) -> int:
 
 
 def plain(config) -> None:
-    """NumPy's numbers in a dataclass, frozen or not, become Python's: JSON and the libraries know no others. TypeError where a field of
-    True and False holds something else."""
+    """NumPy's numbers in a dataclass, frozen or not, become Python's: JSON and the libraries know
+    no others. TypeError where a field of True and False holds something else.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, np.generic):
@@ -48,6 +49,8 @@ def as_histories(histories) -> list[np.ndarray]:
     arrays = [np.asarray(history) for history in histories]
     for user, h in enumerate(arrays):
         if h.ndim != 1 or h.size and h.dtype.kind not in "iu":
-            raise ValueError(f"histories[{user}] must be a one-dimensional array of integer item ids (of a single one, give [history]), "
-                             f"got shape {h.shape} and dtype {h.dtype}")
+            raise ValueError(
+                f"histories[{user}] must be a one-dimensional array of integer item ids (of a"
+                f" single one, give [history]), got shape {h.shape} and dtype {h.dtype}"
+            )
     return [h.astype(np.int64, copy=False) for h in arrays]

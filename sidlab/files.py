@@ -13,7 +13,8 @@ def write(path, content: str | bytes) -> pathlib.Path:
     """Writes `content` beside `path`, in a folder that is made where need be, and renames it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # threads and machines may share a process id
+    # Threads and machines may share a process id
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)
     return path
@@ -37,5 +38,8 @@ def read_json(path, *fields) -> dict:
     with reading(path):
         content = json.loads(pathlib.Path(path).read_text())
     if not isinstance(content, dict) or set(fields) - content.keys():
-        raise ValueError(f"{path} must hold a JSON object with {', '.join(fields) or 'fields'}, got {str(content)[:80]}")
+        raise ValueError(
+            f"{path} must hold a JSON object with {', '.join(fields) or 'fields'}, got"
+            f" {str(content)[:80]}"
+        )
     return content

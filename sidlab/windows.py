@@ -1,12 +1,14 @@
-"""From histories to batches: the leave-one-out split, training windows, batches of similar length, the collator.
+"""From histories to batches: the leave-one-out split, training windows, batches of similar length,
+the collator.
 
-The last item of a user is the test target, the one before it the validation target, the rest is for training. A training
-window is one prefix of that rest and its next item: every prefix is used once an epoch. The published code instead draws from
-all contiguous stretches, early starts and late ones (`kind="contiguous"`, `UserBatches`).
+The last item of a user is the test target, the one before it the validation target, the rest is for
+training. A training window is one prefix of that rest and its next item: every prefix is used once
+an epoch. The published code instead draws from all contiguous stretches, early starts and late ones
+(`kind="contiguous"`, `UserBatches`).
 
-The published code pads every history to a fixed number of slots. Here an update is cut into batches of similar length, so that
-with 16 of them at least 95 % of the slots are real; `fixed_slots=True` keeps the very same batches and pads them as published,
-so that only the padding differs.
+The published code pads every history to a fixed number of slots. Here an update is cut into batches
+of similar length, so that with 16 of them at least 95 % of the slots are real; `fixed_slots=True`
+keeps the very same batches and pads them as published, so that only the padding differs.
 """
 
 import dataclasses
@@ -25,8 +27,9 @@ from sidlab.sids.table import PAD, SEP, SidTable
 class Split:
     """Leave-one-out. Users with fewer than three items are left out and counted in `skipped`.
 
-    `train`: list of int64 arrays, history[:-2]. For "validation" the history is history[:-2] and the target history[-2]; for
-    "test" they are history[:-1] and history[-1]."""
+    `train`: list of int64 arrays, history[:-2]. For "validation" the history is history[:-2] and
+    the target history[-2]; for "test" they are history[:-1] and history[-1].
+    """
 
     train: list[np.ndarray]
     histories: list[np.ndarray]
@@ -36,45 +39,59 @@ class Split:
         """Histories and targets (int64 [U]) of "validation" or "test"."""
         one_of("part", part, ("validation", "test"))
         cut = -2 if part == "validation" else -1
-        return [h[:cut] for h in self.histories], np.array([h[cut] for h in self.histories], np.int64)
+        return [h[:cut] for h in self.histories], np.array(
+            [h[cut] for h in self.histories], np.int64
+        )
 
 
 def leave_one_out(histories) -> Split:
     """Split histories (arrays of item ids, oldest first) by leave-one-out."""
     usable = [h for h in as_histories(histories) if len(h) >= 3]
     if not usable:
-        raise ValueError("no user has three items or more, so there is nothing to train and test on")
+        raise ValueError(
+            "no user has three items or more, so there is nothing to train and test on"
+        )
     return Split([h[:-2] for h in usable], usable, len(histories) - len(usable))
 
 
 class Windows(torch.utils.data.Dataset):
     """Every prefix of every training history with its next item, as indices into one flat array.
 
-    Window w has history `items[start[w]:target[w]]` (at most the last `max_items`) and target `items[target[w]]`; its user's
-    training part ends before `end[w]`, so auxiliary labels never reach a user's last two items. `kind="contiguous"`: also every
-    stretch that starts later; those that start too early are cut to the same `max_items` and count each. Windows stand by user;
-    user u has those from `of_user[u]` to `of_user[u + 1]`. `windows[i]` is i itself: the `Collator` builds whole batches at once.
+    Window w has history `items[start[w]:target[w]]` (at most the last `max_items`) and target
+    `items[target[w]]`; its user's training part ends before `end[w]`, so auxiliary labels never
+    reach a user's last two items. `kind="contiguous"`: also every stretch that starts later; those
+    that start too early are cut to the same `max_items` and count each. Windows stand by user; user
+    u has those from `of_user[u]` to `of_user[u + 1]`. `windows[i]` is i itself: the `Collator`
+    builds whole batches at once.
     """
 
     def __init__(self, train: list[np.ndarray], max_items: int, kind: str = "prefixes"):
         max_items = integer("max_items", max_items)
         one_of("kind", kind, ("prefixes", "contiguous"))
         sizes = np.array([len(h) for h in train], np.int64)
-        self.items = np.concatenate([np.asarray(h, np.int64) for h in train]) if len(train) else np.empty(0, np.int64)
+        self.items = (
+            np.concatenate([np.asarray(h, np.int64) for h in train])
+            if len(train)
+            else np.empty(0, np.int64)
+        )
         begin = np.cumsum(sizes) - sizes
         count = np.maximum(sizes - 1, 0)
         user = np.repeat(np.arange(len(sizes)), count)
-        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + 1  # target's place within its user
+        # Target's place within its user
+        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + 1
         self.target = begin[user] + place
         self.start = np.maximum(begin[user], self.target - max_items)
         if kind == "contiguous":
             later = np.arange(place.sum()) - np.repeat(np.cumsum(place) - place, place)
-            user, self.target = np.repeat(user, place), np.repeat(self.target, place)
+            user = np.repeat(user, place)
+            self.target = np.repeat(self.target, place)
             self.start = np.maximum(begin[user] + later, self.target - max_items)
         self.end = (begin + sizes)[user]
         self.of_user = np.searchsorted(user, np.arange(len(sizes) + 1))
         if len(self.target) == 0:
-            raise ValueError("no training window: every user has fewer than two items before the held-out ones")
+            raise ValueError(
+                "no training window: every user has fewer than two items before the held-out ones"
+            )
 
     def __len__(self):
         return len(self.target)
@@ -89,22 +106,27 @@ class Windows(torch.utils.data.Dataset):
 
 
 class Stretches(torch.utils.data.Dataset):
-    """The training histories in stretches of at most `max_items` + 1 items, of which a pass teaches every item but the first.
+    """The training histories in stretches of at most `max_items` + 1 items, of which a pass teaches
+    every item but the first.
 
-    Stretch r is `items[start[r]:stop[r]]`, its taught items are those from `taught[r]` on, and its user's training part ends before
-    `end[r]`. A longer history has several; each but its first begins with items that the one before has taught, so that every item of a
-    training part but its first is taught once, with at least half of `max_items` items before it where the history has so many.
-    `stretches[i]` is i itself, as in `Windows`.
+    Stretch r is `items[start[r]:stop[r]]`, its taught items are those from `taught[r]` on, and its
+    user's training part ends before `end[r]`. A longer history has several; each but its first
+    begins with items that the one before has taught, so that every item of a training part but its
+    first is taught once, with at least half of `max_items` items before it where the history has so
+    many. `stretches[i]` is i itself, as in `Windows`.
     """
 
     def __init__(self, train: list[np.ndarray], max_items: int):
         max_items = integer("max_items", max_items)
         usable = [np.asarray(h, np.int64) for h in train if len(h) >= 2]
         if not usable:
-            raise ValueError("nothing to teach: every user has fewer than two items before the held-out ones")
+            raise ValueError(
+                "nothing to teach: every user has fewer than two items before the held-out ones"
+            )
         self.items = np.concatenate(usable)
         before = -(-max_items // 2)  # items of context in front of what a later stretch teaches
-        rows, begin = [], 0
+        rows = []
+        begin = 0
         for history in usable:
             taught = 1
             while taught < len(history):
@@ -128,7 +150,9 @@ class Stretches(torch.utils.data.Dataset):
 
 
 def training_windows(train: list[np.ndarray], config) -> Windows | Stretches:
-    """What the passes of a `TrainConfig` read of the training histories: `Stretches` where they teach every item, else `Windows`."""
+    """What the passes of a `TrainConfig` read of the training histories: `Stretches` where they
+    teach every item, else `Windows`.
+    """
     if config.targets == "all":
         return Stretches(train, config.max_items)
     return Windows(train, config.max_items, config.windows)
@@ -137,24 +161,44 @@ def training_windows(train: list[np.ndarray], config) -> Windows | Stretches:
 class LengthBatches(torch.utils.data.Sampler):
     """Batches of windows of similar length, `batch_tokens` slots each, newly shuffled every epoch.
 
-    Windows are sorted by length with ties in random order, cut into batches, and the batches shuffled. The cuts depend on the
-    lengths alone, so the number of batches is the same in every epoch. `tokens_per_item` turns lengths into slots. An epoch has a
-    multiple of `accumulation` batches, whole updates: those at the end of the shuffle that fill none are left out. `mixed`: as many
-    batches of as many windows, but of windows drawn without regard to length, to see what similar lengths change.
+    Windows are sorted by length with ties in random order, cut into batches, and the batches
+    shuffled. The cuts depend on the lengths alone, so the number of batches is the same in every
+    epoch. `tokens_per_item` turns lengths into slots. An epoch has a multiple of `accumulation`
+    batches, whole updates: those at the end of the shuffle that fill none are left out. `mixed`: as
+    many batches of as many windows, but of windows drawn without regard to length, to see what
+    similar lengths change.
     """
 
-    def __init__(self, lengths: np.ndarray, tokens_per_item: int, batch_tokens: int, seed: int = 0, accumulation: int = 1,
-                 mixed: bool = False):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        tokens_per_item: int,
+        batch_tokens: int,
+        seed: int = 0,
+        accumulation: int = 1,
+        mixed: bool = False,
+    ):
         longest = int(lengths.max()) * tokens_per_item
         if batch_tokens < longest:
-            raise ValueError(f"batch_tokens={batch_tokens} is less than one window's {longest} tokens")
-        self.lengths, self.seed, self.accumulation, self.mixed, self.epoch = lengths, seed, accumulation, mixed, 0
+            raise ValueError(
+                f"batch_tokens={batch_tokens} is less than one window's {longest} tokens"
+            )
+        self.lengths = lengths
+        self.seed = seed
+        self.accumulation = accumulation
+        self.mixed = mixed
+        self.epoch = 0
         ordered = np.sort(lengths) * tokens_per_item
-        cuts, begin = [0], 0
+        cuts = [0]
+        begin = 0
         while begin < len(ordered):
             # The longest window that still fits decides: slots = windows in the batch × its length.
             size = np.arange(1, min(batch_tokens // ordered[begin], len(ordered) - begin) + 1)
-            begin += int(np.searchsorted(size * ordered[begin : begin + len(size)], batch_tokens, side="right"))
+            begin += int(
+                np.searchsorted(
+                    size * ordered[begin : begin + len(size)], batch_tokens, side="right"
+                )
+            )
             cuts.append(begin)
         self.cuts = np.array(cuts)
 
@@ -164,7 +208,8 @@ class LengthBatches(torch.utils.data.Sampler):
 
     def __len__(self):
         batches = len(self.cuts) - 1
-        return batches // self.accumulation * self.accumulation or batches  # fewer than an update takes make a small one
+        # Fewer than an update takes make a small one
+        return batches // self.accumulation * self.accumulation or batches
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
@@ -176,29 +221,50 @@ class LengthBatches(torch.utils.data.Sampler):
 
 
 class StratifiedBatches(torch.utils.data.Sampler):
-    """Updates in which every window weighs the same: samples of all lengths in proportion, as `accumulation` batches of similar length.
+    """Updates in which every window weighs the same: samples of all lengths in proportion, as
+    `accumulation` batches of similar length.
 
-    An update has `size` windows, as many as fit `accumulation · batch_tokens` slots with their padding (or all, if fewer); batch c has
-    `cuts[c]` to `cuts[c + 1]` of them, by length, cut so that the update has least padding. The epoch's windows, sorted by length with ties
-    in random order, are dealt in blocks of one window for each update, so that all updates have (nearly) the same lengths and shapes come
-    back. Up to `size` − 1 windows that fill no update are left out, each as likely as any other, anew every epoch. The batches with most
-    slots come first. `tokens_per_item` turns lengths (int [windows], items of history) into slots. `mixed`: batches of as many windows, but
-    drawn without regard to length. ValueError where an update would have fewer windows than batches.
+    An update has `size` windows, as many as fit `accumulation · batch_tokens` slots with their
+    padding (or all, if fewer); batch c has `cuts[c]` to `cuts[c + 1]` of them, by length, cut so
+    that the update has least padding. The epoch's windows, sorted by length with ties in random
+    order, are dealt in blocks of one window for each update, so that all updates have (nearly) the
+    same lengths and shapes come back. Up to `size` − 1 windows that fill no update are left out,
+    each as likely as any other, anew every epoch. The batches with most slots come first.
+    `tokens_per_item` turns lengths (int [windows], items of history) into slots. `mixed`: batches
+    of as many windows, but drawn without regard to length. ValueError where an update would have
+    fewer windows than batches.
     """
 
-    def __init__(self, lengths: np.ndarray, tokens_per_item: int, batch_tokens: int, seed: int = 0, accumulation: int = 1,
-                 mixed: bool = False):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        tokens_per_item: int,
+        batch_tokens: int,
+        seed: int = 0,
+        accumulation: int = 1,
+        mixed: bool = False,
+    ):
         if len(lengths) < accumulation:
-            raise ValueError(f"accumulation={accumulation} batches an update need as many windows, got {len(lengths)}; use less")
-        self.lengths, self.seed, self.accumulation, self.mixed, self.epoch = lengths, seed, accumulation, mixed, 0
+            raise ValueError(
+                f"accumulation={accumulation} batches an update need as many windows, got"
+                f" {len(lengths)}; use less"
+            )
+        self.lengths = lengths
+        self.seed = seed
+        self.accumulation = accumulation
+        self.mixed = mixed
+        self.epoch = 0
         distinct, counts = np.unique(lengths, return_counts=True)
-        upto, budget = np.cumsum(counts), accumulation * batch_tokens // tokens_per_item
-        # First as if a window could be parted; whole ones may need a little more, since what is left of a length is padded to the next.
+        upto = np.cumsum(counts)
+        budget = accumulation * batch_tokens // tokens_per_item
+        # First as if a window could be parted; whole ones may need a little more, since what is
+        # left of a length is padded to the next.
         ends = _least_padding(distinct, counts, accumulation)
         padded = int((np.diff(upto[ends], prepend=0) * distinct[ends]).sum())
         self.size = min(len(lengths), budget * len(lengths) // padded)
         while self.size >= accumulation:
-            # Of the update's windows in order, so many must be as short as that in every update, whatever is left out.
+            # Of the update's windows in order, so many must be as short as that in every update,
+            # whatever is left out.
             short = upto * self.size // len(lengths)
             have = np.flatnonzero(np.diff(short, prepend=0))
             self.cuts, longest = _cut(distinct[have], np.diff(short[have], prepend=0), accumulation)
@@ -206,8 +272,10 @@ class StratifiedBatches(torch.utils.data.Sampler):
                 break
             self.size -= 1
         else:
-            raise ValueError(f"batch_tokens={batch_tokens} is less than a window takes on average; use "
-                             f"{distinct[-1] * tokens_per_item}, the tokens of the longest, or more")
+            raise ValueError(
+                f"batch_tokens={batch_tokens} is less than a window takes on average; use "
+                f"{distinct[-1] * tokens_per_item}, the tokens of the longest, or more"
+            )
         self.order = np.argsort(-np.diff(self.cuts) * longest, kind="stable")
 
     def set_epoch(self, epoch: int):
@@ -219,11 +287,13 @@ class StratifiedBatches(torch.utils.data.Sampler):
 
     def updates(self) -> np.ndarray:
         """The epoch's windows, int64 [size, updates]: a column an update, by length unless `mixed`."""
-        rng, windows = np.random.default_rng((self.seed, self.epoch)), len(self.lengths)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        windows = len(self.lengths)
         order = rng.permutation(windows)
         if not self.mixed:
             order = order[np.argsort(self.lengths[order], kind="stable")]
-        # Evenly spaced places from a random start: each place is left out with the same probability.
+        # Evenly spaced places from a random start: each place is left out with the same
+        # probability.
         few = windows % self.size
         left_out = (np.arange(few) * windows + rng.integers(windows)) // max(few, 1)
         return rng.permuted(np.delete(order, left_out).reshape(self.size, -1), axis=1)
@@ -235,12 +305,19 @@ class StratifiedBatches(torch.utils.data.Sampler):
 
 
 def _least_padding(lengths, counts, classes):
-    """Cut ascending `lengths` with `counts` windows each into at most `classes` classes, padded to their longest, with least slots in all:
-    the index of each class's longest, int64 [classes]. Dynamic programming over where the last class begins."""
+    """Cut ascending `lengths` with `counts` windows each into at most `classes` classes, padded to
+    their longest, with least slots in all: the index of each class's longest, int64 [classes].
+    Dynamic programming over where the last class begins.
+    """
     upto = np.concatenate([[0], np.cumsum(counts)])
     # Slots of a class of lengths[i:j], at [i, j]
-    slots = np.where(np.tri(len(upto), k=0, dtype=bool), np.inf, (upto - upto[:, None]) * np.concatenate([[0], lengths]))
-    best, begins = slots[0], []
+    slots = np.where(
+        np.tri(len(upto), k=0, dtype=bool),
+        np.inf,
+        (upto - upto[:, None]) * np.concatenate([[0], lengths]),
+    )
+    best = slots[0]
+    begins = []
     for _ in range(min(classes, len(lengths)) - 1):
         total = best[:, None] + slots
         begins.append(total.argmin(0))
@@ -252,54 +329,86 @@ def _least_padding(lengths, counts, classes):
 
 
 def _cut(lengths, counts, classes):
-    """`classes` classes of an update's windows with least padding: (where they begin and end, int64 [classes + 1]; the longest of each)."""
+    """`classes` classes of an update's windows with least padding: (where they begin and end, int64
+    [classes + 1]; the longest of each).
+    """
     ends = _least_padding(lengths, counts, classes)
-    cuts, longest = np.concatenate([[0], np.cumsum(counts)[ends]]), lengths[ends]
+    cuts = np.concatenate([[0], np.cumsum(counts)[ends]])
+    longest = lengths[ends]
     while len(longest) < classes:  # fewer lengths than that: halve what has most slots
         size = np.diff(cuts)
         c = int(np.argmax(np.where(size > 1, size * longest, 0)))
-        cuts, longest = np.insert(cuts, c + 1, (cuts[c] + cuts[c + 1]) // 2), np.insert(longest, c, longest[c])
+        cuts = np.insert(cuts, c + 1, (cuts[c] + cuts[c + 1]) // 2)
+        longest = np.insert(longest, c, longest[c])
     return cuts, longest
 
 
 class UserBatches(torch.utils.data.Sampler):
-    """The published updates: `accumulation` groups of `users` users, of each group's windows at most `limit` drawn at random.
+    """The published updates: `accumulation` groups of `users` users, of each group's windows at
+    most `limit` drawn at random.
 
-    An update's windows are dealt to its `accumulation` batches by length: its gradient stays the same, and it needs hardly any
-    padding. Users that fill no whole update wait for another epoch's shuffle. ValueError where an update could have fewer windows
-    than batches.
+    An update's windows are dealt to its `accumulation` batches by length: its gradient stays the
+    same, and it needs hardly any padding. Users that fill no whole update wait for another epoch's
+    shuffle. ValueError where an update could have fewer windows than batches.
     """
 
-    def __init__(self, windows: Windows, accumulation: int, seed: int = 0, *, users: int = 32, limit: int = 512):
-        self.windows, self.accumulation, self.seed, self.users, self.limit, self.epoch = windows, accumulation, seed, users, limit, 0
+    def __init__(
+        self,
+        windows: Windows,
+        accumulation: int,
+        seed: int = 0,
+        *,
+        users: int = 32,
+        limit: int = 512,
+    ):
+        self.windows = windows
+        self.accumulation = accumulation
+        self.seed = seed
+        self.users = users
+        self.limit = limit
+        self.epoch = 0
         self.with_windows = np.flatnonzero(np.diff(windows.of_user))
         if min(len(self.with_windows), limit) < accumulation:
-            raise ValueError(f"accumulation={accumulation} batches an update need as many users and windows of each group, got "
-                             f"{len(self.with_windows)} users with windows and limit={limit}")
+            raise ValueError(
+                f"accumulation={accumulation} batches an update need as many users and windows of"
+                f" each group, got {len(self.with_windows)} users with windows and limit={limit}"
+            )
 
     def set_epoch(self, epoch: int):
         """Choose the shuffle."""
         self.epoch = epoch
 
     def __len__(self):
-        return self.accumulation * max(1, len(self.with_windows) // (self.users * self.accumulation))
+        return self.accumulation * max(
+            1, len(self.with_windows) // (self.users * self.accumulation)
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        order, size = rng.permutation(self.with_windows), self.users * self.accumulation
-        of_user, all_lengths = self.windows.of_user, self.windows.lengths
+        order = rng.permutation(self.with_windows)
+        size = self.users * self.accumulation
+        of_user = self.windows.of_user
+        all_lengths = self.windows.lengths
         for update in range(len(self) // self.accumulation):
             drawn = []
             for begin in range(update * size, min((update + 1) * size, len(order)), self.users):
-                group = np.concatenate([np.arange(of_user[u], of_user[u + 1]) for u in order[begin : begin + self.users]])
+                group = np.concatenate(
+                    [
+                        np.arange(of_user[u], of_user[u + 1])
+                        for u in order[begin : begin + self.users]
+                    ]
+                )
                 drawn.append(rng.permutation(group)[: self.limit])
             drawn = np.concatenate(drawn)
             lengths = all_lengths[drawn]
-            batches = [drawn[lengths == n] for n in np.unique(lengths)]  # no padding at all, but too many or too few
-            while len(batches) > self.accumulation:  # merge the two neighbours whose merging adds least padding
+            # No padding at all, but too many or too few
+            batches = [drawn[lengths == n] for n in np.unique(lengths)]
+            # Merge the two neighbours whose merging adds least padding
+            while len(batches) > self.accumulation:
                 longest = [all_lengths[batch[0]] for batch in batches]
                 i = int(np.argmin([len(batch) for batch in batches[:-1]] * np.diff(longest)))
-                batches[i : i + 2] = [np.concatenate([batches[i + 1], batches[i]])]  # the longest first
+                # The longest first
+                batches[i : i + 2] = [np.concatenate([batches[i + 1], batches[i]])]
             while len(batches) < self.accumulation:
                 i = int(np.argmax([len(batch) for batch in batches]))
                 batches[i : i + 1] = np.array_split(batches[i], 2)
@@ -307,7 +416,9 @@ class UserBatches(torch.utils.data.Sampler):
 
 
 def history_tokens(items: np.ndarray, table: SidTable, separators: bool = True) -> Tensor:
-    """Item ids int64 [B, M] (0 is padding) → token ids int64 [B, M · (L + separators)]; a separator follows its item."""
+    """Item ids int64 [B, M] (0 is padding) → token ids int64 [B, M · (L + separators)]; a separator
+    follows its item.
+    """
     items = torch.from_numpy(items)
     tokens = table.item_tokens[items]  # [B, M, L]
     if separators:
@@ -317,22 +428,27 @@ def history_tokens(items: np.ndarray, table: SidTable, separators: bool = True) 
 
 
 def pad_histories(histories, max_items: int, n_items: int, slots: int | None = None) -> np.ndarray:
-    """The last `max_items` of each history, padded on the right with 0 to the longest (or to `slots`): int64 [B, M]."""
+    """The last `max_items` of each history, padded on the right with 0 to the longest (or to
+    `slots`): int64 [B, M].
+    """
     recent = [h[-max_items:] for h in as_histories(histories)]
     out = np.zeros((len(recent), slots or max((len(h) for h in recent), default=0)), np.int64)
     for row, history in zip(out, recent):
         if len(history) == 0 or history.min() < 1 or history.max() > n_items:
-            raise ValueError(f"a history must hold item ids in 1..{n_items} and at least one, got {history.tolist()[:10]}")
+            raise ValueError(
+                f"a history must hold item ids in 1..{n_items} and at least one, got"
+                f" {history.tolist()[:10]}"
+            )
         row[: len(history)] = history
     return out
 
 
 def truth_tokens(values: np.ndarray, levels: int, separators: bool, shape) -> Tensor:
-    """What is true of each planted token ([U, M, planted levels], as `PlantedTruth.information` gives it), laid out as the token
-    ids are: float32 `shape` = [U, N].
+    """What is true of each planted token ([U, M, planted levels], as `PlantedTruth.information`
+    gives it), laid out as the token ids are: float32 `shape` = [U, N].
 
-    A SID level takes the planted level of the same number; SID levels beyond the planted ones hold nothing, and the last SID
-    level holds what planted levels are left.
+    A SID level takes the planted level of the same number; SID levels beyond the planted ones hold
+    nothing, and the last SID level holds what planted levels are left.
     """
     out = np.zeros((*values.shape[:2], levels + separators), np.float32)
     shared = min(levels, values.shape[2])
@@ -345,25 +461,44 @@ def truth_tokens(values: np.ndarray, levels: int, separators: bool, shape) -> Te
 
 
 def tell_padding(batch: dict) -> dict:
-    """`batch` with "padded", whether any slot is empty: asked here, on the processor, because a GPU would have to be waited for."""
+    """`batch` with "padded", whether any slot is empty: asked here, on the processor, because a GPU
+    would have to be waited for.
+    """
     return batch | {"padded": not bool(batch["attention_mask"].all())}
 
 
 class Collator:
     """Window indices → a batch of tensors for the model.
 
-    `input_ids`, `attention_mask` int64 [B, N]; `labels` int64 [B, L]; with `map_config` also `map_labels` int64 [B, S, L]; with
-    `truth` (a `PlantedTruth`) also `truth` float32 [B, N]. `fixed_slots`: pad to `max_items` items, as published.
+    `input_ids`, `attention_mask` int64 [B, N]; `labels` int64 [B, L]; with `map_config` also
+    `map_labels` int64 [B, S, L]; with `truth` (a `PlantedTruth`) also `truth` float32 [B, N].
+    `fixed_slots`: pad to `max_items` items, as published.
     """
 
-    def __init__(self, windows: Windows, table: SidTable, *, separators: bool, max_items: int, fixed_slots: bool = False,
-                 map_config: MapConfig | None = None, truth=None):
-        self.windows, self.table, self.separators = windows, table, separators
-        self.max_items, self.fixed_slots, self.map_config, self.truth = max_items, fixed_slots, map_config, truth
+    def __init__(
+        self,
+        windows: Windows,
+        table: SidTable,
+        *,
+        separators: bool,
+        max_items: int,
+        fixed_slots: bool = False,
+        map_config: MapConfig | None = None,
+        truth=None,
+    ):
+        self.windows = windows
+        self.table = table
+        self.separators = separators
+        self.max_items = max_items
+        self.fixed_slots = fixed_slots
+        self.map_config = map_config
+        self.truth = truth
 
     def __call__(self, indices: list[int]) -> dict[str, Tensor]:
         w = self.windows
-        start, target, end = w.start[indices], w.target[indices], w.end[indices]
+        start = w.start[indices]
+        target = w.target[indices]
+        end = w.end[indices]
         length = target - start
         width = self.max_items if self.fixed_slots else int(length.max())
         place = np.arange(width)
@@ -375,7 +510,9 @@ class Collator:
         if self.map_config is not None:
             ahead = target[:, None] + np.arange(1, self.map_config.steps + 1)  # [B, S]
             exists = ahead < end[:, None]
-            after = self.table.item_tokens[torch.from_numpy(np.where(exists, w.items[np.where(exists, ahead, 0)], 0))]
+            after = self.table.item_tokens[
+                torch.from_numpy(np.where(exists, w.items[np.where(exists, ahead, 0)], 0))
+            ]
             after = after.masked_fill(~torch.from_numpy(exists).unsqueeze(-1), -100)  # [B, S, L]
             batch["map_labels"] = map_labels(labels, after, self.map_config)
         if self.truth is not None:
@@ -386,14 +523,26 @@ class Collator:
 
 
 class StretchCollator:
-    """Indices of stretches → a batch of tensors for a model that teaches all their items but the first.
+    """Indices of stretches → a batch of tensors for a model that teaches all their items but the
+    first.
 
-    `input_ids`, `attention_mask` int64 [B, N], of M items a row; `labels` int64 [B, M − 1, L], −100 at padding and where another stretch
-    teaches; with `map_config` also `map_labels` int64 [B, M − 1, S, L].
+    `input_ids`, `attention_mask` int64 [B, N], of M items a row; `labels` int64 [B, M − 1, L], −100
+    at padding and where another stretch teaches; with `map_config` also `map_labels` int64 [B, M −
+    1, S, L].
     """
 
-    def __init__(self, stretches: Stretches, table: SidTable, *, separators: bool, map_config: MapConfig | None = None):
-        self.stretches, self.table, self.separators, self.map_config = stretches, table, separators, map_config
+    def __init__(
+        self,
+        stretches: Stretches,
+        table: SidTable,
+        *,
+        separators: bool,
+        map_config: MapConfig | None = None,
+    ):
+        self.stretches = stretches
+        self.table = table
+        self.separators = separators
+        self.map_config = map_config
 
     def __call__(self, indices: list[int]) -> dict[str, Tensor]:
         s = self.stretches
@@ -403,12 +552,19 @@ class StretchCollator:
         tokens = history_tokens(items, self.table, self.separators)  # [B, N]
         labels = self.table.item_tokens[torch.from_numpy(items[:, 1:])]  # [B, M - 1, L]
         absent = torch.from_numpy((place[:, 1:] >= stop) | (place[:, 1:] < taught)).unsqueeze(-1)
-        batch = {"input_ids": tokens, "attention_mask": (tokens != PAD).long(), "labels": labels.masked_fill(absent, -100)}
+        batch = {
+            "input_ids": tokens,
+            "attention_mask": (tokens != PAD).long(),
+            "labels": labels.masked_fill(absent, -100),
+        }
         if self.map_config is not None:
             ahead = place[:, 1:, None] + np.arange(1, self.map_config.steps + 1)  # [B, M - 1, S]
             exists = ahead < end[:, :, None]
-            after = self.table.item_tokens[torch.from_numpy(s.items[np.where(exists, ahead, 0)])]  # [B, M - 1, S, L]
+            # [B, M - 1, S, L]
+            after = self.table.item_tokens[torch.from_numpy(s.items[np.where(exists, ahead, 0)])]
             after = after.masked_fill(~torch.from_numpy(exists).unsqueeze(-1), -100)
-            of_target = map_labels(labels.flatten(0, 1), after.flatten(0, 1), self.map_config).unflatten(0, labels.shape[:2])
+            of_target = map_labels(
+                labels.flatten(0, 1), after.flatten(0, 1), self.map_config
+            ).unflatten(0, labels.shape[:2])
             batch["map_labels"] = of_target.masked_fill(absent.unsqueeze(-1), -100)
         return batch

@@ -12,20 +12,25 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-sys.path.append(str(ROOT / "notebooks"))  # last: the tools import one another, and nothing else may find them first
+# Last: the tools import one another, and nothing else may find them first
+sys.path.append(str(ROOT / "notebooks"))
 import latency
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data not found at {SHARED}")
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # here, before a test imports anything that imports triton
-hypothesis.settings.register_profile("sidlab", deadline=None)  # other work on the machine is no failure
+# Other work on the machine is no failure
+hypothesis.settings.register_profile("sidlab", deadline=None)
 hypothesis.settings.load_profile("sidlab")
 
 
 def pytest_report_header():
     data = "found at" if SHARED.is_dir() else "NOT found, tests on it are skipped; looked at"
-    return [f"sidlab: real data {data} {SHARED}", f"sidlab: GPU kernels are {'compiled' if CUDA else 'interpreted on the CPU'}"]
+    return [
+        f"sidlab: real data {data} {SHARED}",
+        f"sidlab: GPU kernels are {'compiled' if CUDA else 'interpreted on the CPU'}",
+    ]
 
 
 @pytest.fixture
@@ -46,4 +51,6 @@ def connect(explorer) -> list:
 
 def frames_of(page: str) -> list[dict]:
     """The frames of an exported page: {"value": what the slider shows, "state": what is drawn}."""
-    return json.loads(re.search(r"const frames = (\[.*?\]), env = ", page, re.DOTALL)[1].replace("<\\/", "</"))
+    return json.loads(
+        re.search(r"const frames = (\[.*?\]), env = ", page, re.DOTALL)[1].replace("<\\/", "</")
+    )

@@ -1,4 +1,6 @@
-"""Pruning that changes while training: schedules, ratios by row, by loss and by layer, and that a resumed run does the same."""
+"""Pruning that changes while training: schedules, ratios by row, by loss and by layer, and that a
+resumed run does the same.
+"""
 
 import dataclasses
 import itertools
@@ -22,7 +24,12 @@ from sidlab.windows import Collator, Windows, leave_one_out
 # --- Schedules
 
 
-@given(st.sampled_from(("linear", "cosine", "stage")), st.floats(0.05, 1), st.floats(0.05, 1), st.floats(0.1, 1))
+@given(
+    st.sampled_from(("linear", "cosine", "stage")),
+    st.floats(0.05, 1),
+    st.floats(0.05, 1),
+    st.floats(0.1, 1),
+)
 def test_schedules_go_from_start_to_keep_and_never_back(kind, start, keep, until):
     strategy = Strategy(kind, start=start, until=until)
     values = [keep_at(strategy, keep, p) for p in np.linspace(0, 1, 60)]
@@ -40,7 +47,8 @@ class Keeps(TrainerCallback):
     """What the model kept in each update."""
 
     def __init__(self):
-        self.kept, self.layers = [], []
+        self.kept = []
+        self.layers = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.kept.append(model.pruning.keep)
@@ -49,9 +57,16 @@ class Keeps(TrainerCallback):
 
 @pytest.mark.parametrize("arch", ("t5", "qwen"))
 def test_training_follows_its_schedule_and_keeps_what_it_ended_with(arch):
-    keeps, strategy = Keeps(), Strategy("linear", start=0.2, until=0.5, every=3)
-    result = run(callbacks=[keeps], arch=arch, pruning=PruningConfig(keep=0.6, after_layer=1), strategy=strategy)
-    # The callback that adapts stands behind those that are given, but acts at the beginning of a step.
+    keeps = Keeps()
+    strategy = Strategy("linear", start=0.2, until=0.5, every=3)
+    result = run(
+        callbacks=[keeps],
+        arch=arch,
+        pruning=PruningConfig(keep=0.6, after_layer=1),
+        strategy=strategy,
+    )
+    # The callback that adapts stands behind those that are given, but acts at the beginning of a
+    # step.
     assert keeps.kept == pytest.approx([0.2 + 0.4 * min(step / 4, 1) for step in range(8)])
     assert result.model.pruning.keep in (pytest.approx(keeps.kept[2]), pytest.approx(0.6))
     assert result.model.config.pruning["keep"] == result.model.pruning.keep
@@ -62,27 +77,42 @@ def test_training_follows_its_schedule_and_keeps_what_it_ended_with(arch):
 
 
 @settings(max_examples=80)
-@given(st.integers(1, 4), st.integers(1, 9), st.floats(0.05, 1), st.floats(0.1, 1), st.integers(0, 10**6))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.floats(0.05, 1),
+    st.floats(0.1, 1),
+    st.integers(0, 10**6),
+)
 def test_mass_keeps_the_smallest_set_that_holds_it(batch, width, mass, keep, seed):
     rng = np.random.default_rng(seed)
     importance = rng.random((batch, width)).astype(np.float32)
     mask = np.arange(width) < rng.integers(1, width + 1, batch)[:, None]
     pruner = TokenPruner(keep, mass=mass)
-    pruned = pruner(torch.zeros(batch, width, 2), torch.from_numpy(mask).long(), torch.from_numpy(importance))
+    pruned = pruner(
+        torch.zeros(batch, width, 2), torch.from_numpy(mask).long(), torch.from_numpy(importance)
+    )
     assert pruned.mask.shape[1] == pruned.mask.sum(1).max()
     for row in range(batch):
-        real, n = importance[row][mask[row]].astype(np.float64), int(mask[row].sum())
+        real = importance[row][mask[row]].astype(np.float64)
+        n = int(mask[row].sum())
         most = int(kept_count(torch.tensor(n), keep))
-        smallest = next(k for k in range(1, n + 1)
-                        if max(sum(c) for c in itertools.combinations(real, k)) >= mass * real.sum() * (1 - 1e-7) - 1e-9)
+        smallest = next(
+            k
+            for k in range(1, n + 1)
+            if max(sum(c) for c in itertools.combinations(real, k))
+            >= mass * real.sum() * (1 - 1e-7) - 1e-9
+        )
         assert pruned.mask[row].sum() == min(most, smallest)
         kept = pruned.positions[row][pruned.mask[row].bool()].numpy()
-        assert set(kept) == set(np.argsort(-importance[row][: n], kind="stable")[: len(kept)])
+        assert set(kept) == set(np.argsort(-importance[row][:n], kind="stable")[: len(kept)])
 
 
 def test_mass_refuses_what_it_cannot_mean():
     with pytest.raises(ValueError, match="no score may be negative"):
-        TokenPruner(1.0, mass=0.5)(torch.zeros(1, 2, 1), torch.ones(1, 2).long(), torch.tensor([[1.0, -1.0]]))
+        TokenPruner(1.0, mass=0.5)(
+            torch.zeros(1, 2, 1), torch.ones(1, 2).long(), torch.tensor([[1.0, -1.0]])
+        )
     for fields in ({"mass": 0.0}, {"mass": 1.5}, {"mass": 0.5, "unit": "item"}):
         with pytest.raises(ValueError, match="mass is a share"):
             PruningConfig(**fields)
@@ -109,7 +139,12 @@ def probe(count=40):
 
 def adapting(arch="t5", **fields):
     torch.manual_seed(0)
-    model = build_model(config(arch=arch, dropout=0.1, pruning=PruningConfig(keep=0.5, after_layer=1), map=MapConfig()), TABLE).train()
+    model = build_model(
+        config(
+            arch=arch, dropout=0.1, pruning=PruningConfig(keep=0.5, after_layer=1), map=MapConfig()
+        ),
+        TABLE,
+    ).train()
     with torch.no_grad():  # far from its initial values, where all tokens are alike
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -119,7 +154,8 @@ def adapting(arch="t5", **fields):
 @pytest.mark.parametrize("arch", ("t5", "qwen"))
 def test_the_share_goes_a_step_towards_the_bound(arch):
     model, adapt = adapting(arch, kind="loss-gap")
-    batch, shares = probe(), [0.5, 0.7, 1.0]  # none below the configured one
+    batch = probe()
+    shares = [0.5, 0.7, 1.0]  # none below the configured one
     gaps = []
     model.eval()
     for share in shares:
@@ -130,20 +166,25 @@ def test_the_share_goes_a_step_towards_the_bound(arch):
     assert gaps[-1] == pytest.approx(0, abs=1e-5) and np.ptp(gaps) > 1e-3
     model.train()
     for bound in (0.0, *np.sort(gaps[gaps > 0]) + 1e-4, 100.0):
-        adapt.strategy, within = Strategy("loss-gap", bound=float(bound)), gaps <= bound + 1e-6
+        adapt.strategy = Strategy("loss-gap", bound=float(bound))
+        within = gaps <= bound + 1e-6
         for place, share in enumerate(shares):
             present = PruningConfig(keep=share, after_layer=1)
             model.set_pruning(present)
-            after = place - 1 if place and within[place - 1] else place if within[place] else place + 1
+            after = (
+                place - 1 if place and within[place - 1] else place if within[place] else place + 1
+            )
             assert adapt.within_bound() == shares[after]
             assert model.training and model.pruning == present
 
 
 def test_a_share_guided_by_the_loss_begins_at_all_tokens_and_moves():
-    keeps, strategy = Keeps(), Strategy("loss-gap", bound=100.0, every=3)
+    keeps = Keeps()
+    strategy = Strategy("loss-gap", bound=100.0, every=3)
     run(callbacks=[keeps], pruning=PruningConfig(keep=0.6, after_layer=1), strategy=strategy)
     assert keeps.kept == [1.0] * 3 + [0.7] * 3 + [0.6] * 2
-    keeps.kept, strategy = [], Strategy("loss-gap", bound=0.0, every=3)
+    keeps.kept = []
+    strategy = Strategy("loss-gap", bound=0.0, every=3)
     run(callbacks=[keeps], pruning=PruningConfig(keep=0.2, after_layer=1), strategy=strategy)
     assert keeps.kept[:3] == [1.0] * 3 and min(keeps.kept) >= 0.7
 
@@ -160,8 +201,13 @@ def test_the_first_settled_layer_is_taken(arch):
 
 
 def test_the_pruner_moves_to_the_settled_layer_and_the_log_says_why():
-    keeps, pruning = Keeps(), PruningConfig(keep=0.5, after_layer=1)
-    found = run(callbacks=[keeps], pruning=pruning, strategy=Strategy("settled-layer", threshold=1.0, every=3))
+    keeps = Keeps()
+    pruning = PruningConfig(keep=0.5, after_layer=1)
+    found = run(
+        callbacks=[keeps],
+        pruning=pruning,
+        strategy=Strategy("settled-layer", threshold=1.0, every=3),
+    )
     assert keeps.layers == [1] * 3 + [2] * 5
     (entry,) = [e for e in found.log if "agreement" in e]
     assert entry["step"] == 3 and len(entry["agreement"]) == 2 and max(entry["agreement"]) < 1
@@ -170,9 +216,12 @@ def test_the_pruner_moves_to_the_settled_layer_and_the_log_says_why():
 def test_the_loss_is_compared_with_that_of_all_tokens_where_rows_keep_by_mass():
     model, adapt = adapting(kind="loss-gap", bound=-0.0)
     model.set_pruning(PruningConfig(keep=1.0, after_layer=1, mass=0.3))
-    adapt.keep, losses = 0.5, {}
+    adapt.keep = 0.5
+    losses = {}
     original = adapt._probe
-    adapt._probe = lambda pruning, **kwargs: losses.setdefault((pruning.keep, pruning.mass), original(pruning, **kwargs))
+    adapt._probe = lambda pruning, **kwargs: losses.setdefault(
+        (pruning.keep, pruning.mass), original(pruning, **kwargs)
+    )
     adapt.within_bound()
     model.eval().set_pruning(None)
     assert losses[1.0, None].main_loss == pytest.approx(model(**probe()).main_loss.item(), abs=1e-6)
@@ -183,7 +232,9 @@ def test_spearman_is_scipys():
     rng = np.random.default_rng(0)
     one, other = (torch.from_numpy(rng.random((3, 8))) for _ in "ab")
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] + [0] * 7])
-    expected = [scipy.stats.spearmanr(a[:n], b[:n]).statistic for a, b, n in zip(one[:2], other[:2], (8, 5))]
+    expected = [
+        scipy.stats.spearmanr(a[:n], b[:n]).statistic for a, b, n in zip(one[:2], other[:2], (8, 5))
+    ]
     assert spearman(one, other, mask) == pytest.approx(np.mean(expected))
     other[0] = 1.0  # tells none apart
     assert spearman(one, other, mask) == pytest.approx(expected[1])
@@ -209,7 +260,10 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, name):
-    changes = STAMP | {"pruning": PruningConfig(keep=0.5, after_layer=1), "strategy": STRATEGIES[name]}
+    changes = STAMP | {
+        "pruning": PruningConfig(keep=0.5, after_layer=1),
+        "strategy": STRATEGIES[name],
+    }
     expected = run(tmp_path / "whole", **changes)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", [Stop(7)], **changes)
@@ -219,18 +273,33 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, name):
     assert found.model.pruning == expected.model.pruning and len(keeps.kept) == 2
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Strategy("sometimes"), "kind='sometimes' is unknown; use one of 'linear'"),
-    (lambda: Strategy(start=0.0), r"must lie in \(0, 1\]"),
-    (lambda: Strategy(until=0.0), "until must lie in"),
-    (lambda: Strategy(bound=-1), "bound must be >= 0"),
-    (lambda: keep_at(Strategy("loss-gap"), 0.5, 0.1), "follows no schedule"),
-    (lambda: TrainConfig(strategy=Strategy()), "strategy changes pruning"),
-    (lambda: TrainConfig(strategy=Strategy("settled-layer"), pruning=PruningConfig(reduce="pool")), 'reduce="pool" has none'),
-    (lambda: run(strategy=Strategy("loss-gap", every=8), pruning=PruningConfig(), eval_every=8), "never reached in 8 updates"),
-    (lambda: TrainConfig(strategy=Strategy("loss-gap", every=30), pruning=PruningConfig()),
-     "eval_every=100 must be a multiple of strategy.every=30"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Strategy("sometimes"), "kind='sometimes' is unknown; use one of 'linear'"),
+        (lambda: Strategy(start=0.0), r"must lie in \(0, 1\]"),
+        (lambda: Strategy(until=0.0), "until must lie in"),
+        (lambda: Strategy(bound=-1), "bound must be >= 0"),
+        (lambda: keep_at(Strategy("loss-gap"), 0.5, 0.1), "follows no schedule"),
+        (lambda: TrainConfig(strategy=Strategy()), "strategy changes pruning"),
+        (
+            lambda: TrainConfig(
+                strategy=Strategy("settled-layer"), pruning=PruningConfig(reduce="pool")
+            ),
+            'reduce="pool" has none',
+        ),
+        (
+            lambda: run(
+                strategy=Strategy("loss-gap", every=8), pruning=PruningConfig(), eval_every=8
+            ),
+            "never reached in 8 updates",
+        ),
+        (
+            lambda: TrainConfig(strategy=Strategy("loss-gap", every=30), pruning=PruningConfig()),
+            "eval_every=100 must be a multiple of strategy.every=30",
+        ),
+    ],
+)
 def test_bad_settings_say_what_is_right(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,6 @@
-"""The raw Amazon files: what is read from them, which events the 5-core keeps, and downloads that break off."""
+"""The raw Amazon files: what is read from them, which events the 5-core keeps, and downloads that
+break off.
+"""
 
 import gzip
 import http.server
@@ -35,17 +37,27 @@ def review(user, asin, day=0):
 
 
 def metadata(asin, **fields):
-    others = {"imUrl": "http://x/y.jpg", "related": {"also_bought": ["i0", "zz"]}, "salesRank": {"Beauty": 7}}
-    return ascii({"asin": asin, "description": "It's a \"thing\"", **fields, **others})
+    others = {
+        "imUrl": "http://x/y.jpg",
+        "related": {"also_bought": ["i0", "zz"]},
+        "salesRank": {"Beauty": 7},
+    }
+    return ascii({"asin": asin, "description": 'It\'s a "thing"', **fields, **others})
 
 
 # The smallest 5-core: everybody has everything, all on one day but for u1, who had i3 a day before.
-REVIEWS = [review(f"u{user}", f"i{item}", day=2 - (user == 1 and item == 3)) for item in range(5) for user in range(5)]
+REVIEWS = [
+    review(f"u{user}", f"i{item}", day=2 - (user == 1 and item == 3))
+    for item in range(5)
+    for user in range(5)
+]
 META = [metadata(f"i{item}", title=f"Title {item}", categories=[["Beauty"]]) for item in range(5)]
 
 
 def packed(lines):
-    return gzip.compress(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+    return gzip.compress(
+        b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    )
 
 
 def write(folder, reviews=REVIEWS, meta=META, category="Beauty", core="_5"):
@@ -56,7 +68,10 @@ def write(folder, reviews=REVIEWS, meta=META, category="Beauty", core="_5"):
 
 
 def sequences(catalogue):
-    return {user: history.tolist() for user, history in zip(catalogue.user_ids, catalogue.histories, strict=True)}
+    return {
+        user: history.tolist()
+        for user, history in zip(catalogue.user_ids, catalogue.histories, strict=True)
+    }
 
 
 # --- reading ---
@@ -68,18 +83,32 @@ def test_histories_are_in_time_with_ties_as_in_the_file_and_items_numbered_as_me
         read = load_catalogue(write(tmp_path / "mine"))
     assert read.name == "mine" and read.dirty == {}
     others = {f"u{user}": [1, 2, 3, 4, 5] for user in (0, 2, 3, 4)}
-    assert sequences(read) == {**others, "u1": [4, 1, 2, 3, 5]} and read.user_ids == ["u0", "u1", "u2", "u3", "u4"]
+    assert sequences(read) == {**others, "u1": [4, 1, 2, 3, 5]} and read.user_ids == [
+        "u0",
+        "u1",
+        "u2",
+        "u3",
+        "u4",
+    ]
     assert read.items["title"].tolist() == [f"Title {item}" for item in range(5)]
     reversed_ties = read_amazon(write(tmp_path / "reversed", REVIEWS[::-1]))
     assert reversed_ties.user_ids == ["u4", "u3", "u2", "u1", "u0"]
-    assert sequences(reversed_ties)["u1"] == [2, 1, 3, 4, 5], "i3 first, then i4 (item 1), i2, i1, i0"
+    assert sequences(reversed_ties)["u1"] == [
+        2,
+        1,
+        3,
+        4,
+        5,
+    ], "i3 first, then i4 (item 1), i2, i1, i0"
     assert reversed_ties.items["title"].tolist() == [f"Title {item}" for item in (4, 3, 2, 1, 0)]
 
 
 def test_texts_are_python_literals_with_entities_decoded_and_missing_parts_left_out(tmp_path):
     meta = [
         r"""{'asin': 'i0', 'title': 'Caf\xe9 \u2013 "Cr&egrave;me" &amp;  brush\n', 'price': 9.99, 'brand': "L'Or&#233;al",
-            'categories': [['Beauty', 'Tools &amp; Accessories'], ['Home']], 'related': {'also_viewed': ['i1']}}""".replace("\n", ""),
+            'categories': [['Beauty', 'Tools &amp; Accessories'], ['Home']], 'related': {'also_viewed': ['i1']}}""".replace(
+            "\n", ""
+        ),
         '{"brand": "", "title": "O\'Neill", u"asin": u"i1", "categories": [[]]}',
         "{'asin': 'i2', 'price': 12, 'title': None, 'categories': []}",
         "{'title': 'says \\'asin\\': \\'i9\\'', 'asin': 'i3', 'price': 0.0}",
@@ -87,7 +116,10 @@ def test_texts_are_python_literals_with_entities_decoded_and_missing_parts_left_
         "{'asin': 'i9', not read, since nobody bought it",
     ]
     read = read_amazon(write(tmp_path / "mine", meta=meta), on_dirty="raise")
-    first = 'Title: Café – "Crème" & brush; Brand: L\'Oréal; Categories: Beauty > Tools & Accessories; Price: 9.99'
+    first = (
+        'Title: Café – "Crème" & brush; Brand: L\'Oréal; Categories: Beauty > Tools & Accessories;'
+        " Price: 9.99"
+    )
     third = "Title: says 'asin': 'i9'"
     assert read.items["text"].tolist() == [first, "Title: O'Neill", "Price: 12", third, None]
     assert read.items["categories"].tolist() == [["Beauty", "Tools & Accessories"], [], [], [], []]
@@ -101,12 +133,15 @@ def test_metadata_is_never_run(tmp_path):
     attack = f"{{'asin': 'i0', 'title': __import__('pathlib').Path({str(ran)!r}).touch()}}"
     eval(attack)  # the line is what it is said to be
     ran.unlink()
-    with pytest.warns(UserWarning, match="no dict with an asin: 1 .first: meta_Beauty.json.gz line 6"):
+    with pytest.warns(
+        UserWarning, match="no dict with an asin: 1 .first: meta_Beauty.json.gz line 6"
+    ):
         read = read_amazon(write(tmp_path / "mine", meta=[*META, attack]))
     assert not ran.exists() and read.items["title"][0] == "Title 0"
 
 
-NO_REVIEW, NO_DICT = "no review with reviewerID, asin and unixReviewTime", "no dict with an asin"
+NO_REVIEW = "no review with reviewerID, asin and unixReviewTime"
+NO_DICT = "no dict with an asin"
 DIRTY_REVIEWS = {
     '{"reviewerID": "u1", "as': NO_REVIEW,
     "[1, 2]": NO_REVIEW,
@@ -136,7 +171,10 @@ DIRTY_META = {
 
 @pytest.mark.parametrize(
     "where, line, kind",
-    [*(("reviews", *pair) for pair in DIRTY_REVIEWS.items()), *(("meta", *pair) for pair in DIRTY_META.items())],
+    [
+        *(("reviews", *pair) for pair in DIRTY_REVIEWS.items()),
+        *(("meta", *pair) for pair in DIRTY_META.items()),
+    ],
     ids=lambda value: str(value[:30]),
 )
 def test_dirty_lines_are_counted_named_and_skipped_or_stop_the_reader(tmp_path, where, line, kind):
@@ -159,9 +197,16 @@ def test_dirty_lines_are_counted_named_and_skipped_or_stop_the_reader(tmp_path, 
 def test_a_field_of_the_wrong_type_is_left_out(tmp_path, field, value):
     rest = {"title": "T", "brand": "B", "price": 1.5, "categories": [["C"]]} | {field: value}
     folder = write(tmp_path / "dirty", meta=[*META[:4], metadata("i4", **rest)])
-    with pytest.warns(UserWarning, match=f"{field} of the wrong type: 1 .first: meta_Beauty.json.gz line 5"):
+    with pytest.warns(
+        UserWarning, match=f"{field} of the wrong type: 1 .first: meta_Beauty.json.gz line 5"
+    ):
         read = read_amazon(folder)
-    whole = {"title": "Title: T", "brand": "Brand: B", "categories": "Categories: C", "price": "Price: 1.5"}
+    whole = {
+        "title": "Title: T",
+        "brand": "Brand: B",
+        "categories": "Categories: C",
+        "price": "Price: 1.5",
+    }
     assert read.items["text"][4] == "; ".join(text for name, text in whole.items() if name != field)
 
 
@@ -169,8 +214,12 @@ def test_items_without_metadata_stay_without_a_text_and_are_counted(tmp_path):
     folder = write(tmp_path / "some", meta=META[:3])
     with pytest.warns(UserWarning, match="item without metadata: 2"):
         read = read_amazon(folder)
-    assert read.dirty == {"item without metadata": {"count": 2, "first": "reviews_Beauty_5.json.gz line 16: 'i3'"}}
-    assert read.items["text"].tolist()[3:] == [None, None] and read.items["categories"].tolist()[3:] == [[], []]
+    assert read.dirty == {
+        "item without metadata": {"count": 2, "first": "reviews_Beauty_5.json.gz line 16: 'i3'"}
+    }
+    assert read.items["text"].tolist()[3:] == [None, None] and read.items["categories"].tolist()[
+        3:
+    ] == [[], []]
     with pytest.raises(ValueError, match="item without metadata.*line 16"):
         read_amazon(folder, on_dirty="raise")
 
@@ -202,7 +251,9 @@ def test_names_forms_and_folders_that_are_recognised(monkeypatch, tmp_path):
     plain.mkdir()
     (plain / "reviews_Office_Products_5.json").write_text("".join(line + "\n" for line in REVIEWS))
     (plain / "meta_Office_Products.json").write_text("".join(line + "\n" for line in META))
-    (plain / "reviews_Office_Products.json.gz").write_bytes(b"the unfiltered file is not read where there is a filtered one")
+    (plain / "reviews_Office_Products.json.gz").write_bytes(
+        b"the unfiltered file is not read where there is a filtered one"
+    )
     (plain / "reviews_Beauty_5.json.gz.part").write_bytes(b"nor is what is not yet whole")
     assert load_catalogue(str(plain)).n_items == 5
     monkeypatch.setenv("SIDLAB_DATA", str(tmp_path))
@@ -221,7 +272,8 @@ def brute_force_core(events, k):
     """Remove one event after the other, the first that must go."""
     events = list(events)
     while True:
-        users, items = [user for user, _ in events], [item for _, item in events]
+        users = [user for user, _ in events]
+        items = [item for _, item in events]
         for row, (user, item) in enumerate(events):
             if users.count(user) < k or items.count(item) < k:
                 del events[row]
@@ -234,21 +286,32 @@ def brute_force_core(events, k):
 def test_k_core_is_what_one_by_one_removal_leaves_and_stays(events, k):
     users, items = np.array(events, dtype=np.int64).reshape(-1, 2).T
     keep = k_core(users, items, k)
-    assert [event for event, kept in zip(events, keep, strict=True) if kept] == brute_force_core(events, k)
+    assert [event for event, kept in zip(events, keep, strict=True) if kept] == brute_force_core(
+        events, k
+    )
     assert k_core(users[keep], items[keep], k).all(), "nothing more to remove"
 
 
 def test_an_unfiltered_file_and_its_5_core_give_the_same_catalogue(tmp_path):
     rng = np.random.default_rng(0)
-    events = list(zip(rng.integers(0, 40, 400).tolist(), rng.geometric(0.06, 400).tolist(), strict=True))  # pairs recur, too
+    # Pairs recur, too
+    events = list(
+        zip(rng.integers(0, 40, 400).tolist(), rng.geometric(0.06, 400).tolist(), strict=True)
+    )
     days = rng.integers(0, 4, 400).tolist()
-    lines = [review(f"u{user}", f"i{item}", day) for (user, item), day in zip(events, days, strict=True)]
-    meta = [metadata(f"i{item}", title=f"Title {item}") for item in range(1 + max(item for _, item in events))]
+    lines = [
+        review(f"u{user}", f"i{item}", day) for (user, item), day in zip(events, days, strict=True)
+    ]
+    meta = [
+        metadata(f"i{item}", title=f"Title {item}")
+        for item in range(1 + max(item for _, item in events))
+    ]
     core = brute_force_core(events, 5)
     assert 0 < len(core) < len(events) and len(set(core)) < len(core)
     kept = [line for line, event in zip(lines, events, strict=True) if event in set(core)]
     assert len(kept) == len(core), "an event stays with its user and its item"
-    raw, filtered = read_amazon(write(tmp_path / "raw", lines, meta, core="")), read_amazon(write(tmp_path / "core", kept, meta))
+    raw = read_amazon(write(tmp_path / "raw", lines, meta, core=""))
+    filtered = read_amazon(write(tmp_path / "core", kept, meta))
     assert raw.fingerprint() == filtered.fingerprint() and raw.user_ids == filtered.user_ids
     counts = len({user for user, _ in core}), len({item for _, item in core}), len(core)
     for read in (raw, filtered):
@@ -259,24 +322,32 @@ def test_an_unfiltered_file_and_its_5_core_give_the_same_catalogue(tmp_path):
 
 
 class Files(http.server.BaseHTTPRequestHandler):
-    """Serves `server.files` with faults: `ranges` honoured or not, `cut` after so many bytes, `said` as the length."""
+    """Serves `server.files` with faults: `ranges` honoured or not, `cut` after so many bytes,
+    `said` as the length.
+    """
 
     def do_GET(self):
-        server, name = self.server, self.path.rsplit("/", 1)[1]
+        server = self.server
+        name = self.path.rsplit("/", 1)[1]
         server.asked.append((name, self.headers.get("Range")))
         if name not in server.files:
             return self.send_error(404)
-        body, start = server.files[name], 0
+        body = server.files[name]
+        start = 0
         if server.ranges and self.headers.get("Range"):
             start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
             if start >= len(body):
                 return self.send_error(416)
             self.send_response(206)
-            self.send_header("Content-Range", server.range or f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header(
+                "Content-Range", server.range or f"bytes {start}-{len(body) - 1}/{len(body)}"
+            )
         else:
             self.send_response(200)
         if server.said is not False:
-            self.send_header("Content-Length", str(len(body) - start if server.said is None else server.said))
+            self.send_header(
+                "Content-Length", str(len(body) - start if server.said is None else server.said)
+            )
         self.end_headers()
         self.wfile.write(body[start : len(body) if server.cut is None else start + server.cut])
 
@@ -287,8 +358,15 @@ class Files(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
-    server.files = {"reviews_Beauty_5.json.gz": packed(REVIEWS), "meta_Beauty.json.gz": packed(META)}
-    server.asked, server.ranges, server.range, server.cut, server.said = [], True, None, None, None
+    server.files = {
+        "reviews_Beauty_5.json.gz": packed(REVIEWS),
+        "meta_Beauty.json.gz": packed(META),
+    }
+    server.asked = []
+    server.ranges = True
+    server.range = None
+    server.cut = None
+    server.said = None
     monkeypatch.setattr(amazon, "ADDRESS", f"http://127.0.0.1:{server.server_port}/files/")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -298,22 +376,42 @@ def server(monkeypatch):
     server.server_close()
 
 
-REVIEWS_FILE, META_FILE = "reviews_Beauty_5.json.gz", "meta_Beauty.json.gz"
+REVIEWS_FILE = "reviews_Beauty_5.json.gz"
+META_FILE = "meta_Beauty.json.gz"
 
 
 def held(tmp_path):
-    return {path.name: path.read_bytes() for path in (tmp_path / "cache" / "amazon-2014-beauty").glob("*")}
+    return {
+        path.name: path.read_bytes()
+        for path in (tmp_path / "cache" / "amazon-2014-beauty").glob("*")
+    }
 
 
 def test_a_name_is_downloaded_once(server, tmp_path):
     read = load_catalogue("amazon-2014-beauty")
-    assert read.name == "amazon-2014-beauty" and read.fingerprint() == read_amazon(write(tmp_path / "local")).fingerprint()
-    assert held(tmp_path) == server.files and server.asked == [(REVIEWS_FILE, None), (META_FILE, None)]
+    assert (
+        read.name == "amazon-2014-beauty"
+        and read.fingerprint() == read_amazon(write(tmp_path / "local")).fingerprint()
+    )
+    assert held(tmp_path) == server.files and server.asked == [
+        (REVIEWS_FILE, None),
+        (META_FILE, None),
+    ]
     assert load_catalogue("amazon-2014-beauty").n_items == 5 and len(server.asked) == 2
-    server.files = {"reviews_Office_Products_5.json.gz": packed(REVIEWS), "meta_Office_Products.json.gz": packed(META)}
+    server.files = {
+        "reviews_Office_Products_5.json.gz": packed(REVIEWS),
+        "meta_Office_Products.json.gz": packed(META),
+    }
     assert load_catalogue("amazon-2014-Office_Products").n_items == 5
-    for category, name in [("sports", "Sports_and_Outdoors"), ("toys", "Toys_and_Games"), ("Nonsense", "Nonsense")]:
-        with pytest.raises(ConnectionError, match=f"404.*reviews_{name}_5.json.gz and http.*meta_{name}.json.gz into .*{category}"):
+    for category, name in [
+        ("sports", "Sports_and_Outdoors"),
+        ("toys", "Toys_and_Games"),
+        ("Nonsense", "Nonsense"),
+    ]:
+        with pytest.raises(
+            ConnectionError,
+            match=f"404.*reviews_{name}_5.json.gz and http.*meta_{name}.json.gz into .*{category}",
+        ):
             fetch_amazon(category)
     for category in ("../beauty", "", "a b"):
         with pytest.raises(ValueError, match="Office_Products"):
@@ -329,17 +427,26 @@ def test_files_put_there_by_hand_are_not_downloaded(server, tmp_path):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_transfer_leaves_a_part_and_goes_on_or_starts_again(server, tmp_path, ranges):
     whole = server.files[REVIEWS_FILE]
-    server.cut, server.ranges = 100, ranges
-    with pytest.raises(ConnectionError, match=f"{REVIEWS_FILE} broke off: 100 of {len(whole)} bytes"):
+    server.cut = 100
+    server.ranges = ranges
+    with pytest.raises(
+        ConnectionError, match=f"{REVIEWS_FILE} broke off: 100 of {len(whole)} bytes"
+    ):
         fetch_amazon("beauty")
     assert held(tmp_path) == {f"{REVIEWS_FILE}.part": whole[:100]}
-    with pytest.raises(ConnectionError, match=f"broke off: {200 if ranges else 100} of {len(whole)} bytes"):
+    with pytest.raises(
+        ConnectionError, match=f"broke off: {200 if ranges else 100} of {len(whole)} bytes"
+    ):
         fetch_amazon("beauty")
     assert held(tmp_path) == {f"{REVIEWS_FILE}.part": whole[: 200 if ranges else 100]}
     server.cut = None
     fetch_amazon("beauty")
     assert held(tmp_path) == server.files
-    assert [asked for name, asked in server.asked if name == REVIEWS_FILE] == [None, "bytes=100-", "bytes=200-" if ranges else "bytes=100-"]
+    assert [asked for name, asked in server.asked if name == REVIEWS_FILE] == [
+        None,
+        "bytes=100-",
+        "bytes=200-" if ranges else "bytes=100-",
+    ]
 
 
 @pytest.mark.parametrize("extra", [b"", b"too long"])
@@ -359,7 +466,9 @@ def test_a_wrong_length_is_an_error_and_no_length_is_none(server, tmp_path):
     assert list(held(tmp_path)) == [f"{REVIEWS_FILE}.part"]
     (tmp_path / "cache" / "amazon-2014-beauty" / f"{REVIEWS_FILE}.part").unlink()
     server.said = len(whole) - 5
-    with pytest.raises(ValueError, match=f"{REVIEWS_FILE} was downloaded, but .* damaged or cut off.*starts anew"):
+    with pytest.raises(
+        ValueError, match=f"{REVIEWS_FILE} was downloaded, but .* damaged or cut off.*starts anew"
+    ):
         fetch_amazon("beauty")
     assert held(tmp_path) == {}
     server.said = False
@@ -369,16 +478,22 @@ def test_a_wrong_length_is_an_error_and_no_length_is_none(server, tmp_path):
 
 @pytest.mark.parametrize("bad", ["flipped", "page", "other part", "other range"])
 def test_a_whole_but_damaged_file_is_named_and_not_kept(server, tmp_path, bad):
-    whole, folder = server.files[REVIEWS_FILE], tmp_path / "cache" / "amazon-2014-beauty"
+    whole = server.files[REVIEWS_FILE]
+    folder = tmp_path / "cache" / "amazon-2014-beauty"
     folder.mkdir(parents=True)
     if bad == "flipped":
         server.files[REVIEWS_FILE] = whole[:80] + bytes([whole[80] ^ 255]) + whole[81:]
     elif bad == "page":
         server.files[REVIEWS_FILE] = b"<html>please log in</html>"
     else:
-        (folder / f"{REVIEWS_FILE}.part").write_bytes(bytes(100) if bad == "other part" else whole[:100])
+        (folder / f"{REVIEWS_FILE}.part").write_bytes(
+            bytes(100) if bad == "other part" else whole[:100]
+        )
         server.range = f"bytes 7-{len(whole) - 1}/{len(whole)}" if bad == "other range" else None
-    with pytest.raises(ValueError, match=f"http.*{REVIEWS_FILE} was downloaded, but .*{REVIEWS_FILE}.part is damaged"):
+    with pytest.raises(
+        ValueError,
+        match=f"http.*{REVIEWS_FILE} was downloaded, but .*{REVIEWS_FILE}.part is damaged",
+    ):
         fetch_amazon("beauty")
     assert held(tmp_path) == {}
     server.files[REVIEWS_FILE] = whole
@@ -388,12 +503,16 @@ def test_a_whole_but_damaged_file_is_named_and_not_kept(server, tmp_path, bad):
 def test_without_a_network_the_error_says_what_to_put_where(server, monkeypatch, tmp_path):
     monkeypatch.setattr(amazon, "ADDRESS", "http://127.0.0.1:1/")
     folder = tmp_path / "cache" / "amazon-2014-beauty"
-    by_hand = f"put http://127.0.0.1:1/{REVIEWS_FILE} and http://127.0.0.1:1/{META_FILE} into {folder} by hand"
+    by_hand = (
+        f"put http://127.0.0.1:1/{REVIEWS_FILE} and http://127.0.0.1:1/{META_FILE} into {folder} by"
+        " hand"
+    )
     with pytest.raises(ConnectionError, match=f"refused.*{re.escape(by_hand)}"):
         load_catalogue("amazon-2014-beauty")
     assert held(tmp_path) == {}
     write(folder)
     assert load_catalogue("amazon-2014-beauty").n_items == 5
-    monkeypatch.setenv("SIDLAB_CACHE", str(folder / META_FILE))  # a file: no folder can be made below it
+    # A file: no folder can be made below it
+    monkeypatch.setenv("SIDLAB_CACHE", str(folder / META_FILE))
     with pytest.raises(ConnectionError, match="NotADirectoryError"):
         load_catalogue("amazon-2014-beauty")

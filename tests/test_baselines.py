@@ -1,4 +1,6 @@
-"""Baselines against a plain dictionary in exact fractions, and against the numbers printed in PAPERS.md."""
+"""Baselines against a plain dictionary in exact fractions, and against the numbers printed in
+PAPERS.md.
+"""
 
 from collections import Counter
 from fractions import Fraction
@@ -19,7 +21,9 @@ histories_of = st.lists(st.lists(st.integers(1, N_ITEMS), max_size=8), max_size=
 
 
 def by_hand(train, history, k, exclude_seen, with_table):
-    """Ranked items. Dictionaries keep the order in which keys came, and `sorted` keeps it among equals."""
+    """Ranked items. Dictionaries keep the order in which keys came, and `sorted` keeps it among
+    equals.
+    """
     table = {}
     for past in train:
         for a, b in pairwise(past):
@@ -32,7 +36,9 @@ def by_hand(train, history, k, exclude_seen, with_table):
             scores[neighbour] = scores.get(neighbour, 0) + weight / (1 + back)
     counts = Counter(item for past in train for item in past)
     ranked = sorted(scores, key=lambda item: -scores[item])
-    ranked += sorted(set(range(1, N_ITEMS + 1)) - set(ranked), key=lambda item: (-counts[item], item))
+    ranked += sorted(
+        set(range(1, N_ITEMS + 1)) - set(ranked), key=lambda item: (-counts[item], item)
+    )
     ranked = [item for item in ranked if not (exclude_seen and item in history)]
     return (ranked + [0] * k)[:k]
 
@@ -51,8 +57,11 @@ def test_both_agree_with_dictionaries(train, histories, k, exclude_seen):
 
 
 def test_a_generator_of_histories_is_read_once():
-    train, history = [np.array([5, 1, 2]), np.array([1, 2])], [np.array([5])]
-    once, often = (NeighbourTable().fit(given, 5).recommend(history, 3) for given in (iter(train), train))
+    train = [np.array([5, 1, 2]), np.array([1, 2])]
+    history = [np.array([5])]
+    once, often = (
+        NeighbourTable().fit(given, 5).recommend(history, 3) for given in (iter(train), train)
+    )
     assert once.tolist() == often.tolist() == [[1, 2, 5]]
 
 
@@ -68,9 +77,10 @@ def test_bad_input_is_named():
         fitted.recommend([np.array([1])], k=0)
 
 
-# What the printed numbers rest on: the test history is all but the last item, not cut at 30 items; popularity is that
-# of the training part; ties as in NeighbourTable (no sequence here repeats an item). With ties by popularity it
-# would be .0469/.0686 and .0536/.0742 on Beauty, .0313/.0431 and .0333/.0458 on Sports.
+# What the printed numbers rest on: the test history is all but the last item, not cut at 30 items;
+# popularity is that of the training part; ties as in NeighbourTable (no sequence here repeats an
+# item). With ties by popularity it would be .0469/.0686 and .0536/.0742 on Beauty, .0313/.0431 and
+# .0333/.0458 on Sports.
 @needs_shared
 @pytest.mark.parametrize(
     "name, plain, unseen, popular",
@@ -81,7 +91,8 @@ def test_bad_input_is_named():
 )
 def test_the_printed_numbers_are_reproduced(name, plain, unseen, popular):
     catalogue = load_catalogue(SHARED / name)
-    train, tests = [history[:-2] for history in catalogue.histories], [history[:-1] for history in catalogue.histories]
+    train = [history[:-2] for history in catalogue.histories]
+    tests = [history[:-1] for history in catalogue.histories]
     targets = np.array([history[-1] for history in catalogue.histories])
 
     def recalls(model, exclude_seen=False):
@@ -92,4 +103,6 @@ def test_the_printed_numbers_are_reproduced(name, plain, unseen, popular):
     assert recalls(table) == pytest.approx(plain, abs=5e-4)
     assert recalls(table, exclude_seen=True) == pytest.approx(unseen, abs=5e-4)
     if popular:
-        assert recalls(Popularity().fit(train, catalogue.n_items))[1] == pytest.approx(popular, abs=5e-5)
+        assert recalls(Popularity().fit(train, catalogue.n_items))[1] == pytest.approx(
+            popular, abs=5e-5
+        )

@@ -2,8 +2,8 @@
 busy kernel, after a reload, in a second view, in the dark, after a restart, without a kernel; and
 exported pages, opened from disk without a network.
 
-Everywhere sliders, picture and text of an explorer must say the same. What they must say is computed
-here, by an explorer that is set as the controls on the page are.
+Everywhere sliders, picture and text of an explorer must say the same. What they must say is
+computed here, by an explorer that is set as the controls on the page are.
 """
 
 import base64
@@ -113,7 +113,8 @@ class Lab:
     """A JupyterLab at `address` that serves `folder`."""
 
     def __init__(self, folder, address):
-        self.folder, self.address = folder, address
+        self.folder = folder
+        self.address = address
 
     def ask(self, path, method="GET"):
         request = urllib.request.Request(f"{self.address}{path}?token=t", method=method)
@@ -130,8 +131,13 @@ class Lab:
 def browser():
     # The system's; without one Playwright's own, or its message how to install that.
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync"]
+    flags = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         yield browser
@@ -146,7 +152,8 @@ def lab(tmp_path_factory):
     cells += [f"made({name!r})" for name in SETTINGS] + ["monitor()"]
     book = nbformat.v4.new_notebook(
         cells=list(map(nbformat.v4.new_code_cell, cells)),
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+    )
     nbformat.write(book, folder / "all.ipynb")
 
     # A configuration of its own: not the tabs and the theme that are open elsewhere, and no news.
@@ -157,10 +164,19 @@ def lab(tmp_path_factory):
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root",
-               f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}",
-               "--LabApp.expose_app_in_browser=True"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        "--allow-root",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=t",
+        f"--ServerApp.root_dir={folder}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"JUPYTER_CONFIG_DIR": str(config), "PYTHONPATH": os.pathsep.join(paths)}
     lab = Lab(folder, f"http://127.0.0.1:{port}")
@@ -184,7 +200,8 @@ def watched(context):
     `received` are the bytes from the kernel."""
     page = context.new_page()
     page.set_default_timeout(120_000)
-    page.wrong, page.received = [], 0
+    page.wrong = []
+    page.received = 0
     page.on("console", lambda said: said.type == "error" and page.wrong.append(said.text))
     page.on("pageerror", lambda error: page.wrong.append(error.stack or str(error)))
     page.on("requestfailed", lambda request: page.wrong.append(request.url))
@@ -202,10 +219,13 @@ def command(page, name, **args):
 
 def idle(page):
     """Wait until the notebook is there and its kernel has nothing to do."""
-    page.wait_for_function("""() => {
+    page.wait_for_function(
+        """() => {
       globalThis.panel ??= globalThis.jupyterapp?.shell.currentWidget;
       return globalThis.panel?.sessionContext?.session?.kernel?.status === "idle";
-    }""", timeout=300_000)
+    }""",
+        timeout=300_000,
+    )
 
 
 def run(page, *numbers):
@@ -253,9 +273,13 @@ def places(control):
 def state(name, controls):
     """What the explorer says when its controls show `controls`, {description: text}."""
     explorer = oracle(name)
-    explorer.set(**{key: spelled(control, controls[control.description])
-                    for key, control in explorer.controls.items()
-                    if control.description in controls})
+    explorer.set(
+        **{
+            key: spelled(control, controls[control.description])
+            for key, control in explorer.controls.items()
+            if control.description in controls
+        }
+    )
     return explorer.state()
 
 
@@ -271,7 +295,8 @@ def nested(values):
 def same(seen, wanted):
     """Whether two nested lists of numbers (None for what is missing) or of texts are the same."""
     try:
-        seen, wanted = np.array(seen, float), np.array(wanted, float)
+        seen = np.array(seen, float)
+        wanted = np.array(wanted, float)
     except (TypeError, ValueError):
         return list(map(str, seen)) == list(map(str, wanted))
     return seen.shape == wanted.shape and np.allclose(seen, wanted, atol=1e-9, equal_nan=True)
@@ -292,18 +317,21 @@ def differences(seen, state):
             out.append(f"items {seen['items']}, not {state['list']['after']}")
         return out
 
-    title = bs4.BeautifulSoup(state["figure"]["layout"].get("title", {}).get("text", ""),
-                              "html.parser").get_text()
+    title = bs4.BeautifulSoup(
+        state["figure"]["layout"].get("title", {}).get("text", ""), "html.parser"
+    ).get_text()
     if seen["title"] != title:
         out.append(f"title {seen['title']!r}, not {title!r}")
     traces = state["figure"]["data"]
     types = [trace["type"] for trace in seen["traces"]]
     if types != [trace.get("type", "scatter") for trace in traces]:
         return [*out, f"traces {types}"]
-    out += [f"{key} of trace {number}"
-            for number, (drawn, trace) in enumerate(zip(seen["traces"], traces))
-            for key in drawn.keys() & trace.keys() - {"type"}
-            if not isinstance(trace[key], str) and not same(drawn[key], nested(trace[key]))]
+    out += [
+        f"{key} of trace {number}"
+        for number, (drawn, trace) in enumerate(zip(seen["traces"], traces))
+        for key in drawn.keys() & trace.keys() - {"type"}
+        if not isinstance(trace[key], str) and not same(drawn[key], nested(trace[key]))
+    ]
     return out
 
 
@@ -318,15 +346,19 @@ def until(holds, what, seconds=90):
 def assert_agree(explorer, name, **wanted):
     """Controls, picture and text say the same as soon as all is drawn; controls named in `wanted`
     show that."""
-    wrong, end = None, time.monotonic() + 60
+    wrong = None
+    end = time.monotonic() + 60
     while wrong != []:
         seen = explorer.evaluate(READ)
         if None in seen["controls"].values() or len(seen["controls"]) < len(wanted):
             wrong = ["a control shows nothing"]
         else:
             wrong = differences(seen, state(name, seen["controls"]))
-            wrong += [f"{label} is not at {text}" for label, text in wanted.items()
-                      if seen["controls"][label] != text]
+            wrong += [
+                f"{label} is not at {text}"
+                for label, text in wanted.items()
+                if seen["controls"][label] != text
+            ]
         if wrong:
             assert time.monotonic() < end, f"at {seen['controls']}: {'; '.join(wrong)}"
             time.sleep(0.3)
@@ -337,7 +369,8 @@ def move(explorer, name, steps):
     {label: what it must show}."""
     model = oracle(name)
     control = model.controls[model.exported]
-    label, texts = control.description, [text for _, text in places(control)]
+    label = control.description
+    texts = [text for _, text in places(control)]
     place = texts.index(explorer.evaluate(READ)["controls"][label])
     steps = steps if 0 <= place + steps < len(texts) else -steps
     after = texts[place + steps]
@@ -420,8 +453,10 @@ def test_after_a_reload(reloaded, name):
 def test_a_dragged_slider(reloaded):
     explorer = shown(reloaded, "PruningExplorer")
     slider = explorer.get_by_role("slider", name="kept share")
-    before, box = slider.get_attribute("aria-valuetext"), slider.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    before = slider.get_attribute("aria-valuetext")
+    box = slider.bounding_box()
+    x = box["x"] + box["width"] / 2
+    y = box["y"] + box["height"] / 2
     reloaded.mouse.move(x, y)
     reloaded.mouse.down()
     reloaded.mouse.move(x + 60, y, steps=30)
@@ -432,11 +467,14 @@ def test_a_dragged_slider(reloaded):
 
 def test_moved_while_the_kernel_is_busy(reloaded, lab):
     wait = "import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep(0.1)"
-    reloaded.evaluate("""code => {
+    reloaded.evaluate(
+        """code => {
       globalThis.waits = true;
       const future = panel.sessionContext.session.kernel.requestExecute({ code });
       future.done.finally(() => { globalThis.waits = false });
-    }""", wait)
+    }""",
+        wait,
+    )
     moved = {}
     try:
         for name, (_, steps) in SETTINGS.items():
@@ -472,8 +510,10 @@ def test_as_dark_as_the_page(reloaded):
     for theme, dark in (("JupyterLab Dark", True), ("JupyterLab Light", False)):
         command(reloaded, "apputils:change-theme", theme=theme)
         for name in SETTINGS:
-            until(lambda name=name, dark=dark: look(reloaded, name) == PAPER[dark],
-                  f"{name} in {theme}")
+            until(
+                lambda name=name, dark=dark: look(reloaded, name) == PAPER[dark],
+                f"{name} in {theme}",
+            )
 
 
 def complaints(page):
@@ -505,12 +545,15 @@ def test_a_saved_notebook(reloaded, browser, lab, kernel):
     page = watched(browser.new_context(viewport={"width": 1280, "height": 720}))
     page.goto(f"{lab.address}/lab/workspaces/{kernel}?token=t")
     page.wait_for_function("globalThis.jupyterapp?.restored")
-    page.evaluate("""async kernel => {
+    page.evaluate(
+        """async kernel => {
       await jupyterapp.restored;
       globalThis.panel = await jupyterapp.commands.execute("docmanager:open", {
         path: "all.ipynb", kernelPreference: { shouldStart: kernel, canStart: kernel } });
       await panel.context.ready;
-    }""", kernel)
+    }""",
+        kernel,
+    )
     if kernel:
         idle(page)
     for name in SETTINGS:
@@ -534,7 +577,8 @@ def test_an_exported_page_offline(browser, tmp_path, name):
     slider = page.get_by_role("slider", name=control.description)
     slider.focus()
     page.keyboard.press("Home")
-    main, output = page.locator("main"), page.locator("output")
+    main = page.locator("main")
+    output = page.locator("output")
     for value, text in places(control):
         if EXPORTED[name] and value not in EXPORTED[name]:
             continue

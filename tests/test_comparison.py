@@ -1,4 +1,6 @@
-"""The comparison behind reproduce.ipynb: names, child processes, resuming, the notebook under papermill."""
+"""The comparison behind reproduce.ipynb: names, child processes, resuming, the notebook under
+papermill.
+"""
 
 import copy
 import dataclasses
@@ -32,7 +34,9 @@ def finished(tmp_path_factory):
     """A smoke comparison from scratch, run once."""
     folder = tmp_path_factory.mktemp("comparison")
     os.chdir(ROOT)  # the children import sidlab from here where it is not installed
-    return folder, comparison.compare("planted", "smoke", METHODS, 1, str(folder), protocol="scratch")
+    return folder, comparison.compare(
+        "planted", "smoke", METHODS, 1, str(folder), protocol="scratch"
+    )
 
 
 def page_of(results, tmp_path):
@@ -48,14 +52,24 @@ def test_rows_have_every_field_and_costs_are_measured(finished):
     for method in METHODS[:-1]:
         row = rows[method]
         assert row["train_seconds"] > 0 and row["updates"] == 20
-        assert (row["real_token_fraction"] > 0.75) == (method != "rastp-reference")  # of four small batches an update a fifth is padding
-        assert row["seconds_per_1k_windows"] == pytest.approx(1000 * row["train_seconds"] / row["windows"])
+        # Of four small batches an update a fifth is padding
+        assert (row["real_token_fraction"] > 0.75) == (method != "rastp-reference")
+        assert row["seconds_per_1k_windows"] == pytest.approx(
+            1000 * row["train_seconds"] / row["windows"]
+        )
         assert row["recall@10_interval"][0] <= row["recall@10"] <= row["recall@10_interval"][1]
-    assert rows["unpadded"]["kept_token_fraction"] == 1 and rows["unpadded"]["kept_informative"] is None
     assert (
-        0.5 <= rows["rastp@1/2"]["kept_token_fraction"] < 0.6 and 1 / 3 <= rows["stamp"]["kept_token_fraction"] < 0.45
+        rows["unpadded"]["kept_token_fraction"] == 1
+        and rows["unpadded"]["kept_informative"] is None
     )
-    assert rows["rastp-reference"]["kept_token_fraction"] > 0.6 and rows["pool"]["kept_informative"] is None
+    assert (
+        0.5 <= rows["rastp@1/2"]["kept_token_fraction"] < 0.6
+        and 1 / 3 <= rows["stamp"]["kept_token_fraction"] < 0.45
+    )
+    assert (
+        rows["rastp-reference"]["kept_token_fraction"] > 0.6
+        and rows["pool"]["kept_informative"] is None
+    )
     assert rows["sasrec"]["train_seconds"] > 0 and rows["sasrec"]["seconds_per_1k_windows"] is None
     assert rows["popularity"]["train_seconds"] is None
     assert rows["bayes"]["recall@10"] > rows["unpadded"]["recall@10"]
@@ -103,39 +117,68 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys
 
 
 def stored(folder):
-    return {name: json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".json").read_text()) for name in METHODS}
+    return {
+        name: json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".json").read_text())
+        for name in METHODS
+    }
 
 
 def test_an_own_scorer_is_a_method():
-    assert comparison.method_config("my_scorer:oldest@1/2", "smoke", 3).pruning == PruningConfig(scorer="my_scorer:oldest", keep=0.5)
-    with pytest.raises(ValueError, match="method 'rasp' is unknown; .* or a custom scorer as module:function"):
+    assert comparison.method_config("my_scorer:oldest@1/2", "smoke", 3).pruning == PruningConfig(
+        scorer="my_scorer:oldest", keep=0.5
+    )
+    with pytest.raises(
+        ValueError, match="method 'rasp' is unknown; .* or a custom scorer as module:function"
+    ):
         comparison.method_config("rasp", "smoke", 0)
 
 
-def test_p_is_told_of_single_seeds_and_other_jobs_are_told_on_the_page(finished, monkeypatch, tmp_path):
+def test_p_is_told_of_single_seeds_and_other_jobs_are_told_on_the_page(
+    finished, monkeypatch, tmp_path
+):
     folder, results = finished
-    assert all(row["versus_unpadded"]["p_value"] > 0 for row in results["summary"] if row["method"] != "unpadded")
+    assert all(
+        row["versus_unpadded"]["p_value"] > 0
+        for row in results["summary"]
+        if row["method"] != "unpadded"
+    )
     runs = [run | {"busy": True} for run in stored(folder).values()]
     monkeypatch.setattr(comparison, "run_all", lambda specs, folder: runs * 2)
     results = comparison.compare("planted", "smoke", METHODS, 2, str(folder), protocol="scratch")
-    assert {row["method"]: row["versus_unpadded"]["p_value"] for row in results["summary"] if row["versus_unpadded"]} == dict.fromkeys(
-        [*METHODS[1:], "popularity", "neighbours", "bayes"])
-    assert results["busy"].startswith("Other jobs ran") and results["busy"] in page_of(results, tmp_path)
+    assert {
+        row["method"]: row["versus_unpadded"]["p_value"]
+        for row in results["summary"]
+        if row["versus_unpadded"]
+    } == dict.fromkeys([*METHODS[1:], "popularity", "neighbours", "bayes"])
+    assert results["busy"].startswith("Other jobs ran") and results["busy"] in page_of(
+        results, tmp_path
+    )
 
 
 def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
     folder, _ = finished
     runs = stored(folder)
     runs["stamp"] |= {"device": "NVIDIA H100"}
-    monkeypatch.setattr(comparison, "run_all", lambda specs, folder: [run | {"busy": False} for run in runs.values()])
-    told = comparison.compare("planted", "smoke", METHODS, 1, str(folder), protocol="scratch")["busy"]
-    assert told.startswith("The runs were made on NVIDIA H100 and a processor (threads: ") and "do not compare" in told
+    monkeypatch.setattr(
+        comparison,
+        "run_all",
+        lambda specs, folder: [run | {"busy": False} for run in runs.values()],
+    )
+    told = comparison.compare("planted", "smoke", METHODS, 1, str(folder), protocol="scratch")[
+        "busy"
+    ]
+    assert (
+        told.startswith("The runs were made on NVIDIA H100 and a processor (threads: ")
+        and "do not compare" in told
+    )
 
 
 def test_a_failing_run_says_so_with_its_output(tmp_path):
     (tmp_path / "runs").mkdir()
-    sweeps.write_json(tmp_path / "runs" / "unpadded-seed0.spec", {"dataset": "nowhere", "sids": {}, "config": {}, "key": "",
-                                                                  "code": sweeps.code_digest()})
+    sweeps.write_json(
+        tmp_path / "runs" / "unpadded-seed0.spec",
+        {"dataset": "nowhere", "sids": {}, "config": {}, "key": "", "code": sweeps.code_digest()},
+    )
     with pytest.raises(RuntimeError, match="(?s)unpadded-seed0 failed.*no catalogue 'nowhere'"):
         sweeps._run_child(tmp_path, "unpadded-seed0", "")
 
@@ -143,11 +186,16 @@ def test_a_failing_run_says_so_with_its_output(tmp_path):
 def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
     """Keeping everything has recall 1 and the base rate as precision."""
     catalogue = load_catalogue("planted", n_users=40)
-    table = SidTable(catalogue.truth.tree, width=tuple(int(w) for w in catalogue.truth.tree.max(0) + 1))
+    table = SidTable(
+        catalogue.truth.tree, width=tuple(int(w) for w in catalogue.truth.tree.max(0) + 1)
+    )
     histories, _ = leave_one_out(catalogue.histories).cases("test")
     config = TrainConfig.preset("smoke", pruning=PruningConfig(keep=1.0, scorer="oracle"))
-    everything = sweeps.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
-    informative, tokens = catalogue.truth.informative(histories).sum(), sum(len(h) for h in histories) * 4
+    everything = sweeps.kept_informative(
+        build_model(config, table).eval(), catalogue.truth, histories
+    )
+    informative = catalogue.truth.informative(histories).sum()
+    tokens = sum(len(h) for h in histories) * 4
     assert everything == {"precision": pytest.approx(informative / tokens), "recall": 1.0}
     config = dataclasses.replace(config, pruning=PruningConfig(keep=1 / 3, scorer="oracle"))
     third = sweeps.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
@@ -159,15 +207,27 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(methods="unpadded rasp"), "method 'rasp' is unknown; use some of padded unpadded recent"),
+        (
+            dict(methods="unpadded rasp"),
+            "method 'rasp' is unknown; use some of padded unpadded recent",
+        ),
         (dict(methods="map@1/2"), "only a pruning method takes a kept share"),
         (dict(methods="rastp@2"), "must lie in"),
-        *((dict(methods=f"rastp@{keep}"), "takes a kept share, written as in rastp@1/2") for keep in ("", "1/0", "much", "1/2/3")),
-        (dict(preset="fast"), "preset='fast' is unknown; use one of 'smoke', 'quick', 'long', 'gpu', 'paper'"),
+        *(
+            (dict(methods=f"rastp@{keep}"), "takes a kept share, written as in rastp@1/2")
+            for keep in ("", "1/0", "much", "1/2/3")
+        ),
+        (
+            dict(preset="fast"),
+            "preset='fast' is unknown; use one of 'smoke', 'quick', 'long', 'gpu', 'paper'",
+        ),
         (dict(dataset="beauty"), "no catalogue 'beauty'"),
         (dict(methods="rastp unpadded rastp"), "names rastp twice"),
         (dict(seeds=0), "seeds must be at least 1, got 0"),
-        (dict(methods="base unpadded"), "names base, a row that protocol='continue' adds by itself"),
+        (
+            dict(methods="base unpadded"),
+            "names base, a row that protocol='continue' adds by itself",
+        ),
         (dict(protocol="both"), "protocol='both' is unknown; use one of 'continue', 'scratch'"),
         (dict(preset="paper", protocol="continue"), "preset='paper' trains from scratch"),
         (dict(methods=""), "give at least one method"),
@@ -176,34 +236,66 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
 )
 def test_bad_arguments_stop_before_anything_is_written(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        comparison.compare(**dict(dataset="planted", preset="smoke", output_dir=str(tmp_path / "out")) | arguments)
+        comparison.compare(
+            **dict(dataset="planted", preset="smoke", output_dir=str(tmp_path / "out")) | arguments
+        )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_of_two_seeds_the_models_on_sids_tell_of_noise_together(seeds):
-    catalogue, rng = load_catalogue("planted", n_users=200), np.random.default_rng(0)
-    table = SidTable(catalogue.truth.tree, tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1))
-    names, runs = ["unpadded", "rastp", "recent", "map", "sasrec"], []
+    catalogue = load_catalogue("planted", n_users=200)
+    rng = np.random.default_rng(0)
+    table = SidTable(
+        catalogue.truth.tree, tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1)
+    )
+    names = ["unpadded", "rastp", "recent", "map", "sasrec"]
+    runs = []
     for name in names:
         for seed in range(seeds):
             ranks = (rng.random(200) < 0.3 + rng.normal(0, 0.03)).astype(int)
             row = metrics_of(ranks) | dict.fromkeys(COSTS, 1.0) | {"kept_informative": None}
-            runs.append({"method": name, "seed": seed, "ranks": ranks, "row": row, "curve": None, "busy": False, "device": "a processor",
-                         "precision": "fp32"})
-    found = comparison._collect("planted", "smoke", names, runs, catalogue, table, dict(table.report()), "", "t5", "scratch")
+            runs.append(
+                {
+                    "method": name,
+                    "seed": seed,
+                    "ranks": ranks,
+                    "row": row,
+                    "curve": None,
+                    "busy": False,
+                    "device": "a processor",
+                    "precision": "fp32",
+                }
+            )
+    found = comparison._collect(
+        "planted", "smoke", names, runs, catalogue, table, dict(table.report()), "", "t5", "scratch"
+    )
     rows = {row["method"]: row for row in found["summary"]}
-    ranks = {name: np.array([run["ranks"] for run in runs if run["method"] == name]) for name in names}
-    noise, of_difference = seed_noise([ranks[name] for name in names[:4]]) if seeds == 2 else (None, lambda squares: None)
+    ranks = {
+        name: np.array([run["ranks"] for run in runs if run["method"] == name]) for name in names
+    }
+    noise, of_difference = (
+        seed_noise([ranks[name] for name in names[:4]])
+        if seeds == 2
+        else (None, lambda squares: None)
+    )
     assert found["seed_noise"] == (noise and noise["recall@10"]._asdict())
     hits = {name: (r == 1).astype(float) for name, r in ranks.items()}
     for name in names[1:]:
         alike = name != "sasrec"
-        assert rows[name]["recall@10_interval"] == metrics_of(ranks[name], noise if alike else None)["recall@10_interval"]
+        assert (
+            rows[name]["recall@10_interval"]
+            == metrics_of(ranks[name], noise if alike else None)["recall@10_interval"]
+        )
         moved = of_difference(2) if alike else None
-        assert rows[name]["versus_unpadded"]["interval"] == list(paired_test(hits[name], hits["unpadded"], noise=moved).interval)
+        assert rows[name]["versus_unpadded"]["interval"] == list(
+            paired_test(hits[name], hits["unpadded"], noise=moved).interval
+        )
     popular = comparison._baselines(catalogue)["popularity"]
-    test = paired_test((popular > 0).astype(float), hits["unpadded"], noise=noise and noise["recall@10"])  # a table has no seeds
+    # A table has no seeds
+    test = paired_test(
+        (popular > 0).astype(float), hits["unpadded"], noise=noise and noise["recall@10"]
+    )
     assert rows["popularity"]["versus_unpadded"]["interval"] == list(test.interval)
 
 
@@ -218,14 +310,23 @@ def test_seconds_intervals_and_tests_agree_with_the_ranks(finished):
 
 
 def test_a_published_sid_table_is_what_every_method_speaks(tmp_path):
-    catalogue, lines = load_catalogue("planted"), []
-    for item in range(1, catalogue.n_items + 1):  # digits of the item's number: as good as any for this
+    catalogue = load_catalogue("planted")
+    lines = []
+    # Digits of the item's number: as good as any for this
+    for item in range(1, catalogue.n_items + 1):
         lines.append(f"{item} {item // 64} {item // 8 % 8} {item % 8}\n")
     (tmp_path / "sids.txt").write_text("".join(lines))
-    results = comparison.compare("planted", "smoke", "unpadded", 1, str(tmp_path / "out"), str(tmp_path / "sids.txt"))
-    assert results["sids"]["collision_rate"] == 0 and f"SIDS={tmp_path / 'sids.txt'}" in results["command"]
+    results = comparison.compare(
+        "planted", "smoke", "unpadded", 1, str(tmp_path / "out"), str(tmp_path / "sids.txt")
+    )
+    assert (
+        results["sids"]["collision_rate"] == 0
+        and f"SIDS={tmp_path / 'sids.txt'}" in results["command"]
+    )
     table = SidT5.from_pretrained(tmp_path / "out" / "runs" / "unpadded-seed0").table
-    assert table.codes.tolist() == [[item // 64, item // 8 % 8, item % 8] for item in range(1, catalogue.n_items + 1)]
+    assert table.codes.tolist() == [
+        [item // 64, item // 8 % 8, item % 8] for item in range(1, catalogue.n_items + 1)
+    ]
 
 
 # --- Going on from one model
@@ -244,18 +345,37 @@ def continued(tmp_path_factory):
 def test_methods_go_on_from_one_base_and_the_base_itself_is_shown(continued, tmp_path):
     folder, results = continued
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["base", *CONTINUED, "base-rastp@1/2", "base-pool", "popularity", "neighbours", "bayes"]
-    assert results["protocol"] == "continue" and "base" not in results["command"] and "PROTOCOL" not in results["command"]
+    assert list(rows) == [
+        "base",
+        *CONTINUED,
+        "base-rastp@1/2",
+        "base-pool",
+        "popularity",
+        "neighbours",
+        "bayes",
+    ]
+    assert (
+        results["protocol"] == "continue"
+        and "base" not in results["command"]
+        and "PROTOCOL" not in results["command"]
+    )
     trained = [rows[name] for name in CONTINUED]
     assert len({(row["windows"], row["updates"]) for row in trained}) == 1
     assert rows["base"]["seconds_per_1k_windows"] > 0 and rows["base-pool"]["train_seconds"] is None
     digest = weights_digest(folder / "runs" / "base-seed0")
     for name in CONTINUED:
         spec = json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".spec").read_text())
-        assert spec["start"] == "base-seed0" and spec["config"]["targets"] == 1 and spec["config"]["encoder_mask"] == "items"
+        assert (
+            spec["start"] == "base-seed0"
+            and spec["config"]["targets"] == 1
+            and spec["config"]["encoder_mask"] == "items"
+        )
     assert digest != weights_digest(sweeps._path(folder, "unpadded-seed0"))
     summary = {row["method"]: row for row in results["summary"]}
-    assert summary["base-pool"]["versus_unpadded"]["against"] == "base" and summary["map"]["versus_unpadded"]["against"] == "unpadded"
+    assert (
+        summary["base-pool"]["versus_unpadded"]["against"] == "base"
+        and summary["map"]["versus_unpadded"]["against"] == "unpadded"
+    )
     assert all(summary[name]["predicted_flops"] > 0 for name in ("base", *CONTINUED))
     page = page_of(results, tmp_path)
     assert "base-rastp@1/2" in page and "against base" in page
@@ -266,7 +386,9 @@ def test_the_base_pruned_when_recommending_is_that_model_pruned(continued):
     model = SidT5.from_pretrained(folder / "runs" / "base-seed0")
     model.set_pruning(PruningConfig(scorer="rastp", keep=0.5))
     histories, targets = leave_one_out(load_catalogue("planted").histories).cases("test")
-    stored = json.loads((folder / "runs" / f"{sweeps._path(folder, 'base-rastp@1/2-seed0').name}.json").read_text())
+    stored = json.loads(
+        (folder / "runs" / f"{sweeps._path(folder, 'base-rastp@1/2-seed0').name}.json").read_text()
+    )
     assert evaluate(model, histories, targets).tolist() == stored["ranks"]
 
 
@@ -277,14 +399,23 @@ def test_another_base_means_other_runs(continued):
     catalogue = load_catalogue("planted")
     table, _ = sweeps.sid_table(catalogue, folder, {})
     digest = weights_digest(folder / "runs" / "base-seed0")
-    assert sweeps._key(spec, catalogue, table, digest) == spec["key"] != sweeps._key(spec, catalogue, table, "0" * 12)
+    assert (
+        sweeps._key(spec, catalogue, table, digest)
+        == spec["key"]
+        != sweeps._key(spec, catalogue, table, "0" * 12)
+    )
 
 
 def test_a_start_must_be_one_of_the_runs(tmp_path):
     config = TrainConfig.preset("smoke", continued=True)
     for start in ("nowhere", "b"):
-        specs = {"a": sweeps.spec("planted", config, start=start), "b": sweeps.spec("planted", config, start="a")}
-        with pytest.raises(ValueError, match=f"start='{start}' of the run 'a' must name one of these runs"):
+        specs = {
+            "a": sweeps.spec("planted", config, start=start),
+            "b": sweeps.spec("planted", config, start="a"),
+        }
+        with pytest.raises(
+            ValueError, match=f"start='{start}' of the run 'a' must name one of these runs"
+        ):
             list(sweeps.run_all(specs, tmp_path))
 
 
@@ -294,7 +425,16 @@ def test_a_start_has_the_same_data_and_sids_and_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match="must have the dataset and the sids of its start='a'"):
         list(sweeps.run_all({"a": sweeps.spec("planted", config), "b": other}, tmp_path))
     with pytest.raises(ValueError, match="needs a start"):
-        list(sweeps.run_all({"a": sweeps.spec("planted", {"recommend": 10, "pruning": PruningConfig().to_dict()})}, tmp_path))
+        list(
+            sweeps.run_all(
+                {
+                    "a": sweeps.spec(
+                        "planted", {"recommend": 10, "pruning": PruningConfig().to_dict()}
+                    )
+                },
+                tmp_path,
+            )
+        )
 
 
 def test_a_base_without_its_weights_is_trained_again(tmp_path, monkeypatch):
@@ -323,7 +463,9 @@ NOTEBOOK = ROOT / "notebooks" / "reproduce.ipynb"
 
 def test_the_notebook_has_the_parameters_and_stops_at_an_unknown_one(tmp_path):
     assert set(papermill.inspect_notebook(str(NOTEBOOK))) == set(comparison.PARAMETERS)
-    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter seed; use dataset, preset"):
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="unknown parameter seed; use dataset, preset"
+    ):
         papermill.execute_notebook(
             str(NOTEBOOK),
             str(tmp_path / "out.ipynb"),
@@ -338,6 +480,11 @@ def test_notebooks_are_committed_clean():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
-        assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata, path
+        assert (
+            notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
+        ), path
         for cell in notebook.cells:
-            assert cell.id and not cell.get("outputs") and cell.get("execution_count") is None, (path, cell.id)
+            assert cell.id and not cell.get("outputs") and cell.get("execution_count") is None, (
+                path,
+                cell.id,
+            )

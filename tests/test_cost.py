@@ -1,4 +1,6 @@
-"""The cost model against counters on the real model: FLOPs to the last one, kept activations by their storages."""
+"""The cost model against counters on the real model: FLOPs to the last one, kept activations by
+their storages.
+"""
 
 import dataclasses
 import gzip
@@ -37,7 +39,9 @@ from sidlab.windows import (
 )
 
 RNG = np.random.default_rng(0)
-TABLE = SidTable(np.stack(np.unravel_index(RNG.choice(240, 100, replace=False), (8, 6, 5)), axis=1), (8, 6, 5))
+TABLE = SidTable(
+    np.stack(np.unravel_index(RNG.choice(240, 100, replace=False), (8, 6, 5)), axis=1), (8, 6, 5)
+)
 HISTORIES = [RNG.integers(1, 101, n) for n in RNG.integers(2, 13, 40)]
 SMALL = TrainConfig(
     d_model=32,
@@ -60,7 +64,10 @@ CHANGES = {
     "rastp, padded": {"pruning": PruningConfig(), "padding": "fixed"},
     "rastp, last layer": {"pruning": PruningConfig(after_layer=3, keep=0.5)},
     "rastp, compact": {"pruning": PruningConfig(after_layer=1, positions="compact")},
-    "rastp, no positions": {"pruning": PruningConfig(after_layer=1, positions="none"), "padding": "fixed"},
+    "rastp, no positions": {
+        "pruning": PruningConfig(after_layer=1, positions="none"),
+        "padding": "fixed",
+    },
     "items": {"pruning": PruningConfig(unit="item")},
     "separators": {"pruning": PruningConfig(protect_separators=True)},
     "map": {"map": MapConfig(steps=3), "ffn_hidden_layers": 2},
@@ -83,14 +90,21 @@ def epoch(config, histories=HISTORIES):
         map_config=config.map,
     )
     accumulation = min(config.accumulation, len(windows))
-    batches = StratifiedBatches(windows.lengths, TABLE.levels + config.separators, config.batch_tokens, config.seed, accumulation)
+    batches = StratifiedBatches(
+        windows.lengths,
+        TABLE.levels + config.separators,
+        config.batch_tokens,
+        config.seed,
+        accumulation,
+    )
     return windows.lengths, [collator(indices) for indices in batches]
 
 
 def counted(config, batches):
     """FLOPs of forward, and of forward and backward, as PyTorch counts them.
 
-    It knows mm, bmm and the fused attention of GPUs, but not that of a processor; hence the plain attention.
+    It knows mm, bmm and the fused attention of GPUs, but not that of a processor; hence the plain
+    attention.
     """
     model = build_model(config, TABLE).train()
     forward = both = 0
@@ -107,8 +121,12 @@ def counted(config, batches):
 
 def assert_counts(config, histories=HISTORIES):
     lengths, batches = epoch(config, histories)
-    found, (forward, both) = cost(config, TABLE.widths, lengths), counted(config, batches)
-    assert (found.windows, found.batches) == (sum(len(batch["labels"]) for batch in batches), len(batches))
+    found = cost(config, TABLE.widths, lengths)
+    forward, both = counted(config, batches)
+    assert (found.windows, found.batches) == (
+        sum(len(batch["labels"]) for batch in batches),
+        len(batches),
+    )
     assert round(found.forward * found.windows) == forward
     assert round(found.training * found.windows) == both
     slots = sum(batch["input_ids"].numel() for batch in batches)
@@ -120,19 +138,28 @@ def assert_counts(config, histories=HISTORIES):
 
 @st.composite
 def configurations(draw):
-    layers, fields, arch = draw(st.integers(1, 3)), {}, draw(st.sampled_from(("t5", "qwen")))
+    layers = draw(st.integers(1, 3))
+    fields = {}
+    arch = draw(st.sampled_from(("t5", "qwen")))
     if draw(st.booleans()):
-        by_shape = arch == "qwen"  # there, whether the first token is on top depends on the scores of items
+        # There, whether the first token is on top depends on the scores of items
+        by_shape = arch == "qwen"
         fields["pruning"] = PruningConfig(
             after_layer=draw(st.integers(1, layers)),
             keep=draw(st.sampled_from((0.01, 0.2, 1 / 3, 0.5, 0.9, 1.0))),
             scorer=draw(st.sampled_from(sorted(set(SCORERS) - {"oracle"}))),
             unit=draw(st.sampled_from(("token",) if by_shape else ("token", "item"))),
             protect_separators=draw(st.booleans()),
-            positions=draw(st.sampled_from(("original", "compact") if by_shape else ("original", "compact", "none"))),
+            positions=draw(
+                st.sampled_from(
+                    ("original", "compact") if by_shape else ("original", "compact", "none")
+                )
+            ),
         )
     if draw(st.booleans()):
-        fields["map"] = MapConfig(steps=draw(st.integers(1, 4)), unit=draw(st.sampled_from(("item", "token"))))
+        fields["map"] = MapConfig(
+            steps=draw(st.integers(1, 4)), unit=draw(st.sampled_from(("item", "token")))
+        )
     return TrainConfig(
         d_model=draw(st.sampled_from((8, 20))),
         d_kv=draw(st.sampled_from((4, 6))),
@@ -168,7 +195,9 @@ def test_flops_of_every_method_are_exact(method, arch):
     assert_counts(dataclasses.replace(method_config(method, "smoke", 0, arch), max_items=12))
 
 
-@pytest.mark.parametrize("changes", ({}, {"unit": "token"}, {"unit": "item"}, {"at_inference": False}))
+@pytest.mark.parametrize(
+    "changes", ({}, {"unit": "token"}, {"unit": "item"}, {"at_inference": False})
+)
 @pytest.mark.parametrize("beam", (1, 7))
 def test_flops_of_recommending_are_exact(changes, beam):
     pruning = PruningConfig(**changes) if changes else None
@@ -181,8 +210,12 @@ def test_flops_of_recommending_are_exact(changes, beam):
 
 
 def test_a_reference_model_recommends_from_padded_histories():
-    config = dataclasses.replace(SMALL, pruning=PruningConfig(mode="reference"), padding="fixed", max_items=9)
-    assert recommend_flops(config, TABLE.widths, [2, 3]) == recommend_flops(config, TABLE.widths, [9, 9])
+    config = dataclasses.replace(
+        SMALL, pruning=PruningConfig(mode="reference"), padding="fixed", max_items=9
+    )
+    assert recommend_flops(config, TABLE.widths, [2, 3]) == recommend_flops(
+        config, TABLE.widths, [9, 9]
+    )
 
 
 def test_parts_add_up_and_only_those_in_use_count():
@@ -202,24 +235,35 @@ class _Saved:
     alive = weakref.WeakSet()
 
     def __init__(self, tensor):
-        self.tensor = tensor.detach()  # with its history it would hold on to the graph that holds on to it
+        # With its history it would hold on to the graph that holds on to it
+        self.tensor = tensor.detach()
         self.alive.add(self)
 
 
 class _Kernel(torch.autograd.Function):
-    """Stands in for a GPU's memory-efficient attention: keeps its inputs, the bias, the result and one number a query."""
+    """Stands in for a GPU's memory-efficient attention: keeps its inputs, the bias, the result and
+    one number a query.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, bias):
         bias = F.pad(bias, (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]
-        out = (torch.softmax(query @ key.mT + bias, -1) @ value).transpose(1, 2).contiguous().transpose(1, 2)
+        out = (
+            (torch.softmax(query @ key.mT + bias, -1) @ value)
+            .transpose(1, 2)
+            .contiguous()
+            .transpose(1, 2)
+        )
         ctx.save_for_backward(query, key, value, bias, out, torch.zeros(query.shape[:3]))
         return out
 
 
 def on_a_gpu(monkeypatch):
     def attention(*inputs, attn_mask, **kwargs):
-        inputs = [t.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else t for t in (*inputs, attn_mask)]
+        inputs = [
+            t.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else t
+            for t in (*inputs, attn_mask)
+        ]
         with torch.autocast("cpu", enabled=False):
             return _Kernel.apply(*inputs)
 
@@ -227,7 +271,8 @@ def on_a_gpu(monkeypatch):
         return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
     monkeypatch.setattr(scored_attention, "choose_path", lambda *_: "sdpa")
-    monkeypatch.setattr(kernels, "choose_backend", lambda *_: "torch")  # the interpreted kernel takes minutes
+    # The interpreted kernel takes minutes
+    monkeypatch.setattr(kernels, "choose_backend", lambda *_: "torch")
     monkeypatch.setattr(cpu_layers, "_by_byte", lambda x, p: False)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(F, "dropout", dropout)
@@ -239,14 +284,20 @@ def measured_activations(config, bf16):
 
 
 def kept_by_autograd(config, batches, bf16):
-    """The largest sum, over batches, of the distinct storages that the graph of the loss keeps, without parameters and inputs."""
-    model, most = build_model(config, TABLE).train(), 0
+    """The largest sum, over batches, of the distinct storages that the graph of the loss keeps,
+    without parameters and inputs.
+    """
+    model = build_model(config, TABLE).train()
+    most = 0
     for batch in batches:
         _Saved.alive.clear()
         hooks = saved_tensors_hooks(_Saved, lambda saved: saved.tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(**batch).loss
-        storages = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in _Saved.alive)}
+        storages = {
+            s.data_ptr(): s.nbytes()
+            for s in (saved.tensor.untyped_storage() for saved in _Saved.alive)
+        }
         for tensor in (*model.parameters(), *batch.values()):
             storages.pop(tensor.untyped_storage().data_ptr(), None)
         most = max(most, sum(storages.values()))
@@ -257,16 +308,21 @@ def kept_by_autograd(config, batches, bf16):
 @pytest.mark.parametrize("bf16", (False, True))
 @pytest.mark.parametrize("fused", (False, True))
 @pytest.mark.parametrize("dropout", (0.0, 0.1))
-def test_activations_are_what_autograd_keeps_and_so_are_their_ratios(monkeypatch, bf16, fused, dropout):
+def test_activations_are_what_autograd_keeps_and_so_are_their_ratios(
+    monkeypatch, bf16, fused, dropout
+):
     if fused:
         on_a_gpu(monkeypatch)
-    measured, predicted = {}, {}
+    measured = {}
+    predicted = {}
     for name, changes in CHANGES.items():
         if (fused or bf16) and name == "rastp-reference":
             continue  # the published code is float32, and nothing of it is fused
         config = dataclasses.replace(SMALL, dropout=dropout, **changes)
         measured[name] = measured_activations(config, bf16)
-        predicted[name] = cost(config, TABLE.widths, epoch(config)[0], fused=fused, bf16=bf16).activation_bytes
+        predicted[name] = cost(
+            config, TABLE.widths, epoch(config)[0], fused=fused, bf16=bf16
+        ).activation_bytes
         assert predicted[name] == pytest.approx(measured[name], rel=0.02), name
     for name, found in measured.items():
         ratio = predicted[name] / predicted["unpadded"]
@@ -276,9 +332,22 @@ def test_activations_are_what_autograd_keeps_and_so_are_their_ratios(monkeypatch
 @pytest.mark.parametrize("bf16", (False, True))
 @pytest.mark.parametrize("dropout", (0.0, 0.1))
 def test_activations_of_a_decoder_only_model_are_what_autograd_keeps(bf16, dropout):
-    for name in ("unpadded", "padded", "rastp", "rastp, padded", "rastp, compact", "items", "separators", "map", "stamp", "pool"):
+    for name in (
+        "unpadded",
+        "padded",
+        "rastp",
+        "rastp, padded",
+        "rastp, compact",
+        "items",
+        "separators",
+        "map",
+        "stamp",
+        "pool",
+    ):
         config = dataclasses.replace(QWEN, dropout=dropout, **CHANGES[name])
-        predicted = cost(config, TABLE.widths, epoch(config)[0], fused=False, bf16=bf16).activation_bytes
+        predicted = cost(
+            config, TABLE.widths, epoch(config)[0], fused=False, bf16=bf16
+        ).activation_bytes
         assert predicted == pytest.approx(measured_activations(config, bf16), rel=0.02), name
 
 
@@ -287,14 +356,31 @@ def test_activations_of_a_decoder_only_model_are_what_autograd_keeps(bf16, dropo
 def test_dense_targets_cost_what_the_model_computes(arch, separators):
     """FLOPs, slots, parameters with the levers on, and kept activations, all per target."""
     config = dataclasses.replace(
-        SMALL, arch=arch, targets="all", map=MapConfig(steps=2), separators=separators, level_embeddings=True, tie_embeddings=False,
-        cross_bias=arch == "t5", qk_norm=arch == "t5", batch_tokens=200)
+        SMALL,
+        arch=arch,
+        targets="all",
+        map=MapConfig(steps=2),
+        separators=separators,
+        level_embeddings=True,
+        tie_embeddings=False,
+        cross_bias=arch == "t5",
+        qk_norm=arch == "t5",
+        batch_tokens=200,
+    )
     stretches = Stretches(HISTORIES, config.max_items)
     collator = StretchCollator(stretches, TABLE, separators=separators, map_config=config.map)
-    batches = [collator(indices) for indices in LengthBatches(stretches.lengths, TABLE.levels + separators, config.batch_tokens)]
-    found, (forward, both) = cost(config, TABLE.widths, stretches, fused=False, bf16=False), counted(config, batches)
+    batches = [
+        collator(indices)
+        for indices in LengthBatches(
+            stretches.lengths, TABLE.levels + separators, config.batch_tokens
+        )
+    ]
+    found = cost(config, TABLE.widths, stretches, fused=False, bf16=False)
+    forward, both = counted(config, batches)
     targets = sum(int((batch["labels"][..., 0] != -100).sum()) for batch in batches)
-    assert (found.windows, found.batches) == (targets, len(batches)) and targets == sum(len(h) - 1 for h in HISTORIES)
+    assert (found.windows, found.batches) == (targets, len(batches)) and targets == sum(
+        len(h) - 1 for h in HISTORIES
+    )
     assert round(found.forward * targets) == forward
     assert round(found.training * targets) == both
     assert found.parameters == sum(p.numel() for p in build_model(config, TABLE).parameters())
@@ -306,34 +392,57 @@ def test_a_stream_that_is_pruned_keeps_its_last_token_on_top(reduce):
     assert_counts(config)
 
 
-@pytest.mark.parametrize("levers", (
-    {"residual_dropout": 0.1}, {"residual_dropout": 0.1, "dropout": 0.1}, {"residual_dropout": 0.0, "dropout": 0.1}, {}))
+@pytest.mark.parametrize(
+    "levers",
+    (
+        {"residual_dropout": 0.1},
+        {"residual_dropout": 0.1, "dropout": 0.1},
+        {"residual_dropout": 0.0, "dropout": 0.1},
+        {},
+    ),
+)
 @pytest.mark.parametrize("arch", ("t5", "qwen"))
 def test_activations_of_dense_targets_and_levers_are_what_autograd_keeps(arch, levers):
-    config = dataclasses.replace(SMALL, arch=arch, targets="all", batch_tokens=200, tie_embeddings=False, **levers)
+    config = dataclasses.replace(
+        SMALL, arch=arch, targets="all", batch_tokens=200, tie_embeddings=False, **levers
+    )
     stretches = Stretches(HISTORIES, config.max_items)
     collator = StretchCollator(stretches, TABLE, separators=True)
-    batches = [collator(indices) for indices in LengthBatches(stretches.lengths, TABLE.levels + 1, config.batch_tokens)]
+    batches = [
+        collator(indices)
+        for indices in LengthBatches(stretches.lengths, TABLE.levels + 1, config.batch_tokens)
+    ]
     predicted = cost(config, TABLE.widths, stretches, fused=False, bf16=False).activation_bytes
     assert predicted == pytest.approx(kept_by_autograd(config, batches, bf16=False), rel=0.1)
 
 
 def test_table_is_relative_to_unpadded():
-    configs = {name: dataclasses.replace(SMALL, **CHANGES[name]) for name in ("padded", "unpadded", "rastp", "map")}
+    configs = {
+        name: dataclasses.replace(SMALL, **CHANGES[name])
+        for name in ("padded", "unpadded", "rastp", "map")
+    }
     lengths = Windows(HISTORIES, 12).lengths
     table = cost_table(configs, TABLE.widths, lengths, fused=False, bf16=False)
     assert list(table.index) == list(configs)
     assert tuple(table.loc["unpadded", ["× FLOPs", "× activations"]]) == (1, 1)
     assert table["× FLOPs"]["rastp"] < 1 < table["× FLOPs"]["map"] < table["× FLOPs"]["padded"]
     half = cost_table(configs, TABLE.widths, lengths, fused=True, bf16=True)
-    assert (half["activations MB"] < table["activations MB"]).all() and (half["× FLOPs"] == table["× FLOPs"]).all()
+    assert (half["activations MB"] < table["activations MB"]).all() and (
+        half["× FLOPs"] == table["× FLOPs"]
+    ).all()
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"pruning": PruningConfig(keep=1.0, mass=0.5)}, "strategy and mass"),
-    ({"pruning": PruningConfig(), "strategy": Strategy(every=10)}, "strategy and mass"),
-    ({"arch": "qwen", "checkpoint": "some/folder"}, "checkpoint='some/folder' has sizes of its own"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pruning": PruningConfig(keep=1.0, mass=0.5)}, "strategy and mass"),
+        ({"pruning": PruningConfig(), "strategy": Strategy(every=10)}, "strategy and mass"),
+        (
+            {"arch": "qwen", "checkpoint": "some/folder"},
+            "checkpoint='some/folder' has sizes of its own",
+        ),
+    ],
+)
 def test_what_lengths_do_not_tell_is_refused(changes, words):
     config = dataclasses.replace(SMALL, eval_every=10, **changes)
     for function in (cost, recommend_flops):
@@ -362,7 +471,9 @@ def test_pruning_and_shorter_histories_cost_what_is_published_of_150_slots():
     pruned = dataclasses.replace(PADDED, pruning=PruningConfig())
     assert cost(pruned, RASTP_WIDTHS, lengths).kept == 50
     assert share(pruned, lengths) == pytest.approx(0.65, abs=0.005)
-    assert share(dataclasses.replace(PADDED, max_items=10), lengths) == pytest.approx(0.34, abs=0.005)
+    assert share(dataclasses.replace(PADDED, max_items=10), lengths) == pytest.approx(
+        0.34, abs=0.005
+    )
 
 
 @needs_shared
@@ -379,12 +490,22 @@ def test_lengths_of_beauty_cost_what_is_said_of_them():
     unpadded = TrainConfig.preset("paper", windows="prefixes")
     # Stated with two digits, and the draw of users and windows matters a little.
     assert share(unpadded, np.concatenate(batches)) == pytest.approx(0.28, abs=0.01)
-    # To the batch's longest depends on who shares a batch: 32 users drawn at random give .81, in the file's order .74.
-    of_longest = [cost(dataclasses.replace(PADDED, max_items=n), RASTP_WIDTHS, [n]).forward for n in range(1, 31)]
-    longest = sum(len(b) * of_longest[b.max() - 1] for b in batches) / sum(map(len, batches)) / of_longest[-1]
+    # To the batch's longest depends on who shares a batch: 32 users drawn at random give .81, in
+    # the file's order .74.
+    of_longest = [
+        cost(dataclasses.replace(PADDED, max_items=n), RASTP_WIDTHS, [n]).forward
+        for n in range(1, 31)
+    ]
+    longest = (
+        sum(len(b) * of_longest[b.max() - 1] for b in batches)
+        / sum(map(len, batches))
+        / of_longest[-1]
+    )
     assert longest == pytest.approx(0.77, abs=0.05)
     # The same from our own rendering of the published batches.
     contiguous = dataclasses.replace(unpadded, windows="contiguous")
     assert share(contiguous, Windows(train, 30, "contiguous")) == pytest.approx(0.28, abs=0.02)
     # Every prefix once, as here, has shorter windows than all contiguous ones.
-    assert share(dataclasses.replace(unpadded, accumulation=64), Windows(train, 30).lengths) == pytest.approx(0.26, abs=0.005)
+    assert share(
+        dataclasses.replace(unpadded, accumulation=64), Windows(train, 30).lengths
+    ) == pytest.approx(0.26, abs=0.005)

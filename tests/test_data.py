@@ -65,7 +65,9 @@ def frame(texts):
 
 def catalogue(texts=("red", "blue brush", None), histories=((1, 2), (3,)), **options):
     users = [f"u{row}" for row in range(len(histories))]
-    return Catalogue("small", frame(list(texts)), [np.array(history) for history in histories], users, **options)
+    return Catalogue(
+        "small", frame(list(texts)), [np.array(history) for history in histories], users, **options
+    )
 
 
 # --- the catalogue ---
@@ -73,10 +75,19 @@ def catalogue(texts=("red", "blue brush", None), histories=((1, 2), (3,)), **opt
 
 def test_a_catalogue_holds_what_it_was_given():
     small = catalogue()
-    assert small.n_items == 3 and small.user_ids == ["u0", "u1"] and small.truth is None and small.dirty == {}
+    assert (
+        small.n_items == 3
+        and small.user_ids == ["u0", "u1"]
+        and small.truth is None
+        and small.dirty == {}
+    )
     assert [history.tolist() for history in small.histories] == [[1, 2], [3]]
     assert all(history.dtype == np.int64 for history in small.histories)
-    assert small.items["text"].tolist() == ["red", "blue brush", None], "missing texts are None, not NaN"
+    assert small.items["text"].tolist() == [
+        "red",
+        "blue brush",
+        None,
+    ], "missing texts are None, not NaN"
 
 
 @pytest.mark.parametrize(
@@ -107,10 +118,20 @@ def test_bad_items_users_and_embeddings_are_refused():
         catalogue(embeddings=[[1, 2], [np.nan, 0], [0, 0]])
     with pytest.raises(TypeError, match="items must be a DataFrame .*, got a list"):
         Catalogue("x", frame(["a"]).to_dict("records"), [np.array([1])], ["u"])
-    for column, wrong, right in (("title", 5, "a str or None"), ("text", 5, "a str or None"), ("categories", "a", "a list of str"),
-                                 ("categories", [5], "a list of str"), ("categories", None, "a list of str")):
+    for column, wrong, right in (
+        ("title", 5, "a str or None"),
+        ("text", 5, "a str or None"),
+        ("categories", "a", "a list of str"),
+        ("categories", [5], "a list of str"),
+        ("categories", None, "a list of str"),
+    ):
         with pytest.raises(ValueError, match=rf"items.{column} must be {right} .* for item 2"):
-            Catalogue("x", frame(["a", "b"]).assign(**{column: [*frame(["a"])[column], wrong]}), [np.array([1])], ["u"])
+            Catalogue(
+                "x",
+                frame(["a", "b"]).assign(**{column: [*frame(["a"])[column], wrong]}),
+                [np.array([1])],
+                ["u"],
+            )
 
 
 def test_categories_may_be_arrays_and_tuples(tmp_path):
@@ -121,7 +142,11 @@ def test_categories_may_be_arrays_and_tuples(tmp_path):
 
 def test_embeddings_are_the_given_ones_or_those_of_the_text():
     given_ones = catalogue(embeddings=np.arange(6).reshape(3, 2))
-    assert given_ones.embeddings.dtype == np.float32 and given_ones.embeddings.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert given_ones.embeddings.dtype == np.float32 and given_ones.embeddings.tolist() == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+    ]
     late = catalogue()
     np.testing.assert_array_equal(late.embeddings, text_embeddings(["red", "blue brush", None]))
     assert late.embeddings is late.embeddings, "computed once"
@@ -130,7 +155,8 @@ def test_embeddings_are_the_given_ones_or_those_of_the_text():
 
 
 def test_fingerprint_changes_with_what_training_sees_and_with_nothing_else():
-    base, same = catalogue(), catalogue(dirty={"x": {}}, truth="known")
+    base = catalogue()
+    same = catalogue(dirty={"x": {}}, truth="known")
     assert same.embeddings.any(), "computed late: not part of the data"
     assert base.fingerprint() == same.fingerprint()
     different = [
@@ -166,11 +192,15 @@ def test_names_and_folders_find_their_catalogue(monkeypatch, tmp_path):
 
 
 def test_a_catalogue_prints_itself_in_a_line():
-    assert repr(load_catalogue("planted", n_users=20)).startswith("Catalogue('planted': 160 items, 20 users, ")
+    assert repr(load_catalogue("planted", n_users=20)).startswith(
+        "Catalogue('planted': 160 items, 20 users, "
+    )
 
 
 def test_planted_gets_its_options(monkeypatch):
-    monkeypatch.setattr(load, "planted_catalogue", lambda n: catalogue(texts=["a word"] * n, truth="known"))
+    monkeypatch.setattr(
+        load, "planted_catalogue", lambda n: catalogue(texts=["a word"] * n, truth="known")
+    )
     assert load_catalogue("planted", n=4).n_items == 4
     replaced = load_catalogue("planted", n=3, embeddings=np.eye(3))
     assert replaced.truth == "known" and replaced.embeddings.tolist() == np.eye(3).tolist()
@@ -183,7 +213,10 @@ def test_a_clean_folder_is_read_without_a_warning(tmp_path):
     composed = "Title: Red lacquer; Brand: OPI; Categories: Beauty > Nails"
     assert read.items["text"].tolist() == [composed, "a blue brush", None]
     assert read.items["categories"].tolist() == [["Beauty", "Nails"], [], []]
-    assert [history.tolist() for history in read.histories] == [[1, 2, 3], [3, 1]] and read.user_ids == ["u1", "u2"]
+    assert [history.tolist() for history in read.histories] == [
+        [1, 2, 3],
+        [3, 1],
+    ] and read.user_ids == ["u1", "u2"]
 
 
 DIRTY_ITEMS = {
@@ -204,13 +237,21 @@ DIRTY_SEQUENCES = {
 
 @pytest.mark.parametrize("kind", [*DIRTY_ITEMS, *DIRTY_SEQUENCES])
 def test_dirty_lines_are_counted_named_and_skipped_or_stop_the_reader(tmp_path, kind):
-    folder = write(tmp_path / "dirty", DIRTY_ITEMS.get(kind, ITEMS), DIRTY_SEQUENCES.get(kind, SEQUENCES))
+    folder = write(
+        tmp_path / "dirty", DIRTY_ITEMS.get(kind, ITEMS), DIRTY_SEQUENCES.get(kind, SEQUENCES)
+    )
     name = "items.jsonl" if kind in DIRTY_ITEMS else "sequences.txt"
     with pytest.warns(UserWarning, match=f"{kind}: 1 .first: {name} line [34]") as caught:
         read = load_catalogue(folder)
     assert len(caught) == 1 and read.dirty[kind]["count"] == 1
-    assert read.n_items == 3 and [history.tolist() for history in read.histories] == [[1, 2, 3], [3, 1]]
-    assert read.items["text"].tolist()[1:] == ["a blue brush", None], "every item stands in its place"
+    assert read.n_items == 3 and [history.tolist() for history in read.histories] == [
+        [1, 2, 3],
+        [3, 1],
+    ]
+    assert read.items["text"].tolist()[1:] == [
+        "a blue brush",
+        None,
+    ], "every item stands in its place"
     with pytest.raises(ValueError, match=f"{kind}.*{name} line [34]"):
         load_catalogue(folder, on_dirty="raise")
 
@@ -225,7 +266,9 @@ def test_dirty_kinds_are_counted_apart_and_the_first_is_named(tmp_path):
         "an item outside 1..3": 2,
         "an id that is no integer": 1,
     }
-    assert read.dirty["an item outside 1..3"]["first"] == "sequences.txt line 2: 'a 9'" and read.user_ids == ["b"]
+    assert read.dirty["an item outside 1..3"][
+        "first"
+    ] == "sequences.txt line 2: 'a 9'" and read.user_ids == ["b"]
     with pytest.raises(ValueError, match="on_dirty"):
         read_folder(folder, on_dirty="ignore")
 
@@ -273,9 +316,13 @@ def test_missing_doubled_and_damaged_files_are_named(tmp_path):
 
 @settings(max_examples=30)
 @given(data=st.data(), n_items=st.integers(1, 6), with_embeddings=st.booleans())
-def test_saving_and_reading_gives_the_same_catalogue(tmp_path_factory, data, n_items, with_embeddings):
+def test_saving_and_reading_gives_the_same_catalogue(
+    tmp_path_factory, data, n_items, with_embeddings
+):
     word = st.none() | st.text(st.characters(codec="utf-8"), min_size=1)
-    rows = [(data.draw(word), data.draw(word), data.draw(st.lists(st.text()))) for _ in range(n_items)]
+    rows = [
+        (data.draw(word), data.draw(word), data.draw(st.lists(st.text()))) for _ in range(n_items)
+    ]
     items = pd.DataFrame(
         [(*row, data.draw(word) or compose_text(*row)) for row in rows],
         columns=["title", "brand", "categories", "text"],
@@ -287,7 +334,11 @@ def test_saving_and_reading_gives_the_same_catalogue(tmp_path_factory, data, n_i
     folder = tmp_path_factory.mktemp("round") / "saved"
     save_catalogue(before, folder)
     after = read_folder(folder, on_dirty="raise")
-    assert after.fingerprint() == before.fingerprint() and after.name == "saved" and after.user_ids == users
+    assert (
+        after.fingerprint() == before.fingerprint()
+        and after.name == "saved"
+        and after.user_ids == users
+    )
     assert after.items.to_dict("records") == before.items.to_dict("records")
     assert (after.given_embeddings is not None) == with_embeddings
 
@@ -295,7 +346,10 @@ def test_saving_and_reading_gives_the_same_catalogue(tmp_path_factory, data, n_i
 def test_saving_again_replaces_all_and_bad_user_ids_are_refused(tmp_path):
     save_catalogue(catalogue(embeddings=np.eye(3)), tmp_path)
     save_catalogue(catalogue(), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["items.jsonl.gz", "sequences.txt.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "items.jsonl.gz",
+        "sequences.txt.gz",
+    ]
     with pytest.raises(ValueError, match="white space.*'a b'"):
         save_catalogue(Catalogue("x", frame(["a"]), [np.array([1])], ["a b"]), tmp_path)
 
@@ -306,11 +360,20 @@ TEXTS = ["red nail polish", "dark red nail polish", "steel bolt", "steel screw a
 
 
 def cosines(*parts, weights=(1,)):
-    """[n, n]: of the weighted sum of the TF-IDF of `parts`, lists of n texts, words and 0.7 × runs of characters side by side."""
-    whole, blocks = [" ".join(of_item) for of_item in zip(*parts)], []
-    for kind, size in (({"ngram_range": (1, 2)}, 1), ({"analyzer": "char_wb", "ngram_range": (2, 4)}, 0.7)):
+    """[n, n]: of the weighted sum of the TF-IDF of `parts`, lists of n texts, words and 0.7 × runs
+    of characters side by side.
+    """
+    whole = [" ".join(of_item) for of_item in zip(*parts)]
+    blocks = []
+    for kind, size in (
+        ({"ngram_range": (1, 2)}, 1),
+        ({"analyzer": "char_wb", "ngram_range": (2, 4)}, 0.7),
+    ):
         tf_idf = TfidfVectorizer(**kind, sublinear_tf=True, max_df=len(whole) - 1).fit(whole)
-        blocks.append(size * sum(weight * tf_idf.transform(part).toarray() for weight, part in zip(weights, parts)))
+        blocks.append(
+            size
+            * sum(weight * tf_idf.transform(part).toarray() for weight, part in zip(weights, parts))
+        )
     rows = np.hstack(blocks)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows @ rows.T
@@ -318,7 +381,9 @@ def cosines(*parts, weights=(1,)):
 
 def test_text_embeddings_of_full_rank_have_the_cosines_of_tf_idf():
     embeddings = text_embeddings(TEXTS)
-    assert embeddings.shape == (6, 4) and embeddings.dtype == np.float32, "4 texts span at most 4 dimensions"
+    assert embeddings.shape == (6, 4) and embeddings.dtype == np.float32, (
+        "4 texts span at most 4 dimensions"
+    )
     np.testing.assert_allclose((embeddings @ embeddings.T)[:4, :4], cosines(TEXTS[:4]), atol=1e-5)
     assert not embeddings[4:].any(), "no text, no direction"
 
@@ -326,7 +391,9 @@ def test_text_embeddings_of_full_rank_have_the_cosines_of_tf_idf():
 def test_text_embeddings_shrink_and_have_unit_rows():
     assert text_embeddings(TEXTS, dim=2).shape == (6, 2)
     assert abs(text_embeddings(["two words"])).tolist() == [[1]], "one text, one dimension"
-    np.testing.assert_allclose(np.linalg.norm(text_embeddings(TEXTS, dim=2)[:4], axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(text_embeddings(TEXTS, dim=2)[:4], axis=1), 1, rtol=1e-5
+    )
     for texts in ([None, ""], ["! ?"]):
         with pytest.raises(ValueError, match="words"):
             text_embeddings(texts)
@@ -335,9 +402,13 @@ def test_text_embeddings_shrink_and_have_unit_rows():
 
 
 def test_parts_of_texts_are_weighed():
-    titles, paths, weights = TEXTS[:4], ["beauty nails", "beauty nails", "tools", "tools fasteners"], (1.0, 0.25)
+    titles = TEXTS[:4]
+    paths = ["beauty nails", "beauty nails", "tools", "tools fasteners"]
+    weights = (1.0, 0.25)
     embeddings = text_embeddings(list(zip(titles, paths)), weights=weights)
-    np.testing.assert_allclose(embeddings @ embeddings.T, cosines(titles, paths, weights=weights), atol=1e-5)
+    np.testing.assert_allclose(
+        embeddings @ embeddings.T, cosines(titles, paths, weights=weights), atol=1e-5
+    )
     whole = text_embeddings([(title, None) for title in titles], weights=weights)
     np.testing.assert_allclose(abs(whole), abs(text_embeddings(titles)), atol=1e-5)
     for bad in ((1.0,), (1.0, -1.0), (1.0, np.nan)):
@@ -355,14 +426,61 @@ def test_what_all_texts_or_one_of_many_alone_have_says_nothing():
     with pytest.raises(ValueError, match=r"1200 non-empty ones \(1200 distinct\)"):
         text_embeddings(many)
     known = text_embeddings([*many, "shared word", "shared word"])
-    assert not known[:1200].any() and known[1200:].any(axis=1).all(), "from 1,000 texts on a term must occur twice"
+    assert not known[:1200].any() and known[1200:].any(axis=1).all(), (
+        "from 1,000 texts on a term must occur twice"
+    )
 
 
 SCRIPTS = {  # twelve colours and twelve things
-    "Chinese": ("红绿蓝黑白黄紫灰金银橙粉",
-                ["电饭煲", "洗衣机", "吹风机", "台灯", "水杯", "书包", "雨伞", "手表", "耳机", "键盘", "枕头", "毛巾"], "色的"),
-    "Devanagari": (["लाल", "हरा", "नीला", "काला", "सफेद", "पीला", "बैंगनी", "भूरा", "सुनहरा", "चांदी", "नारंगी", "गुलाबी"],
-                   ["कुर्सी", "मेज", "दीपक", "घड़ी", "थैला", "छाता", "तकिया", "तौलिया", "किताब", "कलम", "जूता", "टोपी"], " "),
+    "Chinese": (
+        "红绿蓝黑白黄紫灰金银橙粉",
+        [
+            "电饭煲",
+            "洗衣机",
+            "吹风机",
+            "台灯",
+            "水杯",
+            "书包",
+            "雨伞",
+            "手表",
+            "耳机",
+            "键盘",
+            "枕头",
+            "毛巾",
+        ],
+        "色的",
+    ),
+    "Devanagari": (
+        [
+            "लाल",
+            "हरा",
+            "नीला",
+            "काला",
+            "सफेद",
+            "पीला",
+            "बैंगनी",
+            "भूरा",
+            "सुनहरा",
+            "चांदी",
+            "नारंगी",
+            "गुलाबी",
+        ],
+        [
+            "कुर्सी",
+            "मेज",
+            "दीपक",
+            "घड़ी",
+            "थैला",
+            "छाता",
+            "तकिया",
+            "तौलिया",
+            "किताब",
+            "कलम",
+            "जूता",
+            "टोपी",
+        ],
+        " ",
+    ),
 }
 
 
@@ -370,11 +488,20 @@ SCRIPTS = {  # twelve colours and twelve things
 def test_titles_in_any_script_tell_items_apart_and_likeness_is_that_of_their_words(script):
     colours, things, between = SCRIPTS[script]
     names = [(colour, thing) for colour in colours for thing in things]
-    number = [str(n) for n in range(8)]  # eight of each: 1,152 titles, from which on rare terms are left out
-    items = pd.DataFrame([(f"{colour}{between}{thing} {n}", None, [], None) for colour, thing in names for n in number],
-                         columns=["title", "brand", "categories", "text"])
+    # Eight of each: 1,152 titles, from which on rare terms are left out
+    number = [str(n) for n in range(8)]
+    items = pd.DataFrame(
+        [
+            (f"{colour}{between}{thing} {n}", None, [], None)
+            for colour, thing in names
+            for n in number
+        ],
+        columns=["title", "brand", "categories", "text"],
+    )
     items["text"] = [compose_text(title, None, []) for title in items["title"]]
-    shop = Catalogue("shop", items.assign(item_id=range(1, len(items) + 1)), [np.array([1, 2])], ["u"])
+    shop = Catalogue(
+        "shop", items.assign(item_id=range(1, len(items) + 1)), [np.array([1, 2])], ["u"]
+    )
     x = shop.embeddings
     assert x.any(axis=1).all() and len(np.unique(x.round(4), axis=0)) == len(x)
     thing = np.repeat(np.tile(np.arange(12), 12), 8)
@@ -392,7 +519,11 @@ def test_the_parts_of_a_text_have_no_labels_and_no_root_that_all_share():
         ("Blue", None, [], None),
         (None, None, [], None),
     ]
-    items = frame([None] * 5).assign(title=[row[0] for row in rows], brand=[row[1] for row in rows], categories=[row[2] for row in rows])
+    items = frame([None] * 5).assign(
+        title=[row[0] for row in rows],
+        brand=[row[1] for row in rows],
+        categories=[row[2] for row in rows],
+    )
     items["text"] = [(compose_text(*row[:3]) or "") + (row[3] or "") or None for row in rows]
     shop = Catalogue("shop", items, [np.array([1, 2])], ["u"])
     assert text_parts(shop.items) == [
@@ -402,7 +533,9 @@ def test_the_parts_of_a_text_have_no_labels_and_no_root_that_all_share():
         ("Blue", None, "", ""),
         (None, None, None, None),
     ]
-    np.testing.assert_array_equal(shop.embeddings, text_embeddings(text_parts(shop.items), weights=WEIGHTS.values()))
+    np.testing.assert_array_equal(
+        shop.embeddings, text_embeddings(text_parts(shop.items), weights=WEIGHTS.values())
+    )
     assert not shop.embeddings[4].any() and shop.embeddings[:4].any(axis=1).all()
 
 
@@ -432,25 +565,61 @@ def test_text_embeddings_come_from_the_cache_unless_it_is_unreadable(monkeypatch
 
 WORDS = ["[PAD]", "[UNK]", "red", "dark", "nail", "polish", "steel", "bolt", "and"]
 SIZES = {"vocab_size": len(WORDS), "pad_token_id": 0}
-LONG = ["red", None, "dark red nail polish and steel bolt", "steel bolt", "", "what is this and that"] * 20 + ["red " * 40]
+LONG = [
+    "red",
+    None,
+    "dark red nail polish and steel bolt",
+    "steel bolt",
+    "",
+    "what is this and that",
+] * 20 + ["red " * 40]
 
 
 def save_encoder(folder, kind, seed=0):
     """A tiny random model in `folder`, with a tokenizer of whole words."""
     torch.manual_seed(seed)
     if kind == "bert":
-        small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-        model = transformers.BertModel(transformers.BertConfig(**SIZES, **small, max_position_embeddings=24))
+        small = {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+        }
+        model = transformers.BertModel(
+            transformers.BertConfig(**SIZES, **small, max_position_embeddings=24)
+        )
     elif kind == "t5":
-        small = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 2, "decoder_start_token_id": 0}
+        small = {
+            "d_model": 16,
+            "d_kv": 8,
+            "num_heads": 2,
+            "d_ff": 16,
+            "num_layers": 2,
+            "decoder_start_token_id": 0,
+        }
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(**SIZES, **small))
     else:  # an encoder-decoder that has no class for its encoder alone
-        small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-                 "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "decoder_start_token_id": 0, "forced_eos_token_id": 0}
-        model = transformers.BartModel(transformers.BartConfig(**SIZES, **small, max_position_embeddings=48))
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+        small = {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "decoder_ffn_dim": 16,
+            "decoder_start_token_id": 0,
+            "forced_eos_token_id": 0,
+        }
+        model = transformers.BartModel(
+            transformers.BartConfig(**SIZES, **small, max_position_embeddings=48)
+        )
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", padding_side="left")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", padding_side="left"
+    )
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return model.eval()
@@ -470,7 +639,8 @@ def test_a_text_encoder_gives_the_mean_over_real_tokens(kind, tmp_path):
             continue
         ids = [WORDS.index(word) if word in WORDS else 1 for word in text.split()][:longest]
         with torch.no_grad():
-            hidden = encoder(input_ids=torch.tensor([ids])).last_hidden_state[0]  # alone, so nothing is padded
+            # Alone, so nothing is padded
+            hidden = encoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
         np.testing.assert_allclose(row, sum(hidden) / len(ids), atol=1e-5)
 
 
@@ -479,14 +649,18 @@ def test_text_embeddings_by_an_encoder_are_cached_until_its_files_change(monkeyp
     first = text_embeddings(TEXTS, encoder=str(tmp_path / "model"))
     with monkeypatch.context() as patch:
         patch.setattr(transformers.AutoModel, "from_pretrained", None)  # computing would fail
-        np.testing.assert_array_equal(text_embeddings(TEXTS, encoder=str(tmp_path / "model")), first)
+        np.testing.assert_array_equal(
+            text_embeddings(TEXTS, encoder=str(tmp_path / "model")), first
+        )
         with pytest.raises(TypeError):
             text_embeddings(TEXTS[:4], encoder=str(tmp_path / "model"))
     save_encoder(tmp_path / "model", "bert", seed=1)
     assert np.abs(text_embeddings(TEXTS, encoder=str(tmp_path / "model")) - first).max() > 0.1
 
 
-def test_a_model_of_sentence_transformers_pools_by_itself_or_says_that_it_does_not(monkeypatch, tmp_path):
+def test_a_model_of_sentence_transformers_pools_by_itself_or_says_that_it_does_not(
+    monkeypatch, tmp_path
+):
     save_encoder(tmp_path / "model", "bert")
     plain = text_embeddings(TEXTS, encoder=tmp_path / "model", cache=False)
     (tmp_path / "model" / "modules.json").write_text("[]")
@@ -502,12 +676,15 @@ def test_a_model_of_sentence_transformers_pools_by_itself_or_says_that_it_does_n
             return np.array([[len(text), 1] for text in texts], np.float32)
 
     module = types.ModuleType("sentence_transformers")
-    module.SentenceTransformer, module.__spec__ = SentenceTransformer, importlib.machinery.ModuleSpec("sentence_transformers", None)
+    module.SentenceTransformer = SentenceTransformer
+    module.__spec__ = importlib.machinery.ModuleSpec("sentence_transformers", None)
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         own = text_embeddings(TEXTS, encoder=tmp_path / "model")
-    assert own.tolist() == [[len(text), 1] if text else [0, 0] for text in TEXTS], "and not what the cache has of mean pooling"
+    assert own.tolist() == [[len(text), 1] if text else [0, 0] for text in TEXTS], (
+        "and not what the cache has of mean pooling"
+    )
 
 
 def test_a_text_encoder_that_is_not_there_is_named_with_what_to_do(monkeypatch, tmp_path):
@@ -515,8 +692,16 @@ def test_a_text_encoder_that_is_not_there_is_named_with_what_to_do(monkeypatch, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text('{"model_type": "bert"}')
-    for name in ("nobody/has-this-model", tmp_path / "missing", tmp_path / "empty", tmp_path / "half"):
-        with pytest.raises(ValueError, match=r"text encoder '.*' can't be loaded(.|\n)*local folder(.|\n)*hf download") as error:
+    for name in (
+        "nobody/has-this-model",
+        tmp_path / "missing",
+        tmp_path / "empty",
+        tmp_path / "half",
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"text encoder '.*' can't be loaded(.|\n)*local folder(.|\n)*hf download",
+        ) as error:
             text_embeddings(TEXTS, encoder=name)
         assert repr(str(name)) in str(error.value)
     with pytest.raises(ValueError, match="words"):
@@ -533,7 +718,9 @@ def test_a_catalogue_embeds_its_texts_with_the_encoder_it_is_given(tmp_path):
     assert shop.given_embeddings is None and shop.embeddings.shape == (3, 16)
     assert shop.fingerprint() != load_catalogue(tmp_path / "shop").fingerprint()
     with pytest.raises(ValueError, match="give one of them"):
-        load_catalogue(tmp_path / "shop", text_encoder=tmp_path / "model", embeddings=np.ones((3, 2)))
+        load_catalogue(
+            tmp_path / "shop", text_encoder=tmp_path / "model", embeddings=np.ones((3, 2))
+        )
 
 
 # --- real data: the table of shared/data/README.md ---
@@ -550,13 +737,17 @@ def test_a_catalogue_embeds_its_texts_with_the_encoder_it_is_given(tmp_path):
         ("epinions", 22164, 296277, 912441, 1, 5337),
     ],
 )
-def test_real_catalogues_have_the_published_counts(monkeypatch, name, users, items, interactions, shortest, longest):
+def test_real_catalogues_have_the_published_counts(
+    monkeypatch, name, users, items, interactions, shortest, longest
+):
     monkeypatch.setenv("SIDLAB_DATA", str(SHARED))
     read = load_catalogue(name, on_dirty="raise")
     lengths = [len(history) for history in read.histories]
     assert (len(lengths), read.n_items, sum(lengths)) == (users, items, interactions)
     assert (min(lengths), max(lengths)) == (shortest, longest)
-    assert read.items["text"].map(type).eq(str).all(), "where there is no text, it is composed of the categories"
+    assert read.items["text"].map(type).eq(str).all(), (
+        "where there is no text, it is composed of the categories"
+    )
 
 
 @needs_shared

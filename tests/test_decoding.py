@@ -1,4 +1,6 @@
-"""Constrained beam search against exact scoring of every item, and against the library's own search."""
+"""Constrained beam search against exact scoring of every item, and against the library's own
+search.
+"""
 
 import dataclasses
 import itertools
@@ -21,7 +23,14 @@ from sidlab.sids.trie import Trie
 from sidlab.training import evaluate
 from sidlab.windows import history_tokens, pad_histories
 
-SMALL = {"d_model": 32, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2}
+SMALL = {
+    "d_model": 32,
+    "d_kv": 8,
+    "num_heads": 2,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+}
 N = 40
 # 40 items on 5 × 4 × 3 codes: many prefixes are not valid, and some items share a SID.
 CODES = np.random.default_rng(1).integers(0, [5, 4, 3], (N, 3))
@@ -32,7 +41,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def build(table, pruning=None, seed=0, **changes):
     torch.manual_seed(seed)
     fields = {"max_items": 6, "pruning": pruning and dataclasses.asdict(pruning)}
-    return SidT5(SidT5Config(widths=table.widths, dropout_rate=0.0, **SMALL | fields | changes), table).eval()
+    return SidT5(
+        SidT5Config(widths=table.widths, dropout_rate=0.0, **SMALL | fields | changes), table
+    ).eval()
 
 
 @pytest.fixture(scope="module", params=["extend", "share"])
@@ -44,7 +55,8 @@ def model(request):
 
 def assert_ranking(items, scores, exact, k, without=()):
     """The k best of `exact` [n], each once and in order; equal scores (sharers) by id."""
-    items, scores = items.tolist(), scores.tolist()
+    items = items.tolist()
+    scores = scores.tolist()
     allowed = [i for i in range(1, len(exact) + 1) if i not in without]
     best = sorted((exact[i - 1].item() for i in allowed), reverse=True)[:k]
     found = [i for i in items if i]
@@ -68,13 +80,19 @@ def test_a_wide_beam_equals_exact_scoring(model, k):
 def test_exact_scores_are_a_probability_of_each_sid(model):
     # Every code of a level can follow, valid or not, so the valid SIDs together have less than 1.
     mass = score_items(model, HISTORIES).double().exp()
-    first = [[j for j in range(i) if (model.table.codes[j] == model.table.codes[i]).all()] == [] for i in range(N)]
+    first = [
+        [j for j in range(i) if (model.table.codes[j] == model.table.codes[i]).all()] == []
+        for i in range(N)
+    ]
     total = mass[:, first].sum(dim=1)
     assert (total > 0).all() and (total < 1).all()
     # By hand, for one history and one item: one decoder step a level, no cache.
     encoded = encode_histories(model, HISTORIES[:1])
-    tokens, expected = [1], 0.0
-    for start, width, token in zip(model.table.offsets, model.table.widths, model.table.item_tokens[17].tolist()):
+    tokens = [1]
+    expected = 0.0
+    for start, width, token in zip(
+        model.table.offsets, model.table.widths, model.table.item_tokens[17].tolist()
+    ):
         out = model(encoder_outputs=encoded, decoder_input_ids=torch.tensor([tokens]))
         expected += out.logits[0, -1, start : start + width].log_softmax(-1)[token - start].item()
         tokens.append(token)
@@ -92,7 +110,9 @@ def test_a_narrow_beam_gives_true_scores_and_never_better_ones(model, beam):
         found = items[row][items[row] > 0]
         assert len(found) >= min(beam, 6) and len(found) == len(set(found.tolist()))
         torch.testing.assert_close(scores[row, : len(found)], exact[row, found - 1], **CLOSE)
-        assert (scores[row] <= best[row] + 1e-5).all() and (scores[row].diff().nan_to_num(0) <= 0).all()
+        assert (scores[row] <= best[row] + 1e-5).all() and (
+            scores[row].diff().nan_to_num(0) <= 0
+        ).all()
 
 
 def test_exclude_seen_leaves_out_the_whole_history_and_nothing_else(model):
@@ -102,10 +122,18 @@ def test_exclude_seen_leaves_out_the_whole_history_and_nothing_else(model):
         for row, history in enumerate(HISTORIES):
             assert not set(items[row].tolist()) & set(history.tolist())
             if beam:
-                assert_ranking(items[row], scores[row], exact[row], 5, without=set(history.tolist()))
+                assert_ranking(
+                    items[row], scores[row], exact[row], 5, without=set(history.tolist())
+                )
             assert (items[row] > 0).all()
     three_left = [np.setdiff1d(np.arange(1, N + 1), [7, 20, 33])]
-    assert sorted(recommend(model, three_left, k=5, exclude_seen=True)[0][0].tolist()) == [0, 0, 7, 20, 33]
+    assert sorted(recommend(model, three_left, k=5, exclude_seen=True)[0][0].tolist()) == [
+        0,
+        0,
+        7,
+        20,
+        33,
+    ]
     every = [np.arange(1, N + 1)]
     assert (recommend(model, every, k=3, exclude_seen=True, beam=N)[0] == 0).all()
 
@@ -113,18 +141,25 @@ def test_exclude_seen_leaves_out_the_whole_history_and_nothing_else(model):
 def test_a_beam_too_narrow_for_what_is_excluded_is_told():
     model = build(SidTable(CODES, (5, 4, 3)))
     wide = recommend(model, HISTORIES, k=20)[0]
-    seen = [wide[row, :number].numpy() for row, number in enumerate((6, 1, 0, 0, 3))]  # the best ones: a beam of 6 finds no others
+    # The best ones: a beam of 6 finds no others
+    seen = [wide[row, :number].numpy() for row, number in enumerate((6, 1, 0, 0, 3))]
     histories = [np.concatenate([best, HISTORIES[row]]) for row, best in enumerate(seen)]
-    with pytest.warns(UserWarning, match=r"beam=6 is too narrow for k=6: (\d+) of 5 histories .* give (\d+)") as told:
+    with pytest.warns(
+        UserWarning, match=r"beam=6 is too narrow for k=6: (\d+) of 5 histories .* give (\d+)"
+    ) as told:
         items, _ = recommend(model, histories, k=6, exclude_seen=True, beam=6)
-    short, enough = map(int, re.search(r": (\d+) of 5 .* give (\d+)", str(told[0].message)).groups())
+    short, enough = map(
+        int, re.search(r": (\d+) of 5 .* give (\d+)", str(told[0].message)).groups()
+    )
     assert short == ((items > 0).sum(1) < 6).sum() > 0 and told[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for beam in (enough, None):  # the remedies
             assert (recommend(model, histories, k=6, exclude_seen=True, beam=beam)[0] > 0).all()
         nearly_all = [np.arange(1, N)]  # there is no more, so nothing that a wider beam would find
-        assert recommend(model, nearly_all, k=6, exclude_seen=True, beam=N)[0].tolist() == [[N, 0, 0, 0, 0, 0]]
+        assert recommend(model, nearly_all, k=6, exclude_seen=True, beam=N)[0].tolist() == [
+            [N, 0, 0, 0, 0, 0]
+        ]
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])
@@ -134,16 +169,25 @@ def test_ranks_of_sharers_are_expectations_over_random_orders(exclude_seen):
     model = build(table)
     exact = score_items(model, HISTORIES).double().numpy()
     for target in range(1, N + 1):
-        ranks = evaluate(model, HISTORIES, np.full(len(HISTORIES), target), exclude_seen=exclude_seen, beam=N)
+        ranks = evaluate(
+            model, HISTORIES, np.full(len(HISTORIES), target), exclude_seen=exclude_seen, beam=N
+        )
         for row, history in enumerate(HISTORIES):
             allowed = [i for i in range(1, N + 1) if not (exclude_seen and i in history)]
             mates = [i for i in allowed if (CODES[i - 1] == CODES[target - 1]).all()]
             recall = ndcg = 0.0
             if target in allowed:
-                above = sum(exact[row, i - 1] > exact[row, target - 1] for i in allowed if i not in mates)
-                drawn = [above + 1 + list(order).index(target) for order in itertools.permutations(mates)]
-                recall, ndcg = np.mean([p <= 10 for p in drawn]), np.mean([(p <= 10) / np.log2(1 + p) for p in drawn])
-            assert recall_at(ranks, 10)[row] == pytest.approx(recall) and ndcg_at(ranks, 10)[row] == pytest.approx(ndcg)
+                above = sum(
+                    exact[row, i - 1] > exact[row, target - 1] for i in allowed if i not in mates
+                )
+                drawn = [
+                    above + 1 + list(order).index(target) for order in itertools.permutations(mates)
+                ]
+                recall = np.mean([p <= 10 for p in drawn])
+                ndcg = np.mean([(p <= 10) / np.log2(1 + p) for p in drawn])
+            assert recall_at(ranks, 10)[row] == pytest.approx(recall) and ndcg_at(ranks, 10)[
+                row
+            ] == pytest.approx(ndcg)
 
 
 def test_sharers_follow_one_another_by_id():
@@ -164,19 +208,27 @@ def test_sharers_follow_one_another_by_id():
 def test_order_and_batch_size_do_not_matter(order, batch_size):
     model = build(SidTable(CODES, (5, 4, 3)), PruningConfig(after_layer=1))
     items, scores = recommend(model, HISTORIES, k=8)
-    again, again_scores = recommend(model, [HISTORIES[i] for i in order], k=8, batch_size=batch_size)
+    again, again_scores = recommend(
+        model, [HISTORIES[i] for i in order], k=8, batch_size=batch_size
+    )
     assert torch.equal(again, items[list(order)])
     torch.testing.assert_close(again_scores, scores[list(order)], **CLOSE)
 
 
 def test_company_changes_nothing_where_seen_items_are_left_out():
-    codes = np.random.default_rng(1).permutation(list(itertools.product(range(30), range(8), range(8))))[:1500]
+    codes = np.random.default_rng(1).permutation(
+        list(itertools.product(range(30), range(8), range(8)))
+    )[:1500]
     table = SidTable(codes, (30, 8, 8))
     for seed in range(3):
         model = build(table, seed=seed, embedding_init=1.0, max_items=8)
-        with torch.no_grad():  # a wider beam finds what a narrow one leaves behind: later levels decide
+        # A wider beam finds what a narrow one leaves behind: later levels decide
+        with torch.no_grad():
             model.shared.weight[33:].mul_(2.5), model.shared.weight[3:33].mul_(0.2)
-        alone, together = (recommend(model, rows, exclude_seen=True)[0][0] for rows in ([[5, 6]], [[5, 6], np.arange(1, 41)]))
+        alone, together = (
+            recommend(model, rows, exclude_seen=True)[0][0]
+            for rows in ([[5, 6]], [[5, 6], np.arange(1, 41)])
+        )
         assert torch.equal(alone, together)
 
 
@@ -208,25 +260,37 @@ def test_the_model_is_left_as_it_was(model):
 def test_of_many_that_share_a_sid_the_first_unseen_ones_are_taken(k, seen_count, random):
     codes = np.array([[random.randrange(2), random.randrange(2)] for _ in range(30)])
     trie = SidTable(codes, (2, 2), collisions="share").trie
-    leaves = torch.tensor([random.sample(range(trie.n_nodes[-1]), trie.n_nodes[-1]) for _ in range(2)])
+    leaves = torch.tensor(
+        [random.sample(range(trie.n_nodes[-1]), trie.n_nodes[-1]) for _ in range(2)]
+    )
     scores = torch.sort(torch.rand(leaves.shape), dim=1, descending=True).values
     scores[1, -1] = -torch.inf
-    seen = np.array([[random.randrange(31) for _ in range(seen_count)] for _ in range(2)], np.int64) if seen_count else None
+    seen = (
+        np.array([[random.randrange(31) for _ in range(seen_count)] for _ in range(2)], np.int64)
+        if seen_count
+        else None
+    )
     items, found = items_of_leaves(trie, leaves, scores, k, seen)
     for row in range(2):
         expected = []
         for leaf, score in zip(leaves[row], scores[row]):
             of_leaf, valid = trie.leaf_items(leaf)
-            expected += [(item, score) for item in of_leaf[valid].tolist()
-                         if score > -torch.inf and (seen is None or item not in seen[row])]
+            expected += [
+                (item, score)
+                for item in of_leaf[valid].tolist()
+                if score > -torch.inf and (seen is None or item not in seen[row])
+            ]
         expected = (expected + [(0, torch.tensor(-torch.inf))] * k)[:k]
-        assert items[row].tolist() == [item for item, _ in expected] and found[row].tolist() == [float(score) for _, score in expected]
+        assert items[row].tolist() == [item for item, _ in expected] and found[row].tolist() == [
+            float(score) for _, score in expected
+        ]
 
 
 @pytest.mark.parametrize("pruning", [None, PruningConfig(after_layer=1, unit="item")])
 @pytest.mark.parametrize("beam", [1, 4, 9])
 def test_beam_search_is_the_librarys_where_every_code_is_valid(pruning, beam):
-    table = SidTable(np.array(list(itertools.product(range(3), range(4), range(2)))), (3, 4, 2))  # a full trie
+    # A full trie
+    table = SidTable(np.array(list(itertools.product(range(3), range(4), range(2)))), (3, 4, 2))
     model = build(table, pruning, seed=beam)
     histories = [h.clip(max=24) for h in HISTORIES]
     leaves, scores = beam_search(model, encode_histories(model, histories), beam)
@@ -261,7 +325,10 @@ def test_beams_that_share_keys_find_what_beams_with_copies_find(beam):
 def test_an_oracle_model_needs_the_truth():
     catalogue = planted_catalogue(4, shortest=5, longest=6)
     tree = catalogue.truth.tree
-    model = build(SidTable(tree, tuple((tree.max(axis=0) + 1).tolist())), PruningConfig(after_layer=1, scorer="oracle"))
+    model = build(
+        SidTable(tree, tuple((tree.max(axis=0) + 1).tolist())),
+        PruningConfig(after_layer=1, scorer="oracle"),
+    )
     histories = [*catalogue.histories, np.arange(1, 12)]  # one is longer than max_items
     with pytest.raises(ValueError, match="only the planted catalogue knows it"):
         recommend(model, histories)
@@ -272,7 +339,9 @@ def test_an_oracle_model_needs_the_truth():
     encoded = encode_histories(model, histories[:1], catalogue.truth)
     informative = catalogue.truth.information(histories[:1])[0]
     kept = encoded.positions[0][encoded.attention_mask[0] == 1]
-    best = np.sort(np.concatenate([informative, np.zeros((len(informative), 1))], axis=1).ravel())[::-1][: len(kept)]
+    best = np.sort(np.concatenate([informative, np.zeros((len(informative), 1))], axis=1).ravel())[
+        ::-1
+    ][: len(kept)]
     np.testing.assert_allclose(np.sort(encoded.importance[0][kept].numpy())[::-1], best, rtol=1e-5)
 
 
@@ -282,7 +351,10 @@ TABLE = SidTable(CODES, (5, 4, 3))
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: recommend(build(TABLE), [[1, 41]]), r"item ids in 1..40 and at least one, got \[1, 41\]"),
+        (
+            lambda: recommend(build(TABLE), [[1, 41]]),
+            r"item ids in 1..40 and at least one, got \[1, 41\]",
+        ),
         (lambda: recommend(build(TABLE), [[1], [0, 2]]), r"got \[0, 2\]"),
         (lambda: recommend(build(TABLE), [[1], []]), r"at least one, got \[\]"),
         (lambda: recommend(build(TABLE), [[1], []], exclude_seen=True), r"at least one, got \[\]"),
@@ -291,8 +363,14 @@ TABLE = SidTable(CODES, (5, 4, 3))
         (lambda: recommend(build(TABLE), [[1]], k="10"), "k must be an integer, got '10'"),
         (lambda: recommend(build(TABLE), [[1]], beam=0), "beam must be at least 1, got 0"),
         (lambda: recommend(build(TABLE), [[1]], beam=2.5), "beam must be an integer, got 2.5"),
-        (lambda: recommend(build(TABLE), [[1]], batch_size=0), "batch_size must be at least 1, got 0"),
-        (lambda: recommend(build(TABLE), [[1], [1.9, 2.7]]), r"histories\[1\] must be .* integer item ids .* float64"),
+        (
+            lambda: recommend(build(TABLE), [[1]], batch_size=0),
+            "batch_size must be at least 1, got 0",
+        ),
+        (
+            lambda: recommend(build(TABLE), [[1], [1.9, 2.7]]),
+            r"histories\[1\] must be .* integer item ids .* float64",
+        ),
         (lambda: score_items(build(TABLE), [[1.9, 2.7]]), "integer item ids .* float64"),
         (
             lambda: recommend(SidT5(SidT5Config(widths=(5, 4, 3), **SMALL)), [[1]]),

@@ -23,13 +23,17 @@ def cases(bundled):
 
 def test_its_files_are_small():
     assert sum(path.stat().st_size for path in demo.FOLDER.iterdir()) <= 4 * 2**20
-    assert not [path for path in demo.FOLDER.iterdir() if path.suffix not in (".json", ".safetensors")]
+    assert not [
+        path for path in demo.FOLDER.iterdir() if path.suffix not in (".json", ".safetensors")
+    ]
 
 
 def test_its_parts_belong_together(bundled):
     catalogue = bundled.catalogue
     assert (bundled.encoder.encode(catalogue.embeddings) == bundled.table.codes).all()
-    assert bundled.model.table is bundled.table and bundled.table.widths == tuple(bundled.model.config.widths)
+    assert bundled.model.table is bundled.table and bundled.table.widths == tuple(
+        bundled.model.config.widths
+    )
     assert bundled.model.encoder.pruning is None and not bundled.model.training
     assert catalogue.items.title.notna().all()
 

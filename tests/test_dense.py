@@ -1,4 +1,6 @@
-"""Dense supervision: one pass that teaches every item gives the losses of its targets one by one; the layout and the mask it needs."""
+"""Dense supervision: one pass that teaches every item gives the losses of its targets one by one;
+the layout and the mask it needs.
+"""
 
 import itertools
 import json
@@ -19,9 +21,19 @@ from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, PAD, SidTable
 from sidlab.training import build_model, train, weights_digest
-from sidlab.windows import Collator, StretchCollator, Stretches, Windows, history_tokens, leave_one_out
+from sidlab.windows import (
+    Collator,
+    StretchCollator,
+    Stretches,
+    Windows,
+    history_tokens,
+    leave_one_out,
+)
 
-TABLE, LABELS, HISTORIES, CLOSE = test_qwen.TABLE, test_qwen.LABELS, test_qwen.HISTORIES, test_qwen.CLOSE
+TABLE = test_qwen.TABLE
+LABELS = test_qwen.LABELS
+HISTORIES = test_qwen.HISTORIES
+CLOSE = test_qwen.CLOSE
 LEVERS = {"level_embeddings": True, "embedding_norm": True, "label_smoothing": 0.1}
 
 
@@ -38,10 +50,14 @@ def t5(pruning=None, map_config=None, **changes):
 
 MODELS = {
     "qwen": qwen,
-    "qwen, levers": lambda *a, **k: qwen(*a, tie_word_embeddings=False, residual_dropout=0.2, **LEVERS, **k),
+    "qwen, levers": lambda *a, **k: qwen(
+        *a, tie_word_embeddings=False, residual_dropout=0.2, **LEVERS, **k
+    ),
     "t5": t5,
     "t5, cross bias": lambda *a, **k: t5(*a, cross_bias=True, **k),
-    "t5, levers": lambda *a, **k: t5(*a, cross_bias=True, qk_norm=True, tie_embeddings=False, **LEVERS, **k),
+    "t5, levers": lambda *a, **k: t5(
+        *a, cross_bias=True, qk_norm=True, tie_embeddings=False, **LEVERS, **k
+    ),
 }
 each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
@@ -51,7 +67,9 @@ each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
 def token_losses(logits, labels):
     """Cross-entropy of each label, 0 at −100: [..., L, V] and [..., L] → [..., L]."""
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="none").view(labels.shape)
+    return F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="none"
+    ).view(labels.shape)
 
 
 @pytest.mark.parametrize("separators", (True, False))
@@ -64,19 +82,36 @@ def test_one_pass_over_all_targets_is_its_targets_one_by_one(build, separators, 
     model = build(None, map_config, separators=separators)
     if plain:
         model.set_attn_implementation("eager")
-    stretches, windows = Stretches(train_parts, 8), Windows(train_parts, 8)
-    dense = StretchCollator(stretches, TABLE, separators=separators, map_config=map_config)(list(range(len(stretches))))
-    one = Collator(windows, TABLE, separators=separators, max_items=8, map_config=map_config)(list(range(len(windows))))
-    all_at_once, one_by_one = model(**dense), model(**one)
+    stretches = Stretches(train_parts, 8)
+    windows = Windows(train_parts, 8)
+    dense = StretchCollator(stretches, TABLE, separators=separators, map_config=map_config)(
+        list(range(len(stretches)))
+    )
+    one = Collator(windows, TABLE, separators=separators, max_items=8, map_config=map_config)(
+        list(range(len(windows)))
+    )
+    all_at_once = model(**dense)
+    one_by_one = model(**one)
     taught = dense["labels"][..., 0] != -100  # [B, T]
-    torch.testing.assert_close(token_losses(all_at_once.logits, dense["labels"])[taught],
-                               token_losses(one_by_one.logits, one["labels"]), **CLOSE)
+    torch.testing.assert_close(
+        token_losses(all_at_once.logits, dense["labels"])[taught],
+        token_losses(one_by_one.logits, one["labels"]),
+        **CLOSE,
+    )
     torch.testing.assert_close(dense["map_labels"][taught], one["map_labels"])
     torch.testing.assert_close(all_at_once.loss, one_by_one.loss, **CLOSE)
-    found, expected = ({name: p.grad for name, p in _with_gradients(model, batch)} for batch in (dense, one))
+    found, expected = (
+        {name: p.grad for name, p in _with_gradients(model, batch)} for batch in (dense, one)
+    )
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name],
+            expected[name],
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def _with_gradients(model, batch):
@@ -88,7 +123,8 @@ def _with_gradients(model, batch):
 @settings(max_examples=100)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(1, 12))
 def test_every_item_but_the_first_is_taught_once_after_its_own_past(lengths, max_items):
-    parts, begin = [], 1
+    parts = []
+    begin = 1
     for n in lengths:  # no item twice, so that it tells where it stood
         parts.append(np.arange(begin, begin + n))
         begin += n
@@ -103,7 +139,9 @@ def test_every_item_but_the_first_is_taught_once_after_its_own_past(lengths, max
         items = stretches.items[start:stop]
         assert (np.diff(items) == 1).all()  # one user's, in order
         own = next(part for part in parts if items[0] in part)
-        assert first - start >= min(max(max_items // 2, 1), int(np.flatnonzero(own == stretches.items[first])[0]))
+        assert first - start >= min(
+            max(max_items // 2, 1), int(np.flatnonzero(own == stretches.items[first])[0])
+        )
         taught += stretches.items[first:stop].tolist()
     assert sorted(taught) == sorted(itertools.chain.from_iterable(part[1:] for part in parts))
 
@@ -111,7 +149,9 @@ def test_every_item_but_the_first_is_taught_once_after_its_own_past(lengths, max
 def test_a_stretch_that_goes_on_teaches_what_is_new_and_maps_within_the_training_part():
     history = np.arange(1, 13)
     stretches = Stretches([history], 4)
-    batch = StretchCollator(stretches, TABLE, separators=True, map_config=MapConfig(steps=1))(list(range(len(stretches))))
+    batch = StretchCollator(stretches, TABLE, separators=True, map_config=MapConfig(steps=1))(
+        list(range(len(stretches)))
+    )
     item_of = {tuple(codes.tolist()): item for item, codes in enumerate(TABLE.item_tokens)}
     seen = []
     for labels, later in zip(batch["labels"], batch["map_labels"]):
@@ -119,7 +159,11 @@ def test_a_stretch_that_goes_on_teaches_what_is_new_and_maps_within_the_training
             if target[0] != -100:
                 item = item_of[tuple(target.tolist())]
                 seen.append(item)
-                assert (item_of[tuple(after.tolist())] == item + 1) if item < 12 else (after == -100).all()
+                assert (
+                    (item_of[tuple(after.tolist())] == item + 1)
+                    if item < 12
+                    else (after == -100).all()
+                )
             else:
                 assert (after == -100).all()
     assert seen == list(range(2, 13))
@@ -136,11 +180,15 @@ WAYS = test_qwen.WAYS
 def test_padding_on_either_side_and_company_change_nothing(build, way):
     model = build(WAYS[way])
     together = model(**test_qwen.batch(), labels=LABELS).logits
-    torch.testing.assert_close(model(**test_qwen.batch(side="left"), labels=LABELS).logits, together, **CLOSE)
+    torch.testing.assert_close(
+        model(**test_qwen.batch(side="left"), labels=LABELS).logits, together, **CLOSE
+    )
     for i, history in enumerate(HISTORIES):
         alone = model(**test_qwen.batch([history]), labels=LABELS[i : i + 1]).logits
         torch.testing.assert_close(alone[0], together[i], **CLOSE)
-        unpadded = model(**test_qwen.batch([history]), labels=LABELS[i : i + 1], padded=False).logits
+        unpadded = model(
+            **test_qwen.batch([history]), labels=LABELS[i : i + 1], padded=False
+        ).logits
         torch.testing.assert_close(unpadded[0], together[i], **CLOSE)
 
 
@@ -148,7 +196,11 @@ def test_padding_on_either_side_and_company_change_nothing(build, way):
 @pytest.mark.parametrize("unit", ("token", "item"))
 def test_keeping_everything_equals_no_pruning(build, unit):
     inputs = test_qwen.batch() | {"labels": LABELS}
-    torch.testing.assert_close(build(PruningConfig(keep=1.0, unit=unit))(**inputs).logits, build()(**inputs).logits, **CLOSE)
+    torch.testing.assert_close(
+        build(PruningConfig(keep=1.0, unit=unit))(**inputs).logits,
+        build()(**inputs).logits,
+        **CLOSE,
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -167,16 +219,24 @@ def test_pooling_a_stream_needs_no_padding_to_be_right(keep, separators):
     model = qwen(PruningConfig(keep=keep, reduce="pool"), separators=separators)
     for n in range(1, 9):
         tokens = history_tokens(np.arange(1, n + 1)[None], TABLE, separators)
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": LABELS[:1]}
-        torch.testing.assert_close(model(**inputs, padded=False).loss, model(**inputs, padded=True).loss, **CLOSE)
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "labels": LABELS[:1],
+        }
+        torch.testing.assert_close(
+            model(**inputs, padded=False).loss, model(**inputs, padded=True).loss, **CLOSE
+        )
 
 
 def test_a_stretch_may_be_padded_on_the_left():
     tokens = history_tokens(np.array([[5, 9, 2, 30], [7, 3, 0, 0]]), TABLE)
     labels = TABLE.item_tokens[torch.tensor([[9, 2, 30], [3, 0, 0]])]
     labels[1, 1:] = -100
-    left, left_labels = tokens.clone(), labels.clone()
-    left[1], left_labels[1] = tokens[1].roll(8), labels[1].roll(2, 0)
+    left = tokens.clone()
+    left_labels = labels.clone()
+    left[1] = tokens[1].roll(8)
+    left_labels[1] = labels[1].roll(2, 0)
     for build in MODELS.values():
         model = build()
         right = model(input_ids=tokens, labels=labels)
@@ -192,7 +252,13 @@ def test_generate_finds_the_first_of_the_beam(way):
     begins = (tokens != PAD).int().argmax(1)
     inputs = F.pad(tokens, (1, 0))
     inputs[torch.arange(len(inputs)), begins] = BOS
-    found = model.generate(inputs, attention_mask=(inputs != PAD).long(), do_sample=False, num_beams=20, num_return_sequences=20)
+    found = model.generate(
+        inputs,
+        attention_mask=(inputs != PAD).long(),
+        do_sample=False,
+        num_beams=20,
+        num_return_sequences=20,
+    )
     # The library's beam knows no trie: its best sequence that is an item is ours.
     of_item = {tuple(codes.tolist()): item for item, codes in enumerate(TABLE.item_tokens)}
     best = recommend(model, HISTORIES, k=1, beam=150)[0][:, 0].tolist()
@@ -202,28 +268,49 @@ def test_generate_finds_the_first_of_the_beam(way):
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(1, 8), min_size=1, max_size=5), st.sampled_from((0.01, 0.2, 1 / 3, 0.7)), st.integers(1, 4), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 8), min_size=1, max_size=5),
+    st.sampled_from((0.01, 0.2, 1 / 3, 0.7)),
+    st.integers(1, 4),
+    st.integers(0, 99),
+)
 def test_the_last_token_stays_and_the_share_comes_on_top(lengths, keep, layer, seed):
     rng = np.random.default_rng(seed)
     model = qwen(PruningConfig(after_layer=layer, keep=keep))
     inputs = test_qwen.batch([rng.integers(1, 51, n) for n in lengths])
     out = model.encode(**inputs)
-    assert out.attention_mask.shape[1] <= int(np.ceil(keep * inputs["input_ids"].shape[1] - 1e-6)) + 1
-    for row, mask, positions, importance in zip(inputs["attention_mask"], out.attention_mask, out.positions, out.importance):
-        n, kept = int(row.sum()), positions[mask.bool()].tolist()
+    assert (
+        out.attention_mask.shape[1] <= int(np.ceil(keep * inputs["input_ids"].shape[1] - 1e-6)) + 1
+    )
+    for row, mask, positions, importance in zip(
+        inputs["attention_mask"], out.attention_mask, out.positions, out.importance
+    ):
+        n = int(row.sum())
+        kept = positions[mask.bool()].tolist()
         best = importance[:n].clone()
         best[n - 1] = torch.inf
         count = min(int(kept_count(torch.tensor(n), keep)) + 1, n)
-        assert kept[-1] == n - 1 and kept == sorted(best.argsort(descending=True, stable=True)[:count].tolist())
+        assert kept[-1] == n - 1 and kept == sorted(
+            best.argsort(descending=True, stable=True)[:count].tolist()
+        )
 
 
 def test_an_item_sees_itself_and_what_came_before():
     model = t5()
     tokens = history_tokens(np.array([[5, 9, 2, 30]]), TABLE)
-    before = model.encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+    before = model.encoder(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens)
+    ).last_hidden_state
     changed = tokens.clone()
-    changed[0, 9] = TABLE.item_tokens[7, 1] if TABLE.item_tokens[7, 1] != tokens[0, 9] else TABLE.item_tokens[8, 1]  # a code of item 3
-    after = model.encoder(input_ids=changed, attention_mask=torch.ones_like(tokens)).last_hidden_state
+    # A code of item 3
+    changed[0, 9] = (
+        TABLE.item_tokens[7, 1]
+        if TABLE.item_tokens[7, 1] != tokens[0, 9]
+        else TABLE.item_tokens[8, 1]
+    )
+    after = model.encoder(
+        input_ids=changed, attention_mask=torch.ones_like(tokens)
+    ).last_hidden_state
     moved = (before != after).any(-1)[0]
     assert not moved[:8].any() and moved[8:].all()
 
@@ -240,7 +327,8 @@ def test_vectors_of_levels_start_as_small_as_those_of_tokens(build):
 def test_visible_is_how_many_of_its_history_look_at_a_token(build, side):
     """Against the attention weights themselves: whose row gives a token any."""
     model = build(PruningConfig(after_layer=1, keep=1.0))
-    seen, inputs = {}, test_qwen.batch(side=side)
+    seen = {}
+    inputs = test_qwen.batch(side=side)
 
     def scorer(signals):
         seen["visible"] = signals.visible.expand(signals.mask.shape)
@@ -250,8 +338,12 @@ def test_visible_is_how_many_of_its_history_look_at_a_token(build, side):
     model.encode(**inputs)
     record = {}
     attention = model.stack.attentions[0]
-    attention.register_forward_pre_hook(lambda module, args, kwargs: kwargs["record"].update(keep_attention=True), with_kwargs=True)
-    attention.register_forward_hook(lambda module, args, kwargs, out: record.update(kwargs["record"]), with_kwargs=True)
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: kwargs["record"].update(keep_attention=True), with_kwargs=True
+    )
+    attention.register_forward_hook(
+        lambda module, args, kwargs, out: record.update(kwargs["record"]), with_kwargs=True
+    )
     model.encode(**inputs)
     mask = inputs["attention_mask"].bool()
     weights = record["attention"][:, 0]  # [B, P + N, P + N]; of a stream BOS stands first
@@ -265,7 +357,8 @@ def test_a_saved_model_keeps_its_layout_and_its_mask(tmp_path):
         model = build()
         model.save_pretrained(tmp_path / name)
         loaded = type(model).from_pretrained(tmp_path / name)
-        expected, found = recommend(model, HISTORIES), recommend(loaded, HISTORIES)
+        expected = recommend(model, HISTORIES)
+        found = recommend(loaded, HISTORIES)
         assert torch.equal(expected[0], found[0])
         torch.testing.assert_close(expected[1], found[1])
         assert loaded.state_dict().keys() == model.state_dict().keys()
@@ -274,20 +367,26 @@ def test_a_saved_model_keeps_its_layout_and_its_mask(tmp_path):
 # --- What does not fit
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"targets": 2}, "targets=2"),
-    ({"targets": "all", "pruning": PruningConfig()}, "start_from"),
-    ({"targets": "all", "arch": "qwen", "layout": "bos_last"}, "layout='stream'"),
-    ({"targets": "all", "encoder_mask": "full"}, "encoder_mask='items'"),
-    ({"targets": "all", "windows": "contiguous"}, "windows='contiguous'"),
-    ({"targets": "all", "padding": "fixed"}, "padding='fixed'"),
-    ({"layout": "stream"}, "arch='qwen'"),
-    ({"arch": "qwen", "encoder_mask": "items"}, "arch='t5'"),
-    ({"arch": "qwen", "cross_bias": True}, "cross_bias=True belongs to arch='t5'"),
-    ({"arch": "qwen", "position_init": 8.0}, "position_init=8.0 belongs to arch='t5'"),
-    ({"average_last": 1.0}, "average_last must be from 0 and below 1, got 1.0"),
-    ({"arch": "qwen", "checkpoint": "x", "level_embeddings": True}, "level_embeddings=True is for models that start from nothing"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"targets": 2}, "targets=2"),
+        ({"targets": "all", "pruning": PruningConfig()}, "start_from"),
+        ({"targets": "all", "arch": "qwen", "layout": "bos_last"}, "layout='stream'"),
+        ({"targets": "all", "encoder_mask": "full"}, "encoder_mask='items'"),
+        ({"targets": "all", "windows": "contiguous"}, "windows='contiguous'"),
+        ({"targets": "all", "padding": "fixed"}, "padding='fixed'"),
+        ({"layout": "stream"}, "arch='qwen'"),
+        ({"arch": "qwen", "encoder_mask": "items"}, "arch='t5'"),
+        ({"arch": "qwen", "cross_bias": True}, "cross_bias=True belongs to arch='t5'"),
+        ({"arch": "qwen", "position_init": 8.0}, "position_init=8.0 belongs to arch='t5'"),
+        ({"average_last": 1.0}, "average_last must be from 0 and below 1, got 1.0"),
+        (
+            {"arch": "qwen", "checkpoint": "x", "level_embeddings": True},
+            "level_embeddings=True is for models that start from nothing",
+        ),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**fields)
@@ -320,7 +419,9 @@ def test_training_teaches_every_item(arch):
     catalogue = load_catalogue("planted", n_users=60, kinds=2)
     tree = catalogue.truth.tree
     table = SidTable(tree, tuple(int(w) + 1 for w in tree.max(0)))
-    config = TrainConfig.preset("smoke", arch=arch, targets="all", map=MapConfig(), max_items=8, max_updates=20)
+    config = TrainConfig.preset(
+        "smoke", arch=arch, targets="all", map=MapConfig(), max_items=8, max_updates=20
+    )
     result = train(config, catalogue, table, progress=False)
     losses = [entry["loss"] for entry in result.log if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -341,21 +442,41 @@ def base(tmp_path_factory):
     table = SidTable(catalogue.truth.tree, tuple(int(w) + 1 for w in catalogue.truth.tree.max(0)))
     folders = {}
     for arch in ("qwen", "t5"):
-        config = TrainConfig.preset("smoke", arch=arch, targets="all", level_embeddings=True, max_updates=10)
+        config = TrainConfig.preset(
+            "smoke", arch=arch, targets="all", level_embeddings=True, max_updates=10
+        )
         folders[arch] = tmp_path_factory.mktemp(arch)
         train(config, catalogue, table, progress=False).model.save_pretrained(folders[arch])
     return catalogue, table, folders
 
 
 def continuing(arch, **changes):
-    return TrainConfig.preset("smoke", arch=arch, **{"level_embeddings": True, "max_updates": 4, "eval_every": 2} | changes)
+    return TrainConfig.preset(
+        "smoke",
+        arch=arch,
+        **{"level_embeddings": True, "max_updates": 4, "eval_every": 2} | changes,
+    )
 
 
 @pytest.mark.parametrize("arch", ("qwen", "t5"))
 def test_training_continues_from_the_weights_of_a_model(base, arch, tmp_path):
     catalogue, table, folders = base
-    config = continuing(arch, learning_rate=0.0, muon=None, weight_decay=0.0, pruning=PruningConfig(), map=MapConfig())
-    result = train(config, catalogue, table, start_from=folders[arch], output_dir=tmp_path / "run", progress=False)
+    config = continuing(
+        arch,
+        learning_rate=0.0,
+        muon=None,
+        weight_decay=0.0,
+        pruning=PruningConfig(),
+        map=MapConfig(),
+    )
+    result = train(
+        config,
+        catalogue,
+        table,
+        start_from=folders[arch],
+        output_dir=tmp_path / "run",
+        progress=False,
+    )
     before = type(result.model).from_pretrained(folders[arch])
     after = result.model.state_dict()
     for name, weight in before.state_dict().items():
@@ -380,21 +501,32 @@ def test_a_run_remembers_what_it_started_from(base, tmp_path):
     catalogue, table, folders = base
     config = continuing("qwen")
     train(config, catalogue, table, start_from=folders["qwen"], output_dir=tmp_path, progress=False)
-    assert json.loads((tmp_path / "run.json").read_text())["start_from"] == weights_digest(folders["qwen"])
+    assert json.loads((tmp_path / "run.json").read_text())["start_from"] == weights_digest(
+        folders["qwen"]
+    )
     with pytest.raises(ValueError, match="or start"):
         train(config, catalogue, table, output_dir=tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"d_model": 64}, "hidden_size=32"),
-    ({"level_embeddings": False}, "level_embeddings=True"),
-    ({"arch": "t5"}, "sid_qwen"),
-    ({"separators": False}, "separators=True"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"d_model": 64}, "hidden_size=32"),
+        ({"level_embeddings": False}, "level_embeddings=True"),
+        ({"arch": "t5"}, "sid_qwen"),
+        ({"separators": False}, "separators=True"),
+    ],
+)
 def test_a_start_that_does_not_fit_is_refused(base, changes, message):
     catalogue, table, folders = base
     with pytest.raises(ValueError, match=message):
-        train(continuing(**{"arch": "qwen"} | changes), catalogue, table, start_from=folders["qwen"], progress=False)
+        train(
+            continuing(**{"arch": "qwen"} | changes),
+            catalogue,
+            table,
+            start_from=folders["qwen"],
+            progress=False,
+        )
 
 
 def test_a_start_of_other_sids_or_none_is_refused(base, tmp_path):
@@ -402,7 +534,13 @@ def test_a_start_of_other_sids_or_none_is_refused(base, tmp_path):
     codes = table.codes.copy()
     codes[[0, 1]] = codes[[1, 0]]
     with pytest.raises(ValueError, match="other SIDs"):
-        train(continuing("qwen"), catalogue, SidTable(codes, table.widths), start_from=folders["qwen"], progress=False)
+        train(
+            continuing("qwen"),
+            catalogue,
+            SidTable(codes, table.widths),
+            start_from=folders["qwen"],
+            progress=False,
+        )
     with pytest.raises(ValueError, match="start_from=.* holds no model: config.json is missing"):
         train(continuing("qwen"), catalogue, table, start_from=tmp_path, progress=False)
 
@@ -410,12 +548,22 @@ def test_a_start_of_other_sids_or_none_is_refused(base, tmp_path):
 def test_a_map_head_of_other_steps_is_refused(base, tmp_path):
     catalogue, table, folders = base
     three = continuing("qwen", max_updates=1, map=MapConfig(steps=3))
-    train(three, catalogue, table, start_from=folders["qwen"], progress=False).model.save_pretrained(tmp_path)
+    train(
+        three, catalogue, table, start_from=folders["qwen"], progress=False
+    ).model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="map.steps=3, this configuration of 2"):
-        train(continuing("qwen", map=MapConfig(steps=2)), catalogue, table, start_from=tmp_path, progress=False)
+        train(
+            continuing("qwen", map=MapConfig(steps=2)),
+            catalogue,
+            table,
+            start_from=tmp_path,
+            progress=False,
+        )
 
 
-@pytest.mark.parametrize("arch, field, value", (("qwen", "layout", "bos_last"), ("t5", "encoder_mask", "full")))
+@pytest.mark.parametrize(
+    "arch, field, value", (("qwen", "layout", "bos_last"), ("t5", "encoder_mask", "full"))
+)
 def test_a_continued_preset_keeps_how_its_base_reads_a_row(base, arch, field, value, tmp_path):
     catalogue, table, _ = base
     first = TrainConfig.preset("smoke", arch=arch, max_updates=1)

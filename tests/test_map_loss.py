@@ -10,14 +10,27 @@ from hypothesis import strategies as st
 from sidlab.map_loss import MapConfig, MapHead, map_labels, map_loss
 
 
-@given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1.0, 0.5, 0.1]))
+@given(
+    st.data(),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from([1.0, 0.5, 0.1]),
+)
 def test_loss_is_the_weighted_mean_of_the_steps_that_have_labels(data, b, s, levels, decay):
     losses = torch.rand(b, s, levels, dtype=torch.float64) * 5
-    present = torch.tensor(data.draw(st.lists(st.booleans(), min_size=b * s * levels, max_size=b * s * levels)))
+    present = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=b * s * levels, max_size=b * s * levels))
+    )
     labels = torch.where(present.view(b, s, levels), 7, -100)
     top = bottom = 0.0
     for step in range(s):
-        values = [losses[i, step, l].item() for i in range(b) for l in range(levels) if labels[i, step, l] != -100]
+        values = [
+            losses[i, step, l].item()
+            for i in range(b)
+            for l in range(levels)
+            if labels[i, step, l] != -100
+        ]
         if values:
             top += decay**step * sum(values) / len(values)
             bottom += decay**step
@@ -36,20 +49,35 @@ def test_no_label_gives_zero_with_a_zero_gradient():
     assert loss.item() == 0 and torch.equal(losses.grad, torch.zeros(2, 3, 4))
 
 
-@given(st.integers(1, 6), st.integers(0, 6), st.integers(1, 3), st.sampled_from([1.0, 0.5]), st.integers(0, 999))
+@given(
+    st.integers(1, 6),
+    st.integers(0, 6),
+    st.integers(1, 3),
+    st.sampled_from([1.0, 0.5]),
+    st.integers(0, 999),
+)
 def test_with_the_counts_of_an_update_the_parts_of_its_batches_are_its_loss(b, cut, s, decay, seed):
     draw = torch.Generator().manual_seed(seed)
     losses = torch.rand(b, s, 4, dtype=torch.float64, generator=draw)
     labels = torch.where(torch.rand(b, s, 4, generator=draw) < 0.4, 7, -100)
     counts = (labels != -100).sum((0, 2))  # [S]
-    parts = [map_loss(losses[rows], labels[rows], decay, counts) for rows in (slice(0, cut), slice(cut, None))]
+    parts = [
+        map_loss(losses[rows], labels[rows], decay, counts)
+        for rows in (slice(0, cut), slice(cut, None))
+    ]
     torch.testing.assert_close(sum(parts), map_loss(losses, labels, decay))
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4))
 def test_labels_of_either_unit(data, b, s, levels):
     tokens = torch.tensor(
-        data.draw(st.lists(st.lists(st.integers(3, 99), min_size=levels, max_size=levels), min_size=b, max_size=b))
+        data.draw(
+            st.lists(
+                st.lists(st.integers(3, 99), min_size=levels, max_size=levels),
+                min_size=b,
+                max_size=b,
+            )
+        )
     )
     after = torch.randint(-100, 99, (b, s, levels))
     assert torch.equal(map_labels(tokens, after, MapConfig(steps=s, unit="item")), after)
@@ -80,7 +108,9 @@ def test_head_is_one_projection_for_all_steps():
             for t in range(4):
                 h = hidden[b, t]
                 normed = h / (h.pow(2).mean() + 1e-6).sqrt() * head.norm
-                torch.testing.assert_close(found[b, s, t], h + head.projection @ (normed + head.step[s]))
+                torch.testing.assert_close(
+                    found[b, s, t], h + head.projection @ (normed + head.step[s])
+                )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +129,10 @@ def test_head_is_one_projection_for_all_steps():
             lambda: map_loss(torch.zeros(2, 3), torch.zeros(2, 3)),
             r"must both be \[B, S, L\], got \(2, 3\) and \(2, 3\)",
         ),
-        (lambda: map_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2)), r"got \(1, 2, 3\) and \(1, 2, 2\)"),
+        (
+            lambda: map_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2)),
+            r"got \(1, 2, 3\) and \(1, 2, 2\)",
+        ),
     ],
 )
 def test_bad_input_is_named(make, message):

@@ -15,7 +15,8 @@ from sidlab import metrics
 
 @given(st.data())
 def test_rank_recall_and_ndcg_agree_with_a_search_by_hand(data):
-    n_items, k = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
+    n_items = data.draw(st.integers(1, 12))
+    k = data.draw(st.integers(1, 12))
     lists = data.draw(st.lists(st.permutations(range(1, n_items + 1)), min_size=1, max_size=5))
     items = np.zeros((len(lists), k), dtype=np.int64)  # lists shorter than k end in zeros
     for row, ranked in enumerate(lists):
@@ -41,13 +42,19 @@ def test_ndcg_agrees_with_scikit_learn(n_items, k, seed):
 
 @given(st.integers(1, 5), st.integers(0, 12), st.integers(1, 12))
 def test_metrics_of_sharers_are_means_over_all_their_orders(sharers, first, k):
-    """Every permutation of a group that begins at `first` (0: not found) in the list; the target is its member 0."""
-    places = [first + order.index(0) if first else 0 for order in itertools.permutations(range(sharers))]
+    """Every permutation of a group that begins at `first` (0: not found) in the list; the target is
+    its member 0.
+    """
+    places = [
+        first + order.index(0) if first else 0 for order in itertools.permutations(range(sharers))
+    ]
     ranks = metrics.shared_ranks([first], [sharers])
     assert metrics.recall_at(ranks, k)[0] == pytest.approx(metrics.recall_at(places, k).mean())
     assert metrics.ndcg_at(ranks, k)[0] == pytest.approx(metrics.ndcg_at(places, k).mean())
     if first:
-        assert metrics.recall_at(ranks, k)[0] == pytest.approx(np.clip(k - (first - 1), 0, sharers) / sharers)
+        assert metrics.recall_at(ranks, k)[0] == pytest.approx(
+            np.clip(k - (first - 1), 0, sharers) / sharers
+        )
 
 
 def test_every_member_of_a_group_has_the_same_recall():
@@ -66,9 +73,12 @@ def test_a_group_of_one_counts_as_without_sharers_bit_for_bit():
 
 
 def test_stored_ranks_come_back_and_plain_ones_have_no_sharers():
-    ranks, sharers = np.random.default_rng(0).integers(0, 5, (2, 7)), np.random.default_rng(1).integers(1, 4, (2, 7))
+    ranks = np.random.default_rng(0).integers(0, 5, (2, 7))
+    sharers = np.random.default_rng(1).integers(1, 4, (2, 7))
     plain = [json.loads(json.dumps(metrics.stored(of_seed))) for of_seed in ranks]
-    assert all(one.keys() == {"ranks"} for one in plain) and np.array_equal(metrics.ranks_of(plain), ranks)
+    assert all(one.keys() == {"ranks"} for one in plain) and np.array_equal(
+        metrics.ranks_of(plain), ranks
+    )
     assert metrics.ranks_of(plain).dtype == np.int64
     shared = metrics.shared_ranks(ranks, sharers)
     files = [json.loads(json.dumps(metrics.stored(of_seed))) for of_seed in shared]
@@ -78,7 +88,12 @@ def test_stored_ranks_come_back_and_plain_ones_have_no_sharers():
 
 def test_summary_is_the_mean_over_users():
     found = metrics.summary(np.array([1, 0, 7, 3]))
-    by_hand = {"recall@5": 0.5, "recall@10": 0.75, "ndcg@5": (1 + 0.5) / 4, "ndcg@10": (1 + 0.5 + 1 / 3) / 4}
+    by_hand = {
+        "recall@5": 0.5,
+        "recall@10": 0.75,
+        "ndcg@5": (1 + 0.5) / 4,
+        "ndcg@10": (1 + 0.5 + 1 / 3) / 4,
+    }
     assert found == pytest.approx(by_hand)
 
 
@@ -92,8 +107,12 @@ def test_interval_over_users_agrees_with_scipy(values):
     oracle = scipy.stats.bootstrap([values], np.mean, rng=3, **options)
     low, high = metrics.bootstrap_interval(values, level=0.9, resamples=20000)
     expected = oracle.confidence_interval
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.03 * (expected.high - expected.low))
-    assert (low, high) == metrics.bootstrap_interval(values[None], level=0.9, resamples=20000), "one seed is one axis"
+    assert (low, high) == pytest.approx(
+        (expected.low, expected.high), abs=0.03 * (expected.high - expected.low)
+    )
+    assert (low, high) == metrics.bootstrap_interval(values[None], level=0.9, resamples=20000), (
+        "one seed is one axis"
+    )
 
 
 @pytest.mark.parametrize("n_seeds", [2, 3, 10])
@@ -105,13 +124,22 @@ def test_interval_over_seeds_alone_is_students(n_seeds):
 
 
 @pytest.mark.parametrize("n_seeds", [2, 3, 5])
-@pytest.mark.parametrize("of_users, of_seeds, of_both", [(0.3, 0.04, 0.1), (0.3, 0.0, 0.3), (0.0, 0.06, 0.3), (0.0, 0.0, 0.3)],
-                         ids=["all differ", "users and noise", "seeds and noise, as in differences", "only noise"])
-def test_interval_over_seeds_and_users_holds_the_mean_as_often_as_it_says(n_seeds, of_users, of_seeds, of_both):
-    rng, held = np.random.default_rng(0), 0
+@pytest.mark.parametrize(
+    "of_users, of_seeds, of_both",
+    [(0.3, 0.04, 0.1), (0.3, 0.0, 0.3), (0.0, 0.06, 0.3), (0.0, 0.0, 0.3)],
+    ids=["all differ", "users and noise", "seeds and noise, as in differences", "only noise"],
+)
+def test_interval_over_seeds_and_users_holds_the_mean_as_often_as_it_says(
+    n_seeds, of_users, of_seeds, of_both
+):
+    rng = np.random.default_rng(0)
+    held = 0
     for _ in range(400):
-        users, seeds = rng.normal(0, of_users, 100), rng.normal(0, of_seeds, (n_seeds, 1))
-        low, high = metrics.bootstrap_interval(users + seeds + rng.normal(0, of_both, (n_seeds, 100)))
+        users = rng.normal(0, of_users, 100)
+        seeds = rng.normal(0, of_seeds, (n_seeds, 1))
+        low, high = metrics.bootstrap_interval(
+            users + seeds + rng.normal(0, of_both, (n_seeds, 100))
+        )
         held += low <= 0 <= high
     assert held >= 0.92 * 400, held / 400  # of two seeds it may hold more
 
@@ -131,16 +159,25 @@ def test_noise_of_one_setting_and_of_two_is_that_of_students_tests():
 
 
 @given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 10**6))
-def test_pooled_noise_is_the_mean_variance_and_the_residual_of_least_squares(n_settings, n_seeds, seed):
-    means = two_way_noise(np.random.default_rng(seed), n_settings, n_seeds, 0.02, 0.03) + np.arange(n_settings)[:, None]
+def test_pooled_noise_is_the_mean_variance_and_the_residual_of_least_squares(
+    n_settings, n_seeds, seed
+):
+    means = (
+        two_way_noise(np.random.default_rng(seed), n_settings, n_seeds, 0.02, 0.03)
+        + np.arange(n_settings)[:, None]
+    )
     both, own = metrics.pooled_seed_noise(means)
     assert both.deviation == pytest.approx(means.var(axis=1, ddof=1).mean() ** 0.5)
     assert n_seeds - 1 - 1e-9 <= both.freedom <= n_settings * (n_seeds - 1) + 1e-9
     setting, of_seed = np.indices(means.shape).reshape(2, -1)
     design = np.hstack([np.eye(n_settings)[setting], np.eye(n_seeds)[of_seed]])
     left = means.ravel() - design @ np.linalg.lstsq(design, means.ravel(), rcond=None)[0]
-    assert own == pytest.approx(((left @ left / own.freedom) ** 0.5, len(left) - np.linalg.matrix_rank(design)))
-    moved = metrics.pooled_seed_noise(means + np.random.default_rng(seed).normal(0, 1, (1, n_seeds)))[1]
+    assert own == pytest.approx(
+        ((left @ left / own.freedom) ** 0.5, len(left) - np.linalg.matrix_rank(design))
+    )
+    moved = metrics.pooled_seed_noise(
+        means + np.random.default_rng(seed).normal(0, 1, (1, n_seeds))
+    )[1]
     assert moved == pytest.approx(own), "what all settings share is in no difference"
 
 
@@ -151,18 +188,26 @@ def test_equal_seeds_have_no_noise():
     assert metrics.bootstrap_interval(values, noise=both) == metrics.bootstrap_interval(values)
 
 
-@pytest.mark.parametrize("shared, own, least", [(0.0, 0.03, 0.93), (0.03, 0.03, 0.92), (0.1, 0.01, 0.88)])
+@pytest.mark.parametrize(
+    "shared, own, least", [(0.0, 0.03, 0.93), (0.03, 0.03, 0.92), (0.1, 0.01, 0.88)]
+)
 def test_intervals_with_pooled_noise_hold_the_mean_as_often_as_they_say(shared, own, least):
-    """`least`, for a setting's own: where seeds move all settings together, two of them tell too little."""
-    rng, held, widths = np.random.default_rng(1), np.zeros(2), np.zeros((2, 2))
+    """`least`, for a setting's own: where seeds move all settings together, two of them tell too
+    little.
+    """
+    rng = np.random.default_rng(1)
+    held = np.zeros(2)
+    widths = np.zeros((2, 2))
     for _ in range(400):
         seeds = two_way_noise(rng, 12, 2, shared, own)
-        values = rng.normal(0, 0.2, 100) + seeds[:2, :, None] + rng.normal(0, 0.2, (2, 2, 100))  # two of the settings: [2, S, U]
+        # Two of the settings: [2, S, U]
+        values = rng.normal(0, 0.2, 100) + seeds[:2, :, None] + rng.normal(0, 0.2, (2, 2, 100))
         means = np.vstack([values.mean(axis=2), seeds[2:] + rng.normal(0, 0.02, (10, 2))])
         both, noise = metrics.pooled_seed_noise(means)
         noise = metrics.SeedNoise(2**0.5 * noise.deviation, noise.freedom)
         for place, (of, told) in enumerate([(values[0], both), (values[0] - values[1], noise)]):
-            pooled, alone = metrics.bootstrap_interval(of, noise=told), metrics.bootstrap_interval(of)
+            pooled = metrics.bootstrap_interval(of, noise=told)
+            alone = metrics.bootstrap_interval(of)
             held[place] += pooled[0] <= 0 <= pooled[1]
             widths[place] += pooled[1] - pooled[0], alone[1] - alone[0]
     assert held[0] >= least * 400 and 0.93 * 400 <= held[1] <= 0.98 * 400, held / 400
@@ -173,15 +218,20 @@ def test_memory_chunks_do_not_change_the_interval(monkeypatch):
     values = some_values(500)
     whole = metrics.bootstrap_interval(values, resamples=4000)
     monkeypatch.setattr(metrics, "_CELLS", 100)
-    assert metrics.bootstrap_interval(values, resamples=4000) == pytest.approx(whole, abs=0.1 * (whole[1] - whole[0]))
+    assert metrics.bootstrap_interval(values, resamples=4000) == pytest.approx(
+        whole, abs=0.1 * (whole[1] - whole[0])
+    )
 
 
 @pytest.mark.parametrize("n_users, shift", [(6, 0.1), (8, 0.3), (10, 0.0)])
 def test_p_value_agrees_with_enumerating_all_flips(n_users, shift):
     rng = np.random.default_rng(n_users)
-    a, b = some_values(n_users, 1) + shift, rng.choice([0.0, 0.1, 0.3], n_users)
+    a = some_values(n_users, 1) + shift
+    b = rng.choice([0.0, 0.1, 0.3], n_users)
     differences = a - b
-    flipped = np.abs([np.dot(signs, differences) for signs in itertools.product((-1, 1), repeat=n_users)])
+    flipped = np.abs(
+        [np.dot(signs, differences) for signs in itertools.product((-1, 1), repeat=n_users)]
+    )
     exact = np.mean(flipped >= abs(differences.sum()) - 1e-12)
     found = metrics.paired_test(a, b, resamples=40000)
     assert found.difference == pytest.approx(differences.mean())
@@ -190,26 +240,39 @@ def test_p_value_agrees_with_enumerating_all_flips(n_users, shift):
 
 
 def test_flips_as_extreme_as_the_data_count_whatever_the_rounding():
-    found = metrics.paired_test(np.full(6, 0.3), np.zeros(6), resamples=40000)  # sums to more than 6 * 0.3 in floats
+    # Sums to more than 6 * 0.3 in floats
+    found = metrics.paired_test(np.full(6, 0.3), np.zeros(6), resamples=40000)
     assert found.p_value == pytest.approx(2 / 2**6, abs=0.005)
 
 
 def test_paired_test_over_seeds():
     rng = np.random.default_rng(0)
-    a, b = rng.random((3, 50)), rng.random((3, 50))
-    over_seeds, averaged = metrics.paired_test(a, b), metrics.paired_test(a.mean(axis=0), b.mean(axis=0))
-    assert over_seeds.difference == pytest.approx(averaged.difference) and over_seeds.p_value == averaged.p_value
+    a = rng.random((3, 50))
+    b = rng.random((3, 50))
+    over_seeds = metrics.paired_test(a, b)
+    averaged = metrics.paired_test(a.mean(axis=0), b.mean(axis=0))
+    assert (
+        over_seeds.difference == pytest.approx(averaged.difference)
+        and over_seeds.p_value == averaged.p_value
+    )
     assert metrics.paired_test(b, a).p_value == over_seeds.p_value, "two-sided"
-    assert metrics.paired_test(a, b[0]).difference == pytest.approx(a.mean() - b[0].mean()), "a baseline has one seed"
+    assert metrics.paired_test(a, b[0]).difference == pytest.approx(a.mean() - b[0].mean()), (
+        "a baseline has one seed"
+    )
     one_seed_off = b + np.array([[3.0], [0.0], [0.0]])  # all of the difference comes from one seed
     found = metrics.paired_test(one_seed_off, b)
-    assert found.p_value < 0.001 and found.interval[0] <= 0 < found.interval[1], "the interval doubts the seeds"
+    assert found.p_value < 0.001 and found.interval[0] <= 0 < found.interval[1], (
+        "the interval doubts the seeds"
+    )
     assert metrics.paired_test(a, a) == (0.0, (0.0, 0.0), 1.0)
 
 
 def test_p_values_are_uniform_when_nothing_differs():
     rng = np.random.default_rng(0)
-    p_values = [metrics.paired_test(*rng.normal(size=(2, 30)), resamples=200, seed=seed).p_value for seed in range(300)]
+    p_values = [
+        metrics.paired_test(*rng.normal(size=(2, 30)), resamples=200, seed=seed).p_value
+        for seed in range(300)
+    ]
     assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.01
 
 
@@ -229,7 +292,12 @@ def test_p_values_are_uniform_when_nothing_differs():
         (lambda: metrics.bootstrap_interval(np.ones((2, 2, 2))), "shape"),
         (lambda: metrics.bootstrap_interval([1.0], level=95), "level"),
         (lambda: metrics.pooled_seed_noise([[0.1], [0.2]]), "two seeds"),
-        (lambda: metrics.bootstrap_interval([[0.1], [0.2]], noise=metrics.pooled_seed_noise([[0.1, 0.2]])[1]), "no degree of freedom"),
+        (
+            lambda: metrics.bootstrap_interval(
+                [[0.1], [0.2]], noise=metrics.pooled_seed_noise([[0.1, 0.2]])[1]
+            ),
+            "no degree of freedom",
+        ),
         (lambda: metrics.pooled_seed_noise([0.1, 0.2]), "shape"),
         (lambda: metrics.paired_test([1, 2], [1, 2, 3]), "same users"),
         (lambda: metrics.paired_test(np.ones((2, 3)), np.ones((3, 3))), "seeds"),

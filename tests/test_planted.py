@@ -1,4 +1,6 @@
-"""The planted world: its filter against enumeration of everything hidden, its users against its filter."""
+"""The planted world: its filter against enumeration of everything hidden, its users against its
+filter.
+"""
 
 import itertools
 
@@ -12,12 +14,16 @@ from sidlab.data.planted import PlantedTruth, planted_catalogue
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
 
-D, S, V = 3, 2, 2  # departments, brands, kinds
+D = 3
+S = 2
+V = 2  # departments, brands, kinds
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A world of 12 real and 8 noise items whose every probability is drawn, so that none is special."""
+    """A world of 12 real and 8 noise items whose every probability is drawn, so that none is
+    special.
+    """
     rng = np.random.default_rng(3)
     real = list(itertools.product(range(D), range(S), range(V)))
     noise = list(itertools.product((D, D + 1), (S, S + 1), range(V)))
@@ -54,9 +60,9 @@ def joint(truth, items):
 
 def next_by_hand(truth, worlds):
     """p(next | the history is one of `worlds`), with the probabilities of the process."""
-    return np.array([sum(joint(truth, [*w, i]) for w in worlds) for i in range(1, len(truth.tree) + 1)]) / sum(
-        joint(truth, w) for w in worlds
-    )
+    return np.array(
+        [sum(joint(truth, [*w, i]) for w in worlds) for i in range(1, len(truth.tree) + 1)]
+    ) / sum(joint(truth, w) for w in worlds)
 
 
 def information_by_hand(truth, items, place, level):
@@ -71,25 +77,40 @@ def information_by_hand(truth, items, place, level):
     return (known * np.log(known / unknown)).sum()
 
 
-# Real items are 1..12 and noise 13..20. First clicks, last clicks, returns, noise before, between, after and alone.
-HISTORIES = [[1, 2], [5, 17, 1], [14, 9, 3, 10], [1, 6, 13, 3, 20], [2, 4, 1, 2, 11], [13, 18], [19, 7], [7, 13]]
+# Real items are 1..12 and noise 13..20. First clicks, last clicks, returns, noise before, between,
+# after and alone.
+HISTORIES = [
+    [1, 2],
+    [5, 17, 1],
+    [14, 9, 3, 10],
+    [1, 6, 13, 3, 20],
+    [2, 4, 1, 2, 11],
+    [13, 18],
+    [19, 7],
+    [7, 13],
+]
 
 
 def test_next_item_agrees_with_enumeration(small):
     histories = [np.array(h) for h in [*HISTORIES, []]]
     found = small.next_item(histories)
-    np.testing.assert_allclose(found, [next_by_hand(small, [list(h)]) for h in histories], atol=1e-12)
+    np.testing.assert_allclose(
+        found, [next_by_hand(small, [list(h)]) for h in histories], atol=1e-12
+    )
     np.testing.assert_allclose(found.sum(axis=1), 1)
 
 
 @given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=4), min_size=1, max_size=2))
 @settings(max_examples=15)
 def test_any_histories_agree_with_enumeration(small, histories):
-    np.testing.assert_allclose(small.next_item(histories), [next_by_hand(small, [h]) for h in histories], atol=1e-12)
+    np.testing.assert_allclose(
+        small.next_item(histories), [next_by_hand(small, [h]) for h in histories], atol=1e-12
+    )
 
 
 def test_information_agrees_with_enumeration_and_is_there_where_it_is_said_to_be(small):
-    found, informative = small.information(HISTORIES), small.informative(HISTORIES)
+    found = small.information(HISTORIES)
+    informative = small.informative(HISTORIES)
     assert found.shape == informative.shape == (len(HISTORIES), 5, 3)
     for u, history in enumerate(HISTORIES):
         expected = np.zeros((5, 3))
@@ -100,7 +121,9 @@ def test_information_agrees_with_enumeration_and_is_there_where_it_is_said_to_be
 
 
 def test_no_real_click_no_information(small):
-    assert (small.information([[13], [20, 14, 14]]) == 0).all() and not small.informative([[13], [20, 14, 14]]).any()
+    assert (small.information([[13], [20, 14, 14]]) == 0).all() and not small.informative(
+        [[13], [20, 14, 14]]
+    ).any()
 
 
 def test_recommend_and_recall_are_those_of_the_distribution(small):
@@ -108,9 +131,13 @@ def test_recommend_and_recall_are_those_of_the_distribution(small):
     items = small.recommend(HISTORIES, k=4)
     for row, best in zip(p, items):
         assert best.tolist() == sorted(range(1, 21), key=lambda i: -row[i - 1])[:4]
-    np.testing.assert_allclose(small.bayes_recall(HISTORIES, k=4), np.take_along_axis(p, items - 1, 1).sum(axis=1))
+    np.testing.assert_allclose(
+        small.bayes_recall(HISTORIES, k=4), np.take_along_axis(p, items - 1, 1).sum(axis=1)
+    )
     many = [HISTORIES[i % len(HISTORIES)] for i in range(150)]  # more than are looked at together
-    assert small.recommend(many, k=4).tolist() == [items[i % len(HISTORIES)].tolist() for i in range(150)]
+    assert small.recommend(many, k=4).tolist() == [
+        items[i % len(HISTORIES)].tolist() for i in range(150)
+    ]
     assert small.recommend([], k=4).shape == (0, 4) and small.bayes_recall([], k=4).shape == (0,)
 
 
@@ -126,27 +153,34 @@ def world():
 
 
 def test_users_behave_as_the_filter_says(world):
-    truth, rng = world.truth, np.random.default_rng(0)
+    truth = world.truth
+    rng = np.random.default_rng(0)
     cut = [int(rng.integers(0, len(h))) for h in world.histories]
     p = truth.next_item([h[:c] for h, c in zip(world.histories, cut)])
     target = np.array([h[c] for h, c in zip(world.histories, cut)]) - 1
     users = np.arange(len(target))
-    # The mean log-probability of what came is minus the mean entropy only if the probabilities are the true ones.
+    # The mean log-probability of what came is minus the mean entropy only if the probabilities are
+    # the true ones.
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(axis=1)
     surprise = -np.log(p[users, target])
     assert abs((surprise - entropy).mean()) < 4 * (surprise - entropy).std() / np.sqrt(len(users))
-    hit = (truth.recommend([h[:c] for h, c in zip(world.histories, cut)], 10) == target[:, None] + 1).any(axis=1)
+    hit = (
+        truth.recommend([h[:c] for h, c in zip(world.histories, cut)], 10) == target[:, None] + 1
+    ).any(axis=1)
     expected = truth.bayes_recall([h[:c] for h, c in zip(world.histories, cut)], 10)
     assert abs((hit - expected).mean()) < 4 * (hit - expected).std() / np.sqrt(len(users))
     # And item by item: counts of what came against the sums of what was expected.
-    count, mean, variance = np.bincount(target, minlength=len(p[0])), p.sum(axis=0), (p * (1 - p)).sum(axis=0)
+    count = np.bincount(target, minlength=len(p[0]))
+    mean = p.sum(axis=0)
+    variance = (p * (1 - p)).sum(axis=0)
     assert (np.abs(count - mean) < 5 * np.sqrt(variance) + 3).all()
 
 
 def test_every_department_has_its_own_favourites(world):
     truth = world.truth
     n_dep, n_brand = truth.brand_prior.shape
-    firsts, pairs = np.zeros((n_dep, n_brand)), []
+    firsts = np.zeros((n_dep, n_brand))
+    pairs = []
     for history in world.histories:
         first = {}
         for d, s, _ in truth.tree[history - 1].tolist():
@@ -165,7 +199,8 @@ def test_every_department_has_its_own_favourites(world):
 
 
 def test_what_decides_is_far_back(world):
-    truth, histories = world.truth, [h[:-1] for h in world.histories]
+    truth = world.truth
+    histories = [h[:-1] for h in world.histories]
     p = truth.next_item(histories)
     recent = truth.recommend([h[-max(1, -(-len(h) // 3)) :] for h in histories], 10) - 1
     for k in (5, 10):
@@ -178,14 +213,22 @@ def test_residual_kmeans_finds_the_tree_without_a_collision(world):
     widths = tuple((tree.max(axis=0) + 1).tolist())
     codes = ResidualKMeans(3, widths, seed=0).fit(world.embeddings).encode(world.embeddings)
     for level in range(3):  # one name for one name
-        assert len(set(zip(codes[:, level], tree[:, level]))) == len(set(codes[:, level])) == widths[level]
+        assert (
+            len(set(zip(codes[:, level], tree[:, level])))
+            == len(set(codes[:, level]))
+            == widths[level]
+        )
     assert SidTable(codes, widths).levels == 3
 
 
 def test_every_item_has_its_place_and_its_words(world):
     tree = world.truth.tree
-    assert len(np.unique(tree, axis=0)) == len(tree) == world.n_items == world.items["text"].nunique()
-    assert (world.truth.noise_popularity > 0).tolist() == (tree[:, 0] >= len(world.truth.step)).tolist()
+    assert (
+        len(np.unique(tree, axis=0)) == len(tree) == world.n_items == world.items["text"].nunique()
+    )
+    assert (world.truth.noise_popularity > 0).tolist() == (
+        tree[:, 0] >= len(world.truth.step)
+    ).tolist()
     for name in ("step", "brand_prior", "kind_popularity", "noise_popularity"):
         np.testing.assert_allclose(getattr(world.truth, name).sum(axis=-1), 1)
 
@@ -193,9 +236,14 @@ def test_every_item_has_its_place_and_its_words(world):
 def test_a_seed_is_a_world():
     one, same, other = (planted_catalogue(20, seed=s, shortest=4, longest=6) for s in (1, 1, 2))
     assert one.fingerprint() == same.fingerprint() != other.fingerprint()
-    assert np.array_equal(one.embeddings, same.embeddings) and not np.array_equal(one.embeddings, other.embeddings)
+    assert np.array_equal(one.embeddings, same.embeddings) and not np.array_equal(
+        one.embeddings, other.embeddings
+    )
     assert {len(h) for h in one.histories} == {4, 5, 6} and len(one.histories) == 20
-    assert load_catalogue("planted", n_users=20, seed=1, shortest=4, longest=6).fingerprint() == one.fingerprint()
+    assert (
+        load_catalogue("planted", n_users=20, seed=1, shortest=4, longest=6).fingerprint()
+        == one.fingerprint()
+    )
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ class Passes:
     """Passes that take the given seconds, those of the call's number where that is a list."""
 
     def __init__(self, fp32, bf16):
-        self.seconds, self.now, self.calls = {None: fp32, torch.bfloat16: bf16}, 0.0, []
+        self.seconds = {None: fp32, torch.bfloat16: bf16}
+        self.now = 0.0
+        self.calls = []
 
     def __call__(self, dtype):
         taken = self.seconds[dtype]
@@ -114,7 +116,10 @@ def test_slow_passes_are_few_and_as_many_in_either_precision(seconds, rounds):
     passes.answer()
     assert passes.calls.count(None) == passes.calls.count(torch.bfloat16) == rounds
     # They take turns, and so does who begins.
-    assert passes.calls[:4] in ([None, torch.bfloat16, torch.bfloat16, None], [torch.bfloat16, None, None, torch.bfloat16])
+    assert passes.calls[:4] in (
+        [None, torch.bfloat16, torch.bfloat16, None],
+        [torch.bfloat16, None, None, torch.bfloat16],
+    )
 
 
 def test_what_is_known_is_not_measured(monkeypatch):
@@ -123,7 +128,9 @@ def test_what_is_known_is_not_measured(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert precision.faster_precision(never, "cpu") == "fp32"
     for supported, answer in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s
+        )
         assert precision.faster_precision(never, "cuda") == answer
 
 
@@ -147,10 +154,13 @@ def test_the_random_state_stays_as_it_was():
 @pytest.fixture
 def timed(monkeypatch):
     """The models that are timed and, for every pass, its batch and whether it was in bf16."""
-    models, inputs, build = [], [], training.build_model
+    models = []
+    inputs = []
+    build = training.build_model
 
     def built(one, table):
-        model, forward = build(one, table), type(build(one, table)).forward
+        model = build(one, table)
+        forward = type(build(one, table)).forward
         models.append(model)
 
         def seen(**batch):
@@ -184,7 +194,13 @@ def test_a_typical_batch_of_an_unpruned_model_is_timed(timed, monkeypatch, arch,
 
 def test_methods_that_are_compared_get_one_answer_and_other_sizes_their_own(answers):
     answers += ["bf16", "fp32", "fp32"]
-    for changes in ({}, {"pruning": PruningConfig(after_layer=1)}, {"map": MapConfig()}, {"padding": "fixed"}, {"muon": 0.01}):
+    for changes in (
+        {},
+        {"pruning": PruningConfig(after_layer=1)},
+        {"map": MapConfig()},
+        {"padding": "fixed"},
+        {"muon": 0.01},
+    ):
         assert measured_precision(config(**changes), TABLE, WINDOWS) == "bf16"
     assert measured_precision(config(d_ff=32), TABLE, WINDOWS) == "fp32"
     assert measured_precision(config(batch_tokens=100), TABLE, WINDOWS) == "fp32" and answers == []
@@ -198,7 +214,8 @@ def test_auto_trains_as_if_nothing_had_been_measured(answers, answer):
     # The random scorer draws from the same state as dropout.
     changes = {"pruning": PruningConfig(scorer="random", after_layer=1), "map": MapConfig()}
     answers.append(answer)
-    auto, asked = run(**changes), run(precision=answer, **changes)
+    auto = run(**changes)
+    asked = run(precision=answer, **changes)
     assert answers == [] and auto.precision == asked.precision == answer
     assert auto.log == asked.log and auto.metrics == asked.metrics
     for one, other in zip(auto.model.parameters(), asked.model.parameters(), strict=True):
@@ -240,7 +257,13 @@ def trained(monkeypatch):
         path = sweeps._path(folder, name)
         one = json.loads(sweeps._file(path, ".spec").read_text())
         done[name] = one["config"]["precision"]
-        result = {"key": one["key"], "row": {"recall@10": 0.5}, "precision": done[name], "curve": None, "ranks": []}
+        result = {
+            "key": one["key"],
+            "row": {"recall@10": 0.5},
+            "precision": done[name],
+            "curve": None,
+            "ranks": [],
+        }
         sweeps.write_json(sweeps._file(path, ".json"), result)
         return result
 
@@ -248,10 +271,19 @@ def trained(monkeypatch):
     return done
 
 
-GRID = [{}, {"pruning.keep": 0.5}, {"map.steps": 1}, {"padding": "fixed"}, {"d_ff": 32}, {"precision": "fp32"}]
+GRID = [
+    {},
+    {"pruning.keep": 0.5},
+    {"map.steps": 1},
+    {"padding": "fixed"},
+    {"d_ff": 32},
+    {"precision": "fp32"},
+]
 
 
-def test_a_sweep_measures_once_for_each_size_and_its_runs_are_found_again(tmp_path, answers, trained, monkeypatch):
+def test_a_sweep_measures_once_for_each_size_and_its_runs_are_found_again(
+    tmp_path, answers, trained, monkeypatch
+):
     answers += ["bf16", "fp32"]
     sweeps.sweep(GRID, tmp_path, preset="smoke", seeds=2)
     assert answers == [] and len(trained) == 12
@@ -262,7 +294,8 @@ def test_a_sweep_measures_once_for_each_size_and_its_runs_are_found_again(tmp_pa
     trained.clear()
     sweeps.sweep([*GRID, {"pruning.keep": 0.7}], tmp_path, preset="smoke", seeds=2)
     assert set(trained.values()) == {"bf16"} and len(trained) == 2
-    # Whoever wants it measured anew deletes the file; then a comparison in one precision is made again.
+    # Whoever wants it measured anew deletes the file; then a comparison in one precision is made
+    # again.
     (tmp_path / "precision.json").unlink()
     answers += ["fp32", "fp32"]
     trained.clear()
@@ -276,7 +309,9 @@ def test_a_cpu_without_bf16_does_not_go_on_in_it(tmp_path, answers, trained, mon
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     sweeps.sweep([{}], tmp_path / "other", preset="smoke", seeds=1)
     sweeps.sweep([{}], tmp_path, preset="smoke", seeds=1)
-    assert list(trained.values()) == ["fp32"] and not (tmp_path / "other" / "precision.json").exists()
+    assert (
+        list(trained.values()) == ["fp32"] and not (tmp_path / "other" / "precision.json").exists()
+    )
 
 
 def test_a_run_says_in_which_precision_it_was(tmp_path, answers, monkeypatch):
@@ -291,19 +326,29 @@ def test_a_run_says_in_which_precision_it_was(tmp_path, answers, monkeypatch):
 
 
 def test_the_cost_of_auto_is_that_of_fp32_on_a_cpu_and_of_what_a_gpu_takes(monkeypatch):
-    auto, fp32, bf16 = (cost(config(precision=p), TABLE.widths, WINDOWS).activation_bytes for p in ("auto", "fp32", "bf16"))
+    auto, fp32, bf16 = (
+        cost(config(precision=p), TABLE.widths, WINDOWS).activation_bytes
+        for p in ("auto", "fp32", "bf16")
+    )
     assert auto == fp32 > bf16
     assert cost(config(), TABLE.widths, WINDOWS, bf16=True).activation_bytes == bf16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for supported, same in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
-        one, other = (cost(config(precision=p), TABLE.widths, WINDOWS, fused=False) for p in ("auto", same))
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s
+        )
+        one, other = (
+            cost(config(precision=p), TABLE.widths, WINDOWS, fused=False) for p in ("auto", same)
+        )
         assert one.activation_bytes == other.activation_bytes
 
 
 def test_the_cost_model_needs_no_training():
     code = "import sys, sidlab.research.cost; sys.exit('sidlab.training' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode
+        == 0
+    )
 
 
 def test_the_benchmark_takes_turns_in_one_precision_for_each_size(monkeypatch):
@@ -315,10 +360,18 @@ def test_the_benchmark_takes_turns_in_one_precision_for_each_size(monkeypatch):
         return "bf16" if len(found) == 1 else "fp32"
 
     monkeypatch.setattr(timing, "faster_precision", prescribed)
-    configs = {"auto": config(), "pruned": config(pruning=PruningConfig(after_layer=1)), "wider": config(d_ff=32),
-               "fp32": config(precision="fp32")}
+    configs = {
+        "auto": config(),
+        "pruned": config(pruning=PruningConfig(after_layer=1)),
+        "wider": config(d_ff=32),
+        "fp32": config(precision="fp32"),
+    }
     variants = {name: timing.Variant(one) for name, one in configs.items()}
     settled = timing.in_faster_precision(variants, 2, "cpu", (8, 8))
     assert {name: v.config.precision for name, v in settled.items()} == {
-        "auto": "bf16", "pruned": "bf16", "wider": "fp32", "fp32": "fp32"}
+        "auto": "bf16",
+        "pruned": "bf16",
+        "wider": "fp32",
+        "fp32": "fp32",
+    }
     assert found == ["cpu", "cpu"] and settled["pruned"].config.pruning == configs["pruned"].pruning

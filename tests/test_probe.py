@@ -1,4 +1,6 @@
-"""A probe says what `recommend` says, for every way to prune, without running the layers before the pruner again."""
+"""A probe says what `recommend` says, for every way to prune, without running the layers before the
+pruner again.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ def world(request):
     catalogue = sidlab.load_catalogue("planted", n_users=20)
     encoder = sidlab.ResidualKMeans(3, (8, 8, 4), seed=0).fit(catalogue.embeddings)
     table = sidlab.SidTable(encoder.encode(catalogue.embeddings), (8, 8, 4))
-    config = sidlab.TrainConfig.preset("quick", encoder_mask=request.param, zero_init=False)  # or a fresh model's layers would do nothing
+    # Or a fresh model's layers would do nothing
+    config = sidlab.TrainConfig.preset("quick", encoder_mask=request.param, zero_init=False)
     return build_model(config, table).eval(), catalogue
 
 
@@ -55,16 +58,26 @@ def test_pruning_is_what_recommend_gives(world, recommended, scorer):
     for layer in (1, 2, 3, 4):
         for unit in UNITS:
             for positions in POSITIONS:
-                pruning = PruningConfig(after_layer=layer, keep=0.3, scorer=scorer, unit=unit, positions=positions)
+                pruning = PruningConfig(
+                    after_layer=layer, keep=0.3, scorer=scorer, unit=unit, positions=positions
+                )
                 pruned = probe.prune(pruning)
                 assert_same(pruned, recommended(history, pruning))
-                assert pruned.attention.shape == (4 - layer, 4, int(pruned.kept.sum()), int(pruned.kept.sum()))
+                assert pruned.attention.shape == (
+                    4 - layer,
+                    4,
+                    int(pruned.kept.sum()),
+                    int(pruned.kept.sum()),
+                )
 
 
-@pytest.mark.parametrize("options", [{"protect_separators": True}, {"reduce": "pool"}, {"keep": 1.0}, {"keep": 0.01}])
+@pytest.mark.parametrize(
+    "options", [{"protect_separators": True}, {"reduce": "pool"}, {"keep": 1.0}, {"keep": 0.01}]
+)
 def test_other_ways_to_prune(world, recommended, options):
     model, catalogue = world
-    history, pruning = catalogue.histories[5], PruningConfig(**options)
+    history = catalogue.histories[5]
+    pruning = PruningConfig(**options)
     assert_same(Probe(model, history).prune(pruning), recommended(history, pruning))
 
 
@@ -90,11 +103,19 @@ def test_what_it_opens_up(world):
     pruned = probe.prune(PruningConfig(keep=0.4, after_layer=2))
     torch.testing.assert_close(pruned.attention.sum(-1), torch.ones(pruned.attention.shape[:-1]))
     torch.testing.assert_close(probe.centrality(2), probe.attention[1].sum(dim=(0, 1)))
-    assert probe.item_index.tolist() == [p // 4 for p in range(n)] and probe.levels.tolist() == [p % 4 for p in range(n)]
+    assert probe.item_index.tolist() == [p // 4 for p in range(n)] and probe.levels.tolist() == [
+        p % 4 for p in range(n)
+    ]
     with torch.no_grad():
-        last = model.encoder(input_ids=probe.input_ids, attention_mask=probe.mask).last_hidden_state[0]
-        torch.testing.assert_close(model.encoder.final_layer_norm(probe.hidden[-1]), last, atol=1e-5, rtol=1e-5)
-    assert ((probe.truth.view(-1, 4) > 0).numpy()[:, :3] <= catalogue.truth.informative([history])[0]).all()
+        last = model.encoder(
+            input_ids=probe.input_ids, attention_mask=probe.mask
+        ).last_hidden_state[0]
+        torch.testing.assert_close(
+            model.encoder.final_layer_norm(probe.hidden[-1]), last, atol=1e-5, rtol=1e-5
+        )
+    assert (
+        (probe.truth.view(-1, 4) > 0).numpy()[:, :3] <= catalogue.truth.informative([history])[0]
+    ).all()
 
 
 def test_without_takes_tokens_out(world):
@@ -105,10 +126,16 @@ def test_without_takes_tokens_out(world):
         with pytest.raises(ValueError, match='without needs pruning with reduce="select"'):
             probe.prune(nothing, without=[0])
     n_items = probe.model.table.n_items
-    assert sorted(probe.prune(config, k=n_items + 5, beam=n_items).items.tolist()) == list(range(1, n_items + 1))
+    assert sorted(probe.prune(config, k=n_items + 5, beam=n_items).items.tolist()) == list(
+        range(1, n_items + 1)
+    )
     out = probe.prune(config, without=[0, 5])
-    assert (~out.kept).nonzero().flatten().tolist() == [0, 5] and out.attention.shape[-1] == len(probe.tokens) - 2
-    assert not torch.allclose(out.scores, probe.prune(config).scores), "what is gone is not seen any more"
+    assert (~out.kept).nonzero().flatten().tolist() == [0, 5] and out.attention.shape[-1] == len(
+        probe.tokens
+    ) - 2
+    assert not torch.allclose(out.scores, probe.prune(config).scores), (
+        "what is gone is not seen any more"
+    )
     best = int(probe.prune(PruningConfig(keep=0.01)).kept.nonzero())
     second = probe.prune(PruningConfig(keep=0.01), without=[best])
     assert int(second.kept.sum()) == 1 and not second.kept[best]
@@ -134,8 +161,19 @@ def test_a_long_history_counts_from_its_end(world):
 
 def test_a_decoder_only_model_is_refused_in_words():
     with pytest.raises(ValueError, match="opens the encoder of a SidT5.*got a SidQwen"):
-        Probe(SidQwen(SidQwenConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-                                    head_dim=4)), [1])
+        Probe(
+            SidQwen(
+                SidQwenConfig(
+                    hidden_size=8,
+                    intermediate_size=8,
+                    num_hidden_layers=1,
+                    num_attention_heads=1,
+                    num_key_value_heads=1,
+                    head_dim=4,
+                )
+            ),
+            [1],
+        )
 
 
 def test_a_probe_leaves_the_model_as_it_was(world):

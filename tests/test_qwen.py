@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
@@ -31,8 +37,14 @@ from sidlab.windows import history_tokens, pad_histories
 WIDTHS = (6, 5, 4)
 ALL_CODES = list(itertools.product(*map(range, WIDTHS)))
 TABLE = SidTable(np.random.default_rng(0).permutation(ALL_CODES)[:50], WIDTHS)
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 8}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 HISTORIES = [np.random.default_rng(n).integers(1, 51, n) for n in (8, 3, 1, 6)]
 LABELS = TABLE.item_tokens[[4, 18, 33, 50]]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -52,8 +64,13 @@ WAYS = {
 
 def build(pruning=None, map_config=None, *, seed=0, table=TABLE, **changes):
     torch.manual_seed(seed)
-    fields = {"pruning": pruning and pruning.to_dict(), "map": map_config and dataclasses.asdict(map_config)}
-    return SidQwen(SidQwenConfig(**{"widths": table.widths, "max_items": 8} | SIZES | fields | changes), table).eval()
+    fields = {
+        "pruning": pruning and pruning.to_dict(),
+        "map": map_config and dataclasses.asdict(map_config),
+    }
+    return SidQwen(
+        SidQwenConfig(**{"widths": table.widths, "max_items": 8} | SIZES | fields | changes), table
+    ).eval()
 
 
 def batch(histories=HISTORIES, side="right"):
@@ -68,14 +85,25 @@ def on_level(logits):
 
 
 def library_model(model):
-    theirs = Qwen3ForCausalLM(Qwen3Config(vocab_size=model.config.vocab_size, tie_word_embeddings=True, **SIZES))
-    theirs.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith("token_level")}, strict=True)
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=model.config.vocab_size, tie_word_embeddings=True, **SIZES)
+    )
+    theirs.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.endswith("token_level")}, strict=True
+    )
     return theirs.eval()
 
 
 def library_logits(theirs, history, labels, front=()):
     """The logits that predict `labels`, of one history without any padding."""
-    row = torch.cat([torch.tensor(front, dtype=torch.long), history[history > 0], torch.tensor([BOS]), labels[:-1]])
+    row = torch.cat(
+        [
+            torch.tensor(front, dtype=torch.long),
+            history[history > 0],
+            torch.tensor([BOS]),
+            labels[:-1],
+        ]
+    )
     return theirs(input_ids=row[None]).logits[0, -len(labels) :]
 
 
@@ -91,12 +119,15 @@ def gradients(model, inputs):
 @pytest.mark.parametrize("side", ("right", "left"))
 def test_without_pruning_it_is_the_librarys_qwen3(side):
     model = build()
-    out, theirs = model(**batch(side=side), labels=LABELS), library_model(model)
+    out = model(**batch(side=side), labels=LABELS)
+    theirs = library_model(model)
     for logits, tokens, labels in zip(out.logits, batch()["input_ids"], LABELS):
         expected = library_logits(theirs, tokens, labels)
         torch.testing.assert_close(logits[on_level(logits)], expected[on_level(logits)], **CLOSE)
     assert (on_level(out.logits).sum(-1) == torch.tensor(WIDTHS)).all()
-    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits.transpose(1, 2), LABELS), **CLOSE)
+    torch.testing.assert_close(
+        out.loss, F.cross_entropy(out.logits.transpose(1, 2), LABELS), **CLOSE
+    )
 
 
 def test_gradients_are_the_librarys():
@@ -105,15 +136,22 @@ def test_gradients_are_the_librarys():
     model.train()
     found = gradients(model, batch() | {"labels": LABELS})
     level = torch.stack([model.model.token_level == position for position in range(3)])  # [L, V]
-    losses = [F.cross_entropy(library_logits(theirs, tokens, labels).masked_fill(~level, -torch.inf), labels)
-              for tokens, labels in zip(batch()["input_ids"], LABELS)]
+    losses = [
+        F.cross_entropy(
+            library_logits(theirs, tokens, labels).masked_fill(~level, -torch.inf), labels
+        )
+        for tokens, labels in zip(batch()["input_ids"], LABELS)
+    ]
     torch.stack(losses).mean().backward()
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], parameter.grad, **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_weights_start_as_the_library_starts_them():
-    ours, theirs = build(embedding_init=0.02).state_dict(), Qwen3ForCausalLM(Qwen3Config(vocab_size=TABLE.vocab_size, **SIZES)).state_dict()
+    ours = build(embedding_init=0.02).state_dict()
+    theirs = Qwen3ForCausalLM(Qwen3Config(vocab_size=TABLE.vocab_size, **SIZES)).state_dict()
     for name, weight in theirs.items():
         tolerance = 6 / (2 * weight.numel()) ** 0.5
         torch.testing.assert_close(ours[name].std(), weight.std(), rtol=tolerance, atol=1e-6)
@@ -123,12 +161,16 @@ def test_weights_start_as_the_library_starts_them():
 
 
 def test_keeping_everything_equals_no_pruning_and_so_do_gradients():
-    plain, forced = build(), build(PruningConfig(keep=1.0))
+    plain = build()
+    forced = build(PruningConfig(keep=1.0))
     inputs = batch() | {"labels": LABELS}
     torch.testing.assert_close(forced(**inputs).logits, plain(**inputs).logits, **CLOSE)
-    found, expected = gradients(forced.train(), inputs), gradients(plain.train(), inputs)
+    found = gradients(forced.train(), inputs)
+    expected = gradients(plain.train(), inputs)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -142,19 +184,23 @@ def test_padding_on_either_side_and_company_change_nothing(way):
 
 
 def test_a_weightless_map_head_changes_nothing_and_leaves_the_random_numbers():
-    plain, with_head = build(PruningConfig()), build(PruningConfig(), MapConfig(weight=0))
+    plain = build(PruningConfig())
+    with_head = build(PruningConfig(), MapConfig(weight=0))
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, with_head.state_dict()[name])
     inputs = batch() | {"labels": LABELS}
     later = TABLE.item_tokens[torch.randint(1, 51, (4, 2))]
-    ours, theirs = with_head(**inputs, map_labels=later), plain(**inputs)
+    ours = with_head(**inputs, map_labels=later)
+    theirs = plain(**inputs)
     assert torch.equal(ours.loss, theirs.loss) and ours.map_loss > 0 and theirs.map_loss is None
 
 
 @pytest.mark.parametrize("unit", ("item", "token"))
 def test_map_reaches_every_weight_and_its_labels_are_predicted_by_level(unit):
     model = build(map_config=MapConfig(unit=unit, weight=1.0)).train()
-    later = TABLE.item_tokens[torch.randint(1, 51, (4, 2), generator=torch.Generator().manual_seed(0))]
+    later = TABLE.item_tokens[
+        torch.randint(1, 51, (4, 2), generator=torch.Generator().manual_seed(0))
+    ]
     if unit == "token":
         later[:, 0] = torch.cat([LABELS[:, 1:], torch.full((4, 1), -100)], 1)
         later[:, 1] = torch.cat([LABELS[:, 2:], torch.full((4, 2), -100)], 1)
@@ -170,8 +216,15 @@ def test_map_reaches_every_weight_and_its_labels_are_predicted_by_level(unit):
         for position in range(3):
             level = position if unit == "item" else position + step + 1
             if level < 3:
-                logits = states[:, step, position] @ model.lm_head.weight[TABLE.offsets[level] : TABLE.offsets[level] + WIDTHS[level]].T
-                of_step.append(F.cross_entropy(logits, later[:, step, position] - TABLE.offsets[level]))
+                logits = (
+                    states[:, step, position]
+                    @ model.lm_head.weight[
+                        TABLE.offsets[level] : TABLE.offsets[level] + WIDTHS[level]
+                    ].T
+                )
+                of_step.append(
+                    F.cross_entropy(logits, later[:, step, position] - TABLE.offsets[level])
+                )
         by_hand.append(torch.stack(of_step).mean())
     torch.testing.assert_close(out.map_loss, torch.stack(by_hand).mean())
 
@@ -180,15 +233,25 @@ def test_map_reaches_every_weight_and_its_labels_are_predicted_by_level(unit):
 
 
 @settings(max_examples=60)
-@given(st.lists(st.integers(1, 8), min_size=1, max_size=5), st.sampled_from((0.01, 0.2, 1 / 3, 0.7)), st.integers(1, 4), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 8), min_size=1, max_size=5),
+    st.sampled_from((0.01, 0.2, 1 / 3, 0.7)),
+    st.integers(1, 4),
+    st.integers(0, 99),
+)
 def test_the_first_token_stays_and_the_share_comes_on_top(lengths, keep, layer, seed):
     rng = np.random.default_rng(seed)
     model = build(PruningConfig(after_layer=layer, keep=keep))
     inputs = batch([rng.integers(1, 51, n) for n in lengths])
     out = model.encode(**inputs)
-    assert out.attention_mask.shape[1] <= int(np.ceil(keep * inputs["input_ids"].shape[1] - 1e-6)) + 1
-    for row, mask, positions, importance in zip(inputs["attention_mask"], out.attention_mask, out.positions, out.importance):
-        n, kept = int(row.sum()), positions[mask.bool()].tolist()
+    assert (
+        out.attention_mask.shape[1] <= int(np.ceil(keep * inputs["input_ids"].shape[1] - 1e-6)) + 1
+    )
+    for row, mask, positions, importance in zip(
+        inputs["attention_mask"], out.attention_mask, out.positions, out.importance
+    ):
+        n = int(row.sum())
+        kept = positions[mask.bool()].tolist()
         best = importance[:n].clone()
         best[0] = torch.inf
         count = min(int(kept_count(torch.tensor(n), keep)) + 1, n)
@@ -201,11 +264,18 @@ def test_labels_never_influence_what_is_kept(way):
     model = build(WAYS[way], MapConfig())
     for training in (False, True):
         model.train(training)
-        kept = [model.model(**batch(), tail=model.shifted(labels)) for labels in (LABELS, LABELS.flip(0))]
+        kept = [
+            model.model(**batch(), tail=model.shifted(labels))
+            for labels in (LABELS, LABELS.flip(0))
+        ]
         alone = model.model(**batch())
         for out in kept:
-            assert torch.equal(out.positions, alone.positions) and torch.equal(out.importance, alone.importance)
-        assert torch.equal(model(**batch(), labels=LABELS).encoder_attention_mask, alone.attention_mask)
+            assert torch.equal(out.positions, alone.positions) and torch.equal(
+                out.importance, alone.importance
+            )
+        assert torch.equal(
+            model(**batch(), labels=LABELS).encoder_attention_mask, alone.attention_mask
+        )
 
 
 def test_only_history_queries_vote_and_visible_divides_by_those_that_see_a_token():
@@ -221,7 +291,8 @@ def test_only_history_queries_vote_and_visible_divides_by_those_that_see_a_token
         torch.testing.assert_close(centrality[:n], received, **CLOSE)
         size = full.hidden_states[2][0].abs().sum(-1)
         torch.testing.assert_close(importance[:n], received * size, **CLOSE)
-        assert received.sum().item() == pytest.approx(4 * n, rel=1e-5)  # each query of each head hands out 1
+        # Each query of each head hands out 1
+        assert received.sum().item() == pytest.approx(4 * n, rel=1e-5)
     model.set_scorer("rastp-visible")
     visible = model.model(**batch()).importance
     n = (tokens > 0).sum(1, keepdim=True)
@@ -230,8 +301,9 @@ def test_only_history_queries_vote_and_visible_divides_by_those_that_see_a_token
 
 
 def test_causal_attention_favours_early_tokens_and_visible_does_so_less():
-    """With equal attention to all that is visible, the first of n tokens gets n times the harmonic number H_n of the last one; divided
-    by the queries that can see a token, H_n times."""
+    """With equal attention to all that is visible, the first of n tokens gets n times the harmonic
+    number H_n of the last one; divided by the queries that can see a token, H_n times.
+    """
     model = build(PruningConfig(after_layer=1))
     attention = model.model.layers[0].self_attn
     attention.q_norm.weight.data.zero_()
@@ -241,7 +313,10 @@ def test_causal_attention_favours_early_tokens_and_visible_does_so_less():
     n = len(plain)
     even = torch.tensor([sum(1 / (q + 1) for q in range(k, n)) for k in range(n)]) * 4
     torch.testing.assert_close(plain, even.float(), **CLOSE)
-    visible, rastp = (model.encode(**long).importance[0] for _ in map(model.set_scorer, ("rastp-visible", "rastp")))
+    visible, rastp = (
+        model.encode(**long).importance[0]
+        for _ in map(model.set_scorer, ("rastp-visible", "rastp"))
+    )
     harmonic = sum(1 / q for q in range(1, n + 1))
     size = rastp / plain
     for importance, times in ((visible, harmonic), (rastp, n * harmonic)):
@@ -255,12 +330,18 @@ def test_kept_tokens_keep_the_rotation_of_their_places():
     tail = model.shifted(LABELS[:1])
     out = model.model(**tokens, tail=tail)
     theirs = library_model(build())
-    states = theirs.model(input_ids=torch.cat([tokens["input_ids"], tail], 1), output_hidden_states=True).hidden_states[2]
+    states = theirs.model(
+        input_ids=torch.cat([tokens["input_ids"], tail], 1), output_hidden_states=True
+    ).hidden_states[2]
     n = tokens["input_ids"].shape[1]
     places = torch.cat([out.positions[0], torch.arange(n, n + 3)])
     hidden = states[:, places]
     for layer in theirs.model.layers[2:]:
-        hidden = layer(hidden, position_embeddings=theirs.model.rotary_emb(hidden, places[None]), attention_mask=None)
+        hidden = layer(
+            hidden,
+            position_embeddings=theirs.model.rotary_emb(hidden, places[None]),
+            attention_mask=None,
+        )
     torch.testing.assert_close(out.last_hidden_state, theirs.model.norm(hidden), **CLOSE)
     model.set_pruning(dataclasses.replace(model.pruning, positions="compact"))
     compact = model.model(**tokens, tail=tail).last_hidden_state
@@ -273,7 +354,9 @@ def test_kept_tokens_keep_the_rotation_of_their_places():
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("beam", (3, 60))
 def test_a_search_equals_teacher_forcing(way, beam):
-    """A beam as wide as the catalogue gives exact scores; a narrow one a search that is written out by hand."""
+    """A beam as wide as the catalogue gives exact scores; a narrow one a search that is written out
+    by hand.
+    """
     model = build(WAYS[way])
     exact = score_items(model, HISTORIES)
     # the oracle itself: one forward pass for each item
@@ -291,10 +374,19 @@ def test_a_search_equals_teacher_forcing(way, beam):
         for level in range(3):
             grown = []
             for codes, score in beams:
-                labels = torch.tensor([*codes, *[0] * (3 - len(codes))]) + torch.tensor(TABLE.offsets)
-                log_p = model(**batch([history]), labels=labels[None]).logits[0, level].log_softmax(-1)
-                following = {tuple(c[: level + 1]) for c in TABLE.codes.tolist() if tuple(c[:level]) == codes}
-                grown += [(codes + (c[-1],), score + log_p[TABLE.offsets[level] + c[-1]].item()) for c in following]
+                labels = torch.tensor([*codes, *[0] * (3 - len(codes))]) + torch.tensor(
+                    TABLE.offsets
+                )
+                log_p = (
+                    model(**batch([history]), labels=labels[None]).logits[0, level].log_softmax(-1)
+                )
+                following = {
+                    tuple(c[: level + 1]) for c in TABLE.codes.tolist() if tuple(c[:level]) == codes
+                }
+                grown += [
+                    (codes + (c[-1],), score + log_p[TABLE.offsets[level] + c[-1]].item())
+                    for c in following
+                ]
             beams = sorted(grown, key=lambda g: -g[1])[:beam]
         assert scores[row].tolist() == pytest.approx([score for _, score in beams[:3]], abs=1e-5)
 
@@ -302,10 +394,12 @@ def test_a_search_equals_teacher_forcing(way, beam):
 def test_layers_behind_the_pruner_cache_only_what_was_kept():
     model = build(PruningConfig(after_layer=2, keep=0.4))
     encoded = encode_histories(model, HISTORIES)
-    n, k = 8 * 4, int(np.ceil(0.4 * 32)) + 1
+    n = 8 * 4
+    k = int(np.ceil(0.4 * 32)) + 1
     assert [layer.keys.shape[2] for layer in encoded.past_key_values.layers] == [n, n, k, k]
     first = beam_search(model, encoded, 5)
-    assert [layer.keys.shape[2] for layer in encoded.past_key_values.layers] == [n, n, k, k]  # a search leaves it as it was
+    # A search leaves it as it was
+    assert [layer.keys.shape[2] for layer in encoded.past_key_values.layers] == [n, n, k, k]
     second = beam_search(model, encoded, 5)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -314,13 +408,17 @@ def test_layers_behind_the_pruner_cache_only_what_was_kept():
 def test_generate_of_the_library_works_unchanged(way):
     model = build(WAYS[way])
     inputs = {k: F.pad(v, (0, 1), value=1) for k, v in batch(side="left").items()}  # BOS
-    found = model.generate(**inputs, do_sample=False, num_beams=120, num_return_sequences=120, length_penalty=0.0)
+    found = model.generate(
+        **inputs, do_sample=False, num_beams=120, num_return_sequences=120, length_penalty=0.0
+    )
     sids = found[:, -3:].view(4, 120, 3)
     leaves, exists = TABLE.trie.find(sids - torch.tensor(TABLE.offsets))
     items, _ = recommend(model, HISTORIES, k=10, beam=60)
     for row in range(4):  # all 120 SIDs are in its beam, so those of items come in our order
         valid = leaves[row][exists[row]][None]
-        theirs, _ = items_of_leaves(TABLE.trie, valid, torch.zeros_like(valid, dtype=torch.float), 10)
+        theirs, _ = items_of_leaves(
+            TABLE.trie, valid, torch.zeros_like(valid, dtype=torch.float), 10
+        )
         assert theirs[0].tolist() == items[row].tolist()
 
 
@@ -334,27 +432,41 @@ def checkpoint(tmp_path):
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
     torch.manual_seed(3)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=5, tie_word_embeddings=True, **SIZES)).save_pretrained(tmp_path)
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=5, tie_word_embeddings=True, **SIZES)).save_pretrained(
+        tmp_path
+    )
     return tmp_path
 
 
 @pytest.mark.parametrize("pruning", (None, PruningConfig(keep=0.4)))
 def test_a_checkpoint_is_extended_and_keeps_its_text(checkpoint, pruning, tmp_path):
-    model = SidQwen.from_checkpoint(str(checkpoint), TABLE, prompt="recommend the next item", max_items=8,
-                                    pruning=pruning and pruning.to_dict()).eval()
+    model = SidQwen.from_checkpoint(
+        str(checkpoint),
+        TABLE,
+        prompt="recommend the next item",
+        max_items=8,
+        pruning=pruning and pruning.to_dict(),
+    ).eval()
     theirs = Qwen3ForCausalLM.from_pretrained(checkpoint)
     first = 3 + sum(WIDTHS)
     assert model.config.prompt == [first + 1, first + 2, first + 3, first + 4]
     assert torch.equal(model.model.embed_tokens.weight[first:], theirs.model.embed_tokens.weight)
-    assert torch.equal(model.model.layers[2].mlp.up_proj.weight, theirs.model.layers[2].mlp.up_proj.weight)
+    assert torch.equal(
+        model.model.layers[2].mlp.up_proj.weight, theirs.model.layers[2].mlp.up_proj.weight
+    )
     out = model(**batch(), labels=LABELS)
     if pruning is None:
         extended = library_model_of(model)
         for logits, tokens, labels in zip(out.logits, batch()["input_ids"], LABELS):
             expected = library_logits(extended, tokens, labels, front=model.config.prompt)
-            torch.testing.assert_close(logits[on_level(logits)], expected[on_level(logits)], **CLOSE)
+            torch.testing.assert_close(
+                logits[on_level(logits)], expected[on_level(logits)], **CLOSE
+            )
     else:  # the prompt is the sink, and the share is the history's
-        assert out.encoder_attention_mask.sum(1).tolist() == kept_count(batch()["attention_mask"].sum(1), 0.4).tolist()
+        assert (
+            out.encoder_attention_mask.sum(1).tolist()
+            == kept_count(batch()["attention_mask"].sum(1), 0.4).tolist()
+        )
     items, _ = recommend(model, HISTORIES, k=5, beam=60)
     best = score_items(model, HISTORIES).sort(dim=1, descending=True, stable=True)
     assert torch.equal(items, best.indices[:, :5] + 1)
@@ -364,13 +476,27 @@ def test_a_checkpoint_is_extended_and_keeps_its_text(checkpoint, pruning, tmp_pa
 
 
 def test_a_checkpoint_in_bfloat16_trains_in_float32_behind_its_prompt(checkpoint, tmp_path):
-    Qwen3ForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.bfloat16).save_pretrained(checkpoint)
+    Qwen3ForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.bfloat16).save_pretrained(
+        checkpoint
+    )
     catalogue = load_catalogue("planted", n_users=200)
-    table = SidTable(catalogue.truth.tree, tuple(catalogue.truth.tree.max(axis=0) + 1), collisions="extend")
-    config = TrainConfig.preset("smoke", arch="qwen", checkpoint=str(checkpoint), prompt="the next item", max_updates=4, eval_every=2,
-                                learning_rate=1e-5, precision="fp32")
-    assert SidQwen.from_checkpoint(str(checkpoint), table).dtype == torch.bfloat16  # as it is, where nobody trains it
-    start, model = build_model(config, table), train(config, catalogue, table, progress=False).model
+    table = SidTable(
+        catalogue.truth.tree, tuple(catalogue.truth.tree.max(axis=0) + 1), collisions="extend"
+    )
+    config = TrainConfig.preset(
+        "smoke",
+        arch="qwen",
+        checkpoint=str(checkpoint),
+        prompt="the next item",
+        max_updates=4,
+        eval_every=2,
+        learning_rate=1e-5,
+        precision="fp32",
+    )
+    # As it is, where nobody trains it
+    assert SidQwen.from_checkpoint(str(checkpoint), table).dtype == torch.bfloat16
+    start = build_model(config, table)
+    model = train(config, catalogue, table, progress=False).model
     assert model.config.prompt == [3 + sum(table.widths) + word for word in (2, 3, 4)]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     before, after = (m.model.layers[0].mlp.up_proj.weight for m in (start, model))
@@ -380,7 +506,9 @@ def test_a_checkpoint_in_bfloat16_trains_in_float32_behind_its_prompt(checkpoint
 
 
 def library_model_of(model):
-    theirs = Qwen3ForCausalLM(Qwen3Config(vocab_size=model.config.vocab_size, tie_word_embeddings=True, **SIZES))
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=model.config.vocab_size, tie_word_embeddings=True, **SIZES)
+    )
     theirs.load_state_dict({k: v for k, v in model.state_dict().items() if "token_level" not in k})
     return theirs.eval()
 
@@ -388,8 +516,16 @@ def library_model_of(model):
 def test_what_is_no_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match="(?s)checkpoint='.*nowhere' can't be loaded.*hf download"):
         SidQwen.from_checkpoint(str(tmp_path / "nowhere"), TABLE)
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=5, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=1)).save_pretrained(tmp_path)
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=5,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a 'qwen2'; SidQwen takes Qwen3"):
         SidQwen.from_checkpoint(str(tmp_path), TABLE)
     library_model(build()).save_pretrained(tmp_path / "bare")
@@ -407,19 +543,39 @@ def test_it_saves_with_its_table_and_loads(tmp_path, drop_map):
     loaded = SidQwen.from_pretrained(tmp_path)
     assert (loaded.map_head is None) == drop_map and loaded.pruning == model.pruning
     assert torch.equal(loaded.table.item_tokens, TABLE.item_tokens)
-    assert all(torch.equal(a, b) for a, b in zip(recommend(loaded, HISTORIES), recommend(model, HISTORIES)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(recommend(loaded, HISTORIES), recommend(model, HISTORIES))
+    )
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: build(PruningConfig(after_layer=5)), "after_layer=5 lies beyond the last layer; use 1..4"),
-    (lambda: build(PruningConfig(mode="reference")), 'mode="reference" belongs to T5'),
-    (lambda: build().set_pruning(PruningConfig(positions="none")), 'positions="none" belongs to T5'),
-    (lambda: build(prompt=[3]), "prompt must hold ids of text tokens"),
-    (lambda: build(use_sliding_window=True, max_window_layers=1, sliding_window=4), "full attention in every layer"),
-    (lambda: build()(input_ids=batch()["input_ids"]), "input_ids must hold BOS behind every history"),
-    (lambda: build().set_scorer("norm"), "does not prune"),
-    (lambda: build()(**batch(), labels=torch.cat([LABELS, LABELS], 1)), r"labels must be \[B, 3\].* got \(4, 6\)"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: build(PruningConfig(after_layer=5)),
+            "after_layer=5 lies beyond the last layer; use 1..4",
+        ),
+        (lambda: build(PruningConfig(mode="reference")), 'mode="reference" belongs to T5'),
+        (
+            lambda: build().set_pruning(PruningConfig(positions="none")),
+            'positions="none" belongs to T5',
+        ),
+        (lambda: build(prompt=[3]), "prompt must hold ids of text tokens"),
+        (
+            lambda: build(use_sliding_window=True, max_window_layers=1, sliding_window=4),
+            "full attention in every layer",
+        ),
+        (
+            lambda: build()(input_ids=batch()["input_ids"]),
+            "input_ids must hold BOS behind every history",
+        ),
+        (lambda: build().set_scorer("norm"), "does not prune"),
+        (
+            lambda: build()(**batch(), labels=torch.cat([LABELS, LABELS], 1)),
+            r"labels must be \[B, 3\].* got \(4, 6\)",
+        ),
+    ],
+)
 def test_bad_settings_say_what_is_right(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -442,7 +598,10 @@ def test_an_own_scorer_sees_the_history_alone():
     model.set_scorer(newest)
     out = model(**batch(), labels=LABELS)
     tokens = batch()["input_ids"]
-    assert seen["shape"] == (4, 32, 32) and (seen["levels"] == 3).sum() == ((tokens == SEP) | (tokens == 0)).sum()
+    assert (
+        seen["shape"] == (4, 32, 32)
+        and (seen["levels"] == 3).sum() == ((tokens == SEP) | (tokens == 0)).sum()
+    )
     assert out.encoder_attention_mask[0].sum() == 9
     assert model.encode(**batch()).positions[0].tolist() == [0, *range(24, 32)]
 
@@ -455,19 +614,29 @@ def test_fused_scoring_of_a_grouped_causal_layer_is_the_plain_one(start):
     module = build().model.layers[0].self_attn
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
     history = slice(start, 7)
-    options = dict(dropout=0.0, scaling=0.25, position_bias=None, token_mask=mask, causal=True, history=history)
+    options = dict(
+        dropout=0.0, scaling=0.25, position_bias=None, token_mask=mask, causal=True, history=history
+    )
     output, centrality = fused_attention(module, query, key, value, causal, **options)
-    weights = (query @ key.repeat_interleave(2, 1).mT * 0.25).masked_fill(~causal, -torch.inf).softmax(-1)
-    torch.testing.assert_close(output, (weights @ value.repeat_interleave(2, 1)).transpose(1, 2), **CLOSE)
+    weights = (
+        (query @ key.repeat_interleave(2, 1).mT * 0.25).masked_fill(~causal, -torch.inf).softmax(-1)
+    )
+    torch.testing.assert_close(
+        output, (weights @ value.repeat_interleave(2, 1)).transpose(1, 2), **CLOSE
+    )
     votes = torch.einsum("bhqk,bq->bk", weights[:, :, history, history], mask[:, history].float())
     torch.testing.assert_close(centrality, votes, **CLOSE)
-    assert attention_path(build(PruningConfig(after_layer=1))) == "layer 1, which scores: plain attention; the others: sdpa"
+    assert (
+        attention_path(build(PruningConfig(after_layer=1)))
+        == "layer 1, which scores: plain attention; the others: sdpa"
+    )
     assert attention_path(build()) == "all layers: sdpa; none scores"
 
 
 @pytest.mark.parametrize("prompt", [None, [18, 19, 20]])
 def test_both_paths_score_alike_behind_a_prompt(prompt):
-    model, found = build(PruningConfig(), text_vocab=5, prompt=prompt), {}
+    model = build(PruningConfig(), text_vocab=5, prompt=prompt)
+    found = {}
     for path in ("plain", "sdpa"):
         model.model.scoring_path = path
         found[path] = model.model(**batch(), tail=model.shifted(LABELS)).centrality
@@ -475,18 +644,24 @@ def test_both_paths_score_alike_behind_a_prompt(prompt):
 
 
 @pytest.mark.parametrize("arch", [test_t5, sys.modules[__name__]])
-@pytest.mark.parametrize("way", [*WAYS.values(), PruningConfig(keep=1, mass=0.5), PruningConfig(1, 0.01, unit="item")])
+@pytest.mark.parametrize(
+    "way", [*WAYS.values(), PruningConfig(keep=1, mass=0.5), PruningConfig(1, 0.01, unit="item")]
+)
 def test_rows_of_one_length_need_no_mask(arch, way):
     rows = [np.random.default_rng(i).integers(1, 51, 5) for i in range(4)]
-    model, inputs = arch.build(way).train(), arch.batch(rows) | {"labels": LABELS}
+    model = arch.build(way).train()
+    inputs = arch.batch(rows) | {"labels": LABELS}
     torch.testing.assert_close(model(**inputs, padded=False).loss, model(**inputs).loss, **CLOSE)
 
 
 @pytest.mark.parametrize("arch", [test_t5, sys.modules[__name__]])
 def test_what_does_not_prune_does_not_score_and_eager_attention_shows_every_layer(arch):
-    model, inputs = arch.build(PruningConfig(at_inference=False)), arch.batch() | {"labels": LABELS}
+    model = arch.build(PruningConfig(at_inference=False))
+    inputs = arch.batch() | {"labels": LABELS}
     assert attention_path(model) == "all layers: sdpa; none scores"
-    with unittest.mock.patch("sidlab.fast.scored_attention.attention_centrality", side_effect=AssertionError("scored")):
+    with unittest.mock.patch(
+        "sidlab.fast.scored_attention.attention_centrality", side_effect=AssertionError("scored")
+    ):
         expected = model(**inputs).logits
         model.set_attn_implementation("eager")
         out = model(**inputs, output_attentions=True)

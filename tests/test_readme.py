@@ -1,4 +1,6 @@
-"""The README is run: its Python blocks in order, in one namespace, in an empty folder; and its relative links exist."""
+"""The README is run: its Python blocks in order, in one namespace, in an empty folder; and its
+relative links exist.
+"""
 
 import re
 import traceback
@@ -13,7 +15,9 @@ LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|(?:src|href)=[\"']([^\"']+)")
 
 
 def python_blocks(text):
-    """[(line number of the first line of code, code)] of every ```python block without `<!-- no test: reason -->`."""
+    """[(line number of the first line of code, code)] of every ```python block without `<!-- no
+    test: reason -->`.
+    """
     return [
         (text.count("\n", 0, match.start(3)) + 1, match[3])
         for match in FENCE.finditer(text)
@@ -22,25 +26,39 @@ def python_blocks(text):
 
 
 def run_blocks(text, name="README.md"):
-    """Run the blocks of `text`; fail with the line of `name` that raised, and with what stands there."""
-    blocks, namespace = python_blocks(text), {"__name__": "readme"}
+    """Run the blocks of `text`; fail with the line of `name` that raised, and with what stands
+    there.
+    """
+    blocks = python_blocks(text)
+    namespace = {"__name__": "readme"}
     if not blocks:
         pytest.fail(f"{name} has no python block that is run: nothing of it is tested")
     for start, code in blocks:
         try:
             exec(compile("\n" * (start - 1) + code, name, "exec"), namespace)  # noqa: S102 - that is the test
         except Exception as error:  # noqa: BLE001 - told below, with its line
-            here = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
-            line = here[0] if here else getattr(error, "lineno", None) or start  # a SyntaxError has no frame of ours
+            here = [
+                frame.lineno
+                for frame in traceback.extract_tb(error.__traceback__)
+                if frame.filename == name
+            ]
+            # A SyntaxError has no frame of ours
+            line = here[0] if here else getattr(error, "lineno", None) or start
             source = text.splitlines()[line - 1].strip()
             pytest.fail(f"{name} line {line}: `{source}` raised {type(error).__name__}: {error}")
     return namespace
 
 
 def relative_links(text):
-    """Targets of links and images that are files of the repository, without their #anchor; code blocks are no links."""
+    """Targets of links and images that are files of the repository, without their #anchor; code
+    blocks are no links.
+    """
     targets = (markdown or html for markdown, html in LINK.findall(FENCE.sub("", text)))
-    return [target.split("#")[0] for target in targets if not re.match(r"[a-z][a-z0-9+.-]*:|#|//", target)]
+    return [
+        target.split("#")[0]
+        for target in targets
+        if not re.match(r"[a-z][a-z0-9+.-]*:|#|//", target)
+    ]
 
 
 SAMPLE = """# Sample
@@ -74,7 +92,8 @@ def test_sample_runs_in_order_and_skips_what_says_so():
     [
         (SAMPLE.replace("c = b", "c = missing"), r"line 15: `c = missing` raised NameError"),
         (SAMPLE.replace("c = b", "c ="), r"line 15: `c =` raised SyntaxError"),
-        (SAMPLE.replace(" needs a GPU", " "), r"line 8: `a = 1 / 0` raised ZeroDivisionError"),  # a skip gives a reason
+        # A skip gives a reason
+        (SAMPLE.replace(" needs a GPU", " "), r"line 8: `a = 1 / 0` raised ZeroDivisionError"),
         ("# Title\n```bash\nls\n```\n", r"no python block"),
     ],
 )
@@ -89,5 +108,9 @@ def test_readme_python_blocks(tmp_path, monkeypatch):
 
 
 def test_readme_relative_links_exist():
-    missing = [link for link in relative_links(README.read_text(encoding="utf-8")) if not (ROOT / link).exists()]
+    missing = [
+        link
+        for link in relative_links(README.read_text(encoding="utf-8"))
+        if not (ROOT / link).exists()
+    ]
     assert not missing, f"README.md links to what is not there: {missing}"

@@ -1,4 +1,6 @@
-"""mode="reference" repeats the published code: against a plain rendering of it on the library's T5, and effect by effect."""
+"""mode="reference" repeats the published code: against a plain rendering of it on the library's T5,
+and effect by effect.
+"""
 
 import pytest
 import torch
@@ -29,7 +31,10 @@ def published_encoder(model, input_ids, mask, after_layer=2, keep=1 / 3):
         elif number == after_layer + 1:
             bias = torch.zeros(1, SIZES["num_heads"], n, n)  # no block but the first owns one
         normed = block.layer[0].layer_norm(hidden)
-        q, k, v = (f(normed).view(b, n, -1, SIZES["d_kv"]).transpose(1, 2) for f in (attention.q, attention.k, attention.v))
+        q, k, v = (
+            f(normed).view(b, n, -1, SIZES["d_kv"]).transpose(1, 2)
+            for f in (attention.q, attention.k, attention.v)
+        )
         weights = torch.softmax(q @ k.mT + bias + additive[..., :n], dim=-1)
         hidden = hidden + attention.o((weights @ v).transpose(1, 2).reshape(b, n, -1))
         hidden = block.layer[1](hidden)
@@ -42,8 +47,11 @@ def published_encoder(model, input_ids, mask, after_layer=2, keep=1 / 3):
 
 @pytest.mark.parametrize("after_layer", [1, 2, 3])
 def test_it_is_the_published_encoder(after_layer):
-    model, inputs = build(PruningConfig(mode="reference", after_layer=after_layer)), batch()
-    expected, chosen = published_encoder(model, inputs["input_ids"], inputs["attention_mask"], after_layer)
+    model = build(PruningConfig(mode="reference", after_layer=after_layer))
+    inputs = batch()
+    expected, chosen = published_encoder(
+        model, inputs["input_ids"], inputs["attention_mask"], after_layer
+    )
     found = model.encoder(**inputs)
     real = found.attention_mask.bool()
     assert real.any(1).all() and torch.equal(found.positions[real], chosen[real])
@@ -52,7 +60,8 @@ def test_it_is_the_published_encoder(after_layer):
 
 def test_1_it_keeps_a_share_of_the_padded_length():
     kept = build(REFERENCE).encoder(**batch()).attention_mask.sum(1)
-    assert kept.tolist() == LENGTHS.clamp_max(KEPT).tolist()  # four tokens of a short history: none is pruned
+    # Four tokens of a short history: none is pruned
+    assert kept.tolist() == LENGTHS.clamp_max(KEPT).tolist()
     corrected = build(CORRECTED).encoder(**batch()).attention_mask.sum(1)
     assert corrected.tolist() == [11, 4, 2, 8]
 
@@ -61,7 +70,9 @@ def test_2_no_position_bias_behind_the_pruner():
     biases = {}
     for name, config in (("reference", REFERENCE), ("corrected", CORRECTED)):
         model = build(config, position_init=4.0)
-        model.encoder.block[2].register_forward_pre_hook(lambda module, args, name=name: biases.update({name: args[2]}))
+        model.encoder.block[2].register_forward_pre_hook(
+            lambda module, args, name=name: biases.update({name: args[2]})
+        )
         model.encoder(**batch())
     assert not biases["reference"].any() and biases["corrected"].any()
 
@@ -69,7 +80,9 @@ def test_2_no_position_bias_behind_the_pruner():
 def test_3_the_mask_of_the_first_slots_is_wrong_with_padding_on_the_left():
     def spread(config):
         model = build(config)
-        right, left = (model(**batch(side=side), labels=LABELS).logits for side in ("right", "left"))
+        right, left = (
+            model(**batch(side=side), labels=LABELS).logits for side in ("right", "left")
+        )
         return (right - left)[right.isfinite()].abs().max()
 
     assert spread(CORRECTED) < 1e-4 and spread(REFERENCE) > 0.01
@@ -79,7 +92,9 @@ def test_3_the_mask_of_the_first_slots_is_wrong_with_padding_on_the_left():
 
 def test_4_padded_queries_vote():
     heads = SIZES["num_heads"]
-    reference, corrected = (build(c).encoder(**batch()).centrality.sum(1) for c in (REFERENCE, CORRECTED))
+    reference, corrected = (
+        build(c).encoder(**batch()).centrality.sum(1) for c in (REFERENCE, CORRECTED)
+    )
     torch.testing.assert_close(reference, torch.full((4,), float(heads * SLOTS)))
     torch.testing.assert_close(corrected, heads * LENGTHS.float())
 
@@ -89,7 +104,8 @@ def test_5_dropout_shakes_the_scores():
         model = build(config, dropout=0.3).train()
         return model.encoder(**batch()).centrality.sum(1)
 
-    torch.testing.assert_close(mass(CORRECTED), SIZES["num_heads"] * LENGTHS.float())  # every query gives away 1
+    # Every query gives away 1
+    torch.testing.assert_close(mass(CORRECTED), SIZES["num_heads"] * LENGTHS.float())
     assert (mass(REFERENCE) - SIZES["num_heads"] * SLOTS).abs().max() > 0.1
 
 
@@ -102,16 +118,25 @@ def test_6_separators_compete_and_items_are_split():
 
 
 def test_7_no_attention_is_fused(monkeypatch):
-    calls, fused = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: calls.append(1) or fused(*a, **k),
+    )
     build(REFERENCE)(**batch(), labels=LABELS)
     assert not calls
     build(CORRECTED)(**batch(), labels=LABELS)
-    assert len(calls) == 3 + 2 * 2  # every block but the scoring one; self- and cross-attention of the decoder
+    # Every block but the scoring one; self- and cross-attention of the decoder
+    assert len(calls) == 3 + 2 * 2
 
 
 def test_it_asks_for_the_published_padding(tmp_path):
-    with pytest.raises(ValueError, match=r'mode="reference" .* to 32 slots \(TrainConfig\(padding="fixed"\)\), got 8'):
+    with pytest.raises(
+        ValueError,
+        match=r'mode="reference" .* to 32 slots \(TrainConfig\(padding="fixed"\)\), got 8',
+    ):
         build(REFERENCE).encoder(input_ids=batch()["input_ids"][:, :8])
     with pytest.raises(ValueError, match='needs padding="fixed"'):
         TrainConfig.preset("smoke", pruning=REFERENCE)
@@ -129,9 +154,15 @@ def test_it_asks_for_the_published_padding(tmp_path):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_pooling_everything_is_pooling_nothing(side):
     inputs = batch(side=side) | {"labels": LABELS}
-    pooled, plain = build(PruningConfig(reduce="pool", keep=1.0)), build()
+    pooled = build(PruningConfig(reduce="pool", keep=1.0))
+    plain = build()
     torch.testing.assert_close(pooled(**inputs).logits, plain(**inputs).logits, **CLOSE)
     half = build(PruningConfig(reduce="pool", keep=0.5))
-    torch.testing.assert_close(half(**inputs).logits, half(**batch(), labels=LABELS).logits, **CLOSE)
+    torch.testing.assert_close(
+        half(**inputs).logits, half(**batch(), labels=LABELS).logits, **CLOSE
+    )
     encoded = half.encoder(**batch())
-    assert encoded.attention_mask.sum(1).tolist() == (LENGTHS // 2).tolist() and encoded.importance is None
+    assert (
+        encoded.attention_mask.sum(1).tolist() == (LENGTHS // 2).tolist()
+        and encoded.importance is None
+    )

@@ -19,7 +19,10 @@ def test_readme_shows_the_results_that_are_kept():
             assert f"| {row['method']} | {row['recall@5']:.4f} | {row['recall@10']:.4f}" in page
             if row["method"] in show.METHODS:
                 test = row["versus_unpadded"]
-                assert "{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"]) in text
+                assert (
+                    "{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"])
+                    in text
+                )
 
 
 def test_every_study_has_its_picture():
@@ -41,7 +44,9 @@ def test_every_study_has_its_picture():
 def test_results_hold_what_a_reader_needs_to_repeat_them():
     for path in (ROOT / "results").glob("*.json"):
         results = json.loads(path.read_text())
-        assert results["command"] and results["hardware"]["processor"] and results["versions"]["torch"], path
+        assert (
+            results["command"] and results["hardware"]["processor"] and results["versions"]["torch"]
+        ), path
 
 
 def test_a_readme_without_the_section_is_refused():
@@ -57,17 +62,45 @@ def test_every_study_has_a_sentence_whose_better_and_worse_follow_from_intervals
         rows = {}
         for place, label in enumerate(study.settings):
             recall = 0.5 - 0.01 * place
-            rows[label] = {"label": label, "recall@10": recall, "recall@10_interval": [recall - 0.02, recall + 0.02],
-                           "kept_token_fraction": 0.3, "difference_interval": [-0.01 * place - 0.03, -0.01 * place + 0.03],
-                           "difference": -0.01 * place, "seconds_per_1k_windows": 1.0 + place, "real_token_fraction": 0.9,
-                           "seconds_to_recall": 9.0}
-        groups = [{"label": label, "by": by, "group": "short", "recall@10": 0.4, "recall@10_interval": [0.3, 0.5]} for label in rows
-                  for by in ("history length", "target popularity")]
+            rows[label] = {
+                "label": label,
+                "recall@10": recall,
+                "recall@10_interval": [recall - 0.02, recall + 0.02],
+                "kept_token_fraction": 0.3,
+                "difference_interval": [-0.01 * place - 0.03, -0.01 * place + 0.03],
+                "difference": -0.01 * place,
+                "seconds_per_1k_windows": 1.0 + place,
+                "real_token_fraction": 0.9,
+                "seconds_to_recall": 9.0,
+            }
+        groups = [
+            {
+                "label": label,
+                "by": by,
+                "group": "short",
+                "recall@10": 0.4,
+                "recall@10_interval": [0.3, 0.5],
+            }
+            for label in rows
+            for by in ("history length", "target popularity")
+        ]
         labels = list(rows)
-        pairs = [{"label": labels[1], "against": "random", "difference": d, "difference_interval": [d - 0.1, d + 0.1]} for d in (0, 1)]
+        pairs = [
+            {
+                "label": labels[1],
+                "against": "random",
+                "difference": d,
+                "difference_interval": [d - 0.1, d + 0.1],
+            }
+            for d in (0, 1)
+        ]
         text = show.SENTENCES[name](rows, {"groups": groups, "versus": pairs})
-        assert ("better" in text) == (name not in ("efficiency", "strata", "inference", "layer-ratio", "fast")), name
+        assert ("better" in text) == (
+            name not in ("efficiency", "strata", "inference", "layer-ratio", "fast")
+        ), name
         assert "nan" not in text and len(text) > 40, name
     worse = {"difference": -0.2, "difference_interval": [-0.3, -0.1]}
     assert show._against(worse).endswith("clearly less")
-    assert show._against(worse | {"difference_interval": [-0.3, 0.1]}).endswith("no clear difference")
+    assert show._against(worse | {"difference_interval": [-0.3, 0.1]}).endswith(
+        "no clear difference"
+    )

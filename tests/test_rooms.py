@@ -50,7 +50,8 @@ def room(name):
     return name.split(".")[1]
 
 
-# `sidlab/__init__.py` and `sidlab/viz/__init__.py` name others in tables, to be imported on first use.
+# `sidlab/__init__.py` and `sidlab/viz/__init__.py` name others in tables, to be imported on first
+# use.
 WALKED = sorted(MODULES.keys() - {"sidlab"})
 
 
@@ -78,6 +79,9 @@ def test_no_module_takes_what_another_keeps_to_itself(name):
 
 
 def test_importing_the_package_loads_nothing_large():
-    code = "import sys, sidlab; print({'torch', 'transformers', 'faiss', 'plotly'} & sys.modules.keys())"
+    code = (
+        "import sys, sidlab; print({'torch', 'transformers', 'faiss', 'plotly'} &"
+        " sys.modules.keys())"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

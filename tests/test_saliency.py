@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from sidlab.saliency import SCORERS, Signals, attention_centrality, own_source, semantic_saliency, token_importance
+from sidlab.saliency import (
+    SCORERS,
+    Signals,
+    attention_centrality,
+    own_source,
+    semantic_saliency,
+    token_importance,
+)
 
 
 def _signals(seed=0, b=3, n=7, d=5):
@@ -37,7 +44,8 @@ def test_centrality_is_attention_received_from_real_queries_only():
 
 
 def test_centrality_is_float32_under_autocast_and_padded_queries_may_hold_anything():
-    attention, mask = torch.rand(2, 3, 40, 40).softmax(-1), torch.ones(2, 40).long()
+    attention = torch.rand(2, 3, 40, 40).softmax(-1)
+    mask = torch.ones(2, 40).long()
     mask[1, :9] = 0
     expected = attention_centrality(attention, mask)
     with torch.autocast("cpu", torch.bfloat16):
@@ -60,7 +68,9 @@ def test_centrality_of_all_tokens_sums_to_heads_times_queries():
 @pytest.mark.parametrize("p", [1, 2])
 def test_saliency_is_the_p_norm(p):
     hidden = torch.randn(2, 3, 4)
-    expected = torch.tensor([[sum(abs(x) ** p for x in token) ** (1 / p) for token in row] for row in hidden.tolist()])
+    expected = torch.tensor(
+        [[sum(abs(x) ** p for x in token) ** (1 / p) for token in row] for row in hidden.tolist()]
+    )
     torch.testing.assert_close(semantic_saliency(hidden, p), expected)
 
 
@@ -95,20 +105,29 @@ def test_random_draws_by_generator_and_alike_for_either_padding():
         return token_importance(s, "random")
 
     assert torch.equal(draw(torch.tensor([[0, 1, 2, 3]])), draw(torch.tensor([[0, 1, 2, 3]])))
-    assert torch.equal(draw(torch.tensor([[0, 1, 2, 3]]))[0, :2], draw(torch.tensor([[0, 0, 0, 1]]))[0, 2:])
+    assert torch.equal(
+        draw(torch.tensor([[0, 1, 2, 3]]))[0, :2], draw(torch.tensor([[0, 0, 0, 1]]))[0, 2:]
+    )
 
 
 def test_random_by_row_seed_is_uniform_and_knows_no_other_row():
     def draw(seeds, n=500):
         rows = len(seeds)
-        s = Signals(torch.zeros(rows, n, 1), None, torch.ones(rows, n), torch.arange(n).expand(rows, n), seed=torch.tensor(seeds))
+        s = Signals(
+            torch.zeros(rows, n, 1),
+            None,
+            torch.ones(rows, n),
+            torch.arange(n).expand(rows, n),
+            seed=torch.tensor(seeds),
+        )
         return token_importance(s, "random")
 
     several = draw([3, 4, -5, 2**62])
     assert torch.equal(several[1:2], draw([4]))
     assert 0 <= several.min() and several.max() < 1
     flat = several.flatten().sort().values
-    assert (flat - torch.linspace(0, 1, len(flat))).abs().max() < 0.05  # Kolmogorov–Smirnov, 2,000 draws: p < 1e-4 beyond
+    # Kolmogorov–Smirnov, 2,000 draws: p < 1e-4 beyond
+    assert (flat - torch.linspace(0, 1, len(flat))).abs().max() < 0.05
     assert torch.corrcoef(several).fill_diagonal_(0).abs().max() < 0.2
 
 
@@ -123,23 +142,38 @@ class Mix:
 
 
 def test_an_own_scorer_has_a_name_and_a_source(tmp_path, monkeypatch):
-    text = "from sidlab.saliency import SCORERS\n\n\ndef twice(s):\n    return 2 * SCORERS['norm'](s)\n"
+    text = (
+        "from sidlab.saliency import SCORERS\n\n\ndef twice(s):\n    return 2 *"
+        " SCORERS['norm'](s)\n"
+    )
     (tmp_path / "scorers_of_a_test.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     s = _signals()
-    assert torch.equal(token_importance(s, "scorers_of_a_test:twice"), 2 * token_importance(s, "norm"))
+    assert torch.equal(
+        token_importance(s, "scorers_of_a_test:twice"), 2 * token_importance(s, "norm")
+    )
     assert own_source("scorers_of_a_test:twice") == text and own_source("rastp") is None
     assert own_source(_signals).startswith("def _signals") and own_source(len) is None
-    assert torch.equal(token_importance(s, Mix(0.5)), (0.5 * s.centrality).masked_fill(s.mask == 0, -torch.inf))
+    assert torch.equal(
+        token_importance(s, Mix(0.5)), (0.5 * s.centrality).masked_fill(s.mask == 0, -torch.inf)
+    )
     with pytest.raises(ValueError, match="NaN"):
-        token_importance(dataclasses.replace(s, hidden=s.hidden * float("nan")), "scorers_of_a_test:twice")
+        token_importance(
+            dataclasses.replace(s, hidden=s.hidden * float("nan")), "scorers_of_a_test:twice"
+        )
 
 
 @pytest.mark.parametrize(
     "scorer, message",
     [
         ("saliency", "unknown; use one of rastp"),
-        ("nowhere:score", "scorer='nowhere:score': No module named 'nowhere'; the module's file must lie in this folder"),
+        (
+            "nowhere:score",
+            (
+                "scorer='nowhere:score': No module named 'nowhere'; the module's file must lie in"
+                " this folder"
+            ),
+        ),
         ("builtins:id", "got int"),
         ("oracle", "only the planted catalogue"),
         (lambda s: s.hidden, r"shape \(3, 7\)"),

@@ -42,7 +42,8 @@ def fitted():
     return SASRec(**TINY, epochs=1).fit(random_histories(30), N_ITEMS)
 
 
-# Evaluation without gradients takes torch's fused blocks, training its plain ones: both have to be causal.
+# Evaluation without gradients takes torch's fused blocks, training its plain ones: both have to be
+# causal.
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_later_item_never_changes_an_earlier_slot(model, gradients):
     items = torch.randint(1, N_ITEMS + 1, (4, 6))
@@ -50,9 +51,11 @@ def test_a_later_item_never_changes_an_earlier_slot(model, gradients):
         other = items.clone()
         other[:, place:] = items[:, place:] % N_ITEMS + 1
         with torch.set_grad_enabled(gradients):
-            before, after = model.scores(model(items)), model.scores(model(other))
+            before = model.scores(model(items))
+            after = model.scores(model(other))
         torch.testing.assert_close(before[:, :place], after[:, :place], rtol=0, atol=1e-6)
-        assert (before[:, place:] - after[:, place:]).abs().amax(dim=-1).min() > 1e-4  # and the later ones do change
+        # And the later ones do change
+        assert (before[:, place:] - after[:, place:]).abs().amax(dim=-1).min() > 1e-4
 
 
 def test_evaluation_and_training_blocks_agree(model):
@@ -70,7 +73,9 @@ def test_a_history_alone_and_in_a_batch_are_scored_alike(model):
         row[: len(history)] = torch.from_numpy(history)
     together = model(batch)
     for row, history in zip(together, histories):
-        torch.testing.assert_close(row[: len(history)], model(torch.from_numpy(history)[None])[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            row[: len(history)], model(torch.from_numpy(history)[None])[0], rtol=0, atol=1e-5
+        )
 
 
 def test_recommendations_do_not_depend_on_the_batch(fitted):
@@ -87,15 +92,21 @@ def test_recommendations_do_not_depend_on_the_batch(fitted):
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=6), st.integers(1, 7))
 def test_every_window_is_predicted_exactly_once(sizes, max_items):
     bounds = np.cumsum([0, *sizes])
-    histories = [np.arange(a, b) + 1 for a, b in pairwise(bounds)]  # all ids differ, so an id is a place
+    # All ids differ, so an id is a place
+    histories = [np.arange(a, b) + 1 for a, b in pairwise(bounds)]
     if max(sizes) < 2:
         return
     windows = Windows(histories, max_items)
     rows = rows_of(windows)
     assert rows[:, 1].max() <= max_items and (rows[:, 2] <= rows[:, 1]).all()
-    seen = [(tuple(windows.items[s : s + place + 1]), windows.items[s + place + 1])
-            for s, n, c in rows for place in range(n - c, n)]
-    expected = [(tuple(windows.items[a:b]), windows.items[b]) for a, b in zip(windows.start, windows.target)]
+    seen = [
+        (tuple(windows.items[s : s + place + 1]), windows.items[s + place + 1])
+        for s, n, c in rows
+        for place in range(n - c, n)
+    ]
+    expected = [
+        (tuple(windows.items[a:b]), windows.items[b]) for a, b in zip(windows.start, windows.target)
+    ]
     assert sorted(seen) == sorted(expected)
 
 
@@ -104,13 +115,18 @@ def test_fit_trains_on_exactly_these_windows(monkeypatch):
     histories = [np.arange(1, 10), np.array([10, 11]), np.array([12])]
     targets = []
     real = torch.nn.functional.cross_entropy
-    monkeypatch.setattr("sidlab.research.sasrec.F.cross_entropy", lambda s, t, **kw: targets.append(t.tolist()) or real(s, t, **kw))
+    monkeypatch.setattr(
+        "sidlab.research.sasrec.F.cross_entropy",
+        lambda s, t, **kw: targets.append(t.tolist()) or real(s, t, **kw),
+    )
     SASRec(**TINY, epochs=1).fit(histories, N_ITEMS)
     assert sorted(chain(*targets)) == [2, 3, 4, 5, 6, 7, 8, 9, 11]
 
 
 def test_the_first_loss_is_the_mean_over_windows_one_by_one():
-    """Rows, masks and batches change nothing: one window at a time gives the same loss (no dropout, hardly a learning rate)."""
+    """Rows, masks and batches change nothing: one window at a time gives the same loss (no dropout,
+    hardly a learning rate).
+    """
     histories = random_histories(20)
     sasrec = SASRec(**TINY, dropout=0, learning_rate=1e-12, epochs=1).fit(histories, N_ITEMS)
     windows = Windows(histories, 6)
@@ -118,13 +134,17 @@ def test_the_first_loss_is_the_mean_over_windows_one_by_one():
     for a, b in zip(windows.start, windows.target):
         items = torch.from_numpy(windows.items[a:b])[None]
         scores = sasrec.model_.scores(sasrec.model_(items)[:, -1])
-        losses.append(torch.nn.functional.cross_entropy(scores, torch.tensor([windows.items[b]])).item())
+        losses.append(
+            torch.nn.functional.cross_entropy(scores, torch.tensor([windows.items[b]])).item()
+        )
     assert sasrec.log_[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_a_planted_rule_is_learnt():
     histories = walks(200, 9)
-    sasrec = SASRec(**TINY, dropout=0.1, learning_rate=1e-2, epochs=8).fit([h[:-1] for h in histories], N_ITEMS)
+    sasrec = SASRec(**TINY, dropout=0.1, learning_rate=1e-2, epochs=8).fit(
+        [h[:-1] for h in histories], N_ITEMS
+    )
     found = sasrec.recommend([h[:-1] for h in histories], k=1)[:, 0]
     assert (found == [h[-1] for h in histories]).mean() > 0.99
     assert sasrec.log_[-1]["loss"] < 0.2 and sasrec.log_[0]["loss"] > 1
@@ -132,7 +152,8 @@ def test_a_planted_rule_is_learnt():
 
 def test_early_stopping_returns_the_best_weights():
     # Random histories: nothing to learn but the training data, so validation soon gets worse.
-    train, cases = random_histories(40), (random_histories(200, seed=5), np.random.default_rng(6).integers(1, N_ITEMS + 1, 200))
+    train = random_histories(40)
+    cases = (random_histories(200, seed=5), np.random.default_rng(6).integers(1, N_ITEMS + 1, 200))
     arguments = TINY | dict(epochs=30, patience=2, learning_rate=1e-2)
     sasrec = SASRec(**arguments).fit(train, N_ITEMS, cases)
     recalls = [entry["recall@10"] for entry in sasrec.log_]
@@ -149,10 +170,15 @@ def test_early_stopping_returns_the_best_weights():
 
 
 def test_the_same_seed_gives_the_same_model_and_leaves_global_random_numbers_alone():
-    train, histories = random_histories(30), random_histories(50, seed=1)
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    train = random_histories(30)
+    histories = random_histories(50, seed=1)
+    state = torch.get_rng_state()
+    numpy_state = np.random.get_state()[1].copy()
     first = SASRec(**TINY, epochs=2, seed=3).fit(train, N_ITEMS)
-    assert torch.equal(torch.get_rng_state(), state) and (np.random.get_state()[1] == numpy_state).all()
+    assert (
+        torch.equal(torch.get_rng_state(), state)
+        and (np.random.get_state()[1] == numpy_state).all()
+    )
     torch.manual_seed(99)
     second = SASRec(**TINY, epochs=2, seed=3).fit(train, N_ITEMS)
     other = SASRec(**TINY, epochs=2, seed=4).fit(train, N_ITEMS)
@@ -169,19 +195,23 @@ def test_seen_items_are_left_out(fitted):
     plain = fitted.recommend([history, np.array([3])], k=N_ITEMS + 2)
     for row, seen, unseen in zip(plain, (history, [3]), ranked):
         assert sorted(row) == [0, 0, *range(1, N_ITEMS + 1)] and (row[-2:] == 0).all()
-        np.testing.assert_array_equal(row[~np.isin(row, seen) & (row > 0)], unseen[unseen > 0])  # the order stays
+        # The order stays
+        np.testing.assert_array_equal(row[~np.isin(row, seen) & (row > 0)], unseen[unseen > 0])
 
 
-@pytest.mark.parametrize("change, match", [
-    (dict(d_model=10, heads=4), "multiple of heads, got d_model=10 and heads=4"),
-    (dict(heads=0), "heads=0"),
-    (dict(layers=0), "layers must be at least 1, got 0"),
-    (dict(max_items=0), "max_items must be at least 1"),
-    (dict(epochs=0), "epochs must be at least 1"),
-    (dict(patience=0), "patience must be at least 1"),
-    (dict(batch_windows=0), "batch_windows must be at least 1"),
-    (dict(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
-])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(d_model=10, heads=4), "multiple of heads, got d_model=10 and heads=4"),
+        (dict(heads=0), "heads=0"),
+        (dict(layers=0), "layers must be at least 1, got 0"),
+        (dict(max_items=0), "max_items must be at least 1"),
+        (dict(epochs=0), "epochs must be at least 1"),
+        (dict(patience=0), "patience must be at least 1"),
+        (dict(batch_windows=0), "batch_windows must be at least 1"),
+        (dict(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
 def test_bad_parameters_are_named(change, match):
     with pytest.raises(ValueError, match=match):
         SASRec(**TINY | change)

@@ -1,4 +1,6 @@
-"""The set-up agrees with itself: one set of pins, one torch index, one Python; Binder, make, lazy import."""
+"""The set-up agrees with itself: one set of pins, one torch index, one Python; Binder, make, lazy
+import.
+"""
 
 import ast
 import os
@@ -19,7 +21,10 @@ from packaging.version import Version
 from sidlab.research.compare import DEFAULT_METHODS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
+EXTRAS = {
+    name: [Requirement(line) for line in lines]
+    for name, lines in PROJECT["optional-dependencies"].items()
+}
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
 MAKEFILE = (ROOT / "Makefile").read_text()
 POSTBUILD = ROOT / "binder" / "postBuild"
@@ -27,11 +32,16 @@ POSTBUILD = ROOT / "binder" / "postBuild"
 
 def applies(requirement, extras=()):
     """Whether the marker of `requirement` holds in this Python, with any of `extras` asked for."""
-    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras})
+    return requirement.marker is None or any(
+        requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras}
+    )
 
 
 def constraints():
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    lines = (
+        line.partition("#")[0].strip()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    )
     return [Requirement(line) for line in lines if line]
 
 
@@ -42,12 +52,18 @@ def pip_lines(environment):
     """The entries of an environment.yml: (conda packages, lines for pip)."""
     entries = yaml.safe_load((ROOT / environment).read_text())["dependencies"]
     nested = [entry["pip"] for entry in entries if isinstance(entry, dict)]
-    return [entry for entry in entries if isinstance(entry, str)], [line for lines in nested for line in lines]
+    return [entry for entry in entries if isinstance(entry, str)], [
+        line for lines in nested for line in lines
+    ]
 
 
 def run(*command):
     # MAKEFLAGS of a make that runs these tests would otherwise reach a make started here
-    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")
+    }
     return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
 
 
@@ -61,11 +77,17 @@ def make(*arguments):
 def test_every_constraint_is_one_exact_public_version():
     for pin in constraints():
         (specifier,) = pin.specifier
-        assert specifier.operator == "==" and "*" not in specifier.version, f"{pin} is not one exact version"
-        assert Version(specifier.version).local is None, f"{pin}: a local version excludes the other builds"
+        assert specifier.operator == "==" and "*" not in specifier.version, (
+            f"{pin} is not one exact version"
+        )
+        assert Version(specifier.version).local is None, (
+            f"{pin}: a local version excludes the other builds"
+        )
     applying = [canonicalize_name(pin.name) for pin in constraints() if applies(pin)]
     assert len(applying) == len(set(applying)), "a package has two pins that apply at once"
-    assert not [name for name in PINS if name.startswith(("nvidia-", "cuda-"))], "torch pins those, per build"
+    assert not [name for name in PINS if name.startswith(("nvidia-", "cuda-"))], (
+        "torch pins those, per build"
+    )
 
 
 def test_versions_are_named_in_constraints_only():
@@ -74,27 +96,36 @@ def test_versions_are_named_in_constraints_only():
             f"{requirement}: a lower bound only"
         )
     for file in ("Makefile", "environment.yml", "binder/environment.yml", "binder/postBuild"):
-        assert "==" not in (ROOT / file).read_text(), f"{file} names a version; constraints.txt is the place"
+        assert "==" not in (ROOT / file).read_text(), (
+            f"{file} names a version; constraints.txt is the place"
+        )
 
 
 @pytest.mark.parametrize("group", ["dependencies", *EXTRAS])
 def test_every_declared_dependency_is_pinned_within_its_bounds(group):
     for requirement in DEPENDENCIES if group == "dependencies" else EXTRAS[group]:
         if applies(requirement):
-            assert canonicalize_name(requirement.name) in PINS, f"{requirement.name} ({group}) has no pin"
+            assert canonicalize_name(requirement.name) in PINS, (
+                f"{requirement.name} ({group}) has no pin"
+            )
             pinned = next(iter(PINS[canonicalize_name(requirement.name)].specifier)).version
-            assert requirement.specifier.contains(pinned), f"{requirement} ({group}) excludes the pin {pinned}"
+            assert requirement.specifier.contains(pinned), (
+                f"{requirement} ({group}) excludes the pin {pinned}"
+            )
 
 
 def test_installed_closure_is_pinned_and_installed_at_the_pins():
-    """Walk what sidlab[dev] needs, by the metadata of what is installed: each has a pin and is at its pin."""
-    todo, seen, missing, differing = [*DEPENDENCIES, *EXTRAS["dev"]], set(), set(), []
+    """Walk what sidlab[dev] needs, by the metadata of what is installed: each has a pin and is at
+    its pin.
+    """
+    todo = [*DEPENDENCIES, *EXTRAS["dev"]]
+    seen = set()
+    missing = set()
+    differing = []
     while todo:
         requirement = todo.pop()
-        name, key = (
-            canonicalize_name(requirement.name),
-            (canonicalize_name(requirement.name), frozenset(requirement.extras)),
-        )
+        name = canonicalize_name(requirement.name)
+        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
         if key in seen:
             continue
         seen.add(key)
@@ -105,7 +136,10 @@ def test_installed_closure_is_pinned_and_installed_at_the_pins():
             found = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue  # for instance a dev tool, where only the package was installed
-        if Version(found.version).public != Version(next(iter(PINS[name].specifier)).version).public:
+        if (
+            Version(found.version).public
+            != Version(next(iter(PINS[name].specifier)).version).public
+        ):
             differing.append(f"{name} {found.version}, not {PINS[name].specifier}")
         needs = [Requirement(line) for line in found.requires or ()]
         todo += [need for need in needs if applies(need, requirement.extras)]
@@ -123,7 +157,10 @@ def test_every_import_at_module_level_is_declared():
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for top in {name.partition(".")[0] for name in names} - {"sidlab", *sys.stdlib_module_names}:
+            for top in {name.partition(".")[0] for name in names} - {
+                "sidlab",
+                *sys.stdlib_module_names,
+            }:
                 if not declared & {canonicalize_name(name) for name in providers.get(top, [top])}:
                     undeclared.add(f"{path.relative_to(ROOT)}: {top}")
     assert not undeclared, f"imported, but no dependency in pyproject.toml: {sorted(undeclared)}"
@@ -133,7 +170,9 @@ def test_every_import_at_module_level_is_declared():
 
 
 def test_one_torch_index_everywhere():
-    default = re.search(r"^TORCH_INDEX = \$\(or \$\(LAST_INDEX\),(\S+)\)$", MAKEFILE, re.MULTILINE)[1]
+    default = re.search(r"^TORCH_INDEX = \$\(or \$\(LAST_INDEX\),(\S+)\)$", MAKEFILE, re.MULTILINE)[
+        1
+    ]
     assert default == "https://download.pytorch.org/whl/cpu"
     assert f"--extra-index-url {default}" in pip_lines("environment.yml")[1]
     assert re.findall(r"^TORCH_INDEX=(\S+)$", POSTBUILD.read_text(), re.MULTILINE) == [default]
@@ -143,7 +182,9 @@ def test_constraints_bind_every_install():
     assert "-c constraints.txt" in pip_lines("environment.yml")[1]
     for text in (MAKEFILE, POSTBUILD.read_text()):
         installs = re.findall(r"pip install .*", text)
-        assert len(installs) == 2 and all("-c constraints.txt" in line for line in installs), installs
+        assert len(installs) == 2 and all("-c constraints.txt" in line for line in installs), (
+            installs
+        )
 
 
 def test_python_versions_agree():
@@ -164,7 +205,11 @@ def test_postbuild_stops_at_the_first_error():
     assert run("bash", "-n", POSTBUILD).returncode == 0
     for line in (line for line in lines if line.startswith("pip install")):
         assert "--no-cache-dir" in line
-        unpinned = [word for word in line.partition("constraints.txt ")[2].split() if word not in ("-e", ".", *PINS)]
+        unpinned = [
+            word
+            for word in line.partition("constraints.txt ")[2].split()
+            if word not in ("-e", ".", *PINS)
+        ]
         assert not unpinned, f"postBuild installs {unpinned}, not pinned in constraints.txt"
 
 
@@ -173,7 +218,9 @@ def test_repo2docker_accepts_the_folder_and_takes_binder():
     done = run(repo2docker, "--no-build", "--debug", ".")
     assert done.returncode == 0, done.stderr[-2000:]
     dockerfile = done.stdout
-    assert '--file "binder/environment.yml"' in dockerfile and "RUN ./binder/postBuild" in dockerfile, dockerfile
+    assert (
+        '--file "binder/environment.yml"' in dockerfile and "RUN ./binder/postBuild" in dockerfile
+    ), dockerfile
     # The packages need the sources, so they may be installed only after these are copied.
     assert dockerfile.index("COPY --chown=0:0 src/ ") < dockerfile.index("RUN ./binder/postBuild")
 
@@ -184,17 +231,31 @@ def test_repo2docker_accepts_the_folder_and_takes_binder():
 @pytest.mark.parametrize("target", ["reproduce", "setup", "test"])
 def test_make_rejects_an_unknown_variable(target):
     done = make(target, "METHOD=rastp")
-    assert done.returncode != 0 and "METHOD." in done.stderr and "METHODS" in done.stderr, done.stderr
+    assert done.returncode != 0 and "METHOD." in done.stderr and "METHODS" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_make_reproduce_passes_its_variables_on():
     default = make("reproduce")
     assert default.returncode == 0, default.stderr
-    for part in ('-r dataset "planted"', '-p seeds "3"', '-r output_dir "runs/planted-quick"', "-k python3 --cwd ."):
+    for part in (
+        '-r dataset "planted"',
+        '-p seeds "3"',
+        '-r output_dir "runs/planted-quick"',
+        "-k python3 --cwd .",
+    ):
         assert part in default.stdout, part
     assert f'-r methods "{DEFAULT_METHODS}"' in default.stdout
-    chosen = make("reproduce", "DATASET=/data/my set/", "PRESET=smoke", "METHODS=unpadded rastp", "SEEDS=1").stdout
-    for part in ('-r dataset "/data/my set/"', '-r methods "unpadded rastp"', '-p seeds "1"', '"runs/my set-smoke"'):
+    chosen = make(
+        "reproduce", "DATASET=/data/my set/", "PRESET=smoke", "METHODS=unpadded rastp", "SEEDS=1"
+    ).stdout
+    for part in (
+        '-r dataset "/data/my set/"',
+        '-r methods "unpadded rastp"',
+        '-p seeds "1"',
+        '"runs/my set-smoke"',
+    ):
         assert part in chosen, part
 
 
@@ -214,7 +275,17 @@ def in_a_new_python(code):
 
 
 def test_import_loads_no_more_than_torch_and_opens_no_connection():
-    heavy = {"transformers", "accelerate", "pandas", "sklearn", "scipy", "faiss", "plotly", "matplotlib", "IPython"}
+    heavy = {
+        "transformers",
+        "accelerate",
+        "pandas",
+        "sklearn",
+        "scipy",
+        "faiss",
+        "plotly",
+        "matplotlib",
+        "IPython",
+    }
     code = """
 import socket, sys
 def refuse(*arguments, **options): raise AssertionError("import sidlab opens a connection")
@@ -230,7 +301,10 @@ print(*{{name.partition(".")[0] for name in sys.modules}})
 
 
 def test_every_public_name_resolves():
-    code = "import sidlab; print(*[name for name in sidlab.__all__ if getattr(sidlab, name) is not None])"
+    code = (
+        "import sidlab; print(*[name for name in sidlab.__all__ if getattr(sidlab, name) is not"
+        " None])"
+    )
     resolved = in_a_new_python(code)
     listed = in_a_new_python("import sidlab; print(*sidlab.__all__)")
     assert len(listed) > 0 and len(listed) == len(set(listed)) and resolved == listed
@@ -239,8 +313,20 @@ def test_every_public_name_resolves():
 
 def test_make_paper_hands_on_what_it_is_given():
     alone = make("paper", "DATASETS=planted").stdout
-    told = make("paper", "DATASETS=planted", "ARCH=t5 qwen", "METHODS=unpadded rastp", "SIDS=table.txt", "PRESET=smoke", "SEEDS=1",
-                "OUTPUT_DIR=out").stdout
-    assert "sidlab.research.claims planted --preset paper --seeds 3 --arch t5 --output runs/paper" in alone and "--methods" not in alone
+    told = make(
+        "paper",
+        "DATASETS=planted",
+        "ARCH=t5 qwen",
+        "METHODS=unpadded rastp",
+        "SIDS=table.txt",
+        "PRESET=smoke",
+        "SEEDS=1",
+        "OUTPUT_DIR=out",
+    ).stdout
+    assert (
+        "sidlab.research.claims planted --preset paper --seeds 3 --arch t5 --output runs/paper"
+        in alone
+        and "--methods" not in alone
+    )
     assert "planted --preset smoke --seeds 1 --arch t5 qwen --output out" in told
     assert '--methods "unpadded rastp"' in told and '--sids "table.txt"' in told

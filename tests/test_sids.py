@@ -1,4 +1,6 @@
-"""The SID encoders and SidTable: planted trees, brute force, the libraries as oracles, hand-computed reports."""
+"""The SID encoders and SidTable: planted trees, brute force, the libraries as oracles,
+hand-computed reports.
+"""
 
 import gzip
 import json
@@ -37,7 +39,9 @@ def make(cls, levels=2, width=16, seed=0) -> SidEncoder:
 
 
 def planted_tree(widths, scales, seed, n=400, dim=32, noise=0.01):
-    """codes [n, L], all codes of a level equally likely, and embeddings: the sum of an orthonormal vector per level."""
+    """codes [n, L], all codes of a level equally likely, and embeddings: the sum of an orthonormal
+    vector per level.
+    """
     rng = np.random.default_rng(seed)
     codes = np.stack([rng.integers(0, width, n) for width in widths], axis=1)
     x = rng.normal(0, noise, (n, dim))
@@ -60,9 +64,16 @@ def test_codes_are_in_range_and_longer_prefixes_reconstruct_better(cls):
     assert encoder.widths == (16,) * 4 and len(encoder.codebooks_) == 4
     assert all(book.dtype == np.float32 and len(book) == 16 for book in encoder.codebooks_)
     codes = encoder.encode(x)
-    assert codes.dtype == np.int64 and codes.shape == (400, 4) and codes.min() >= 0 and codes.max() < 16
+    assert (
+        codes.dtype == np.int64
+        and codes.shape == (400, 4)
+        and codes.min() >= 0
+        and codes.max() < 16
+    )
     assert encoder.dead_codes_ == tuple(16 - len(set(column.tolist())) for column in codes.T)
-    assert repr(encoder).endswith(f", {sum(encoder.dead_codes_)} of 64 codes dead") and "width=16" in repr(encoder)
+    assert repr(encoder).endswith(
+        f", {sum(encoder.dead_codes_)} of 64 codes dead"
+    ) and "width=16" in repr(encoder)
     errors = [np.square(x - x.mean(axis=0)).sum()]
     for length in (1, 2, 3, 4):
         decoded = encoder.decode(codes[:, :length])
@@ -81,7 +92,10 @@ def test_equal_seeds_give_equal_codebooks_and_chunks_do_not_show(cls, monkeypatc
     np.random.seed(7)
     before = torch.random.get_rng_state(), np.random.get_state()[1]
     second = make(cls, seed=3).fit(x)
-    assert torch.equal(torch.random.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+    assert (
+        torch.equal(torch.random.get_rng_state(), before[0])
+        and (np.random.get_state()[1] == before[1]).all()
+    )
     assert all(np.array_equal(a, b) for a, b in zip(first.codebooks_, second.codebooks_))
     whole = first.encode(x)
     assert np.array_equal(second.encode(x), whole)
@@ -124,12 +138,18 @@ def test_save_and_load_give_the_same_codes(cls, tmp_path):
 
 
 @pytest.mark.parametrize("cls", ENCODERS)
-def test_embeddings_with_hardly_any_distinct_rows_are_refused_before_anything_is_fitted(cls, monkeypatch):
+def test_embeddings_with_hardly_any_distinct_rows_are_refused_before_anything_is_fitted(
+    cls, monkeypatch
+):
     monkeypatch.setattr(cls, "_fit", lambda self, x: pytest.fail("fitted"))
     equal = np.full((300, 5), 0.3, np.float32)
     jitter = equal * (1 + 1e-7 * np.random.default_rng(0).normal(size=equal.shape))
     two = np.repeat(embeddings_of(2), 150, axis=0)
-    for x, count in ((equal, "1 of the 300 rows is"), (jitter, "1 of the 300 rows is"), (two, "2 of the 300 rows are")):
+    for x, count in (
+        (equal, "1 of the 300 rows is"),
+        (jitter, "1 of the 300 rows is"),
+        (two, "2 of the 300 rows are"),
+    ):
         with pytest.raises(ValueError, match=f"must tell items apart, but only {count} distinct"):
             make(cls, width=4).fit(x)
     monkeypatch.setattr(encoder_module, "SAMPLE", 100)
@@ -140,8 +160,14 @@ def test_embeddings_with_hardly_any_distinct_rows_are_refused_before_anything_is
 @pytest.mark.parametrize("cls", ENCODERS)
 def test_encoder_errors_say_what_is_wrong(cls, tmp_path):
     x = embeddings_of()
-    for call in (lambda e: e.encode(x), lambda e: e.decode(np.zeros((1, 1), int)), lambda e: e.save(tmp_path)):
-        with pytest.raises(RuntimeError, match=f"this {cls.__name__} has no codebooks yet: call fit"):
+    for call in (
+        lambda e: e.encode(x),
+        lambda e: e.decode(np.zeros((1, 1), int)),
+        lambda e: e.save(tmp_path),
+    ):
+        with pytest.raises(
+            RuntimeError, match=f"this {cls.__name__} has no codebooks yet: call fit"
+        ):
             call(make(cls))
     with pytest.raises(ValueError, match="seed must lie below 2..31 − levels, got 2147483647"):
         make(cls, seed=2**31 - 1)
@@ -181,7 +207,11 @@ def test_large_embeddings_below_the_limit_are_encoded(cls):
 @pytest.mark.parametrize("cls", [*ENCODERS, SidTable])
 def test_a_missing_or_damaged_file_is_named(cls, tmp_path):
     made = SidTable(CODES, (3, 2)) if cls is SidTable else make(cls, width=4).fit(embeddings_of())
-    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-20]), lambda path: path.write_text("{}")):
+    for damage in (
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_text("{}"),
+    ):
         for suffix in ("json", "safetensors"):
             made.save(tmp_path)
             (path,) = tmp_path.glob(f"*.{suffix}")
@@ -201,8 +231,10 @@ def test_a_planted_tree_is_recovered_up_to_the_names_of_the_codes(seed):
     codes = encoder.encode(x)
     for level, width in enumerate(widths):
         pairs = set(zip(codes[:, level].tolist(), truth[:, level].tolist()))
-        assert len(pairs) == width == len({a for a, _ in pairs}) == len({b for _, b in pairs})  # a bijection
-    assert np.abs(encoder.decode(codes) - x).max() < 0.12  # the noise is 0.01 and the level means are estimated
+        # A bijection
+        assert len(pairs) == width == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+    # The noise is 0.01 and the level means are estimated
+    assert np.abs(encoder.decode(codes) - x).max() < 0.12
 
 
 def test_encode_picks_the_nearest_centroid_of_each_residual_and_decode_sums_them():
@@ -211,11 +243,13 @@ def test_encode_picks_the_nearest_centroid_of_each_residual_and_decode_sums_them
     codes = encoder.encode(x)
     assert codes.dtype == np.int64 and codes.shape == (50, 3)
     for row, code in zip(x.astype(np.float64), codes):
-        residual, total = row.copy(), np.zeros(5)
+        residual = row.copy()
+        total = np.zeros(5)
         for level, book in enumerate(encoder.codebooks_):
             distance = ((residual - book) ** 2).sum(axis=1)
             assert distance[code[level]] <= distance.min() + 1e-6
-            residual, total = residual - book[code[level]], total + book[code[level]]
+            residual = residual - book[code[level]]
+            total = total + book[code[level]]
             prefix = encoder.decode(code[None, : level + 1])
             assert prefix.dtype == np.float32
             np.testing.assert_allclose(prefix[0], total, atol=1e-6)
@@ -223,7 +257,9 @@ def test_encode_picks_the_nearest_centroid_of_each_residual_and_decode_sums_them
 
 def test_a_common_offset_changes_nothing():
     truth, x = planted_tree((6, 4), (1.0, 0.4), seed=0)
-    codes = ResidualKMeans(levels=2, width=(6, 4)).fit(x + np.float32(300)).encode(x + np.float32(300))
+    codes = (
+        ResidualKMeans(levels=2, width=(6, 4)).fit(x + np.float32(300)).encode(x + np.float32(300))
+    )
     for level, width in enumerate((6, 4)):
         assert len(set(zip(codes[:, level].tolist(), truth[:, level].tolist()))) == width
 
@@ -239,7 +275,9 @@ def test_a_wide_level_without_a_wards_start_still_fits(wide, monkeypatch):
 
 @pytest.mark.parametrize("distinct", [2, 3, 8])
 def test_fewer_distinct_embeddings_than_codes_are_kept_exactly(distinct):
-    x = np.repeat(embeddings_of(distinct), 10, axis=0)[np.random.default_rng(0).permutation(10 * distinct)]
+    x = np.repeat(embeddings_of(distinct), 10, axis=0)[
+        np.random.default_rng(0).permutation(10 * distinct)
+    ]
     encoder = ResidualKMeans(levels=3, width=8).fit(x)
     codes = encoder.encode(x)
     assert len(np.unique(codes[:, 0])) == distinct
@@ -266,15 +304,20 @@ def planted_rqvae():
 def test_the_codes_of_an_rqvae_follow_the_branches_of_a_planted_tree(planted_rqvae):
     truth, x, encoder = planted_rqvae
     codes = encoder.encode(x)
-    same_branch, same_code = (column[:, None] == column[None, :] for column in (truth[:, 0], codes[:, 0]))
-    assert same_code[same_branch].mean() > 0.9 and same_code[~same_branch].mean() < 0.02  # measured 1 and 0; by chance 0.08
+    same_branch, same_code = (
+        column[:, None] == column[None, :] for column in (truth[:, 0], codes[:, 0])
+    )
+    # Measured 1 and 0; by chance 0.08
+    assert same_code[same_branch].mean() > 0.9 and same_code[~same_branch].mean() < 0.02
     assert len(np.unique(codes, axis=0)) == len(np.unique(truth, axis=0))
 
 
 def test_an_rqvae_reconstructs_a_planted_tree_as_residual_k_means_does(planted_rqvae):
     _, x, encoder = planted_rqvae
     kmeans = ResidualKMeans(levels=3, width=(12, 6, 4)).fit(x)
-    errors = [np.square(e.decode(e.encode(x)) - x).sum() / np.square(x).sum() for e in (encoder, kmeans)]
+    errors = [
+        np.square(e.decode(e.encode(x)) - x).sum() / np.square(x).sum() for e in (encoder, kmeans)
+    ]
     assert errors[0] < errors[1] + 0.002, errors  # measured, over three seeds: at most 0.0002 more
 
 
@@ -283,14 +326,19 @@ def test_an_rqvae_encodes_as_its_modules_and_picks_the_nearest_codes(planted_rqv
     arrays = {name: torch.from_numpy(array) for name, array in encoder._arrays.items()}
     modules = {"encoder": rqvae._mlp((32, 64, 16)), "decoder": rqvae._mlp((16, 64, 32))}
     for name, module in modules.items():
-        module.load_state_dict({key.removeprefix(f"{name}."): a for key, a in arrays.items() if key.startswith(name)})
+        module.load_state_dict(
+            {key.removeprefix(f"{name}."): a for key, a in arrays.items() if key.startswith(name)}
+        )
     with torch.no_grad():
         latent = modules["encoder"]((torch.from_numpy(x) - arrays["mean"]) / arrays["scale"])
         total = torch.zeros_like(latent)
         for level, code in enumerate(encoder.encode(x).T):
             book = torch.from_numpy(encoder.codebooks_[level])
             distance = torch.cdist((latent - total).double(), book.double())
-            assert (distance.gather(1, torch.from_numpy(code)[:, None])[:, 0] <= distance.min(dim=1).values + 1e-5).all()
+            assert (
+                distance.gather(1, torch.from_numpy(code)[:, None])[:, 0]
+                <= distance.min(dim=1).values + 1e-5
+            ).all()
             total = total + book[code]
         decoded = modules["decoder"](total) * arrays["scale"] + arrays["mean"]
     np.testing.assert_allclose(encoder.decode(encoder.encode(x)), decoded, atol=1e-5)
@@ -329,7 +377,8 @@ def test_an_rqvae_without_layers_or_steps_is_refused(change):
 def test_opq_gives_the_codes_of_faiss_with_the_same_rotation_and_codebooks(dim, levels, padded):
     x = embeddings_of(200, dim) @ embeddings_of(dim, dim, seed=1)
     encoder = OPQ(levels, width=16).fit(x)
-    rotation, mean = encoder._arrays["rotation"], encoder._arrays["mean"]
+    rotation = encoder._arrays["rotation"]
+    mean = encoder._arrays["mean"]
     assert rotation.shape == (padded, dim)
     np.testing.assert_allclose(rotation.T @ rotation, np.eye(dim), atol=1e-4)  # nothing is lost
     transform = faiss.LinearTransform(dim, padded, True)
@@ -356,8 +405,11 @@ def test_a_prefix_of_an_opq_code_leaves_the_other_slices_at_their_mean():
 
 def test_opq_beats_product_quantisation_without_a_rotation_where_dimensions_correlate():
     rng = np.random.default_rng(0)
-    x = (rng.normal(size=(1000, 4)) @ rng.normal(size=(4, 16)) + 0.1 * rng.normal(size=(1000, 16))).astype(np.float32)
-    encoder, plain = OPQ(4, width=16).fit(x), faiss.ProductQuantizer(16, 4, 4)
+    x = (
+        rng.normal(size=(1000, 4)) @ rng.normal(size=(4, 16)) + 0.1 * rng.normal(size=(1000, 16))
+    ).astype(np.float32)
+    encoder = OPQ(4, width=16).fit(x)
+    plain = faiss.ProductQuantizer(16, 4, 4)
     plain.train(x)
     error = np.square(x - encoder.decode(encoder.encode(x))).sum()
     assert error < 0.8 * np.square(x - plain.decode(plain.compute_codes(x))).sum()
@@ -371,16 +423,32 @@ def test_opq_needs_one_power_of_two(width):
 
 # --- the table -------------------------------------------------------------------------------------------------
 
-CODES = np.array([[0, 1], [2, 1], [0, 1], [0, 0], [0, 1], [2, 1]])  # groups: items 1 3 5, items 2 6, item 4
+# Groups: items 1 3 5, items 2 6, item 4
+CODES = np.array([[0, 1], [2, 1], [0, 1], [0, 0], [0, 1], [2, 1]])
 
 
 def test_extend_numbers_each_group_by_item_id():
     table = SidTable(CODES, width=(3, 2))
-    assert table.codes.tolist() == [[0, 1, 0], [2, 1, 0], [0, 1, 1], [0, 0, 0], [0, 1, 2], [2, 1, 1]]
+    assert table.codes.tolist() == [
+        [0, 1, 0],
+        [2, 1, 0],
+        [0, 1, 1],
+        [0, 0, 0],
+        [0, 1, 2],
+        [2, 1, 1],
+    ]
     assert (table.widths, table.levels, table.base_levels, table.n_items) == ((3, 2, 3), 3, 2, 6)
     assert table.offsets == (3, 6, 8) and table.vocab_size == 3 + 3 + 2 + 3
     assert table.item_tokens.dtype == torch.int64
-    assert table.item_tokens.tolist() == [[PAD] * 3, [3, 7, 8], [5, 7, 8], [3, 7, 9], [3, 6, 8], [3, 7, 10], [5, 7, 9]]
+    assert table.item_tokens.tolist() == [
+        [PAD] * 3,
+        [3, 7, 8],
+        [5, 7, 8],
+        [3, 7, 9],
+        [3, 6, 8],
+        [3, 7, 10],
+        [5, 7, 9],
+    ]
     assert table.items_of([0, 1, 2]) == [5] and table.items_of([0, 0, 1]) == []
 
 
@@ -411,7 +479,9 @@ def test_items_and_sids_are_one_to_one_or_shared_as_said(rows, collisions):
     else:
         assert table.items_of(table.codes) == [[item] for item in range(1, len(rows) + 1)]
         if table.levels == 3:
-            assert table.codes[:, 2].tolist() == [groups[row].index(item) for item, row in enumerate(rows, start=1)]
+            assert table.codes[:, 2].tolist() == [
+                groups[row].index(item) for item, row in enumerate(rows, start=1)
+            ]
             assert table.widths[2] == max(map(len, groups.values()))
     tokens = table.item_tokens[1:].numpy()
     assert np.array_equal(tokens - np.array(table.offsets), table.codes)
@@ -422,10 +492,16 @@ def test_items_and_sids_are_one_to_one_or_shared_as_said(rows, collisions):
 def test_the_report_equals_numbers_worked_out_by_hand():
     report = SidTable(CODES, width=(3, 2)).report()
     assert json.loads(json.dumps(report)) == report  # plain values only
-    assert (report["n_items"], report["levels"], report["unique_sids"], report["largest_group"]) == (6, 3, 3, 3)
+    assert (
+        report["n_items"],
+        report["levels"],
+        report["unique_sids"],
+        report["largest_group"],
+    ) == (6, 3, 3, 3)
     assert report["collision_rate"] == pytest.approx(5 / 6)
     first, second, added = report["per_level"]
-    entropy = -(4 / 6 * math.log(4 / 6) + 2 / 6 * math.log(2 / 6))  # code 0 four times, code 2 twice
+    # Code 0 four times, code 2 twice
+    entropy = -(4 / 6 * math.log(4 / 6) + 2 / 6 * math.log(2 / 6))
     assert first == {
         "level": 1,
         "width": 3,
@@ -436,8 +512,18 @@ def test_the_report_equals_numbers_worked_out_by_hand():
         "mean_group": 3.0,
         "largest_group": 4,
     }
-    assert (second["used"], second["prefixes"], second["mean_group"], second["largest_group"]) == (2, 3, 2.0, 3)
-    assert (added["width"], added["used"], added["prefixes"], added["largest_group"]) == (3, 3, 6, 1)
+    assert (second["used"], second["prefixes"], second["mean_group"], second["largest_group"]) == (
+        2,
+        3,
+        2.0,
+        3,
+    )
+    assert (added["width"], added["used"], added["prefixes"], added["largest_group"]) == (
+        3,
+        3,
+        6,
+        1,
+    )
     text = str(report)
     assert "83.3%" in text and "perplexity" in text and "<table" in report._repr_html_()
     assert report.frame().loc[2, "prefixes"] == 3
@@ -456,7 +542,12 @@ def test_the_report_measures_reconstruction_by_level():
     assert 0 < rows[1]["reconstruction_error"] < rows[0]["reconstruction_error"] < 1
     assert rows[2]["reconstruction_error"] is None
     equal = np.full((60, 5), 0.1, np.float32)
-    assert SidTable(codes, width=encoder.widths).report(encoder, equal)["per_level"][0]["reconstruction_error"] is None
+    assert (
+        SidTable(codes, width=encoder.widths).report(encoder, equal)["per_level"][0][
+            "reconstruction_error"
+        ]
+        is None
+    )
     with pytest.raises(ValueError, match="encoder without embeddings"):
         SidTable(codes, width=encoder.widths).report(encoder)
     with pytest.raises(ValueError, match=r"one row per item \(60\), got 59"):
@@ -473,7 +564,9 @@ def test_an_offset_of_all_embeddings_does_not_change_the_reconstruction_error(mo
     for offset in (0, 8):
         moved = x + np.float32(offset)
         encoder = ResidualKMeans(levels=2, width=(4, 8)).fit(moved)
-        rows = SidTable(encoder.encode(moved), encoder.widths, "share").report(encoder, moved)["per_level"]
+        rows = SidTable(encoder.encode(moved), encoder.widths, "share").report(encoder, moved)[
+            "per_level"
+        ]
         found.append([row["reconstruction_error"] for row in rows])
     assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0][0] > 0.2
 
@@ -485,15 +578,21 @@ def test_an_offset_of_all_embeddings_does_not_change_the_reconstruction_error(mo
     assert one_code["reconstruction_error"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("n", "queries", "collisions"), [(60, 2000, "extend"), (60, 15, "share"), (7, 2000, "share"), (2, 9, "share")])
+@pytest.mark.parametrize(
+    ("n", "queries", "collisions"),
+    [(60, 2000, "extend"), (60, 15, "share"), (7, 2000, "share"), (2, 9, "share")],
+)
 def test_the_report_counts_neighbours_with_the_same_prefix(n, queries, collisions, monkeypatch):
     monkeypatch.setattr(table_module, "QUERIES", queries)
-    x, codes = embeddings_of(n), np.random.default_rng(1).integers(0, 2, (n, 3))
+    x = embeddings_of(n)
+    codes = np.random.default_rng(1).integers(0, 2, (n, 3))
     x[0] = 0  # an item without a text has no neighbours
     sids = SidTable(codes, 2, collisions)
     rows = sids.report(embeddings=x)["per_level"]
     items = np.random.default_rng(0).permutation(np.arange(1, n))[:queries]
-    cosine = x @ x.T / np.maximum(np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(x, axis=1), 1e-9)
+    cosine = (
+        x @ x.T / np.maximum(np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(x, axis=1), 1e-9)
+    )
     np.fill_diagonal(cosine, -2)
     for level, row in enumerate(rows, start=1):
         same = np.array([[(a[:level] == b[:level]).all() for b in sids.codes] for a in sids.codes])
@@ -509,7 +608,12 @@ def test_neighbours_of_equal_embeddings_leave_out_the_item_itself():
     assert rows[0]["neighbour_overlap"] == 1 and rows[0]["chance_overlap"] == pytest.approx(29 / 59)
     items, neighbours = table_module._neighbours(x)
     assert neighbours.shape == (60, 10) and not (neighbours == items[:, None]).any()
-    assert SidTable(CODES, (3, 2)).report(embeddings=np.zeros((6, 2)))["per_level"][0]["neighbour_overlap"] is None
+    assert (
+        SidTable(CODES, (3, 2)).report(embeddings=np.zeros((6, 2)))["per_level"][0][
+            "neighbour_overlap"
+        ]
+        is None
+    )
     assert "neighbour_overlap" not in SidTable([[0]], 1).report(embeddings=x[:1])["per_level"][0]
 
 
@@ -522,9 +626,14 @@ def test_a_residual_encoder_keeps_neighbours_together_far_more_than_chance():
 
 def test_a_model_of_shared_sids_trains_and_recommends_every_sharer(tmp_path):
     items = np.arange(1, 31)
-    sids = SidTable(np.stack([items % 5, items % 2], axis=1), width=(5, 2), collisions="share")  # three items a SID
-    frame = pd.DataFrame({"item_id": items, "title": "x", "brand": None, "categories": [[]] * 30, "text": None})
-    catalogue = Catalogue("shop", frame, [np.roll(items, shift)[:8] for shift in range(30)], list(range(30)))
+    # Three items a SID
+    sids = SidTable(np.stack([items % 5, items % 2], axis=1), width=(5, 2), collisions="share")
+    frame = pd.DataFrame(
+        {"item_id": items, "title": "x", "brand": None, "categories": [[]] * 30, "text": None}
+    )
+    catalogue = Catalogue(
+        "shop", frame, [np.roll(items, shift)[:8] for shift in range(30)], list(range(30))
+    )
     config = TrainConfig.preset("smoke", max_updates=2)
     model = train(config, catalogue, sids, progress=False).model
     found, scores = recommend(model, catalogue.histories[:4], k=30, beam=30)
@@ -569,7 +678,9 @@ def test_the_fingerprint_changes_with_codes_widths_and_collisions():
 def test_table_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="item 2 has code 2 at level 1"):
         SidTable(CODES, width=2)
-    with pytest.raises(ValueError, match="collisions='drop' is unknown; use one of 'extend', 'share'"):
+    with pytest.raises(
+        ValueError, match="collisions='drop' is unknown; use one of 'extend', 'share'"
+    ):
         SidTable(CODES, collisions="drop")
     with pytest.raises(ValueError, match=r"shape \[..., 3\], got \[2\]"):
         SidTable(CODES).items_of([0, 1])
@@ -583,7 +694,11 @@ def test_a_published_table_is_read_in_any_order(tmp_path):
     with gzip.open(tmp_path / "sids.txt.gz", "wt") as out:
         out.write("2 7 1\n1 0 3\n3 7 1\n")
     for name in ("sids.txt", "sids.txt.gz"):
-        assert SidTable.from_file(tmp_path / name, width=8).codes.tolist() == [[0, 3, 0], [7, 1, 0], [7, 1, 1]]
+        assert SidTable.from_file(tmp_path / name, width=8).codes.tolist() == [
+            [0, 3, 0],
+            [7, 1, 0],
+            [7, 1, 1],
+        ]
         shared = SidTable.from_file(tmp_path / name, width=8, collisions="share")
         assert shared.codes.tolist() == [[0, 3], [7, 1], [7, 1]]
 
@@ -626,10 +741,16 @@ def test_published_beauty_tables_load(variant):
     with gzip.open(path, "rt") as lines:
         sids = [tuple(map(int, line.split()[1:])) for line in lines]
     report = table.report()
-    assert table.n_items == 12101 and table.base_levels == 4 and report["unique_sids"] == len(set(sids))
+    assert (
+        table.n_items == 12101
+        and table.base_levels == 4
+        and report["unique_sids"] == len(set(sids))
+    )
     assert table.codes[:, :4].tolist() == list(map(list, sids))
     if variant == "rkmeans_zcr":  # collisions were removed at the source
-        assert table.levels == 4 and report["unique_sids"] == 12101 and report["collision_rate"] == 0
+        assert (
+            table.levels == 4 and report["unique_sids"] == 12101 and report["collision_rate"] == 0
+        )
     else:
         assert table.levels == 5 and report["collision_rate"] > 0
     assert table.items_of(table.codes[:3]) == [[1], [2], [3]]

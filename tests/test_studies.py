@@ -17,7 +17,12 @@ from sidlab.metrics import METRICS, paired_test, pooled_seed_noise, recall_at
 from sidlab.research import claims, studies
 from sidlab.research.compare import compare
 from sidlab.research.runs import COSTS, config_with
-from sidlab.research.study_figures import curves_figure, schedule_figure, strata_figure, study_figure
+from sidlab.research.study_figures import (
+    curves_figure,
+    schedule_figure,
+    strata_figure,
+    study_figure,
+)
 from sidlab.windows import leave_one_out
 
 
@@ -25,9 +30,17 @@ def test_every_setting_is_a_configuration_and_no_two_are_equal():
     for name, study in studies.STUDIES.items():
         made = []
         for label, setting in study.settings.items():
-            config = config_with("quick", 0, {key: value for key, value in setting.items() if not key.startswith("sids.")})
-            made.append((config, {key: value for key, value in setting.items() if key.startswith("sids.")}))
-            assert (config.pruning is not None) == any(key.startswith("pruning.") for key in setting), (name, label)
+            config = config_with(
+                "quick",
+                0,
+                {key: value for key, value in setting.items() if not key.startswith("sids.")},
+            )
+            made.append(
+                (config, {key: value for key, value in setting.items() if key.startswith("sids.")})
+            )
+            assert (config.pruning is not None) == any(
+                key.startswith("pruning.") for key in setting
+            ), (name, label)
         assert all(one != other for i, one in enumerate(made) for other in made[:i]), name
 
 
@@ -35,7 +48,9 @@ def test_committed_notebooks_are_those_of_the_generator():
     folder = ROOT / "notebooks" / "studies"
     assert {path.stem for path in folder.glob("*.ipynb")} == studies.STUDIES.keys()
     for name in studies.STUDIES:
-        assert (folder / f"{name}.ipynb").read_text(encoding="utf-8") == notebooks.notebook(name), "run: python notebooks/studies.py"
+        assert (folder / f"{name}.ipynb").read_text(encoding="utf-8") == notebooks.notebook(name), (
+            "run: python notebooks/studies.py"
+        )
         head = nbformat.read(folder / f"{name}.ipynb", 4).cells[0].source
         assert studies.STUDIES[name].published in head and "{" not in head
 
@@ -45,42 +60,87 @@ def ran(tmp_path_factory):
     """The notebook of one study by papermill, smoke runs of two settings and two seeds."""
     folder = tmp_path_factory.mktemp("study")
     parameters = dict(preset="smoke", seeds=2, only=2, output_dir=str(folder / "out"))
-    papermill.execute_notebook(ROOT / "notebooks/studies/strata.ipynb", folder / "run.ipynb", parameters, kernel_name="python3",
-                               cwd=str(ROOT), progress_bar=False)
+    papermill.execute_notebook(
+        ROOT / "notebooks/studies/strata.ipynb",
+        folder / "run.ipynb",
+        parameters,
+        kernel_name="python3",
+        cwd=str(ROOT),
+        progress_bar=False,
+    )
     return folder
 
 
 def test_a_study_runs_pools_its_seeds_and_writes_what_it_found(ran):
     study = json.loads((ran / "out" / "strata-study.json").read_text())
-    assert [row["label"] for row in study["rows"]] == ["unpruned", "recent"] and study["hardware"]["processor"]
+    assert [row["label"] for row in study["rows"]] == ["unpruned", "recent"] and study["hardware"][
+        "processor"
+    ]
     for row in study["rows"]:
         low, high = row["recall@10_interval"]
         assert row["seeds"] == 2 and row["updates"] == 20 and low <= row["recall@10"] <= high
     files = sorted((ran / "out" / "runs").glob("*.json"))
-    ranks = {seed: [np.array(json.loads(f.read_text())["ranks"]) for f in files if f"seed{seed}" in f.name] for seed in (0, 1)}
-    hits = {of_seed: sorted(float(((r > 0) & (r <= 10)).mean()) for r in ranks[of_seed]) for of_seed in ranks}
-    assert sum(row["recall@10"] for row in study["rows"]) == pytest.approx((sum(hits[0]) + sum(hits[1])) / 2)
+    ranks = {
+        seed: [
+            np.array(json.loads(f.read_text())["ranks"]) for f in files if f"seed{seed}" in f.name
+        ]
+        for seed in (0, 1)
+    }
+    hits = {
+        of_seed: sorted(float(((r > 0) & (r <= 10)).mean()) for r in ranks[of_seed])
+        for of_seed in ranks
+    }
+    assert sum(row["recall@10"] for row in study["rows"]) == pytest.approx(
+        (sum(hits[0]) + sum(hits[1])) / 2
+    )
     assert study["rows"][0]["difference"] is None
-    means = np.array([[((r > 0) & (r <= 10)).mean() for r in ranks[of_seed]] for of_seed in ranks]).T  # [K, S]
+    # [K, S]
+    means = np.array(
+        [[((r > 0) & (r <= 10)).mean() for r in ranks[of_seed]] for of_seed in ranks]
+    ).T
     assert study["seed_noise"] == pytest.approx(pooled_seed_noise(means)[0]._asdict())
-    assert study["rows"][1]["difference"] == pytest.approx(study["rows"][1]["recall@10"] - study["rows"][0]["recall@10"])
-    outputs = [output for cell in nbformat.read(ran / "run.ipynb", 4).cells for output in cell.get("outputs", [])]
-    assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) == 2
+    assert study["rows"][1]["difference"] == pytest.approx(
+        study["rows"][1]["recall@10"] - study["rows"][0]["recall@10"]
+    )
+    outputs = [
+        output
+        for cell in nbformat.read(ran / "run.ipynb", 4).cells
+        for output in cell.get("outputs", [])
+    ]
+    assert (
+        sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) == 2
+    )
 
 
 def test_noise_of_seeds_is_estimated_from_all_settings(tmp_path, monkeypatch):
-    """Five settings of one quality and two seeds: each alone knows little of seeds, together they know more, and alike."""
-    rng, rows, users = np.random.default_rng(3), [], len(load_catalogue("planted").histories)
+    """Five settings of one quality and two seeds: each alone knows little of seeds, together they
+    know more, and alike.
+    """
+    rng = np.random.default_rng(3)
+    rows = []
+    users = len(load_catalogue("planted").histories)
     for label in "abcde":
         for seed in (0, 1):
             hits = rng.random(users) < 0.3 + rng.normal(0, 0.02)
             file = tmp_path / f"{label}{seed}.json"
-            file.write_text(json.dumps({"ranks": hits.astype(int).tolist(), "curve": {"recall@10": [0.3], "eval_step": [1]}, "sids": {},
-                                        "ended": None, "busy": False, "device": "a processor"}))
+            file.write_text(
+                json.dumps(
+                    {
+                        "ranks": hits.astype(int).tolist(),
+                        "curve": {"recall@10": [0.3], "eval_step": [1]},
+                        "sids": {},
+                        "ended": None,
+                        "busy": False,
+                        "device": "a processor",
+                    }
+                )
+            )
             rows.append({"label": label, "seed": seed, "file": file, **dict.fromkeys(COSTS, 1.0)})
     frame = pd.DataFrame(rows)
-    of_label = {label: [recall_at(json.loads(file.read_text())["ranks"], 10) for file in part["file"]]
-                for label, part in frame.groupby("label")}
+    of_label = {
+        label: [recall_at(json.loads(file.read_text())["ranks"], 10) for file in part["file"]]
+        for label, part in frame.groupby("label")
+    }
     alone = [np.ptp(paired_test(of_label[label], of_label["a"]).interval) for label in "bcde"]
     rows = studies.summarise(frame)
     together = [np.ptp(interval) for interval in rows["difference_interval"][1:]]
@@ -91,12 +151,25 @@ def test_noise_of_seeds_is_estimated_from_all_settings(tmp_path, monkeypatch):
     for (_, group), part in studies.strata(frame, "planted").groupby(["by", "group"]):
         widths = [np.ptp(interval) for interval in part["recall@10_interval"]]
         assert len(widths) == 5 and max(widths) < 1.3 * min(widths), group
-    twin = frame[frame["label"] == "e"].assign(label="e, in training only", **{"pruning.at_inference": False})
-    assert studies.summarise(pd.concat([frame, twin]))["difference_interval"][:5].tolist() == rows["difference_interval"].tolist()
+    twin = frame[frame["label"] == "e"].assign(
+        label="e, in training only", **{"pruning.at_inference": False}
+    )
+    assert (
+        studies.summarise(pd.concat([frame, twin]))["difference_interval"][:5].tolist()
+        == rows["difference_interval"].tolist()
+    )
     pairs = [("b", "a", {"a": 1}), ("b", "c and d", {"c": 0.5, "d": 0.5})]
-    monkeypatch.setitem(studies.STUDIES, "strata", dataclasses.replace(studies.STUDIES["strata"], pairs=lambda work: pairs))
-    of_one, of_mean = (np.ptp(interval) for interval in studies.versus("strata", frame)["difference_interval"])
-    assert of_one == pytest.approx(together[0]) and of_mean / of_one == pytest.approx((1.5 / 2) ** 0.5, rel=0.1)
+    monkeypatch.setitem(
+        studies.STUDIES,
+        "strata",
+        dataclasses.replace(studies.STUDIES["strata"], pairs=lambda work: pairs),
+    )
+    of_one, of_mean = (
+        np.ptp(interval) for interval in studies.versus("strata", frame)["difference_interval"]
+    )
+    assert of_one == pytest.approx(together[0]) and of_mean / of_one == pytest.approx(
+        (1.5 / 2) ** 0.5, rel=0.1
+    )
 
 
 def test_runs_of_two_devices_are_told(ran, tmp_path):
@@ -105,20 +178,36 @@ def test_runs_of_two_devices_are_told(ran, tmp_path):
     for last, busy in (("a processor", False), ("NVIDIA H100", True)):
         for file, made in zip(files, frame["file"]):
             device = last if file == files[-1] else "a processor"
-            file.write_text(json.dumps(json.loads(pathlib.Path(made).read_text()) | {"busy": False, "device": device}))
+            file.write_text(
+                json.dumps(
+                    json.loads(pathlib.Path(made).read_text()) | {"busy": False, "device": device}
+                )
+            )
         assert studies.summarise(frame.assign(file=files))["busy"].tolist() == [busy] * 2
 
 
 def test_schedules_are_shown_before_the_runs_and_pairs_behind_them(ran):
     parameters = dict(preset="smoke", seeds=1, only=2, output_dir=str(ran / "out"))
-    papermill.execute_notebook(ROOT / "notebooks/studies/adaptive.ipynb", ran / "adaptive.ipynb", parameters, kernel_name="python3",
-                               cwd=str(ROOT), progress_bar=False)
+    papermill.execute_notebook(
+        ROOT / "notebooks/studies/adaptive.ipynb",
+        ran / "adaptive.ipynb",
+        parameters,
+        kernel_name="python3",
+        cwd=str(ROOT),
+        progress_bar=False,
+    )
     cells = nbformat.read(ran / "adaptive.ipynb", 4).cells
-    drawn, run, pairs = (next(i for i, cell in enumerate(cells) if cell.cell_type == "code" and text in cell.source)
-                         for text in ("schedule_figure(", "studies.run(", "studies.versus("))
+    drawn, run, pairs = (
+        next(i for i, cell in enumerate(cells) if cell.cell_type == "code" and text in cell.source)
+        for text in ("schedule_figure(", "studies.run(", "studies.versus(")
+    )
     assert drawn < run < pairs and all(cells[place].outputs for place in (drawn, run, pairs))
     study = json.loads((ran / "out" / "adaptive-study.json").read_text())
-    assert [row["label"] for row in study["rows"]] == ["unpruned", "constant 1/3"] and study["versus"] == [] and study["only"] == 2
+    assert (
+        [row["label"] for row in study["rows"]] == ["unpruned", "constant 1/3"]
+        and study["versus"] == []
+        and study["only"] == 2
+    )
     assert study["rows"][0]["sids"]["widths"] and study["rows"][0]["busy"] in (True, False)
 
 
@@ -129,20 +218,32 @@ def test_groups_cover_all_users_and_average_to_the_whole(ran):
     histories, targets = leave_one_out(load_catalogue("planted").histories).cases("test")
     for (label, _), part in groups.groupby(["label", "by"]):
         assert part["users"].sum() == len(targets)
-        assert (part["users"] * part["recall@10"]).sum() / len(targets) == pytest.approx(rows[label])
+        assert (part["users"] * part["recall@10"]).sum() / len(targets) == pytest.approx(
+            rows[label]
+        )
     lengths = np.array([len(h) for h in histories])
     short = groups[(groups["label"] == "unpruned") & (groups["group"] == "short")]["users"].item()
     assert short == (lengths <= np.quantile(lengths, 1 / 3)).sum()
 
 
 def test_an_unknown_study_or_parameter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="study='layers' is unknown; use one of 'strategies', 'layer-ratio'"):
+    with pytest.raises(
+        ValueError, match="study='layers' is unknown; use one of 'strategies', 'layer-ratio'"
+    ):
         studies.run("layers", tmp_path)
     with pytest.raises(ValueError, match="only must be at least 1, got -1"):
         studies.run("map", tmp_path, only=-1)
-    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter epochs; use dataset"):
-        papermill.execute_notebook(ROOT / "notebooks/studies/map.ipynb", tmp_path / "x.ipynb", {"epochs": 3}, kernel_name="python3",
-                                   cwd=str(ROOT), progress_bar=False)
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="unknown parameter epochs; use dataset"
+    ):
+        papermill.execute_notebook(
+            ROOT / "notebooks/studies/map.ipynb",
+            tmp_path / "x.ipynb",
+            {"epochs": 3},
+            kernel_name="python3",
+            cwd=str(ROOT),
+            progress_bar=False,
+        )
 
 
 def fake_rows(name):
@@ -150,30 +251,62 @@ def fake_rows(name):
     rows = []
     for label, setting in studies.STUDIES[name].settings.items():
         recall = float(rng.uniform(0.3, 0.5))
-        rows.append({"label": label, **setting, "recall@10": recall, "recall@10_interval": [recall - 0.02, recall + 0.02],
-                     "seconds_per_1k_windows": float(rng.uniform(1, 3)), "peak_memory_mb": 200.0,
-                     "kept_token_fraction": float(rng.uniform(0.2, 1))})
+        rows.append(
+            {
+                "label": label,
+                **setting,
+                "recall@10": recall,
+                "recall@10_interval": [recall - 0.02, recall + 0.02],
+                "seconds_per_1k_windows": float(rng.uniform(1, 3)),
+                "peak_memory_mb": 200.0,
+                "kept_token_fraction": float(rng.uniform(0.2, 1)),
+            }
+        )
     return pd.DataFrame(rows)
 
 
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_figures_show_every_setting(name):
-    rows, x = fake_rows(name), studies.STUDIES[name].x
+    rows = fake_rows(name)
+    x = studies.STUDIES[name].x
     figure = study_figure(rows, x)
     if x is None:
-        assert list(figure.layout.yaxis.ticktext) == rows["label"].tolist() and len(figure.data[0].x) == len(rows)
+        assert list(figure.layout.yaxis.ticktext) == rows["label"].tolist() and len(
+            figure.data[0].x
+        ) == len(rows)
         assert list(figure.data[0].x) == rows["recall@10"].tolist()
     else:
-        shown = [(text, y) for trace in figure.data if trace.xaxis == "x" for text, y in zip(trace.text, trace.y)]
-        others = rows if name == "granularity" else rows[1:]  # where the first is a point of a curve
+        shown = [
+            (text, y)
+            for trace in figure.data
+            if trace.xaxis == "x"
+            for text, y in zip(trace.text, trace.y)
+        ]
+        # Where the first is a point of a curve
+        others = rows if name == "granularity" else rows[1:]
         assert sorted(shown) == sorted(zip(others["label"], others["recall@10"]))
-        looks = {(t.line.color, t.line.dash, t.marker.symbol) for t in figure.data if t.xaxis == "x"}
+        looks = {
+            (t.line.color, t.line.dash, t.marker.symbol) for t in figure.data if t.xaxis == "x"
+        }
         assert len(looks) == len([t for t in figure.data if t.xaxis == "x"])
 
 
 def test_strata_figure_shows_both_sides():
-    rows = pd.DataFrame([{"label": label, "by": by, "group": group, "users": 10, "recall@10": 0.1, "recall@10_interval": [0.05, 0.2]}
-                         for label in ("unpruned", "rastp") for by in ("a", "b") for group in ("x", "y")])
+    rows = pd.DataFrame(
+        [
+            {
+                "label": label,
+                "by": by,
+                "group": group,
+                "users": 10,
+                "recall@10": 0.1,
+                "recall@10_interval": [0.05, 0.2],
+            }
+            for label in ("unpruned", "rastp")
+            for by in ("a", "b")
+            for group in ("x", "y")
+        ]
+    )
     figure = strata_figure(rows)
     assert [trace.name for trace in figure.data] == ["unpruned", "unpruned", "rastp", "rastp"]
     assert figure.layout.yaxis.type is None
@@ -184,7 +317,10 @@ def test_strata_figure_shows_both_sides():
 
 def test_curves_show_the_mean_and_the_range_of_the_seeds(ran):
     rows = studies.summarise(studies.run("strata", ran / "out", preset="smoke", seeds=2, only=2))
-    files = [json.loads(path.read_text()) for path in sorted((ran / "out" / "runs").glob("planted-smoke-seed*.json"))]
+    files = [
+        json.loads(path.read_text())
+        for path in sorted((ran / "out" / "runs").glob("planted-smoke-seed*.json"))
+    ]
     curves = np.array([file["curve"]["recall@10"] for file in files])
     trace = curves_figure(rows).data[0]
     assert trace.name == "unpruned" and list(trace.x) == files[0]["curve"]["eval_step"]
@@ -198,34 +334,67 @@ def test_curves_show_the_mean_and_the_range_of_the_seeds(ran):
 
 def comparison(arch="t5", preset="quick", **differences):
     """Results in which a method has (seconds, memory, difference, half width of its interval)."""
-    rows = [{"method": "unpadded", "recall@10": 0.4, "seconds_per_1k_windows": 2.0, "peak_memory_mb": 100.0, "versus_unpadded": None}]
+    rows = [
+        {
+            "method": "unpadded",
+            "recall@10": 0.4,
+            "seconds_per_1k_windows": 2.0,
+            "peak_memory_mb": 100.0,
+            "versus_unpadded": None,
+        }
+    ]
     for method, (seconds, memory, difference, half) in differences.items():
         versus = {"difference": difference, "interval": [difference - half, difference + half]}
-        rows.append({"method": method.replace("_", "-"), "recall@10": 0.4 + difference, "seconds_per_1k_windows": seconds,
-                     "peak_memory_mb": memory, "versus_unpadded": versus})
+        rows.append(
+            {
+                "method": method.replace("_", "-"),
+                "recall@10": 0.4 + difference,
+                "seconds_per_1k_windows": seconds,
+                "peak_memory_mb": memory,
+                "versus_unpadded": versus,
+            }
+        )
     for row in rows:
         row |= {"seeds": 3, "recall@5": 0.2, "ndcg@5": 0.1, "ndcg@10": 0.1} | {
-            f"{metric}_interval": [0.3, 0.5] for metric in METRICS}
-    return {"dataset": "planted", "preset": preset, "arch": arch, "summary": rows, "command": f"make reproduce {arch}",
-            "hardware": {"processor": "p", "gpu": None, "threads": 1}}
+            f"{metric}_interval": [0.3, 0.5] for metric in METRICS
+        }
+    return {
+        "dataset": "planted",
+        "preset": preset,
+        "arch": arch,
+        "summary": rows,
+        "command": f"make reproduce {arch}",
+        "hardware": {"processor": "p", "gpu": None, "threads": 1},
+    }
 
 
 def verdicts(*files):
     return {claim["claim"]: claim["verdict"] for claim in claims.judge(list(files))}
 
 
-@pytest.mark.parametrize("difference, half, verdict", [
-    (0.0, 0.01, "confirmed"), (0.01, 0.005, "confirmed"), (-0.005, 0.01, "confirmed"), (-0.005, 0.002, "not confirmed"),
-    (-0.05, 0.01, "not confirmed"), (0.0, 0.05, "undecided")])
+@pytest.mark.parametrize(
+    "difference, half, verdict",
+    [
+        (0.0, 0.01, "confirmed"),
+        (0.01, 0.005, "confirmed"),
+        (-0.005, 0.01, "confirmed"),
+        (-0.005, 0.002, "not confirmed"),
+        (-0.05, 0.01, "not confirmed"),
+        (0.0, 0.05, "undecided"),
+    ],
+)
 def test_quality_is_judged_by_its_interval(difference, half, verdict):
-    """Kept: not below 0 for sure, and above −5 % of .4, that is −.02. One seed decides nothing, and too low a ratio hurts exactly where
-    quality is not kept."""
-    results, kept = comparison(rastp=(1.0, 50, difference, half)), "Quality is kept or slightly better."
+    """Kept: not below 0 for sure, and above −5 % of .4, that is −.02. One seed decides nothing, and
+    too low a ratio hurts exactly where quality is not kept.
+    """
+    results = comparison(rastp=(1.0, 50, difference, half))
+    kept = "Quality is kept or slightly better."
     assert verdicts(results)[kept] == verdict
     for row in results["summary"]:
         row["seeds"] = 1
     assert verdicts(results)[kept] == "undecided"
-    assert verdicts(comparison("qwen", rastp=(1.0, 50, difference, half)))[kept] == "not run"  # RASTP had none
+    # RASTP had none
+    assert verdicts(comparison("qwen", rastp=(1.0, 50, difference, half)))[kept] == "not run"
     ratio = study("layer-ratio", **{"unpruned": 0.4, "layer 2, keep 0.1": 0.4 + difference})
     ratio["rows"][1]["difference_interval"] = [difference - half, difference + half]
     hurts = {"confirmed": "not confirmed", "not confirmed": "confirmed"}.get(verdict, verdict)
@@ -233,12 +402,25 @@ def test_quality_is_judged_by_its_interval(difference, half, verdict):
 
 
 def test_savings_are_judged_by_the_published_figure():
-    speed, memory = "Training is 1.23–1.38 times as fast.", "Training takes 17.2%–54.7% less memory."
-    fast, near, slow = (verdicts(comparison(stamp=(2.0 / ratio, mb, 0, 0.01))) for ratio, mb in ((1.37, 82), (1.24, 83), (1.1, 83)))
-    assert [found[speed] for found in (fast, near, slow)] == ["confirmed", "undecided", "not confirmed"]  # single runs differ by a tenth
+    speed = "Training is 1.23–1.38 times as fast."
+    memory = "Training takes 17.2%–54.7% less memory."
+    fast, near, slow = (
+        verdicts(comparison(stamp=(2.0 / ratio, mb, 0, 0.01)))
+        for ratio, mb in ((1.37, 82), (1.24, 83), (1.1, 83))
+    )
+    # Single runs differ by a tenth
+    assert [found[speed] for found in (fast, near, slow)] == [
+        "confirmed",
+        "undecided",
+        "not confirmed",
+    ]
     seeds = comparison(stamp=(2.0 / 1.24, 83, 0, 0.01))
     of_seeds = {"unpadded": (1.995, 2.0, 2.005), "stamp": (1.61, 2.0 / 1.24, 1.615)}
-    seeds["rows"] = [{"method": method, "seconds_per_1k_windows": value} for method, values in of_seeds.items() for value in values]
+    seeds["rows"] = [
+        {"method": method, "seconds_per_1k_windows": value}
+        for method, values in of_seeds.items()
+        for value in values
+    ]
     assert verdicts(seeds)[speed] == "confirmed"
     seeds["rows"][-1]["seconds_per_1k_windows"] = 1.7
     assert verdicts(seeds)[speed] == "undecided"
@@ -252,8 +434,13 @@ def test_savings_are_judged_by_the_published_figure():
     only_padding_saved = comparison(padded=(9.0, 500, 0, 0.01), stamp=(2.1, 50, 0, 0.01))
     assert verdicts(only_padding_saved)[speed] == "not confirmed"
     padded = comparison(padded=(10.0, 500, 0, 0.01), rastp_reference=(5.0, 300, -0.1, 0.01))
-    finding = next(c for c in claims.judge([padded]) if c["claim"].startswith("Training takes 26.7%"))
-    assert finding["verdict"] == "confirmed" and "2.00 times [1.81, 2.21] as fast as padded" in finding["findings"][0]["figures"]
+    finding = next(
+        c for c in claims.judge([padded]) if c["claim"].startswith("Training takes 26.7%")
+    )
+    assert (
+        finding["verdict"] == "confirmed"
+        and "2.00 times [1.81, 2.21] as fast as padded" in finding["findings"][0]["figures"]
+    )
 
 
 def test_seconds_of_a_busy_machine_say_nothing_and_those_of_the_study_do():
@@ -264,169 +451,383 @@ def test_seconds_of_a_busy_machine_say_nothing_and_those_of_the_study_do():
     for row, seconds in zip(rows["rows"], (1.6, 1.0)):
         row["seconds_per_1k_windows"] = seconds
     finding = claims.judge([busy, rows])[0]
-    assert finding["verdict"] == "confirmed" and "1.60 times [1.45, 1.77] as fast" in finding["findings"][0]["figures"]
+    assert (
+        finding["verdict"] == "confirmed"
+        and "1.60 times [1.45, 1.77] as fast" in finding["findings"][0]["figures"]
+    )
     for row, span in zip(rows["rows"], ([1.3, 1.7], [0.9, 1.1])):
         row["seconds_range"] = span
-    assert "[1.45, 1.77]" in claims.judge([rows | {"seeds": 2}])[0]["findings"][0]["figures"]  # two seeds are no spread
+    # Two seeds are no spread
+    assert "[1.45, 1.77]" in claims.judge([rows | {"seeds": 2}])[0]["findings"][0]["figures"]
     finding = claims.judge([rows | {"seeds": 3}])[0]
-    assert finding["verdict"] == "undecided" and "1.60 times [1.18, 1.89] as fast" in finding["findings"][0]["figures"]
+    assert (
+        finding["verdict"] == "undecided"
+        and "1.60 times [1.18, 1.89] as fast" in finding["findings"][0]["figures"]
+    )
     rows["rows"][1]["busy"] = True
     assert claims.judge([rows])[0]["verdict"] == "not run"
-    assert claims.judge([study("efficiency", **{"unpruned": 0.4, "keep 0.1": 0.4})])[0]["verdict"] == "not run"
+    assert (
+        claims.judge([study("efficiency", **{"unpruned": 0.4, "keep 0.1": 0.4})])[0]["verdict"]
+        == "not run"
+    )
 
 
 def test_the_benchmark_is_evidence_too():
-    steps = (("published, without pruning", 6.0), ("published RASTP", 4.0), ("CUDA graphs", 1.5), ("pruning to a third", 1.0))
-    rows = [{"workload": "Beauty lengths", "variant": name, "seconds_per_1k_windows": seconds} for name, seconds in steps]
-    full = (("nothing pruned", 3.0, 100.0), ("everything scored and kept", 3.1, 110.0), ("a third kept", 2.9, 80.0))
-    rows += [{"workload": "full histories", "variant": name, "seconds_per_1k_windows": seconds, "peak_mb": mb}
-             for name, seconds, mb in full]
+    steps = (
+        ("published, without pruning", 6.0),
+        ("published RASTP", 4.0),
+        ("CUDA graphs", 1.5),
+        ("pruning to a third", 1.0),
+    )
+    rows = [
+        {"workload": "Beauty lengths", "variant": name, "seconds_per_1k_windows": seconds}
+        for name, seconds in steps
+    ]
+    full = (
+        ("nothing pruned", 3.0, 100.0),
+        ("everything scored and kept", 3.1, 110.0),
+        ("a third kept", 2.9, 80.0),
+    )
+    rows += [
+        {
+            "workload": "full histories",
+            "variant": name,
+            "seconds_per_1k_windows": seconds,
+            "peak_mb": mb,
+        }
+        for name, seconds, mb in full
+    ]
     for row in rows:
-        row["quartiles"] = [0.98 * row["seconds_per_1k_windows"], 1.02 * row["seconds_per_1k_windows"]]
-    bench = {"command": "python -m sidlab.research.bench", "rows": rows, "targets": [],
-             "hardware": {"processor": "p", "gpu": "H100", "threads": 1}}
+        row["quartiles"] = [
+            0.98 * row["seconds_per_1k_windows"],
+            1.02 * row["seconds_per_1k_windows"],
+        ]
+    bench = {
+        "command": "python -m sidlab.research.bench",
+        "rows": rows,
+        "targets": [],
+        "hardware": {"processor": "p", "gpu": "H100", "threads": 1},
+    }
     found = {claim["claim"][:17]: claim for claim in claims.judge([bench])}
     figures = [finding["figures"] for finding in found["Training takes 26"]["findings"]]
     assert found["Training takes 26"]["verdict"] == "mixed" and figures == [
         "rastp-reference trains 1.50 times [1.44, 1.56] as fast as padded on Beauty lengths",
         "rastp trains 1.50 times [1.44, 1.56] as fast as unpadded on Beauty lengths",
-        "rastp trains 1.03 times [0.99, 1.08] as fast as unpadded on full histories"]
+        "rastp trains 1.03 times [0.99, 1.08] as fast as unpadded on full histories",
+    ]
     assert found["Training takes 26"]["verdicts"] == {"benchmark": "mixed"}
     memory = found["Training takes 17"]
-    assert memory["verdict"] == "undecided" and "rastp takes 20.0% less memory" in memory["findings"][0]["figures"]
+    assert (
+        memory["verdict"] == "undecided"
+        and "rastp takes 20.0% less memory" in memory["findings"][0]["figures"]
+    )
 
 
 def test_nothing_run_smoke_and_what_cannot_be_run_are_told_apart():
     nothing = verdicts()
     assert nothing["MAP alone beats the baseline."] == "not run"
     assert nothing["It holds on AL-GR-Tiny with a pretrained Qwen."] == "not testable here"
-    assert verdicts(comparison(preset="smoke", map=(2, 100, 0.1, 0.01)))["MAP alone beats the baseline."] == "not run"
-    assert verdicts(comparison(map=(2, 100, 0.1, 0.01)))["MAP alone beats the baseline."] == "confirmed"
-    assert verdicts(comparison("qwen", rastp=(1, 50, 0.0, 0.001)))["It holds for decoder-only models, too."] == "confirmed"
+    assert (
+        verdicts(comparison(preset="smoke", map=(2, 100, 0.1, 0.01)))[
+            "MAP alone beats the baseline."
+        ]
+        == "not run"
+    )
+    assert (
+        verdicts(comparison(map=(2, 100, 0.1, 0.01)))["MAP alone beats the baseline."]
+        == "confirmed"
+    )
+    assert (
+        verdicts(comparison("qwen", rastp=(1, 50, 0.0, 0.001)))[
+            "It holds for decoder-only models, too."
+        ]
+        == "confirmed"
+    )
 
 
 def study(name, **values):
-    rows = [{"label": label, "recall@10": value, "recall@10_interval": [value - 0.01, value + 0.01], "difference": value - 0.4,
-             "difference_interval": [value - 0.41, value - 0.39], "kept_token_fraction": 0.3,
-             "curve": {"mean": [value]}} for label, value in values.items()]
-    return {"study": name, "dataset": "planted", "preset": "quick", "seeds": 2, "arch": "t5", "rows": rows,
-            "hardware": {"processor": "p", "gpu": None, "threads": 1}}
+    rows = [
+        {
+            "label": label,
+            "recall@10": value,
+            "recall@10_interval": [value - 0.01, value + 0.01],
+            "difference": value - 0.4,
+            "difference_interval": [value - 0.41, value - 0.39],
+            "kept_token_fraction": 0.3,
+            "curve": {"mean": [value]},
+        }
+        for label, value in values.items()
+    ]
+    return {
+        "study": name,
+        "dataset": "planted",
+        "preset": "quick",
+        "seeds": 2,
+        "arch": "t5",
+        "rows": rows,
+        "hardware": {"processor": "p", "gpu": None, "threads": 1},
+    }
 
 
 def test_studies_are_judged():
     def pairs(**differences):
-        return {"versus": [{"label": label, "against": against, "difference": d, "difference_interval": [d - 0.01, d + 0.01]}
-                           for label, (against, d) in differences.items()]}
-    ratio = study("layer-ratio", **{"unpruned": 0.4, "layer 2, keep 0.1": 0.3, "layer 1, keep 0.33": 0.2, "layer 2, keep 0.33": 0.399})
-    adaptive = study("adaptive", **{"unpruned": 0.4, "constant 1/3": 0.38, "stage, from 0.15": 0.34, "stage, from 0.6": 0.42})
+        return {
+            "versus": [
+                {
+                    "label": label,
+                    "against": against,
+                    "difference": d,
+                    "difference_interval": [d - 0.01, d + 0.01],
+                }
+                for label, (against, d) in differences.items()
+            ]
+        }
+
+    ratio = study(
+        "layer-ratio",
+        **{
+            "unpruned": 0.4,
+            "layer 2, keep 0.1": 0.3,
+            "layer 1, keep 0.33": 0.2,
+            "layer 2, keep 0.33": 0.399,
+        },
+    )
+    adaptive = study(
+        "adaptive",
+        **{
+            "unpruned": 0.4,
+            "constant 1/3": 0.38,
+            "stage, from 0.15": 0.34,
+            "stage, from 0.6": 0.42,
+        },
+    )
     for row, start in zip(adaptive["rows"], (None, None, 0.15, 0.6)):
         row |= {"strategy.kind": start and "stage", "strategy.start": start, "pruning.keep": 1 / 3}
-    adaptive |= pairs(**{"stage, from 0.15": ("constant 30%", -0.04), "stage, from 0.6": ("constant 40%", 0.04)})
-    strategies = study("strategies", unpruned=0.4) | pairs(rastp=("random", 0.05), recent=("random", -0.05))
+    adaptive |= pairs(
+        **{"stage, from 0.15": ("constant 30%", -0.04), "stage, from 0.6": ("constant 40%", 0.04)}
+    )
+    strategies = study("strategies", unpruned=0.4) | pairs(
+        rastp=("random", 0.05), recent=("random", -0.05)
+    )
     found = verdicts(ratio, strategies, adaptive)
     assert found["Too low a retention ratio hurts."] == "confirmed"
     assert found["Up to two thirds of the tokens can go without a loss of accuracy."] == "confirmed"
-    assert found["Centrality × saliency finds the tokens that matter: better than a random third."] == "confirmed"
-    ratio["rows"][2]["curve"] = {"mean": [0.5]}  # the layer that validation users would choose is judged, though it loses on the test
-    assert verdicts(ratio)["Up to two thirds of the tokens can go without a loss of accuracy."] == "not confirmed"
+    assert (
+        found["Centrality × saliency finds the tokens that matter: better than a random third."]
+        == "confirmed"
+    )
+    # The layer that validation users would choose is judged, though it loses on the test
+    ratio["rows"][2]["curve"] = {"mean": [0.5]}
+    assert (
+        verdicts(ratio)["Up to two thirds of the tokens can go without a loss of accuracy."]
+        == "not confirmed"
+    )
     # What begins with most tokens is not what the paper claims.
-    assert next(v for c, v in found.items() if c.startswith("A ratio that changes")) == "not confirmed"
+    assert (
+        next(v for c, v in found.items() if c.startswith("A ratio that changes")) == "not confirmed"
+    )
     dilution = "Accuracy moves non-monotonically as SIDs get finer (Semantic Dilution Effect)."
-    for differences, verdict in (((0.1, -0.05), "confirmed"), ((0.1, 0.05), "not confirmed"), ((0.1, 0.0), "undecided")):
+    for differences, verdict in (
+        ((0.1, -0.05), "confirmed"),
+        ((0.1, 0.05), "not confirmed"),
+        ((0.1, 0.0), "undecided"),
+    ):
         found = pairs(**{"3 × 8": ("2 × 8", differences[0]), "3 × 16": ("3 × 8", differences[1])})
         assert verdicts(study("granularity", **{"2 × 8": 0.3}) | found)[dilution] == verdict
 
 
 def test_a_model_that_is_far_from_the_published_one_decides_nothing():
-    kept, rows = "Quality is kept or slightly better.", comparison(rastp=(1.0, 50, 0.0, 0.0001)) | {"dataset": "x/amazon-beauty"}
+    kept = "Quality is kept or slightly better."
+    rows = comparison(rastp=(1.0, 50, 0.0, 0.0001)) | {"dataset": "x/amazon-beauty"}
     for base, verdict in ((0.03, "undecided"), (0.06, "confirmed")):
         rows["summary"][0]["recall@10"] = base
         found = next(claim for claim in claims.judge([rows]) if claim["claim"] == kept)
-        assert found["verdict"] == verdict and ("not trained enough" in found["findings"][0]["figures"]) == (verdict == "undecided")
-    both = next(claim for claim in claims.judge([rows, comparison(rastp=(1.0, 50, -0.1, 0.0001))]) if claim["claim"] == kept)
-    assert both["verdict"] == "mixed" and both["verdicts"] == {"amazon-beauty": "confirmed", "planted": "not confirmed"}
+        assert found["verdict"] == verdict and (
+            "not trained enough" in found["findings"][0]["figures"]
+        ) == (verdict == "undecided")
+    both = next(
+        claim
+        for claim in claims.judge([rows, comparison(rastp=(1.0, 50, -0.1, 0.0001))])
+        if claim["claim"] == kept
+    )
+    assert both["verdict"] == "mixed" and both["verdicts"] == {
+        "amazon-beauty": "confirmed",
+        "planted": "not confirmed",
+    }
 
 
 def fake_runs(folder, settings, seeds=3, users=400):
     """{label: (hit rate, kept share)} as a frame of runs, with files of ranks."""
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     for seed in range(seeds):
         for label, (rate, kept) in settings.items():
             file = folder / f"{len(rows)}.json"
-            ended = None if kept == 1 else {"after_layer": 3 if label == "settled" else 2, "layers": 4}
-            file.write_text(json.dumps({"ranks": (rng.random(users) < rate).astype(int).tolist(), "ended": ended}))
-            rows.append({"label": label, "seed": seed, "file": str(file), "kept_token_fraction": kept})
-    hits = {label: np.array([json.loads(pathlib.Path(row["file"]).read_text())["ranks"] for row in rows if row["label"] == label])
-            for label in settings}
+            ended = (
+                None if kept == 1 else {"after_layer": 3 if label == "settled" else 2, "layers": 4}
+            )
+            file.write_text(
+                json.dumps(
+                    {"ranks": (rng.random(users) < rate).astype(int).tolist(), "ended": ended}
+                )
+            )
+            rows.append(
+                {"label": label, "seed": seed, "file": str(file), "kept_token_fraction": kept}
+            )
+    hits = {
+        label: np.array(
+            [
+                json.loads(pathlib.Path(row["file"]).read_text())["ranks"]
+                for row in rows
+                if row["label"] == label
+            ]
+        )
+        for label in settings
+    }
     return pd.DataFrame(rows), hits
 
 
 def test_what_adapts_is_compared_at_equal_cost(tmp_path):
-    settings = {"unpruned": (0.8, 1.0), "constant 0.2": (0.2, 0.2), "constant 0.5": (0.4, 0.5), "mass 0.5": (0.7, 0.3), "gap": (0.4, 0.9),
-                "less than all": (0.1, 0.1), "settled": (0.4, 0.2)}
+    settings = {
+        "unpruned": (0.8, 1.0),
+        "constant 0.2": (0.2, 0.2),
+        "constant 0.5": (0.4, 0.5),
+        "mass 0.5": (0.7, 0.3),
+        "gap": (0.4, 0.9),
+        "less than all": (0.1, 0.1),
+        "settled": (0.4, 0.2),
+    }
     frame, hits = fake_runs(tmp_path, settings)
     found = studies.versus("adaptive", frame).set_index("label")
-    assert found["against"].to_dict() == {name: f"constant, {work} of the work" for name, work in (
-        ("mass 0.5", "65%"), ("gap", "95%"), ("settled", "80%"))}
-    expected = hits["mass 0.5"].mean() - (2 * hits["constant 0.2"].mean() + hits["constant 0.5"].mean()) / 3
+    assert found["against"].to_dict() == {
+        name: f"constant, {work} of the work"
+        for name, work in (("mass 0.5", "65%"), ("gap", "95%"), ("settled", "80%"))
+    }
+    expected = (
+        hits["mass 0.5"].mean()
+        - (2 * hits["constant 0.2"].mean() + hits["constant 0.5"].mean()) / 3
+    )
     assert found["difference"]["mass 0.5"] == pytest.approx(expected)
-    expected = hits["settled"].mean() - (0.8 * hits["constant 0.5"].mean() + 0.2 * hits["unpruned"].mean())
-    assert found["difference"]["settled"] == pytest.approx(expected)  # a third layer in front is like 60 % kept behind the second
-    assert found["difference_interval"]["mass 0.5"][0] > 0.2 and found["difference_interval"]["gap"][1] < 0
+    expected = hits["settled"].mean() - (
+        0.8 * hits["constant 0.5"].mean() + 0.2 * hits["unpruned"].mean()
+    )
+    # A third layer in front is like 60 % kept behind the second
+    assert found["difference"]["settled"] == pytest.approx(expected)
+    assert (
+        found["difference_interval"]["mass 0.5"][0] > 0.2
+        and found["difference_interval"]["gap"][1] < 0
+    )
 
 
 def test_scorers_are_compared_with_chance_and_fine_sids_with_coarse_ones(tmp_path):
-    frame, hits = fake_runs(tmp_path, {"unpruned": (0.8, 1.0), "rastp": (0.5, 0.3), "random": (0.3, 0.3)})
+    frame, hits = fake_runs(
+        tmp_path, {"unpruned": (0.8, 1.0), "rastp": (0.5, 0.3), "random": (0.3, 0.3)}
+    )
     (row,) = studies.versus("strategies", frame).to_dict("records")
     assert (row["label"], row["against"]) == ("rastp", "random")
-    assert row["difference"] == pytest.approx(hits["rastp"].mean() - hits["random"].mean()) and row["difference_interval"][0] > 0.1
-    frame, _ = fake_runs(tmp_path, {label: (0.5, 1.0) for label in ("2 × 16", "3 × 8", "3 × 16", "3 × 16, stamp")})
+    assert (
+        row["difference"] == pytest.approx(hits["rastp"].mean() - hits["random"].mean())
+        and row["difference_interval"][0] > 0.1
+    )
+    frame, _ = fake_runs(
+        tmp_path, {label: (0.5, 1.0) for label in ("2 × 16", "3 × 8", "3 × 16", "3 × 16, stamp")}
+    )
     found = studies.versus("granularity", frame)
-    assert set(zip(found["label"], found["against"])) == {("3 × 16", "2 × 16"), ("3 × 16", "3 × 8")}  # 3 × 8 is not finer than 2 × 16
+    # 3 × 8 is not finer than 2 × 16
+    assert set(zip(found["label"], found["against"])) == {("3 × 16", "2 × 16"), ("3 × 16", "3 × 8")}
     assert studies.versus("map", frame).empty
 
 
 def test_schedules_are_drawn_as_they_will_run():
     figure = schedule_figure(studies.STUDIES["adaptive"].settings)
     lines = {trace.name: trace.y for trace in figure.data}
-    assert "loss gap 0.02" not in lines and "mass 0.5" not in lines and set(lines["constant 0.5"]) == {0.5}
-    assert lines["cosine, from 0.15"][0] == pytest.approx(0.15) and lines["stage, from 0.6"][0] == pytest.approx(0.6)
-    assert all(lines[f"{kind}, from 0.15"][-1] == pytest.approx(1 / 3) for kind in ("linear", "cosine", "stage"))
+    assert (
+        "loss gap 0.02" not in lines
+        and "mass 0.5" not in lines
+        and set(lines["constant 0.5"]) == {0.5}
+    )
+    assert lines["cosine, from 0.15"][0] == pytest.approx(0.15) and lines["stage, from 0.6"][
+        0
+    ] == pytest.approx(0.6)
+    assert all(
+        lines[f"{kind}, from 0.15"][-1] == pytest.approx(1 / 3)
+        for kind in ("linear", "cosine", "stage")
+    )
 
 
 def test_finer_sids_for_large_catalogues():
     study = studies.STUDIES["granularity"]
-    small, large = study.settings_for(500), study.settings_for(12_000)
-    assert len(small) == len(large) == 12 and {setting["sids.width"] for setting in large.values()} == {64, 256}
+    small = study.settings_for(500)
+    large = study.settings_for(12_000)
+    assert len(small) == len(large) == 12 and {
+        setting["sids.width"] for setting in large.values()
+    } == {64, 256}
     assert studies.STUDIES["map"].settings_for(12_000) == studies.STUDIES["map"].settings
 
 
 def test_the_page_is_written_from_the_files_and_names_the_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    claims.main(["planted", "--preset", "smoke", "--seeds", "1", "--methods", "unpadded rastp", "--arch", "qwen", "--output",
-                 str(tmp_path / "paper"), "--evidence"])
+    claims.main(
+        [
+            "planted",
+            "--preset",
+            "smoke",
+            "--seeds",
+            "1",
+            "--methods",
+            "unpadded rastp",
+            "--arch",
+            "qwen",
+            "--output",
+            str(tmp_path / "paper"),
+            "--evidence",
+        ]
+    )
     assert "smoke are too short to judge anything by" in capsys.readouterr().out
-    page, found = (tmp_path / "paper" / "index.html").read_text(), json.loads((tmp_path / "paper" / "claims.json").read_text())
-    assert {claim["verdict"] for claim in found["claims"]} == {"not run", "not testable here"}  # smoke says nothing
+    page = (tmp_path / "paper" / "index.html").read_text()
+    found = json.loads((tmp_path / "paper" / "claims.json").read_text())
+    # Smoke says nothing
+    assert {claim["verdict"] for claim in found["claims"]} == {"not run", "not testable here"}
     files = claims.evidence(tmp_path / "paper")
     assert [file["arch"] for file in files] == ["qwen"] and "ARCH=qwen" in files[0]["command"]
     (tmp_path / "more").mkdir()
     bench = {"rows": [], "targets": [], "hardware": {"processor": "p", "gpu": None, "threads": 1}}
     for name, options in (("bench.json", ""), ("quick-bench.json", " --quick")):
-        (tmp_path / "more" / name).write_text(json.dumps(bench | {"command": "python -m sidlab.research.bench" + options}))
-    assert [file["command"] for file in claims.evidence(tmp_path / "more", tmp_path / "nothing")] == ["python -m sidlab.research.bench"]
+        (tmp_path / "more" / name).write_text(
+            json.dumps(bench | {"command": "python -m sidlab.research.bench" + options})
+        )
+    assert [
+        file["command"] for file in claims.evidence(tmp_path / "more", tmp_path / "nothing")
+    ] == ["python -m sidlab.research.bench"]
     (tmp_path / "studies").mkdir()
-    for place, changes in enumerate(({"seeds": 3, "sids": ""}, {"seeds": 1}, {"seeds": 9, "only": 2}, {"seeds": 1, "sids": "x"})):
-        (tmp_path / "studies" / f"{place}.json").write_text(json.dumps(study("map", **{"no MAP": 0.4}) | changes))
-    assert [(file["seeds"], file.get("sids", "")) for file in claims.evidence(tmp_path / "studies")] == [(3, ""), (1, "x")]
-    (tmp_path / "more" / "results.json").write_text(json.dumps(comparison(map=(2, 100, 0.1, 0.01)) | {"dataset": "x/amazon-beauty"}))
+    for place, changes in enumerate(
+        ({"seeds": 3, "sids": ""}, {"seeds": 1}, {"seeds": 9, "only": 2}, {"seeds": 1, "sids": "x"})
+    ):
+        (tmp_path / "studies" / f"{place}.json").write_text(
+            json.dumps(study("map", **{"no MAP": 0.4}) | changes)
+        )
+    assert [
+        (file["seeds"], file.get("sids", "")) for file in claims.evidence(tmp_path / "studies")
+    ] == [(3, ""), (1, "x")]
+    (tmp_path / "more" / "results.json").write_text(
+        json.dumps(comparison(map=(2, 100, 0.1, 0.01)) | {"dataset": "x/amazon-beauty"})
+    )
     claims.main(["--output", str(tmp_path / "again"), "--evidence", str(tmp_path / "more")])
     page = (tmp_path / "again" / "index.html").read_text()
-    assert "make reproduce t5" in page and ".0648" in page and "✓ confirmed" in page and "<script" not in page
+    assert (
+        "make reproduce t5" in page
+        and ".0648" in page
+        and "✓ confirmed" in page
+        and "<script" not in page
+    )
 
 
 def test_evidence_passes_over_other_files_and_names_a_damaged_one(tmp_path):
-    for content in ([], {"summary_of": "something else"}, {"summary": [], "command": "make", "rows": []}):
+    for content in (
+        [],
+        {"summary_of": "something else"},
+        {"summary": [], "command": "make", "rows": []},
+    ):
         (tmp_path / f"{len(list(tmp_path.iterdir()))}-results.json").write_text(json.dumps(content))
     (tmp_path / "other.json").write_text("{")
     assert claims.evidence(tmp_path) == [{"summary": [], "command": "make", "rows": []}]
@@ -436,9 +837,14 @@ def test_evidence_passes_over_other_files_and_names_a_damaged_one(tmp_path):
 
 
 def test_the_comparison_takes_a_decoder_only_model(tmp_path):
-    results = compare("planted", "smoke", "unpadded rastp-visible stamp", 1, str(tmp_path), arch="qwen")
+    results = compare(
+        "planted", "smoke", "unpadded rastp-visible stamp", 1, str(tmp_path), arch="qwen"
+    )
     rows = {row["method"]: row for row in results["summary"]}
-    assert rows["stamp"]["kept_token_fraction"] < 0.5 and rows["unpadded"]["predicted_flops"] > rows["stamp"]["predicted_flops"]
+    assert (
+        rows["stamp"]["kept_token_fraction"] < 0.5
+        and rows["unpadded"]["predicted_flops"] > rows["stamp"]["predicted_flops"]
+    )
     assert json.loads((tmp_path / "results.json").read_text())["arch"] == "qwen"
     with pytest.raises(ValueError, match="belongs to T5"):
         compare("planted", "smoke", "rastp-reference", 1, str(tmp_path / "x"), arch="qwen")

@@ -21,7 +21,11 @@ from sidlab.files import write
 from sidlab.research import runs as sweeps
 from sidlab.sids.table import SidTable
 
-GRID = [{}, {"pruning.keep": 0.5, "pruning.after_layer": 1}, {"map.steps": 1, "sids.levels": 2, "sids.width": 16}]
+GRID = [
+    {},
+    {"pruning.keep": 0.5, "pruning.after_layer": 1},
+    {"map.steps": 1, "sids.levels": 2, "sids.width": 16},
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +50,15 @@ def test_a_row_a_run_with_its_settings(finished):
 
 def test_the_sids_are_those_of_the_setting(finished):
     folder, _ = finished
-    two = SidTable.load(folder / "runs" / "planted-smoke-map.steps=1-sids.levels=2-sids.width=16-seed0")
+    two = SidTable.load(
+        folder / "runs" / "planted-smoke-map.steps=1-sids.levels=2-sids.width=16-seed0"
+    )
     assert two.base_levels == 2 and two.widths[:2] == (16, 16)
     _, report = sweeps.sid_table(load_catalogue("planted"), folder, {"levels": 2, "width": 16})
-    assert report["per_level"][1]["reconstruction_error"] < 0.5 and len(list(folder.glob("sids/*/"))) == 2
+    assert (
+        report["per_level"][1]["reconstruction_error"] < 0.5
+        and len(list(folder.glob("sids/*/"))) == 2
+    )
 
 
 def test_a_finished_sweep_trains_nothing_and_a_longer_one_only_what_is_new(finished, monkeypatch):
@@ -59,16 +68,24 @@ def test_a_finished_sweep_trains_nothing_and_a_longer_one_only_what_is_new(finis
     pd.testing.assert_frame_equal(again, frame)
     asked = []
     result = json.loads(pathlib.Path(frame["file"][0]).read_text())
-    monkeypatch.setattr(sweeps, "_run_child", lambda folder, name, label: asked.append(name) or result)
-    longer = sweeps.sweep({"pruning.keep": [0.5, 0.7], "pruning.after_layer": [1]}, folder, preset="smoke", seeds=1)
-    assert asked == ["planted-smoke-pruning.keep=0.7-pruning.after_layer=1-seed0"] and len(longer) == 2
+    monkeypatch.setattr(
+        sweeps, "_run_child", lambda folder, name, label: asked.append(name) or result
+    )
+    longer = sweeps.sweep(
+        {"pruning.keep": [0.5, 0.7], "pruning.after_layer": [1]}, folder, preset="smoke", seeds=1
+    )
+    assert (
+        asked == ["planted-smoke-pruning.keep=0.7-pruning.after_layer=1-seed0"] and len(longer) == 2
+    )
 
 
 def test_other_data_or_settings_make_a_run_anew(finished):
     folder, _ = finished
     catalogue = load_catalogue("planted")
     table, _ = sweeps.sid_table(catalogue, folder)
-    one = sweeps._in_one_precision(sweeps.spec("planted", TrainConfig.preset("smoke")), catalogue, table, folder)
+    one = sweeps._in_one_precision(
+        sweeps.spec("planted", TrainConfig.preset("smoke")), catalogue, table, folder
+    )
     path = sweeps._path(folder, "planted-smoke-seed0")
     assert sweeps._finished(path, sweeps._key(one, catalogue, table)) is not None
     for other in (
@@ -81,13 +98,19 @@ def test_other_data_or_settings_make_a_run_anew(finished):
 
 def test_a_gpu_does_not_take_what_a_processor_did(finished, monkeypatch):
     catalogue = load_catalogue("planted")
-    what = sweeps.spec("planted", TrainConfig.preset("smoke")), catalogue, sweeps.sid_table(catalogue, finished[0])[0]
+    what = (
+        sweeps.spec("planted", TrainConfig.preset("smoke")),
+        catalogue,
+        sweeps.sid_table(catalogue, finished[0])[0],
+    )
     on_cpu = sweeps._key(*what)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert sweeps._key(*what) != on_cpu
 
 
-def test_other_libraries_and_other_pretrained_weights_make_a_run_anew(finished, monkeypatch, tmp_path):
+def test_other_libraries_and_other_pretrained_weights_make_a_run_anew(
+    finished, monkeypatch, tmp_path
+):
     catalogue = load_catalogue("planted")
     table, _ = sweeps.sid_table(catalogue, finished[0])
     weights = tmp_path / "model.safetensors"
@@ -101,9 +124,13 @@ def test_other_libraries_and_other_pretrained_weights_make_a_run_anew(finished, 
     assert len(set(keys)) == 3
 
 
-def test_a_catalogue_whose_embeddings_tell_nothing_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+def test_a_catalogue_whose_embeddings_tell_nothing_is_refused_before_anything_is_trained(
+    tmp_path, monkeypatch
+):
     catalogue = load_catalogue("planted", n_users=20)
-    alike = dataclasses.replace(catalogue, truth=None, embeddings=np.repeat(np.eye(1, 48), catalogue.n_items, axis=0))
+    alike = dataclasses.replace(
+        catalogue, truth=None, embeddings=np.repeat(np.eye(1, 48), catalogue.n_items, axis=0)
+    )
     monkeypatch.setattr(sweeps, "load_catalogue", lambda dataset: alike)
     monkeypatch.setattr(sweeps, "_run_child", lambda *run: pytest.fail("trained"))
     with pytest.raises(ValueError, match="only 1 of the 160 rows is distinct"):
@@ -114,7 +141,8 @@ def test_shared_sids_are_measured_by_expectation_and_stored_with_their_sharers(t
     settings = {"sids.levels": 2, "sids.width": 4, "sids.collisions": "share"}
     (row,) = sweeps.sweep([settings], tmp_path, preset="smoke", seeds=1).to_dict("records")
     stored = json.loads(pathlib.Path(row["file"]).read_text())
-    first, sharers = np.array(stored["ranks"]), np.array(stored["sharers"])
+    first = np.array(stored["ranks"])
+    sharers = np.array(stored["sharers"])
     assert sharers.max() > 1
     inside = np.where(first > 0, np.clip(10 - (first - 1), 0, sharers), 0) / sharers
     assert row["recall@10"] == pytest.approx(inside.mean())
@@ -123,7 +151,9 @@ def test_shared_sids_are_measured_by_expectation_and_stored_with_their_sharers(t
 OLDEST = "def oldest(signals):\n    return -signals.positions\n"
 
 
-def test_an_own_scorer_takes_part_by_name_and_is_done_again_when_its_module_changes(tmp_path, monkeypatch, capsys):
+def test_an_own_scorer_takes_part_by_name_and_is_done_again_when_its_module_changes(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / "my_scorer.py").write_text(OLDEST)
     monkeypatch.chdir(tmp_path)  # a module beside the notebook, for this process and the run's
     monkeypatch.syspath_prepend(tmp_path)
@@ -137,14 +167,18 @@ def test_an_own_scorer_takes_part_by_name_and_is_done_again_when_its_module_chan
         monkeypatch.delitem(sys.modules, "my_scorer")
         changed = sweeps.sweep(grid, "out", preset="smoke", seeds=1)
         assert ("is done again" in capsys.readouterr().out) == again
-    assert json.loads(pathlib.Path(changed["file"][0]).read_text())["ranks"] == recent, "now it is the newest that it keeps"
+    assert json.loads(pathlib.Path(changed["file"][0]).read_text())["ranks"] == recent, (
+        "now it is the newest that it keeps"
+    )
 
     def edited(folder, name, label):
         (tmp_path / "my_scorer.py").write_text(OLDEST)
         return {"row": {}, "ranks": []}
 
     monkeypatch.setattr(sweeps, "_run_child", edited)
-    with pytest.raises(RuntimeError, match="the scorer's module has changed since this sweep began"):
+    with pytest.raises(
+        RuntimeError, match="the scorer's module has changed since this sweep began"
+    ):
         sweeps.sweep({"pruning.scorer": ["my_scorer:oldest"]}, "other", preset="smoke", seeds=2)
 
 
@@ -167,7 +201,8 @@ def test_a_killed_run_goes_on_where_the_code_is_the_same_alone(tmp_path, monkeyp
 
 
 def test_a_run_is_busy_if_any_of_its_evaluations_was(monkeypatch):
-    progress, state = sweeps._Progress(), types.SimpleNamespace(log_history=[], global_step=1, max_steps=3)
+    progress = sweeps._Progress()
+    state = types.SimpleNamespace(log_history=[], global_step=1, max_steps=3)
     for load, busy in ((0.0, False), (9.0, True), (0.0, True)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0), raising=False)
         progress.on_evaluate(None, state, None, {"eval_recall@10": 0.5})
@@ -177,7 +212,9 @@ def test_a_run_is_busy_if_any_of_its_evaluations_was(monkeypatch):
 def test_threads_that_write_one_file_leave_it_whole(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: write(tmp_path / "one", str(n) * 100), [1, 2] * 200))
-    assert (tmp_path / "one").read_text() in ("1" * 100, "2" * 100) and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "one").read_text() in ("1" * 100, "2" * 100) and len(
+        list(tmp_path.iterdir())
+    ) == 1
 
 
 def test_values_with_a_dot_and_seeds_keep_files_of_their_own(tmp_path, monkeypatch):
@@ -187,7 +224,9 @@ def test_values_with_a_dot_and_seeds_keep_files_of_their_own(tmp_path, monkeypat
         trained.append(name)
         path = sweeps._file(sweeps._path(folder, name), ".json")
         key = json.loads(sweeps._file(sweeps._path(folder, name), ".spec").read_text())["key"]
-        sweeps.write_json(path, {"key": key, "row": {"recall@10": len(trained)}, "curve": None, "ranks": []})
+        sweeps.write_json(
+            path, {"key": key, "row": {"recall@10": len(trained)}, "curve": None, "ranks": []}
+        )
         return json.loads(path.read_text())
 
     monkeypatch.setattr(sweeps, "_run_child", child)
@@ -211,38 +250,70 @@ def test_two_sweeps_at_once_in_one_folder_share_the_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweeps, "_run_child", child)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        frames = list(pool.map(lambda keep: sweeps.sweep({"pruning.keep": [0.5, keep]}, tmp_path, preset="smoke", seeds=1), (0.2, 0.7)))
+        frames = list(
+            pool.map(
+                lambda keep: sweeps.sweep(
+                    {"pruning.keep": [0.5, keep]}, tmp_path, preset="smoke", seeds=1
+                ),
+                (0.2, 0.7),
+            )
+        )
     assert [len(frame) for frame in frames] == [2, 2]
-    assert sorted(trained) == [f"planted-smoke-pruning.keep={keep}-seed0" for keep in (0.2, 0.5, 0.7)]
+    assert sorted(trained) == [
+        f"planted-smoke-pruning.keep={keep}-seed0" for keep in (0.2, 0.5, 0.7)
+    ]
 
 
 def test_published_sids_from_a_file(tmp_path):
     catalogue = load_catalogue("planted")
-    lines = [f"{item} {(item - 1) // 16} {(item - 1) % 16}\n" for item in range(1, catalogue.n_items + 1)]
+    lines = [
+        f"{item} {(item - 1) // 16} {(item - 1) % 16}\n" for item in range(1, catalogue.n_items + 1)
+    ]
     (tmp_path / "sids.txt").write_text("".join(lines))
     sids = {"file": str(tmp_path / "sids.txt"), "width": 16}
     for _ in range(2):  # made, then read
         table, report = sweeps.sid_table(catalogue, tmp_path, sids)
         assert table.codes[17].tolist() == [1, 1] and report["unique_sids"] == catalogue.n_items
-    (tmp_path / "sids.txt").write_text("".join(reversed([f"{161 - int(line.split()[0])} {line.split(' ', 1)[1]}" for line in lines])))
-    assert sweeps.sid_table(catalogue, tmp_path, sids)[0].codes[17].tolist() == [8, 14], "the file has changed, so has the table"
+    (tmp_path / "sids.txt").write_text(
+        "".join(
+            reversed([f"{161 - int(line.split()[0])} {line.split(' ', 1)[1]}" for line in lines])
+        )
+    )
+    assert sweeps.sid_table(catalogue, tmp_path, sids)[0].codes[17].tolist() == [
+        8,
+        14,
+    ], "the file has changed, so has the table"
 
 
-def test_a_sid_file_of_another_catalogue_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+def test_a_sid_file_of_another_catalogue_is_refused_before_anything_is_trained(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
     catalogue = load_catalogue("planted")
     path = tmp_path / "sids.txt"
-    path.write_text("".join(f"{item} {item % 200} 199\n" for item in range(1, catalogue.n_items)))  # codes are 0..255, whatever the items
-    with pytest.raises(ValueError, match=rf"sids.txt has {catalogue.n_items - 1} items, the catalogue 'planted' {catalogue.n_items}"):
+    # Codes are 0..255, whatever the items
+    path.write_text("".join(f"{item} {item % 200} 199\n" for item in range(1, catalogue.n_items)))
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"sids.txt has {catalogue.n_items - 1} items, the catalogue 'planted'"
+            rf" {catalogue.n_items}"
+        ),
+    ):
         sweeps.sweep([{"sids.file": str(path)}], tmp_path / "out", preset="smoke", seeds=1)
     path.with_suffix(".gz").write_text("1 2 3")
-    with pytest.raises(ValueError, match=r"sids.gz can't be read: .*must be text, or gzip if named .gz"):
+    with pytest.raises(
+        ValueError, match=r"sids.gz can't be read: .*must be text, or gzip if named .gz"
+    ):
         SidTable.from_file(path.with_suffix(".gz"))
 
 
 def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatch):
     settings = [{"max_updates": 2, "eval_every": 2}]
-    with monkeypatch.context() as changed, pytest.raises(RuntimeError, match="has changed since this sweep began"):
+    with (
+        monkeypatch.context() as changed,
+        pytest.raises(RuntimeError, match="has changed since this sweep began"),
+    ):
         changed.setattr(sweeps, "code_digest", lambda: "another")  # the child finds the present one
         sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
     sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
@@ -255,10 +326,23 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
 
 def test_a_sweep_takes_arrays_and_any_number_of_settings(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(sweeps, "_run_child", lambda folder, name, label: asked.append(sweeps._path(folder, name)) or {"row": {}})
-    frame = sweeps.sweep({"sids.levels": np.arange(1, 3), "learning_rate": [1e-3, 1.00001e-3]}, tmp_path, preset="smoke", seeds=1)
+    monkeypatch.setattr(
+        sweeps,
+        "_run_child",
+        lambda folder, name, label: asked.append(sweeps._path(folder, name)) or {"row": {}},
+    )
+    frame = sweeps.sweep(
+        {"sids.levels": np.arange(1, 3), "learning_rate": [1e-3, 1.00001e-3]},
+        tmp_path,
+        preset="smoke",
+        seeds=1,
+    )
     assert frame["sids.levels"].tolist() == [1, 1, 2, 2] and len(set(asked)) == 4
-    fields = {f.name: f.default for f in dataclasses.fields(TrainConfig) if isinstance(f.default, int | float)} | {"weight_decay": 0.01}
+    fields = {
+        f.name: f.default
+        for f in dataclasses.fields(TrainConfig)
+        if isinstance(f.default, int | float)
+    } | {"weight_decay": 0.01}
     names = [dict(fields, warmup=warmup) for warmup in (0.01, 0.02)]
     for name in names:
         name.pop("seed")
@@ -268,7 +352,10 @@ def test_a_sweep_takes_arrays_and_any_number_of_settings(tmp_path, monkeypatch):
 
 def test_results_of_another_preset_in_the_same_folder_are_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "_run_child", lambda folder, name, label: {"row": {}})
-    files = [sweeps.sweep([{}], tmp_path, preset=preset, seeds=1)["file"][0] for preset in ("smoke", "quick")]
+    files = [
+        sweeps.sweep([{}], tmp_path, preset=preset, seeds=1)["file"][0]
+        for preset in ("smoke", "quick")
+    ]
     assert files[0] != files[1]
 
 
@@ -276,7 +363,11 @@ def test_a_docstring_makes_no_other_version_of_the_code(tmp_path, monkeypatch):
     (tmp_path / "__init__.py").write_text("")
     monkeypatch.setattr(sweeps.sidlab, "__file__", str(tmp_path / "__init__.py"))
     digests = []
-    for text in ('def f():\n    """One."""\n    return 1', 'def f():\n    """Other."""\n    return 1  # one', "def f():\n    return 2"):
+    for text in (
+        'def f():\n    """One."""\n    return 1',
+        'def f():\n    """Other."""\n    return 1  # one',
+        "def f():\n    return 2",
+    ):
         (tmp_path / "part.py").write_text(text)
         digests.append(sweeps.code_digest.__wrapped__())
     assert digests[0] == digests[1] != digests[2]
@@ -286,7 +377,10 @@ def test_a_docstring_makes_no_other_version_of_the_code(tmp_path, monkeypatch):
     "arguments, message",
     [
         (dict(grid={"pruning.kept": [0.5]}), r"\['pruning.kept'\] are unknown; use .*pruning.keep"),
-        (dict(grid={"sids.depth": [2]}), "sids={'depth': 2} must hold some of encoder, levels, width, collisions, file"),
+        (
+            dict(grid={"sids.depth": [2]}),
+            "sids={'depth': 2} must hold some of encoder, levels, width, collisions, file",
+        ),
         (dict(grid={"pruning.keep": [0.5, 2]}), "must lie in"),
         (dict(grid={"seed": []}), "at least one setting"),
         (dict(grid=[{"dropout": 0.1}, {"dropout": 0.1}]), "dropout=0.1-seed0 twice"),
@@ -294,17 +388,41 @@ def test_a_docstring_makes_no_other_version_of_the_code(tmp_path, monkeypatch):
         (dict(grid=[{}], seeds=1.9), "seeds must be an integer, got 1.9"),
         (dict(grid=[{}], dataset="nowhere"), "no catalogue 'nowhere'"),
         (dict(grid=[{}], preset="fast"), "preset='fast' is unknown"),
-        (dict(grid={"pruning.scorer": ["nowhere:score"]}), "scorer='nowhere:score': No module named 'nowhere'; the module's file must"),
-        (dict(grid={"pruning.scorer": ["json:score"]}), "module 'json' has no attribute 'score' .*restart the kernel"),
-        (dict(grid={"pruning.scorer": ["math:pi"]}), "scorer='math:pi' must be a function from Signals"),
+        (
+            dict(grid={"pruning.scorer": ["nowhere:score"]}),
+            "scorer='nowhere:score': No module named 'nowhere'; the module's file must",
+        ),
+        (
+            dict(grid={"pruning.scorer": ["json:score"]}),
+            "module 'json' has no attribute 'score' .*restart the kernel",
+        ),
+        (
+            dict(grid={"pruning.scorer": ["math:pi"]}),
+            "scorer='math:pi' must be a function from Signals",
+        ),
         (dict(grid={"pruning.scorer": ["own:score"]}), "a module needs another name than own"),
         (dict(grid={"pruning.scorer": ["__main__:exit"]}), "finds functions in files alone"),
-        (dict(grid={"pruning.keep": 0.3}), r"a grid holds lists of values, .* got 0.3 for pruning.keep"),
+        (
+            dict(grid={"pruning.keep": 0.3}),
+            r"a grid holds lists of values, .* got 0.3 for pruning.keep",
+        ),
         (dict(grid=[{"seed": 1}]), r"settings \['seed'\] are unknown"),
-        (dict(grid=[{"sids.file": "sids.txt", "sids.levels": 2}]), "a published file has its own levels"),
-        (dict(grid={"sids.file": ["nowhere.txt"]}), "sids='nowhere.txt' is no file; give a published table"),
-        (dict(grid=[{"pruning": None, "pruning.keep": 0.5}]), "settings hold both 'pruning' and one of its parts"),
-        (dict(grid=[{"sids.encoder": "vq"}]), "sids.encoder='vq' is unknown; use one of 'residual-kmeans'"),
+        (
+            dict(grid=[{"sids.file": "sids.txt", "sids.levels": 2}]),
+            "a published file has its own levels",
+        ),
+        (
+            dict(grid={"sids.file": ["nowhere.txt"]}),
+            "sids='nowhere.txt' is no file; give a published table",
+        ),
+        (
+            dict(grid=[{"pruning": None, "pruning.keep": 0.5}]),
+            "settings hold both 'pruning' and one of its parts",
+        ),
+        (
+            dict(grid=[{"sids.encoder": "vq"}]),
+            "sids.encoder='vq' is unknown; use one of 'residual-kmeans'",
+        ),
     ],
 )
 def test_bad_sweeps_stop_before_anything_is_trained(arguments, message, tmp_path, monkeypatch):
@@ -316,5 +434,7 @@ def test_bad_sweeps_stop_before_anything_is_trained(arguments, message, tmp_path
 
 def test_a_model_that_prunes_in_training_only_has_kept_nothing_to_judge(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    frame = sweeps.sweep([{"pruning.keep": 0.5, "pruning.at_inference": False}], tmp_path, preset="smoke", seeds=1)
+    frame = sweeps.sweep(
+        [{"pruning.keep": 0.5, "pruning.at_inference": False}], tmp_path, preset="smoke", seeds=1
+    )
     assert 0.5 <= frame["kept_token_fraction"][0] < 0.6 and frame["kept_informative"][0] is None

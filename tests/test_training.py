@@ -47,7 +47,8 @@ TINY = {
     "eval_users": 20,
     "precision": "fp32",
 }
-# The random scorer draws from the same state as dropout, so a resumed run must find that state again.
+# The random scorer draws from the same state as dropout, so a resumed run must find that state
+# again.
 STAMP = {"pruning": PruningConfig(scorer="random", after_layer=1), "map": MapConfig()}
 
 
@@ -56,14 +57,22 @@ def config(**changes):
 
 
 def run(output_dir=None, callbacks=None, **changes):
-    return train(config(**changes), WORLD, TABLE, output_dir=output_dir, callbacks=callbacks, progress=False)
+    return train(
+        config(**changes), WORLD, TABLE, output_dir=output_dir, callbacks=callbacks, progress=False
+    )
 
 
 def assert_same(found, expected):
     """Two results of training: the same weights, log, metrics and counts."""
-    for (name, one), other in zip(found.model.state_dict().items(), expected.model.state_dict().values(), strict=True):
+    for (name, one), other in zip(
+        found.model.state_dict().items(), expected.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(one, other), name
-    assert found.log == expected.log and found.metrics == expected.metrics and found.tokens == expected.tokens
+    assert (
+        found.log == expected.log
+        and found.metrics == expected.metrics
+        and found.tokens == expected.tokens
+    )
     for count in ("windows", "updates"):
         assert found.timing[count] == expected.timing[count]
 
@@ -92,7 +101,8 @@ class Stop(TrainerCallback):
 @pytest.fixture
 def spy(monkeypatch):
     """What the collator was asked for and gave, in order."""
-    calls, plain = [], Collator.__call__
+    calls = []
+    plain = Collator.__call__
 
     def recorded(self, indices):
         calls.append((list(indices), plain(self, indices)))
@@ -111,7 +121,8 @@ def uninterrupted():
 
 
 def test_a_seed_gives_one_model_and_another_seed_another(uninterrupted):
-    same, other = run(**STAMP), run(seed=1, **STAMP)
+    same = run(**STAMP)
+    other = run(seed=1, **STAMP)
     assert_same(same, uninterrupted)
     assert [e.get("loss") for e in other.log] != [e.get("loss") for e in uninterrupted.log]
     histories, _ = leave_one_out(WORLD.histories).cases("test")
@@ -140,7 +151,9 @@ def test_each_epoch_sees_windows_at_most_once_in_its_own_order(spy):
     for epoch in range(3):
         batches.set_epoch(epoch)
         expected += list(batches)
-    assert [indices for indices, _ in spy] == expected and len(set(map(tuple, expected))) > len(batches)
+    assert [indices for indices, _ in spy] == expected and len(set(map(tuple, expected))) > len(
+        batches
+    )
 
 
 def test_it_learns():
@@ -157,18 +170,33 @@ def test_it_learns():
 
 @pytest.mark.parametrize("arch", ["t5", "qwen"])
 def test_plain_attention_and_dropout_give_the_same_model_where_nothing_is_dropped(arch):
-    changes = {"arch": arch, "dropout": 0.0, "pruning": PruningConfig(), "map": MapConfig(), "max_updates": 3}
-    ours, plain = run(**changes), run(**changes, plain=True)
-    assert plain.model.stack.config._attn_implementation == "eager" and ours.model.stack.config._attn_implementation == "sidlab"
+    changes = {
+        "arch": arch,
+        "dropout": 0.0,
+        "pruning": PruningConfig(),
+        "map": MapConfig(),
+        "max_updates": 3,
+    }
+    ours = run(**changes)
+    plain = run(**changes, plain=True)
+    assert (
+        plain.model.stack.config._attn_implementation == "eager"
+        and ours.model.stack.config._attn_implementation == "sidlab"
+    )
     kinds = {type(m).__module__ for m in plain.model.modules() if isinstance(m, torch.nn.Dropout)}
     assert kinds <= {"torch.nn.modules.dropout"}
-    assert [e["loss"] for e in plain.log if "loss" in e] == pytest.approx([e["loss"] for e in ours.log if "loss" in e], rel=1e-3)
+    assert [e["loss"] for e in plain.log if "loss" in e] == pytest.approx(
+        [e["loss"] for e in ours.log if "loss" in e], rel=1e-3
+    )
     assert plain.tokens == ours.tokens
 
 
 def test_the_meter_holds_nothing_of_a_batch():
-    """Small tensors that stay keep the allocator from giving back the large ones between them: a megabyte an update, in a long training."""
-    meter, mask = Meter(), torch.ones(3, 5, dtype=torch.long)
+    """Small tensors that stay keep the allocator from giving back the large ones between them: a
+    megabyte an update, in a long training.
+    """
+    meter = Meter()
+    mask = torch.ones(3, 5, dtype=torch.long)
 
     def alive():
         gc.collect()
@@ -183,11 +211,19 @@ def test_the_meter_holds_nothing_of_a_batch():
 
 
 def test_what_a_strategy_spends_on_its_probe_is_metered(monkeypatch):
-    running, probes, pause, resume = [False], [], Meter.pause, Meter.resume
+    running = [False]
+    probes = []
+    pause = Meter.pause
+    resume = Meter.resume
     monkeypatch.setattr(Meter, "pause", lambda self: running.__setitem__(0, False) or pause(self))
     monkeypatch.setattr(Meter, "resume", lambda self: running.__setitem__(0, True) or resume(self))
     monkeypatch.setattr(AdaptPruning, "within_bound", lambda self: probes.append(running[0]) or 0.5)
-    run(strategy=Strategy("loss-gap", every=2), pruning=PruningConfig(keep=0.5), max_updates=6, eval_every=2)
+    run(
+        strategy=Strategy("loss-gap", every=2),
+        pruning=PruningConfig(keep=0.5),
+        max_updates=6,
+        eval_every=2,
+    )
     assert probes == [True, True]  # at updates 2 and 4, right behind an evaluation
 
 
@@ -195,11 +231,14 @@ def test_a_model_trained_in_mixed_precision_comes_back_whole():
     model = run(precision="bf16", max_updates=3).model
     histories = WORLD.histories[:5]
     items, scores = recommend(model, histories, k=5, beam=TABLE.n_items)
-    torch.testing.assert_close(score_items(model, histories).gather(1, items - 1), scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        score_items(model, histories).gather(1, items - 1), scores, rtol=0, atol=1e-5
+    )
 
 
 def test_one_process_trains_on_one_gpu(monkeypatch):
     """The library would split each batch over all GPUs that it sees."""
+
     def two(arguments):
         arguments._n_gpu = 2
         return torch.device("cpu")
@@ -212,7 +251,9 @@ def test_one_process_trains_on_one_gpu(monkeypatch):
 def test_whoever_resumes_on_another_machine_is_told(tmp_path, monkeypatch):
     run(tmp_path, max_updates=3)
     monkeypatch.setattr(meter_module, "device_name", lambda: "NVIDIA H100")
-    with pytest.warns(UserWarning, match=r"made on a processor \(threads: \d+\), and this is NVIDIA H100"):
+    with pytest.warns(
+        UserWarning, match=r"made on a processor \(threads: \d+\), and this is NVIDIA H100"
+    ):
         run(tmp_path, max_updates=3)
 
 
@@ -226,11 +267,14 @@ def test_bf16_is_close_to_fp32():
 
 
 def one_by_one(options, indices):
-    """A fresh model after the passes of the windows one by one, whose gradients are those of an update of them, and the update's losses."""
+    """A fresh model after the passes of the windows one by one, whose gradients are those of an
+    update of them, and the update's losses.
+    """
     settings = config(**options)
     model = build_model(settings, TABLE).train()
     collate = Collator(WINDOWS, TABLE, separators=True, max_items=6, map_config=settings.map)
-    main, auxiliary = 0.0, 0.0
+    main = 0.0
+    auxiliary = 0.0
     if settings.map is not None:
         weights = settings.map.decay ** np.arange(settings.map.steps)
         labels = collate(indices)["map_labels"]  # [B, S, L]
@@ -248,23 +292,44 @@ def one_by_one(options, indices):
             alone = torch.full_like(labels, -100)
             alone[:, step] = labels[:, step]
             share = (alone != -100).sum().item() / counts[step] * weights[step] / weights.sum()
-            loss = model(**window, map_labels=alone).map_loss * share  # the mean over the window's labels of this step
+            # The mean over the window's labels of this step
+            loss = model(**window, map_labels=alone).map_loss * share
             (settings.map.weight * loss).backward()
             auxiliary += loss.item()
-    return model, main, main + (settings.map.weight * auxiliary if settings.map is not None else 0.0)
+    return (
+        model,
+        main,
+        main + (settings.map.weight * auxiliary if settings.map is not None else 0.0),
+    )
 
 
 @pytest.mark.parametrize("arch", ["t5", "qwen"])
-@pytest.mark.parametrize("map_config", [None, MapConfig(), MapConfig(unit="token", decay=0.5, weight=2.0)], ids=["plain", "item", "token"])
+@pytest.mark.parametrize(
+    "map_config",
+    [None, MapConfig(), MapConfig(unit="token", decay=0.5, weight=2.0)],
+    ids=["plain", "item", "token"],
+)
 def test_an_update_is_the_mean_over_its_windows_one_by_one(spy, arch, map_config):
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            found.append(
+                {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            )
 
-    found, options = [], {"arch": arch, "map": map_config, "dropout": 0.0, "accumulation": 3, "batch_tokens": 200, "max_updates": 1}
+    found = []
+    options = {
+        "arch": arch,
+        "map": map_config,
+        "dropout": 0.0,
+        "accumulation": 3,
+        "batch_tokens": 200,
+        "max_updates": 1,
+    }
     result = run(callbacks=[Gradients()], **options)
     parts = [indices for indices, _ in spy[:3]]
-    assert len(set(map(len, parts))) > 1 and len({WINDOWS.lengths[part].max() for part in parts}) == 3
+    assert (
+        len(set(map(len, parts))) > 1 and len({WINDOWS.lengths[part].max() for part in parts}) == 3
+    )
     spy.clear()
     model, main, loss = one_by_one(options, [index for part in parts for index in part])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -277,8 +342,14 @@ def test_an_update_is_the_mean_over_its_windows_one_by_one(spy, arch, map_config
 
 @pytest.mark.parametrize("windows, accumulation", [("prefixes", 2), ("contiguous", 1)])
 def test_logged_losses_are_means_over_all_targets_since_the_last_log(spy, windows, accumulation):
-    options = {"windows": windows, "accumulation": accumulation, "learning_rate": 0.0, "dropout": 0.0}
-    result = run(max_updates=4, eval_every=10, **options)  # a log every two updates, and the weights stay
+    options = {
+        "windows": windows,
+        "accumulation": accumulation,
+        "learning_rate": 0.0,
+        "dropout": 0.0,
+    }
+    # A log every two updates, and the weights stay
+    result = run(max_updates=4, eval_every=10, **options)
     assert [e["step"] for e in result.log if "loss" in e] == [2, 4]
     model = build_model(config(**options), TABLE).train()
     updates = [spy[u : u + accumulation] for u in range(0, 4 * accumulation, accumulation)]
@@ -287,8 +358,12 @@ def test_logged_losses_are_means_over_all_targets_since_the_last_log(spy, window
     for number, entry in enumerate(e for e in result.log if "loss" in e):
         both = [batch for update in updates[2 * number : 2 * number + 2] for _, batch in update]
         assert len({len(batch["labels"]) for batch in both}) > 1
-        mean = sum(model(**batch).main_loss.item() * len(batch["labels"]) for batch in both) / sum(len(batch["labels"]) for batch in both)
-        assert entry["loss"] == pytest.approx(mean, rel=1e-5) and entry["main_loss"] == pytest.approx(mean, rel=1e-5)
+        mean = sum(model(**batch).main_loss.item() * len(batch["labels"]) for batch in both) / sum(
+            len(batch["labels"]) for batch in both
+        )
+        assert entry["loss"] == pytest.approx(mean, rel=1e-5) and entry[
+            "main_loss"
+        ] == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"pruning": PruningConfig(), "map": MapConfig()}])
@@ -310,7 +385,9 @@ def test_tokens_and_windows_are_counted(spy):
     masks = [batch["attention_mask"] for _, batch in spy]
     real = sum(m.sum().item() for m in masks)
     kept = sum(kept_count(m.sum(1), 0.3).sum().item() for m in masks)
-    assert found.tokens["real_token_fraction"] == pytest.approx(real / sum(m.numel() for m in masks))
+    assert found.tokens["real_token_fraction"] == pytest.approx(
+        real / sum(m.numel() for m in masks)
+    )
     assert found.tokens["kept_token_fraction"] == pytest.approx(kept / real)
     assert found.timing["windows"] == sum(map(len, masks)) and found.timing["updates"] == 8
     per_window = found.timing["seconds_per_1k_windows"] / 1000
@@ -347,14 +424,24 @@ def test_the_meter_counts_training_only(tmp_path, monkeypatch):
     meter.save(tmp_path / "checkpoint-1")
     again = Meter()
     again.load(tmp_path / "checkpoint-1")
-    assert again.tokens() == meter.tokens() and again.timing(4) == meter.timing(4) and again.peak == meter.peak
-    assert again.timing(4) == {"train_seconds": 5, "seconds_per_1k_windows": 2500, "windows": 2, "updates": 4}
+    assert (
+        again.tokens() == meter.tokens()
+        and again.timing(4) == meter.timing(4)
+        and again.peak == meter.peak
+    )
+    assert again.timing(4) == {
+        "train_seconds": 5,
+        "seconds_per_1k_windows": 2500,
+        "windows": 2,
+        "updates": 4,
+    }
 
 
 # --- Resumable
 
 
-@pytest.mark.parametrize("update", [2, 5, 7])  # before the first checkpoint, within an epoch, after two checkpoints
+# Before the first checkpoint, within an epoch, after two checkpoints
+@pytest.mark.parametrize("update", [2, 5, 7])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, uninterrupted, update):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, [Stop(update)], **STAMP)
@@ -371,7 +458,10 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, uninterrupted
     newest.write_text(newest.read_text()[:100])
     seen = []
     assert_same(run(tmp_path, [Seen(seen)], **STAMP), uninterrupted)
-    assert seen[0] == 3 and "checkpoint-6 is not complete and is passed over" in capsys.readouterr().err
+    assert (
+        seen[0] == 3
+        and "checkpoint-6 is not complete and is passed over" in capsys.readouterr().err
+    )
     for state in tmp_path.glob("checkpoint-*/trainer_state.json"):
         state.unlink()  # killed while the weights were written
     seen.clear()
@@ -379,15 +469,23 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, uninterrupted
     assert seen[0] == 0
 
 
-@pytest.mark.parametrize("name, content", [("trainer_state.json", b"\xff\xfe"), ("trainer_state.json", b"{}"), ("meter.json", None)])
+@pytest.mark.parametrize(
+    "name, content",
+    [("trainer_state.json", b"\xff\xfe"), ("trainer_state.json", b"{}"), ("meter.json", None)],
+)
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path, capsys, name, content):
     run(tmp_path)
     (tmp_path / "checkpoint-old").mkdir()
     path = tmp_path / "checkpoint-8" / name
     path.unlink() if content is None else path.write_bytes(content)
-    seen, best = [], next(other for other in (3, 6) if (tmp_path / f"checkpoint-{other}").exists())  # the newest and the best are kept
+    seen = []
+    # The newest and the best are kept
+    best = next(other for other in (3, 6) if (tmp_path / f"checkpoint-{other}").exists())
     run(tmp_path, [Seen(seen)])
-    assert seen == list(range(best, 8)) and "checkpoint-8 is not complete and is passed over" in capsys.readouterr().err
+    assert (
+        seen == list(range(best, 8))
+        and "checkpoint-8 is not complete and is passed over" in capsys.readouterr().err
+    )
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="run.json can't be read"):
         run(tmp_path)
@@ -463,8 +561,12 @@ def test_another_run_s_folder_is_refused(tmp_path):
         ({}, other_world, TABLE),
         ({}, WORLD, other_table),
     ):
-        with pytest.raises(ValueError, match="holds a run of another configuration, catalogue, table or start"):
-            train(config(max_updates=1, **changes), world, table, output_dir=tmp_path, progress=False)
+        with pytest.raises(
+            ValueError, match="holds a run of another configuration, catalogue, table or start"
+        ):
+            train(
+                config(max_updates=1, **changes), world, table, output_dir=tmp_path, progress=False
+            )
     assert run(tmp_path, max_updates=1).timing["updates"] == 1
     most = PruningConfig(scorer=lambda signals: signals.centrality)
     least = PruningConfig(scorer=lambda signals: -signals.centrality)
@@ -505,14 +607,23 @@ def test_configurations_survive_json(name):
 
 def test_numbers_of_numpy_become_plain_ones(tmp_path):
     def made(whole, real):
-        return config(pruning=PruningConfig(whole(2), real(0.5)), map=MapConfig(whole(2), weight=real(0.25)), max_items=whole(4),
-                      learning_rate=real(0.5), max_updates=whole(1), seed=whole(1))
+        return config(
+            pruning=PruningConfig(whole(2), real(0.5)),
+            map=MapConfig(whole(2), weight=real(0.25)),
+            max_items=whole(4),
+            learning_rate=real(0.5),
+            max_updates=whole(1),
+            seed=whole(1),
+        )
 
     ours = made(np.int64, np.float32)
     assert json.dumps(ours.to_dict()) == json.dumps(made(int, float).to_dict())
     result = train(ours, WORLD, TABLE, output_dir=tmp_path / "run", progress=False)
     result.model.save_pretrained(tmp_path)
-    assert type(result.model).from_pretrained(tmp_path).config.pruning == made(int, float).pruning.to_dict()
+    assert (
+        type(result.model).from_pretrained(tmp_path).config.pruning
+        == made(int, float).pruning.to_dict()
+    )
 
 
 def test_an_own_scorer_is_named_and_used():
@@ -520,7 +631,8 @@ def test_an_own_scorer_is_named_and_used():
         called.append(signals.truth)
         return -signals.positions.float()
 
-    called, own = [], PruningConfig(scorer=oldest)
+    called = []
+    own = PruningConfig(scorer=oldest)
     assert config(pruning=own).to_dict()["pruning"]["scorer"] == "own:oldest"
     result = run(max_updates=1, pruning=own)
     assert called and result.model.config.pruning["scorer"] == "own:oldest"
@@ -533,14 +645,22 @@ def test_the_oracle_is_given_the_truth():
 
 
 def test_presets_take_changes():
-    assert TrainConfig.preset("paper").ffn_hidden_layers == 2 and TrainConfig.preset("paper", seed=4).seed == 4
-    assert TrainConfig.preset("quick", pruning=PruningConfig(after_layer=3)).pruning.after_layer == 3
+    assert (
+        TrainConfig.preset("paper").ffn_hidden_layers == 2
+        and TrainConfig.preset("paper", seed=4).seed == 4
+    )
+    assert (
+        TrainConfig.preset("quick", pruning=PruningConfig(after_layer=3)).pruning.after_layer == 3
+    )
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: TrainConfig.preset("slow"), "preset='slow' is unknown; use one of 'smoke', 'quick', 'long', 'gpu', 'paper'"),
+        (
+            lambda: TrainConfig.preset("slow"),
+            "preset='slow' is unknown; use one of 'smoke', 'quick', 'long', 'gpu', 'paper'",
+        ),
         (lambda: config(arch="gpt"), "arch='gpt' is unknown; use one of 't5'"),
         (lambda: config(padding="left"), "padding='left' is unknown; use one of 'batch', 'fixed'"),
         (lambda: config(precision="fp16"), "precision='fp16' is unknown"),
@@ -548,39 +668,89 @@ def test_presets_take_changes():
         (lambda: config(d_model="64"), "d_model must be an integer, got '64'"),
         (lambda: config(learning_rate="1e-3"), "learning_rate must be a number, got '1e-3'"),
         (lambda: config(batch_tokens=None), "batch_tokens must be an integer, got None"),
-        (lambda: config(pruning={"keep": 0.5}), "pruning must be a PruningConfig or None, got {'keep': 0.5}"),
+        (
+            lambda: config(pruning={"keep": 0.5}),
+            "pruning must be a PruningConfig or None, got {'keep': 0.5}",
+        ),
         (lambda: config(plain="no"), "plain must be True or False, got 'no'"),
-        (lambda: config(pruning=PruningConfig(at_inference="no")), "at_inference must be True or False, got 'no'"),
+        (
+            lambda: config(pruning=PruningConfig(at_inference="no")),
+            "at_inference must be True or False, got 'no'",
+        ),
         (lambda: config(map=MapConfig(weight="0.3")), "weight must be a number, got '0.3'"),
         (lambda: config(strategy=Strategy(until=None)), "until must be a number, got None"),
         (lambda: config(dropout=np.nan), "dropout must be from 0 and below 1, got nan"),
         (lambda: config(weight_decay=-1), "weight_decay must be from 0 and below inf, got -1"),
         (lambda: config(muon=np.inf), "muon must be from 0 and below inf, got inf"),
-        (lambda: config(schedule="foo"), "schedule='foo' is unknown; use one of 'linear', 'cosine'"),
-        (lambda: config(schedule="warmup_stable_decay"), "schedule='warmup_stable_decay' is unknown"),
+        (
+            lambda: config(schedule="foo"),
+            "schedule='foo' is unknown; use one of 'linear', 'cosine'",
+        ),
+        (
+            lambda: config(schedule="warmup_stable_decay"),
+            "schedule='warmup_stable_decay' is unknown",
+        ),
         (lambda: config(epochs=-1), "epochs must be above 0"),
-        (lambda: config(warmup=100), r"warmup, a share of the updates, in \[0, 1\]; got .* and 100"),
-        *((lambda name=name: config(**{name: 0}), f"{name} must be at least 1, got 0") for name in (
-            "d_kv", "num_heads", "d_ff", "ffn_hidden_layers", "num_layers", "num_decoder_layers")),
-        *((lambda value=value: config(epochs=value), f"epochs must be above 0 and finite.* got {value}") for value in (np.nan, np.inf)),
+        (
+            lambda: config(warmup=100),
+            r"warmup, a share of the updates, in \[0, 1\]; got .* and 100",
+        ),
+        *(
+            (lambda name=name: config(**{name: 0}), f"{name} must be at least 1, got 0")
+            for name in (
+                "d_kv",
+                "num_heads",
+                "d_ff",
+                "ffn_hidden_layers",
+                "num_layers",
+                "num_decoder_layers",
+            )
+        ),
+        *(
+            (
+                lambda value=value: config(epochs=value),
+                f"epochs must be above 0 and finite.* got {value}",
+            )
+            for value in (np.nan, np.inf)
+        ),
         (lambda: config(seed=-1), "seed must be at least 0, got -1"),
         (lambda: config(arch="qwen", d_kv=15), 'd_kv=15 must be even with arch="qwen"'),
         (lambda: config(num_heads=4, num_kv_heads=3), "num_kv_heads=3 must divide num_heads=4"),
         (lambda: PruningConfig(keep="1/3"), r"must lie in \(0, 1\], got '1/3'"),
         (lambda: PruningConfig(after_layer=1.5), "after_layer must be an integer, got 1.5"),
         (lambda: PruningConfig(scorer=None), "scorer=None is unknown; use one of 'rastp'"),
-        (lambda: train(config(), "planted", TABLE), "train takes a Catalogue .* got a str and a SidTable"),
-        (lambda: build_model(config(), TABLE).set_pruning({"keep": 0.5}), "pruning must be a PruningConfig or None"),
-        (lambda: recommend(build_model(config(), TABLE), [1, 2, 3]), r"of a single one, give \[history\]"),
-        (lambda: config(pruning=PruningConfig(after_layer=4)), "after_layer=4 lies beyond the last encoder layer"),
-        (lambda: run(batch_tokens=7), "batch_tokens=7 is less than a window takes on average; use 24"),
-        (lambda: run(accumulation=1000), "accumulation=1000 batches an update need as many windows, got"),
+        (
+            lambda: train(config(), "planted", TABLE),
+            "train takes a Catalogue .* got a str and a SidTable",
+        ),
+        (
+            lambda: build_model(config(), TABLE).set_pruning({"keep": 0.5}),
+            "pruning must be a PruningConfig or None",
+        ),
+        (
+            lambda: recommend(build_model(config(), TABLE), [1, 2, 3]),
+            r"of a single one, give \[history\]",
+        ),
+        (
+            lambda: config(pruning=PruningConfig(after_layer=4)),
+            "after_layer=4 lies beyond the last encoder layer",
+        ),
+        (
+            lambda: run(batch_tokens=7),
+            "batch_tokens=7 is less than a window takes on average; use 24",
+        ),
+        (
+            lambda: run(accumulation=1000),
+            "accumulation=1000 batches an update need as many windows, got",
+        ),
         (
             lambda: train(config(), WORLD, SidTable(WORLD.truth.tree[:9], TABLE.widths)),
             "table has 9 items, the catalogue",
         ),
         (
-            lambda: train(config(pruning=PruningConfig(scorer="oracle")), planted_without_truth(), TABLE),
+            lambda: train(
+                config(pruning=PruningConfig(scorer="oracle")), planted_without_truth(), TABLE
+            ),
             'scorer="oracle" needs catalogue.truth, which only the planted catalogue has',
         ),
     ],
@@ -604,15 +774,25 @@ def test_muon_has_the_matrices_inside_the_layers_and_adamw_the_rest(arch):
     model = build_model(config(arch=arch, map=MapConfig()), TABLE)
     optimiser = training.MuonAdamW(model, 0.02, 0.001, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    adamw, muon = ({names[id(p)] for group in part.param_groups for p in group["params"]} for part in optimiser.parts)
+    adamw, muon = (
+        {names[id(p)] for group in part.param_groups for p in group["params"]}
+        for part in optimiser.parts
+    )
     assert adamw | muon == set(names.values()) and not adamw & muon
-    inside = {name for name, parameter in model.named_parameters() if parameter.ndim == 2} - {name for name in adamw if "layer" not in name}
+    inside = {name for name, parameter in model.named_parameters() if parameter.ndim == 2} - {
+        name for name in adamw if "layer" not in name
+    }
     assert muon == {name for name in inside if "relative_attention_bias" not in name}
-    assert {"shared.weight", "model.embed_tokens.weight"} & adamw and not any("map_head" in name for name in muon)
+    assert {"shared.weight", "model.embed_tokens.weight"} & adamw and not any(
+        "map_head" in name for name in muon
+    )
     assert sorted({group["lr"] for group in optimiser.param_groups}) == [0.001, 0.02]
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # a head of its own, as some checkpoints have
+    # A head of its own, as some checkpoints have
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     adamw = training.MuonAdamW(model, 0.02, 0.001, 0.1).parts[0]
-    assert id(model.lm_head.weight) in {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert id(model.lm_head.weight) in {
+        id(p) for group in adamw.param_groups for p in group["params"]
+    }
 
 
 def test_a_killed_run_with_muon_goes_on_as_if_nothing_had_happened(tmp_path):
@@ -620,7 +800,10 @@ def test_a_killed_run_with_muon_goes_on_as_if_nothing_had_happened(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", [Stop(5)], muon=0.01, **STAMP)
     assert_same(run(tmp_path / "cut", muon=0.01, **STAMP), expected)
-    assert any(not torch.equal(a, b) for a, b in zip(expected.model.parameters(), run(**STAMP).model.parameters()))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(expected.model.parameters(), run(**STAMP).model.parameters())
+    )
 
 
 def test_building_a_model_draws_no_numbers_of_the_callers():
@@ -638,7 +821,9 @@ def test_building_a_model_draws_no_numbers_of_the_callers():
 @pytest.mark.parametrize("warmup, updates", [(0.0, 0), (0.05, 1), (0.5, 4), (1.0, 8)])
 def test_warmup_is_a_share_of_all_updates(warmup, updates):
     """The learning rate rises in even steps until then."""
-    arguments = training._arguments(config(warmup=warmup), "nowhere", 8, 1, keep=False, progress=False)
+    arguments = training._arguments(
+        config(warmup=warmup), "nowhere", 8, 1, keep=False, progress=False
+    )
     assert arguments.get_warmup_steps(8) == updates
 
 
@@ -647,7 +832,11 @@ def test_gradients_are_cut_to_a_norm():
         seen = []
 
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            self.seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item())
+            self.seen.append(
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+                .norm()
+                .item()
+            )
 
     run(callbacks=[Norms()], max_grad_norm=0.01)
     assert len(Norms.seen) == 8
@@ -661,7 +850,9 @@ class AllWeights(TrainerCallback):
         self.seen = {}
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        self.seen[state.global_step] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.seen[state.global_step] = {
+            name: weight.detach().clone() for name, weight in model.named_parameters()
+        }
 
 
 def test_the_average_of_the_last_weights_is_evaluated_returned_and_resumed(tmp_path):
@@ -670,10 +861,15 @@ def test_the_average_of_the_last_weights_is_evaluated_returned_and_resumed(tmp_p
     result = run(tmp_path / "whole", [watch], average_last=0.8, **STAMP)
     plain = run(**STAMP)
     best = max((e for e in result.log if "recall@5" in e), key=lambda e: e["recall@5"])["step"]
-    expected = {name: torch.stack([watch.seen[step][name] for step in range(2, best + 1)]).mean(0) for name in watch.seen[8]}
+    expected = {
+        name: torch.stack([watch.seen[step][name] for step in range(2, best + 1)]).mean(0)
+        for name in watch.seen[8]
+    }
     for name, weight in result.model.named_parameters():
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
-    assert [e["loss"] for e in result.log if "loss" in e] == [e["loss"] for e in plain.log if "loss" in e], "training is as it was"
+    assert [e["loss"] for e in result.log if "loss" in e] == [
+        e["loss"] for e in plain.log if "loss" in e
+    ], "training is as it was"
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", [Stop(7)], average_last=0.8, **STAMP)
     assert_same(run(tmp_path / "cut", average_last=0.8, **STAMP), result)

@@ -20,7 +20,9 @@ class DictTrie:
             for length in range(len(row) + 1):
                 self.items.setdefault(tuple(row[:length]), []).append(item)
         self.levels = codes.shape[1]
-        self.nodes = [sorted(p for p in self.items if len(p) == length) for length in range(self.levels + 1)]
+        self.nodes = [
+            sorted(p for p in self.items if len(p) == length) for length in range(self.levels + 1)
+        ]
 
     def children(self, depth, node):
         """(code, child node) pairs of a node."""
@@ -31,7 +33,9 @@ class DictTrie:
 @st.composite
 def catalogues(draw):
     widths = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
-    rows = draw(st.lists(st.tuples(*[st.integers(0, w - 1) for w in widths]), min_size=1, max_size=30))
+    rows = draw(
+        st.lists(st.tuples(*[st.integers(0, w - 1) for w in widths]), min_size=1, max_size=30)
+    )
     return np.array(rows), widths
 
 
@@ -39,13 +43,17 @@ def catalogues(draw):
 @given(catalogues())
 def test_nodes_children_and_items_equal_the_dictionary(catalogue):
     codes, widths = catalogue
-    trie, oracle = Trie(codes, widths), DictTrie(codes)
+    trie = Trie(codes, widths)
+    oracle = DictTrie(codes)
     assert trie.n_nodes == tuple(map(len, oracle.nodes))
     for depth in range(trie.levels):
         nodes = torch.arange(trie.n_nodes[depth])
         code, child, valid = trie.children(depth, nodes)
         allowed = trie.allowed(depth, nodes)
-        assert code.shape == child.shape == valid.shape and allowed.shape == (len(nodes), widths[depth])
+        assert code.shape == child.shape == valid.shape and allowed.shape == (
+            len(nodes),
+            widths[depth],
+        )
         want = [oracle.children(depth, node) for node in range(len(nodes))]
         assert code.shape[-1] == max(map(len, want)) == trie.max_children[depth]
         for node, pairs in enumerate(want):
@@ -65,7 +73,8 @@ def test_nodes_children_and_items_equal_the_dictionary(catalogue):
 @given(catalogues(), st.data())
 def test_find_equals_the_dictionary(catalogue, data):
     codes, widths = catalogue
-    trie, oracle = Trie(codes, widths), DictTrie(codes)
+    trie = Trie(codes, widths)
+    oracle = DictTrie(codes)
     length = data.draw(st.integers(0, trie.levels))
     # Queries out of range too: they must not be mistaken for another prefix.
     query = st.lists(st.integers(-2, 6), min_size=length, max_size=length)
@@ -95,7 +104,11 @@ def test_leading_axes_are_kept():
 def test_to_leaves_the_original_where_it_is():
     trie = Trie(np.array([[0, 1], [1, 0]]), 2)
     moved = trie.to("meta")
-    assert moved.device.type == "meta" and moved.first_child[1].device.type == "meta" and trie.device.type == "cpu"
+    assert (
+        moved.device.type == "meta"
+        and moved.first_child[1].device.type == "meta"
+        and trie.device.type == "cpu"
+    )
     assert trie.to("cpu").find([[1, 0]])[1].tolist() == [True]
 
 

@@ -31,9 +31,13 @@ def test_figure_shows_entries_with_intervals_and_anchors_as_lines(tmp_path):
     figure = board.figure("a")
     (entries,) = figure.data
     assert list(entries.y) == ["rastp", "mine"] and list(entries.x) == [0.4, 0.3]
-    assert entries.error_x.array[1] == pytest.approx(0.03) and entries.error_x.arrayminus[1] == pytest.approx(0.05)
+    assert entries.error_x.array[1] == pytest.approx(0.03) and entries.error_x.arrayminus[
+        1
+    ] == pytest.approx(0.05)
     assert entries.error_x.array[0] == entries.error_x.arrayminus[0] == 0
-    assert [line.x0 for line in figure.layout.shapes] == [0.6] and "Bayes optimum 0.600" in figure.layout.annotations[0].text
+    assert [line.x0 for line in figure.layout.shapes] == [
+        0.6
+    ] and "Bayes optimum 0.600" in figure.layout.annotations[0].text
     board.add("mine @ home", "a", {"recall@10": 0.2})  # no kept share, as in rastp@1/2
     assert list(board.figure("a").data[0].y) == ["rastp", "mine", "mine @ home"]
 
@@ -45,8 +49,14 @@ def test_the_table_leaves_empty_what_is_missing_and_names_bounds(tmp_path):
     board.add("other", "b", {"recall@10": 0.9, "anchor": False})
     for said in (board._repr_html_(), board.table("a").data):
         assert "NaN" not in said and "True" not in said and "anchor" not in said
-    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", board.table("a").data, re.DOTALL)]
-    assert rows == [["Bayes optimum", "bound", "0.600", "", ""], ["mine", "", "0.300", "0.250", "0.330"]]
+    rows = [
+        re.findall("<td>(.*?)</td>", row)
+        for row in re.findall("<tr>(.*?)</tr>", board.table("a").data, re.DOTALL)
+    ]
+    assert rows == [
+        ["Bayes optimum", "bound", "0.600", "", ""],
+        ["mine", "", "0.300", "0.250", "0.330"],
+    ]
     assert "bound" not in board.table("b").data
 
 

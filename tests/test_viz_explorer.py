@@ -1,4 +1,6 @@
-"""What every explorer stands on: a state that follows by one message, errors that reach the reader, exported frames."""
+"""What every explorer stands on: a state that follows by one message, errors that reach the reader,
+exported frames.
+"""
 
 import json
 import re
@@ -24,9 +26,17 @@ class Squares(Explorer):
     exported = "n"
 
     def __init__(self, **kwargs):
-        super().__init__({"n": widgets.IntSlider(value=3, min=1, max=9, description="how many"),
-                          "kind": widgets.Dropdown(options=[("up", 1), ("down", -1)], description="kind"),
-                          "slow": widgets.FloatSlider(value=0, min=0, max=1, step=0.01, description="slow one")}, slow=("slow",), **kwargs)
+        super().__init__(
+            {
+                "n": widgets.IntSlider(value=3, min=1, max=9, description="how many"),
+                "kind": widgets.Dropdown(options=[("up", 1), ("down", -1)], description="kind"),
+                "slow": widgets.FloatSlider(
+                    value=0, min=0, max=1, step=0.01, description="slow one"
+                ),
+            },
+            slow=("slow",),
+            **kwargs,
+        )
         self.drawn = 0
 
     def draw(self):
@@ -35,20 +45,32 @@ class Squares(Explorer):
         self.drawn = getattr(self, "drawn", 0) + 1
         n = self.value("n")
         figure = make_subplots(1, 2)
-        figure.add_scatter(x=np.arange(n), y=self.value("kind") * np.arange(n) ** 2, text=[f"p{i}" for i in range(n)], row=1, col=1)
+        figure.add_scatter(
+            x=np.arange(n),
+            y=self.value("kind") * np.arange(n) ** 2,
+            text=[f"p{i}" for i in range(n)],
+            row=1,
+            col=1,
+        )
         figure.add_heatmap(z=np.eye(n), row=1, col=2)
         if n % 2:
             figure.add_annotation(text="odd", x=0, y=0)
-        return figure.update_layout(template=theme.template(), title_text=f"{n} squares"), f"<p>{n} squares</p>"
+        return (
+            figure.update_layout(template=theme.template(), title_text=f"{n} squares"),
+            f"<p>{n} squares</p>",
+        )
 
 
 class Listener:
-    """Stands in for a page: applies every message to what the state was when it opened, as the model in a browser does."""
+    """Stands in for a page: applies every message to what the state was when it opened, as the
+    model in a browser does.
+    """
 
     comm_id = kernel = "none"
 
     def __init__(self, state):
-        self.attributes, self.messages = state.get_state(), []
+        self.attributes = state.get_state()
+        self.messages = []
         state.comm = self
 
     def send(self, data=None, metadata=None, buffers=None):
@@ -62,6 +84,7 @@ class Listener:
 
     def nested(self):
         """What `nested` in explorer.js makes of them, put together in another way."""
+
         def branch(leaves):
             if "" in leaves:
                 return leaves[""]
@@ -70,10 +93,18 @@ class Listener:
                 step, slash, rest = path[1:].partition("/")
                 steps.setdefault(step, {})[slash + rest] = value
             if steps and all(step.startswith("#") for step in steps):
-                return [branch(steps[step]) for step in sorted(steps, key=lambda step: int(step[1:]))]
+                return [
+                    branch(steps[step]) for step in sorted(steps, key=lambda step: int(step[1:]))
+                ]
             return {step.replace("~1", "/"): branch(inner) for step, inner in steps.items()}
 
-        return branch({path: value for path, value in self.attributes.items() if path[0] == "/" and value is not None})
+        return branch(
+            {
+                path: value
+                for path, value in self.attributes.items()
+                if path[0] == "/" and value is not None
+            }
+        )
 
 
 def no_nones(node):
@@ -85,8 +116,19 @@ def no_nones(node):
 
 LEAF = st.integers() | st.text(max_size=3) | st.lists(st.integers() | st.none(), max_size=3)
 KEY = st.text("ab/.~ ", min_size=1, max_size=3).filter(lambda key: "~1" not in key)
-STATES = st.dictionaries(KEY, st.recursive(LEAF, lambda inner: st.dictionaries(KEY, inner, min_size=1, max_size=3) | st.lists(
-    st.dictionaries(KEY, inner, min_size=1, max_size=2), min_size=1, max_size=3), max_leaves=8) | st.none(), max_size=4)
+STATES = st.dictionaries(
+    KEY,
+    st.recursive(
+        LEAF,
+        lambda inner: (
+            st.dictionaries(KEY, inner, min_size=1, max_size=3)
+            | st.lists(st.dictionaries(KEY, inner, min_size=1, max_size=2), min_size=1, max_size=3)
+        ),
+        max_leaves=8,
+    )
+    | st.none(),
+    max_size=4,
+)
 
 
 @given(st.lists(STATES, min_size=2, max_size=5))
@@ -108,10 +150,13 @@ def test_following_equals_drawing_anew():
     explorer = Squares()
     page = Listener(explorer.view.state)
     for n, kind in ((5, 1), (4, -1), (1, -1), (8, 1), (3, 1)):
-        explorer.controls["n"].value, explorer.controls["kind"].value = n, kind
+        explorer.controls["n"].value = n
+        explorer.controls["kind"].value = kind
         fresh = Squares()
         fresh.set(n=n, kind=kind)
-        assert page.nested() == no_nones(explorer.content) == no_nones({"alert": "", **fresh.content}), "whatever was there before"
+        assert (
+            page.nested() == no_nones(explorer.content) == no_nones({"alert": "", **fresh.content})
+        ), "whatever was there before"
         assert page.nested()["text"] == f"<p>{n} squares</p>"
 
 
@@ -120,7 +165,10 @@ def test_only_what_differs_is_sent():
     page = Listener(explorer.view.state)
     explorer.controls["kind"].value = -1
     (message,) = page.messages
-    assert set(message) == {"/figure/data/#0/y", "/alert"}, "the heatmap, the texts and the layout are the same"
+    assert set(message) == {
+        "/figure/data/#0/y",
+        "/alert",
+    }, "the heatmap, the texts and the layout are the same"
     explorer.controls["kind"].value = 1
     assert set(page.messages[-1]) == {"/figure/data/#0/y"}
 
@@ -156,7 +204,9 @@ def test_errors_reach_the_reader_and_are_raised():
 
 def test_slow_controls_act_on_release_and_every_control_needs_a_label():
     explorer = Squares()
-    assert not explorer.controls["slow"].continuous_update and explorer.controls["n"].continuous_update
+    assert (
+        not explorer.controls["slow"].continuous_update and explorer.controls["n"].continuous_update
+    )
 
     class Nameless(Squares):
         def __init__(self):
@@ -172,7 +222,9 @@ def test_exported_page_holds_a_frame_a_value_and_needs_no_network(tmp_path):
     page = path.read_text()
     frames = frames_of(page)
     assert [frame["value"] for frame in frames] == ["1", "2", "5"]
-    assert [frame["state"]["text"] for frame in frames] == [f"<p>{n} squares</p>" for n in (1, 2, 5)]
+    assert [frame["state"]["text"] for frame in frames] == [
+        f"<p>{n} squares</p>" for n in (1, 2, 5)
+    ]
     assert [len(frame["state"]["figure"]["data"][0]["text"]) for frame in frames] == [1, 2, 5]
     assert explorer.value("n") == 3, "the live one stays as it was"
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="http', page)
@@ -187,7 +239,8 @@ def test_a_frame_shows_what_its_label_says_and_leaves_all_controls_as_they_were(
         """There are even numbers alone, and drawing one moves another control."""
 
         def draw(self):
-            before, self._quiet = self._quiet, True
+            before = self._quiet
+            self._quiet = True
             self.controls["n"].value -= self.value("n") % 2
             self.controls["slow"].value = self.value("n") / 10
             self._quiet = before
@@ -196,7 +249,9 @@ def test_a_frame_shows_what_its_label_says_and_leaves_all_controls_as_they_were(
     explorer = Snaps()
     explorer.set(n=4)
     frames = explorer.frames([2, 3, 6])
-    assert [(value, state["text"]) for value, state in frames] == [(n, f"<p>{n} squares</p>") for n in ("2", "6")]
+    assert [(value, state["text"]) for value, state in frames] == [
+        (n, f"<p>{n} squares</p>") for n in ("2", "6")
+    ]
     assert explorer.value("n") == 4 and explorer.value("slow") == 0.4 and not explorer._quiet
 
 
@@ -215,7 +270,9 @@ def test_frames_of_a_slider_cover_its_range():
 
 
 def test_a_text_cannot_end_the_script(tmp_path):
-    page = write_frames(tmp_path / "x.html", "t", "l", [("a", chart_state(go.Figure(), "</script><b>"))]).read_text()
+    page = write_frames(
+        tmp_path / "x.html", "t", "l", [("a", chart_state(go.Figure(), "</script><b>"))]
+    ).read_text()
     assert page.count("</script>") == 2  # plotly.js and ours
 
 
@@ -237,9 +294,16 @@ def test_the_theme_has_a_name():
 
 def test_latency_is_measured_in_a_process_of_its_own():
     command = [sys.executable, latency.__file__, "--only", "MapExplorer", "--moves", "2"]
-    head, row = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    head, row = subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     name, *numbers = row.split()
-    assert name == "MapExplorer" and len(numbers) == 6 and all(float(number) > 0 for number in numbers) and "p95 (ms)" in head
+    assert (
+        name == "MapExplorer"
+        and len(numbers) == 6
+        and all(float(number) > 0 for number in numbers)
+        and "p95 (ms)" in head
+    )
 
 
 def test_a_notebook_without_a_kernel_has_a_picture(capsys, monkeypatch):
@@ -262,7 +326,10 @@ def test_a_notebook_without_a_kernel_has_a_picture(capsys, monkeypatch):
     widget, picture = shown
     assert "application/vnd.jupyter.widget-view+json" in widget
     figure = picture["application/vnd.plotly.v1+json"]
-    assert len(figure["data"]) == 2 and figure["layout"]["template"]["layout"]["paper_bgcolor"] == "#FFFFFF"
+    assert (
+        len(figure["data"]) == 2
+        and figure["layout"]["template"]["layout"]["paper_bgcolor"] == "#FFFFFF"
+    )
     explorer.controls["n"].value = 5
     explorer.renew_picture()
     assert renewed[0]["application/vnd.plotly.v1+json"]["layout"]["title"]["text"] == "5 squares"

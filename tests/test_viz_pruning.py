@@ -77,9 +77,11 @@ def test_every_token_is_marked_without_colour_in_state_and_picture(world, items,
         keep=sixteenths / 16,
         scorer="random",
     )
-    state, probe = explorer.content, Probe(model, history[:-1], catalogue.truth)
+    state = explorer.content
+    probe = Probe(model, history[:-1], catalogue.truth)
     pruned = probe.prune(PruningConfig(keep=sixteenths / 16, scorer="random"))
-    tokens, n = state["tokens"], len(probe.tokens)
+    tokens = state["tokens"]
+    n = len(probe.tokens)
     assert tokens["kept"] == pruned.kept.int().tolist()
     assert tokens["informative"] == ((probe.truth > 0).int().tolist() if known else [])
     titles = catalogue.items.title[probe.history - 1].tolist()
@@ -131,11 +133,9 @@ def test_tokens_attention_and_list_are_what_recommend_gives(world, values):
     model, catalogue = world
     explorer = PruningExplorer(model, catalogue, user=4)
     explorer.set(**values)
-    history, layer, target = (
-        catalogue.histories[3][:-1],
-        values.get("layer", 2),
-        int(catalogue.histories[3][-1]),
-    )
+    history = catalogue.histories[3][:-1]
+    layer = values.get("layer", 2)
+    target = int(catalogue.histories[3][-1])
     names = {"layer": "after_layer", "protect": "protect_separators"}
     unpruned, _ = sidlab.recommend(model, [history], k=10)
     model.set_pruning(
@@ -147,11 +147,9 @@ def test_tokens_attention_and_list_are_what_recommend_gives(world, values):
         items, _ = sidlab.recommend(model, [history], k=10, truth=catalogue.truth)
     finally:
         model.set_pruning(None)
-    stay, state, n = (
-        encoded.positions[0][encoded.attention_mask[0].bool()].tolist(),
-        explorer.content,
-        len(history) * LEVELS,
-    )
+    stay = encoded.positions[0][encoded.attention_mask[0].bool()].tolist()
+    state = explorer.content
+    n = len(history) * LEVELS
     assert kept_of(explorer).tolist() == stay
     assert len(state["attention"]["before"]) == n * n and len(state["attention"]["after"]) == (
         len(stay) ** 2 if layer < 4 else 0
@@ -160,7 +158,8 @@ def test_tokens_attention_and_list_are_what_recommend_gives(world, values):
     assert state["list"]["title"] == catalogue.items.title[items[0].numpy() - 1].tolist()
 
     # Where each one was before.
-    before, after = unpruned[0].tolist(), items[0].tolist()
+    before = unpruned[0].tolist()
+    after = items[0].tolist()
     for place, (item, moved) in enumerate(zip(after, state["list"]["moved"])):
         up = before.index(item) - place if item in before else None
         assert moved == (
@@ -321,7 +320,8 @@ def test_simple_shows_three_controls_and_has_them_all(world):
     ]
     assert explorer.content["layer"] == 3 and len(explorer.controls) == 7
     whole = PruningExplorer(*world)
-    more, experts = whole.children[0].children[-1], whole.children[1]
+    more = whole.children[0].children[-1]
+    experts = whole.children[1]
     assert experts.layout.display == "none"
     more.value = True
     assert experts.layout.display is None and {
@@ -340,7 +340,8 @@ def only(tokens):
 
 
 def test_by_hand_is_scored_as_recommend_and_exact_scoring_do(demo):
-    model, catalogue = demo.model, demo.catalogue
+    model = demo.model
+    catalogue = demo.catalogue
     explorer = PruningExplorer(model, catalogue, user=40, keep=0.5, layer=2)
     *history, target = catalogue.histories[39].tolist()
     n = len(history) * LEVELS
@@ -355,7 +356,8 @@ def test_by_hand_is_scored_as_recommend_and_exact_scoring_do(demo):
     }
     assert explorer.content["tokens"]["kept"] == [1] * n
     explorer.acted({"pruned": out})
-    hand, kept = explorer.content["hand"], [token for token in range(n) if token not in out]
+    hand = explorer.content["hand"]
+    kept = [token for token in range(n) if token not in out]
     assert kept_of(explorer).tolist() == kept and hand["pruned"] == out
     assert [row[0] for row in hand["rows"]] == ["you", "rastp", "random", "recent", "oracle"]
     found = {}
@@ -375,7 +377,9 @@ def test_by_hand_is_scored_as_recommend_and_exact_scoring_do(demo):
     for name, place, score in hand["rows"]:
         assert place == found[name][0] and float(score) == pytest.approx(found[name][1], abs=0.006)
     better = [name for name in found if found["you"][1] - found[name][1] > 5e-3]
-    level = [name for name in found if name != "you" and abs(found["you"][1] - found[name][1]) < 5e-3]
+    level = [
+        name for name in found if name != "you" and abs(found["you"][1] - found[name][1]) < 5e-3
+    ]
     verdict = f"Better than {', '.join(better)}." if better else "Better than none so far."
     assert hand["verdict"] == verdict + (f" Level with {', '.join(level)}." if level else "")
     resting = [name for name, control in explorer.controls.items() if control.disabled]
@@ -391,11 +395,15 @@ def test_by_hand_is_scored_as_recommend_and_exact_scoring_do(demo):
 
 
 def test_a_rule_is_scored_as_each_user_alone(demo):
-    model, catalogue = demo.model, demo.catalogue
+    model = demo.model
+    catalogue = demo.catalogue
     histories = [catalogue.histories[0][:2], *catalogue.histories[1:25]]
     explorer = PruningExplorer(model, catalogue, histories=histories)
     explorer.acted({"rule": {"levels": [1, 2], "newest": 3}})
-    rule, hits, kept, total = explorer.content["rule"], {}, 0, 0
+    rule = explorer.content["rule"]
+    hits = {}
+    kept = 0
+    total = 0
     for *history, target in (history.tolist() for history in histories):
         probe = Probe(model, history)
         n = len(probe.tokens)
@@ -404,7 +412,8 @@ def test_a_rule_is_scored_as_each_user_alone(demo):
             for token in range(n)
             if token % LEVELS in (1, 2) and token // LEVELS >= len(history) - 3
         ]
-        kept, total = kept + len(stay), total + n
+        kept = kept + len(stay)
+        total = total + n
         lists = {
             "your rule": probe.prune(
                 PruningConfig(keep=1.0), without=[token for token in range(n) if token not in stay]
@@ -496,7 +505,8 @@ def page():
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
         )
-        page, wrong = browser.new_page(), []
+        page = browser.new_page()
+        wrong = []
         page.on(
             "console",
             lambda message: wrong.append(message.text) if message.type == "error" else None,
@@ -592,7 +602,8 @@ def test_the_view_shows_what_the_state_says_and_follows(demo, page):
     canvas.focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
-    kept, name = kept_of(explorer), explorer.content["tokens"]["name"]
+    kept = kept_of(explorer)
+    name = explorer.content["tokens"]["name"]
     value = weights(explorer.content["attention"]["after"])[1, 1]
     assert canvas.get_attribute("title").startswith(f"{name[kept[1]]} looks at {name[kept[1]]}: ")
     assert float(canvas.get_attribute("title").rpartition(": ")[2]) == pytest.approx(

@@ -1,4 +1,6 @@
-"""The frontier shows exactly the recorded runs, the slider knows no others, and its words follow from the numbers."""
+"""The frontier shows exactly the recorded runs, the slider knows no others, and its words follow
+from the numbers.
+"""
 
 import dataclasses
 import json
@@ -23,33 +25,64 @@ COST = "seconds_per_1k_windows"
 
 
 def run(scorer, keep, recall, seconds):
-    return {"dropout": None if scorer else 0.0, "pruning.scorer": scorer, "pruning.keep": keep, "seed": 0, "recall@10": recall,
-            "recall@10_interval": [recall - 0.02, recall + 0.02], COST: seconds, "peak_memory_mb": 100 * seconds,
-            "kept_token_fraction": keep, "mflops": 10 * (1 + (keep or 1))}
+    return {
+        "dropout": None if scorer else 0.0,
+        "pruning.scorer": scorer,
+        "pruning.keep": keep,
+        "seed": 0,
+        "recall@10": recall,
+        "recall@10_interval": [recall - 0.02, recall + 0.02],
+        COST: seconds,
+        "peak_memory_mb": 100 * seconds,
+        "kept_token_fraction": keep,
+        "mflops": 10 * (1 + (keep or 1)),
+    }
 
 
 def numbered(rows, half=0.015):
     """As record.py compares them, each interval `half` to either side."""
     for number, row in enumerate(rows):
         gains = [row["recall@10"] - other["recall@10"] for other in rows]
-        row |= {"number": number, "against": [[gain, gain - half, gain + half] if i != number else None for i, gain in enumerate(gains)]}
+        row |= {
+            "number": number,
+            "against": [
+                [gain, gain - half, gain + half] if i != number else None
+                for i, gain in enumerate(gains)
+            ],
+        }
     return rows
 
 
 @pytest.fixture
 def data():
-    """Random scoring loses much more than the intervals' width, RASTP a hair; all recalls and costs differ."""
+    """Random scoring loses much more than the intervals' width, RASTP a hair; all recalls and costs
+    differ.
+    """
     rng = np.random.default_rng(0)
     lost = {"rastp": 0.01, "recent": 0.1, "random": 0.2, "oracle": -0.001}
-    rows = [run(scorer, keep, 0.5 - lost[scorer] - rng.uniform(0, 0.005), 1 + keep + rng.uniform(0, 0.1))
-            for scorer in SCORERS for keep in KEEPS]
-    return {"hardware": {"processor": "an abacus", "gpu": None}, "preset": "quick", "command": "python notebooks/record.py frontier",
-            "seeds": 3,
-            "busy": False, "rows": numbered([run(None, None, 0.5, 2.0), *rows])}
+    rows = [
+        run(
+            scorer, keep, 0.5 - lost[scorer] - rng.uniform(0, 0.005), 1 + keep + rng.uniform(0, 0.1)
+        )
+        for scorer in SCORERS
+        for keep in KEEPS
+    ]
+    return {
+        "hardware": {"processor": "an abacus", "gpu": None},
+        "preset": "quick",
+        "command": "python notebooks/record.py frontier",
+        "seeds": 3,
+        "busy": False,
+        "rows": numbered([run(None, None, 0.5, 2.0), *rows]),
+    }
 
 
 def recorded(data, scorer, keep):
-    return next(row for row in data["rows"] if row["pruning.scorer"] == scorer and row["pruning.keep"] == keep)
+    return next(
+        row
+        for row in data["rows"]
+        if row["pruning.scorer"] == scorer and row["pruning.keep"] == keep
+    )
 
 
 def traces(figure, scorer):
@@ -64,10 +97,14 @@ def test_every_point_is_a_recorded_run(data):
         for scorer in SCORERS:
             line, chosen = traces(explorer.figure, scorer)
             rows = [recorded(data, scorer, k) for k in KEEPS]
-            assert list(zip(line.x, line.y)) == [(row[COST], row["recall@10"] - 0.5) for row in rows]
+            assert list(zip(line.x, line.y)) == [
+                (row[COST], row["recall@10"] - 0.5) for row in rows
+            ]
             row = recorded(data, scorer, keep)
             assert (list(chosen.x), list(chosen.y)) == ([row[COST]], [row["recall@10"] - 0.5])
-            np.testing.assert_allclose([chosen.error_y.array[0], chosen.error_y.arrayminus[0]], 0.015)
+            np.testing.assert_allclose(
+                [chosen.error_y.array[0], chosen.error_y.arrayminus[0]], 0.015
+            )
         (unpruned,) = traces(explorer.figure, "unpruned")
         assert (unpruned.x[0], unpruned.y[0]) == (2.0, 0)
 
@@ -86,11 +123,16 @@ def test_words_follow_from_the_numbers(data):
     for scorer in SCORERS:
         row = recorded(data, scorer, 0.5)
         lost = row["recall@10"] - 0.5
-        assert f"{lost:+.3f} [{lost - 0.015:+.3f}, {lost + 0.015:+.3f}] in recall@10" in said[scorer]
+        assert (
+            f"{lost:+.3f} [{lost - 0.015:+.3f}, {lost + 0.015:+.3f}] in recall@10" in said[scorer]
+        )
         assert ("undecided" in said[scorer]) == (scorer in ("rastp", "oracle"))
         assert ("clearly worse" in said[scorer]) == (scorer in ("recent", "random"))
         assert f"Cost {1 - row[COST] / 2:.0%} lower" in said[scorer]
-        assert f"{row['recall@10']:.3f}" in explorer.text and f"{row[COST]:.3g} (× {row[COST] / 2:.2f})" in explorer.text
+        assert (
+            f"{row['recall@10']:.3f}" in explorer.text
+            and f"{row[COST]:.3g} (× {row[COST] / 2:.2f})" in explorer.text
+        )
     recorded(data, "rastp", 0.5).update(run("rastp", 0.5, 0.56, 2.5))
     numbered(data["rows"])
     better = FrontierExplorer(data, keep=0.5).text
@@ -102,36 +144,71 @@ def test_text_holds_all_runs(data):
     folded = text[text.index("<details>") :]
     for row in data["rows"]:
         assert f"<td>{row['recall@10']:.3f}</td>" in folded and f"<td>{row[COST]:.3g} (×" in folded
-    assert "an abacus" in text and data["command"] in text and "3 seeds. The intervals are over test users and seeds.</p>" in text
+    assert (
+        "an abacus" in text
+        and data["command"] in text
+        and "3 seeds. The intervals are over test users and seeds.</p>" in text
+    )
     rough = FrontierExplorer(data | {"seeds": 1, "busy": True}).text
-    assert "1 seed. The intervals are over test users: another seed" in rough and "the seconds are rough" in rough
+    assert (
+        "1 seed. The intervals are over test users: another seed" in rough
+        and "the seconds are rough" in rough
+    )
 
 
 @pytest.mark.parametrize("cost_name", FrontierExplorer.COSTS)
 def test_following_equals_a_fresh_explorer(data, cost_name):
-    explorer, fresh = FrontierExplorer(data), FrontierExplorer(data, keep=0.7, cost=cost_name)
+    explorer = FrontierExplorer(data)
+    fresh = FrontierExplorer(data, keep=0.7, cost=cost_name)
     explorer.controls["keep"].value = 0.7
     explorer.controls["cost"].value = cost_name
     assert explorer.text == fresh.text
     for moved, new in zip(explorer.figure.data, fresh.figure.data, strict=True):
-        assert (moved.name, moved.x, moved.y, moved.error_y, moved.marker) == (new.name, new.x, new.y, new.error_y, new.marker)
-    assert explorer.figure.layout.xaxis == fresh.figure.layout.xaxis and explorer.figure.layout.shapes == fresh.figure.layout.shapes
+        assert (moved.name, moved.x, moved.y, moved.error_y, moved.marker) == (
+            new.name,
+            new.x,
+            new.y,
+            new.error_y,
+            new.marker,
+        )
+    assert (
+        explorer.figure.layout.xaxis == fresh.figure.layout.xaxis
+        and explorer.figure.layout.shapes == fresh.figure.layout.shapes
+    )
 
 
 def test_nothing_rests_on_colour(data):
     figure = frontier_figure(data["rows"][1:], data["rows"][0], 0.5, COST, "seconds")
-    looks = {trace.name: (trace.marker.symbol, trace.line.dash) for trace in figure.data if trace.mode == "lines+markers"}
+    looks = {
+        trace.name: (trace.marker.symbol, trace.line.dash)
+        for trace in figure.data
+        if trace.mode == "lines+markers"
+    }
     assert looks == {scorer: theme.mark(scorer)[1:] for scorer in SCORERS}
     for line, chosen in (traces(figure, scorer) for scorer in SCORERS):
-        assert chosen.marker.size > 2 * line.marker.size and chosen.error_y.array and not line.error_y.array
+        assert (
+            chosen.marker.size > 2 * line.marker.size
+            and chosen.error_y.array
+            and not line.error_y.array
+        )
 
 
 def test_export_has_a_frame_for_each_share_and_opens_at_the_chosen_one(data, tmp_path, dark):
     page = FrontierExplorer(data, keep=0.5).export(tmp_path / "frontier.html").read_text()
     frames = frames_of(page)
-    assert [frame["value"] for frame in frames] == ["10%", "20%", "33%", "50%", "70%"] and 'step="1" value="3"' in page
+    assert [frame["value"] for frame in frames] == [
+        "10%",
+        "20%",
+        "33%",
+        "50%",
+        "70%",
+    ] and 'step="1" value="3"' in page
     for frame, keep in zip(frames, KEEPS):
-        chosen = next(t for t in frame["state"]["figure"]["data"] if t["name"] == "rastp" and t["mode"] == "markers")
+        chosen = next(
+            t
+            for t in frame["state"]["figure"]["data"]
+            if t["name"] == "rastp" and t["mode"] == "markers"
+        )
         assert chosen["y"] == [recorded(data, "rastp", keep)["recall@10"] - 0.5]
         assert f"<b>{keep:.0%} of the tokens kept</b>" in frame["state"]["text"]
 
@@ -144,18 +221,47 @@ def test_a_move_sends_little(data):
 
 
 def test_refuses_what_it_cannot_compare_with(data):
-    for rows in (data["rows"][1:], [*data["rows"], data["rows"][1] | {"seed": 1}], [*data["rows"], data["rows"][0]]):
-        with pytest.raises(ValueError, match="one row without pruning and one for each scorer and kept share"):
+    for rows in (
+        data["rows"][1:],
+        [*data["rows"], data["rows"][1] | {"seed": 1}],
+        [*data["rows"], data["rows"][0]],
+    ):
+        with pytest.raises(
+            ValueError, match="one row without pruning and one for each scorer and kept share"
+        ):
             FrontierExplorer(data | {"rows": rows})
 
 
 def test_bundled_recording():
     data = json.loads((ROOT / "notebooks" / "data" / "frontier.json").read_text())
     explorer = FrontierExplorer(data)
-    assert explorer.unpruned["recall@10"] == next(row["recall@10"] for row in data["rows"] if row["pruning.keep"] is None)
-    lengths = np.concatenate([np.arange(1, len(history)) for history in leave_one_out(planted_catalogue().histories).train])  # of windows
-    for scorer, keep, method in ((None, None, "unpadded"), ("rastp", KEEPS[3], "rastp@1/2"), ("recent", KEEPS[2], "recent@1/3")):
-        row = next(row for row in data["rows"] if (row["pruning.scorer"], row["pruning.keep"]) == (scorer, pytest.approx(keep)))
-        config = dataclasses.replace(method_config(method, "quick", 0), accumulation=64)  # it was recorded with hardly any padding
-        assert row["mflops"] == pytest.approx(cost(config, (8, 8, 4), lengths).training / 1e6, rel=0.005)
-    assert {row["pruning.scorer"] for row in explorer.runs} >= {"rastp", "random", "recent"} and len(explorer.frames()) >= 5
+    assert explorer.unpruned["recall@10"] == next(
+        row["recall@10"] for row in data["rows"] if row["pruning.keep"] is None
+    )
+    # Of windows
+    lengths = np.concatenate(
+        [
+            np.arange(1, len(history))
+            for history in leave_one_out(planted_catalogue().histories).train
+        ]
+    )
+    for scorer, keep, method in (
+        (None, None, "unpadded"),
+        ("rastp", KEEPS[3], "rastp@1/2"),
+        ("recent", KEEPS[2], "recent@1/3"),
+    ):
+        row = next(
+            row
+            for row in data["rows"]
+            if (row["pruning.scorer"], row["pruning.keep"]) == (scorer, pytest.approx(keep))
+        )
+        # It was recorded with hardly any padding
+        config = dataclasses.replace(method_config(method, "quick", 0), accumulation=64)
+        assert row["mflops"] == pytest.approx(
+            cost(config, (8, 8, 4), lengths).training / 1e6, rel=0.005
+        )
+    assert {row["pruning.scorer"] for row in explorer.runs} >= {
+        "rastp",
+        "random",
+        "recent",
+    } and len(explorer.frames()) >= 5

@@ -17,8 +17,8 @@
 # **Machine** Any laptop, or Binder: one core, under 1 GB of memory, no GPU, no network. The model is small and comes trained.
 
 # %% tags=["parameters"]
-user = 40         # whose history you look at first, 1 to 50
-keep = 1 / 3      # the share of tokens that stays
+user = 40  # whose history you look at first, 1 to 50
+keep = 1 / 3  # the share of tokens that stays
 test_users = 500  # over how many users numbers are averaged
 
 # %% tags=["setup"]
@@ -84,7 +84,9 @@ print("hidden:", titles[target - 1])
 # per **level** ([notebook 1](01_semantic_ids.ipynb) does it step by step).
 
 # %%
-sids = pd.DataFrame(demo.table.codes, columns=["level 1", "level 2", "level 3"]).assign(title=titles)
+sids = pd.DataFrame(demo.table.codes, columns=["level 1", "level 2", "level 3"]).assign(
+    title=titles
+)
 sids.loc[[item - 1 for item in history]].reset_index(drop=True)
 
 # %%
@@ -136,8 +138,9 @@ teach.predict(
 from sidlab.course.probe import Probe
 
 probe = Probe(demo.model, history, catalogue.truth)
-received = probe.attention[1].sum(dim=(0, 1))  # layer 2: [heads, from, to] → [to], the attention that each token receives
-size = probe.hidden[2].abs().sum(dim=-1)       # the state behind layer 2: [N, d] → [N]
+# Layer 2: [heads, from, to] → [to], the attention that each token receives
+received = probe.attention[1].sum(dim=(0, 1))
+size = probe.hidden[2].abs().sum(dim=-1)  # the state behind layer 2: [N, d] → [N]
 importance = received * size
 kept = importance.topk(int(sidlab.pruning.kept_count(torch.tensor(n), keep))).indices.sort().values
 kept.tolist()
@@ -161,8 +164,13 @@ print("the library keeps the same tokens:", same)
 # %%
 demo.model.set_pruning(sidlab.PruningConfig(after_layer=2, keep=keep, scorer="rastp"))
 items, scores = sidlab.recommend(demo.model, [history], k=10)
-pd.DataFrame({"title": [titles[item - 1] for item in items[0].tolist()], "log probability": scores[0].numpy(),
-              "the hidden one": items[0].numpy() == target})
+pd.DataFrame(
+    {
+        "title": [titles[item - 1] for item in items[0].tolist()],
+        "log probability": scores[0].numpy(),
+        "the hidden one": items[0].numpy() == target,
+    }
+)
 
 # %% [markdown]
 # One user proves nothing. **recall@10** is the share of users whose hidden item is among the ten recommended ones. We take it over many users, none
@@ -182,7 +190,9 @@ histories, targets = split.cases("test")
 def recall(pruning):
     """recall@10 of the demo model when pruned as `pruning` says."""
     demo.model.set_pruning(pruning)
-    return float(recall_at(evaluate(demo.model, histories, targets, truth=catalogue.truth), 10).mean())
+    return float(
+        recall_at(evaluate(demo.model, histories, targets, truth=catalogue.truth), 10).mean()
+    )
 
 
 # %%
@@ -190,7 +200,9 @@ unpruned = recall(None)
 best = float(catalogue.truth.bayes_recall(histories, 10).mean())
 popular = Popularity().fit(split.train, catalogue.n_items).recommend(histories, k=10)
 popular = float(recall_at(rank_of_target(popular, targets), 10).mean())
-print(f"recall@10 over {len(targets)} users: popular items {popular:.3f}, this model {unpruned:.3f}, Bayes optimum {best:.3f}")
+print(
+    f"recall@10 over {len(targets)} users: popular items {popular:.3f}, this model {unpruned:.3f}, Bayes optimum {best:.3f}"
+)
 
 # %% [markdown]
 # And pruned? By `rastp`, by chance (`random`), and so that the newest tokens stay (`recent`). The next cell measures it, and says nothing yet.
@@ -206,7 +218,9 @@ by_scorer = {scorer: recall(sidlab.PruningConfig(keep=keep, scorer=scorer)) for 
 teach.predict(
     f"Unpruned, the hidden item is in the list for {unpruned:.0%} of the users. For how many percent, if `rastp` keeps {keep:.0%} of the tokens?",
     100 * by_scorer["rastp"],
-    range=(0, 100), default=(30, 65), unit="%",
+    range=(0, 100),
+    default=(30, 65),
+    unit="%",
     explain=f"Popular items reach {popular:.0%}, the Bayes optimum {best:.0%}.",
 )
 
@@ -214,9 +228,11 @@ teach.predict(
 teach.predict(
     f"Keeping {keep:.0%}: which choice of tokens loses most?",
     min(by_scorer, key=by_scorer.get),
-    choices=[*scorers], default="random",
-    explain="; ".join(f"{scorer} {value:.3f}" for scorer, value in by_scorer.items()) + ". In this shop people come back to the brands they like, "
-            "so an old purchase can decide the next one. On other data it may be different: that is what one measures.",
+    choices=[*scorers],
+    default="random",
+    explain="; ".join(f"{scorer} {value:.3f}" for scorer, value in by_scorer.items())
+    + ". In this shop people come back to the brands they like, "
+    "so an old purchase can decide the next one. On other data it may be different: that is what one measures.",
 )
 
 # %% [markdown]
@@ -272,6 +288,7 @@ teach.check("kept_count", kept_count)
 # A hit is a rank from 1 to k. What does `(ranks <= k)` say about rank 0?
 # </details>
 
+
 # %% tags=["exercise"]
 def recall_at_k(ranks, k: int) -> float:
     """The share of users whose hidden item is among the first k."""
@@ -294,20 +311,56 @@ teach.check("recall_at_k", recall_at_k)
 
 # %%
 teach.quiz(
-    teach.Question("What is a semantic ID?", ["A random number per item", "A short sequence of codes; similar items share its beginning",
-                                             "The item's title", "A vector of real numbers"], 1,
-                   "Clustering the item's embedding level by level gives the codes, so that a shared prefix means likeness."),
-    teach.Question("What is dropped for good by the pruner?", ["The oldest items", "Items that were bought once",
-                                                              "Tokens with a low score, for all layers behind it", "Layers of the model"], 2,
-                   "Kept tokens are gathered into a shorter tensor; nothing behind the pruner sees the others."),
-    teach.Question("Why do the kept tokens stay in their original order?", ["Sorting is cheaper that way", "Order in a history carries meaning",
-                                                                            "The scorer needs it", "They do not"], 1,
-                   "What was bought last, and which code belongs to which item, can be read from the order."),
-    teach.Question("A user's hidden item is at place 12 of the ranking. What does this user add to recall@10?", ["0", "1", "10/12", "1/12"], 0,
-                   "recall@10 of a single hidden item is 1 if it is among the first ten and 0 otherwise."),
-    teach.Question("Why do we compare with keeping random tokens?", ["Random is the fastest", "It shows how much of the quality comes from choosing well",
-                                                                    "Random is always worst", "The paper asks for it"], 1,
-                   "What random tokens reach needs no cleverness; only what lies above it is the scorer's merit."),
+    teach.Question(
+        "What is a semantic ID?",
+        [
+            "A random number per item",
+            "A short sequence of codes; similar items share its beginning",
+            "The item's title",
+            "A vector of real numbers",
+        ],
+        1,
+        "Clustering the item's embedding level by level gives the codes, so that a shared prefix means likeness.",
+    ),
+    teach.Question(
+        "What is dropped for good by the pruner?",
+        [
+            "The oldest items",
+            "Items that were bought once",
+            "Tokens with a low score, for all layers behind it",
+            "Layers of the model",
+        ],
+        2,
+        "Kept tokens are gathered into a shorter tensor; nothing behind the pruner sees the others.",
+    ),
+    teach.Question(
+        "Why do the kept tokens stay in their original order?",
+        [
+            "Sorting is cheaper that way",
+            "Order in a history carries meaning",
+            "The scorer needs it",
+            "They do not",
+        ],
+        1,
+        "What was bought last, and which code belongs to which item, can be read from the order.",
+    ),
+    teach.Question(
+        "A user's hidden item is at place 12 of the ranking. What does this user add to recall@10?",
+        ["0", "1", "10/12", "1/12"],
+        0,
+        "recall@10 of a single hidden item is 1 if it is among the first ten and 0 otherwise.",
+    ),
+    teach.Question(
+        "Why do we compare with keeping random tokens?",
+        [
+            "Random is the fastest",
+            "It shows how much of the quality comes from choosing well",
+            "Random is always worst",
+            "The paper asks for it",
+        ],
+        1,
+        "What random tokens reach needs no cleverness; only what lies above it is the scorer's merit.",
+    ),
 )
 
 # %% [markdown]
@@ -321,6 +374,11 @@ teach.quiz(
 # * [T5 primer](../docs/t5-primer.md)
 
 # %% tags=["record"]
-record = {"recall_unpruned": unpruned, "recall_bayes": best, "recall_popular": popular, "same_tokens": int(same),
-          **{f"recall_{scorer}": value for scorer, value in by_scorer.items()}}
+record = {
+    "recall_unpruned": unpruned,
+    "recall_bayes": best,
+    "recall_popular": popular,
+    "same_tokens": int(same),
+    **{f"recall_{scorer}": value for scorer, value in by_scorer.items()},
+}
 teach.record(record)

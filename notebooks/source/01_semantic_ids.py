@@ -18,10 +18,13 @@
 # **Machine** 1–2 cores, under 1 GB of memory, no GPU, no network. The catalogue is generated.
 
 # %% tags=["parameters"]
-dataset = "planted"  # or a folder with items.jsonl.gz and sequences.txt.gz, as in notebook 09, and then a width of 64
-levels = 3           # L, codes in a semantic ID
-width = 8            # W, codes to choose from on each level (the explorer offers 2, 4, 6, 8, 12, 16, 24, 32, and more for large catalogues)
-steps = 400          # of training, for each autoencoder
+# Or a folder with items.jsonl.gz and sequences.txt.gz, as in notebook 09, and then a width of 64
+dataset = "planted"
+levels = 3  # L, codes in a semantic ID
+# W, codes to choose from on each level (the explorer offers 2, 4, 6, 8, 12, 16, 24, 32, and more
+# for large catalogues)
+width = 8
+steps = 400  # of training, for each autoencoder
 
 # %% tags=["setup"]
 import numpy as np
@@ -35,7 +38,8 @@ from sidlab.course import teach
 
 torch.set_num_threads(1)  # the networks here are too small to gain from more
 catalogue = sidlab.load_catalogue(dataset)
-items, x = catalogue.items, catalogue.embeddings  # a row per item, a vector per item
+items = catalogue.items
+x = catalogue.embeddings  # a row per item, a vector per item
 
 
 def error(decoded):
@@ -56,7 +60,9 @@ def error(decoded):
 
 # %%
 print(x.shape, x.dtype)
-items[["title", "brand", "categories"]].iloc[sorted({0, 1, 4, 24, len(items) - 1} & set(range(len(items))))]
+items[["title", "brand", "categories"]].iloc[
+    sorted({0, 1, 4, 24, len(items) - 1} & set(range(len(items))))
+]
 
 # %% [markdown]
 # Close vectors should be similar items. Which items are closest to the first one? (Distance 0 is the item itself.)
@@ -72,6 +78,7 @@ pd.DataFrame({"title": items.title.iloc[closest], "distance": distance[closest].
 # k-means puts `width` points, the **centroids**, among the vectors. It repeats two steps: each vector chooses its nearest centroid, then
 # each centroid moves to the mean of those that chose it. The list of centroids is a **codebook**, the number of a centroid is a **code**.
 
+
 # %%
 def nearest(x, codebook):
     # ‖x − c‖² = ‖x‖² − 2 x·c + ‖c‖², and ‖x‖² is the same for every c.
@@ -79,7 +86,8 @@ def nearest(x, codebook):
 
 
 def kmeans(x, width, rounds=20, seed=0):
-    codebook = x[np.random.default_rng(seed).choice(len(x), width, replace=False)].copy()  # random items to begin with
+    # Random items to begin with
+    codebook = x[np.random.default_rng(seed).choice(len(x), width, replace=False)].copy()
     for _ in range(rounds):
         code = nearest(x, codebook)
         for c in np.unique(code):
@@ -98,7 +106,10 @@ one_level = error(codebook[code])
 # %%
 teach.predict(
     f"{len(x):,} items are now described by one of {width} codes. What share of the squared length of the embeddings is lost?",
-    100 * one_level, range=(0, 100), default=(20, 60), unit="%",
+    100 * one_level,
+    range=(0, 100),
+    default=(20, 60),
+    unit="%",
     explain="In the planted shop the department is the longest of the three vectors; one level can catch that, at best.",
 )
 
@@ -134,7 +145,9 @@ print("sidlab.ResidualKMeans, level 1:", round(error(encoder.decode(encoder.enco
 # ```
 
 # %%
-left, codebooks, sids = x.copy(), [], []
+left = x.copy()
+codebooks = []
+sids = []
 for level in range(levels):
     codebooks.append(kmeans(left, width, seed=1))
     sids.append(nearest(left, codebooks[-1]))
@@ -149,8 +162,13 @@ by_hand = np.stack(sids, axis=1)  # [n, L]
 
 # %%
 codes = encoder.encode(x)  # int64 [n, L]
-spelled = pd.DataFrame({"title": items.title, "by hand": ["-".join(map(str, sid)) for sid in by_hand],
-                        "package": ["-".join(map(str, sid)) for sid in codes]})
+spelled = pd.DataFrame(
+    {
+        "title": items.title,
+        "by hand": ["-".join(map(str, sid)) for sid in by_hand],
+        "package": ["-".join(map(str, sid)) for sid in codes],
+    }
+)
 spelled.iloc[:10]
 
 # %% [markdown]
@@ -195,10 +213,13 @@ at_random = 1 - (1 - 1 / wide**2) ** (len(x) - 1)  # that at least one other ite
 # %%
 teach.predict(
     f"{wide} × {wide} = {wide**2:,} possible SIDs for {len(x):,} items. What share of the items has to share its SID with another?",
-    100 * shared, range=(0, 100), default=(0, 30), unit="%",
+    100 * shared,
+    range=(0, 100),
+    default=(0, 30),
+    unit="%",
     explain="Possible SIDs are not used SIDs: codes bunch, and even drawn at random they would collide.",
     then=f"Drawn at random it would be {at_random:.1%}. {report['unique_sids']:,} of {wide**2:,} possible SIDs are used, and the largest group has "
-         f"{report['largest_group']} items. This is the birthday problem: to be safe from collisions you need far more SIDs than items.",
+    f"{report['largest_group']} items. This is the birthday problem: to be safe from collisions you need far more SIDs than items.",
 )
 
 # %% [markdown]
@@ -206,7 +227,8 @@ teach.predict(
 # the first item of a group, 1 for the second, and so on. `SidTable(..., collisions="extend")` does that.
 
 # %%
-group = crowded.codes[:, :2] == crowded.codes[crowded.codes[:, -1].argmax(), :2]  # the largest group
+# The largest group
+group = crowded.codes[:, :2] == crowded.codes[crowded.codes[:, -1].argmax(), :2]
 pd.DataFrame({"title": items.title, "SID": crowded.codes.tolist()})[group.all(axis=1)]
 
 # %% [markdown]
@@ -231,8 +253,14 @@ pd.crosstab(items.brand, pd.Series(codes[:, min(1, levels - 1)], name="code 2"))
 # %%
 table = sidlab.SidTable(codes, width)
 dealt = sidlab.SidTable(np.random.default_rng(0).permutation(codes), width)
-pd.concat({name: t.report(embeddings=x).frame()[["perplexity", "prefixes", "neighbour_overlap", "chance_overlap"]]
-           for name, t in (("residual k-means", table), ("the same codes, dealt at random", dealt))}).round(3)
+pd.concat(
+    {
+        name: t.report(embeddings=x).frame()[
+            ["perplexity", "prefixes", "neighbour_overlap", "chance_overlap"]
+        ]
+        for name, t in (("residual k-means", table), ("the same codes, dealt at random", dealt))
+    }
+).round(3)
 
 # %% [markdown]
 # (Where few items share a prefix, few of the ten neighbours can: with four items to a prefix 0.30 is the most there can be, and where every SID is unique it is 0.)
@@ -251,15 +279,20 @@ pd.concat({name: t.report(embeddings=x).frame()[["perplexity", "prefixes", "neig
 # two more losses:   ‖code − stop(rest)‖²  moves codes to the latents      ¼ ‖stop(code) − rest‖²  keeps latents near their codes ("commitment")
 # ```
 
+
 # %%
 def quantise(z, codebooks):
     """z [n, d] → (what the decoder gets [n, d], codes [n, L], the two losses)."""
-    rest, total, loss, codes = z, 0, 0, []
+    rest = z
+    total = 0
+    loss = 0
+    codes = []
     for codebook in codebooks:  # [W, d]
         code = torch.cdist(rest, codebook).argmin(dim=1)
         chosen = codebook[code]
         loss = loss + F.mse_loss(chosen, rest.detach()) + 0.25 * F.mse_loss(rest, chosen.detach())
-        rest, total = rest - chosen.detach(), total + chosen
+        rest = rest - chosen.detach()
+        total = total + chosen
         codes.append(code)
     return z + (total - z).detach(), torch.stack(codes, dim=1), loss
 
@@ -268,8 +301,10 @@ def quantise(z, codebooks):
 # The rest is an ordinary autoencoder. `start(z)` gives the codebooks to begin with; until step `free` the network trains without any codes.
 
 # %%
-mean, scale = x.mean(axis=0), x.std()
-data, latent = torch.from_numpy((x - mean) / scale), 16
+mean = x.mean(axis=0)
+scale = x.std()
+data = torch.from_numpy((x - mean) / scale)
+latent = 16
 
 
 def train_by_hand(start, free):
@@ -295,6 +330,7 @@ def train_by_hand(start, free):
 # %% [markdown]
 # First the way that comes to mind: codebooks of random numbers, everything trained together from the first step.
 
+
 # %%
 def random_start(z):
     return torch.randn(levels, width, latent)
@@ -305,23 +341,34 @@ used = [len(np.unique(column)) for column in from_random.T]
 
 # %%
 teach.predict(
-    f"How many of the {width} codes of level 1 are still in use after {steps} steps?", used[0], range=(0, width),
+    f"How many of the {width} codes of level 1 are still in use after {steps} steps?",
+    used[0],
+    range=(0, width),
     default=(width / 2, width),
     explain="A code that nobody chooses gets no gradient and never moves again: it is dead. This is called codebook collapse.",
     then=f"Codes in use, by level: {used} of {width}; error {from_random_error:.1%}. Items by code of level 1: "
-         f"{np.bincount(from_random[:, 0], minlength=width).tolist()}.",
+    f"{np.bincount(from_random[:, 0], minlength=width).tolist()}.",
 )
 
 # %% [markdown]
 # Now another start: half of the steps without any codes, then codebooks from residual k-means on the latents. Each code begins where items are.
 
+
 # %%
 def kmeans_start(z):
-    return torch.from_numpy(np.stack(sidlab.ResidualKMeans(levels, width, seed=0).fit(z.numpy()).codebooks_))
+    return torch.from_numpy(
+        np.stack(sidlab.ResidualKMeans(levels, width, seed=0).fit(z.numpy()).codebooks_)
+    )
 
 
 revived, revived_error = train_by_hand(kmeans_start, free=steps // 2)
-print("codes in use, by level:", [len(np.unique(column)) for column in revived.T], "of", width, f"   error {revived_error:.1%}")
+print(
+    "codes in use, by level:",
+    [len(np.unique(column)) for column in revived.T],
+    "of",
+    width,
+    f"   error {revived_error:.1%}",
+)
 print("items by code of level 1:", np.bincount(revived[:, 0], minlength=width))
 
 # %% [markdown]
@@ -329,9 +376,19 @@ print("items by code of level 1:", np.bincount(revived[:, 0], minlength=width))
 # the difference? Each alone, and a third start that has nothing of the items but the *size* of their latents:
 
 # %%
-alone = {"random codes after a free half": train_by_hand(random_start, free=steps // 2), "k-means codes from the first step on": train_by_hand(kmeans_start, free=0),
-         "random codes as large as the latents": train_by_hand(lambda z: torch.randn(levels, width, latent) * z.std(), free=0)}
-pd.DataFrame({name: {"codes of level 1 in use": len(np.unique(codes[:, 0])), "error": lost} for name, (codes, lost) in alone.items()}).T.round(3)
+alone = {
+    "random codes after a free half": train_by_hand(random_start, free=steps // 2),
+    "k-means codes from the first step on": train_by_hand(kmeans_start, free=0),
+    "random codes as large as the latents": train_by_hand(
+        lambda z: torch.randn(levels, width, latent) * z.std(), free=0
+    ),
+}
+pd.DataFrame(
+    {
+        name: {"codes of level 1 in use": len(np.unique(codes[:, 0])), "error": lost}
+        for name, (codes, lost) in alone.items()
+    }
+).T.round(3)
 
 # %% [markdown]
 # A code that lies far from all items wins none of them, whether it is far in direction or in size. (One seed: try another in `train_by_hand`.)
@@ -343,29 +400,43 @@ pd.DataFrame({name: {"codes of level 1 in use": len(np.unique(codes[:, 0])), "er
 # %%
 rqvae = sidlab.RQVAE(levels, width, seed=0, hidden=(64,), latent=latent, steps=steps).fit(x)
 rqvae_codes = rqvae.encode(x)
-package_error = {"residual k-means": error(encoder.decode(codes)), "RQ-VAE": error(rqvae.decode(rqvae_codes))}
+package_error = {
+    "residual k-means": error(encoder.decode(codes)),
+    "RQ-VAE": error(rqvae.decode(rqvae_codes)),
+}
 
 # %% [markdown]
 # ## All of them side by side
 
 # %%
-made = {"residual k-means by hand": (by_hand, error(x - left)), "residual k-means": (codes, package_error["residual k-means"]),
-        "RQ-VAE by hand, random start": (from_random, from_random_error), "RQ-VAE by hand, k-means start": (revived, revived_error),
-        "RQ-VAE": (rqvae_codes, package_error["RQ-VAE"])}
+made = {
+    "residual k-means by hand": (by_hand, error(x - left)),
+    "residual k-means": (codes, package_error["residual k-means"]),
+    "RQ-VAE by hand, random start": (from_random, from_random_error),
+    "RQ-VAE by hand, k-means start": (revived, revived_error),
+    "RQ-VAE": (rqvae_codes, package_error["RQ-VAE"]),
+}
 rows = {}
 for name, (sid, lost) in made.items():
     report = sidlab.SidTable(sid, width, collisions="share").report(embeddings=x)
     level = report["per_level"]
-    rows[name] = {"items that share": report["collision_rate"], "dead codes": sum(width - row["used"] for row in level),
-                  "perplexity, level 1": level[0]["perplexity"], "error": lost, "neighbours with the same code 1": level[0]["neighbour_overlap"]}
+    rows[name] = {
+        "items that share": report["collision_rate"],
+        "dead codes": sum(width - row["used"] for row in level),
+        "perplexity, level 1": level[0]["perplexity"],
+        "error": lost,
+        "neighbours with the same code 1": level[0]["neighbour_overlap"],
+    }
 compared = pd.DataFrame(rows).T
 
 # %%
 teach.predict(
-    "Both from the package, same levels, same width. Which one loses less of the embeddings?", min(package_error, key=package_error.get),
-    choices=["residual k-means", "RQ-VAE"], default="RQ-VAE",
+    "Both from the package, same levels, same width. Which one loses less of the embeddings?",
+    min(package_error, key=package_error.get),
+    choices=["residual k-means", "RQ-VAE"],
+    default="RQ-VAE",
     explain="A network can bend the space where that helps. The planted vectors are sums of three: nothing to bend, and the network has to "
-            "learn even that.",
+    "learn even that.",
     then=compared.round(3),
 )
 
@@ -391,11 +462,13 @@ teach.predict(
 # The loop from "More levels", without `kmeans`: nearest code, then subtract. Each level works on what the levels before have left.
 # </details>
 
+
 # %% tags=["exercise"]
 def residual_codes(x, codebooks):
     """Level by level, the nearest code to what the levels before have left."""
     ### BEGIN SOLUTION
-    left, codes = x, []
+    left = x
+    codes = []
     for codebook in codebooks:
         distance = ((left[:, None] - codebook) ** 2).sum(axis=-1)  # [n, W]
         codes.append(distance.argmin(axis=1))
@@ -416,6 +489,7 @@ teach.check("residual_codes", residual_codes)
 #
 # `np.unique(codes, axis=0, return_inverse=True, return_counts=True)` says how often each distinct row occurs.
 # </details>
+
 
 # %% tags=["exercise"]
 def collisions(codes) -> float:
@@ -446,6 +520,7 @@ teach.check("collisions", collisions)
 # `np.bincount` counts. 0 · ln 0 is NaN in NumPy: leave unused codes out first. The logarithm is the natural one.
 # </details>
 
+
 # %% tags=["exercise"]
 def perplexity(codes, width: int) -> float:
     """exp of the entropy of the code usage."""
@@ -469,21 +544,51 @@ teach.check("perplexity", perplexity)
 
 # %%
 teach.quiz(
-    teach.Question("What does level 2 of residual k-means cluster?",
-                   ["The embeddings again, from another start", "What is left of each embedding after subtracting its centroid of level 1",
-                    "The centroids of level 1", "The items of one centroid, separately for each"], 1,
-                   "There is one codebook per level, fitted to the residuals of all items together."),
-    teach.Question("4 levels of 16 codes: how many SIDs are possible, and how many code tokens are in the vocabulary?",
-                   ["64 and 64", "65,536 and 16", "65,536 and 64", "64 and 65,536"], 2,
-                   "16⁴ = 65,536 SIDs; a code has its own token on each level, 4 × 16 = 64."),
-    teach.Question("Two codes are used by half of the items each, the other 254 by none. What is the perplexity of the level?",
-                   ["2", "128", "254", "256"], 0, "exp(ln 2) = 2: in effect the level has two codes."),
-    teach.Question("Why does a dead code of a straight-through quantiser stay dead?",
-                   ["Weight decay shrinks it to zero", "Only chosen codes get a gradient", "The commitment loss pushes it away", "It is removed"], 1,
-                   "Codes learn from the items that choose them; without any there is nothing to learn from. So one revives them by moving them to items."),
-    teach.Question("You deal the same SIDs out to the items in random order. Which number notices?",
-                   ["Perplexity", "Utilisation", "The share of items that collide", "The share of neighbours that share a prefix"], 3,
-                   "The first three only count codes. The last compares codes with what items are."),
+    teach.Question(
+        "What does level 2 of residual k-means cluster?",
+        [
+            "The embeddings again, from another start",
+            "What is left of each embedding after subtracting its centroid of level 1",
+            "The centroids of level 1",
+            "The items of one centroid, separately for each",
+        ],
+        1,
+        "There is one codebook per level, fitted to the residuals of all items together.",
+    ),
+    teach.Question(
+        "4 levels of 16 codes: how many SIDs are possible, and how many code tokens are in the vocabulary?",
+        ["64 and 64", "65,536 and 16", "65,536 and 64", "64 and 65,536"],
+        2,
+        "16⁴ = 65,536 SIDs; a code has its own token on each level, 4 × 16 = 64.",
+    ),
+    teach.Question(
+        "Two codes are used by half of the items each, the other 254 by none. What is the perplexity of the level?",
+        ["2", "128", "254", "256"],
+        0,
+        "exp(ln 2) = 2: in effect the level has two codes.",
+    ),
+    teach.Question(
+        "Why does a dead code of a straight-through quantiser stay dead?",
+        [
+            "Weight decay shrinks it to zero",
+            "Only chosen codes get a gradient",
+            "The commitment loss pushes it away",
+            "It is removed",
+        ],
+        1,
+        "Codes learn from the items that choose them; without any there is nothing to learn from. So one revives them by moving them to items.",
+    ),
+    teach.Question(
+        "You deal the same SIDs out to the items in random order. Which number notices?",
+        [
+            "Perplexity",
+            "Utilisation",
+            "The share of items that collide",
+            "The share of neighbours that share a prefix",
+        ],
+        3,
+        "The first three only count codes. The last compares codes with what items are.",
+    ),
 )
 
 # %% [markdown]
@@ -496,8 +601,18 @@ teach.quiz(
 #   [the table and its report](../sidlab/sids/table.py), [the planted shop](../sidlab/data/planted.py), [this explorer](../sidlab/viz/sids.py)
 
 # %% tags=["record"]
-record = {"error_one_level_by_hand": one_level, "error_by_hand": error(x - left), "error_random_start": from_random_error,
-          "error_kmeans_start": revived_error, **{f"error of {name}": value for name, value in package_error.items()},
-          "collisions_two_levels": shared, "codes_used_random_start": used[0], "codes_used_kmeans_start": len(np.unique(revived[:, 0])),
-          **{f"overlap of {name}": value for name, value in compared["neighbours with the same code 1"].astype(float).items()}}
+record = {
+    "error_one_level_by_hand": one_level,
+    "error_by_hand": error(x - left),
+    "error_random_start": from_random_error,
+    "error_kmeans_start": revived_error,
+    **{f"error of {name}": value for name, value in package_error.items()},
+    "collisions_two_levels": shared,
+    "codes_used_random_start": used[0],
+    "codes_used_kmeans_start": len(np.unique(revived[:, 0])),
+    **{
+        f"overlap of {name}": value
+        for name, value in compared["neighbours with the same code 1"].astype(float).items()
+    },
+}
 teach.record(record)

@@ -57,8 +57,16 @@ levels = ["department", "brand", "kind"]
 
 # %%
 item = 17
-print(catalogue.items.title[item - 1], "→ SID", table.codes[item - 1], "→ tokens", table.item_tokens[item].tolist())
-print(f"{table.n_items} items, codes per level {table.widths}, model with {model.num_parameters():,} parameters")
+print(
+    catalogue.items.title[item - 1],
+    "→ SID",
+    table.codes[item - 1],
+    "→ tokens",
+    table.item_tokens[item].tolist(),
+)
+print(
+    f"{table.n_items} items, codes per level {table.widths}, model with {model.num_parameters():,} parameters"
+)
 
 # %% [markdown]
 # ## More tokens, more information?
@@ -82,7 +90,9 @@ def entropy(codes):
     return float(-(p * np.log(p)).sum())
 
 
-print(f"which item: {entropy(clicks):.2f} nats, perplexity {np.exp(entropy(clicks)):.0f} of {catalogue.n_items} items")
+print(
+    f"which item: {entropy(clicks):.2f} nats, perplexity {np.exp(entropy(clicks)):.0f} of {catalogue.n_items} items"
+)
 
 # %% [markdown]
 # Now let residual k-means spell the same items with one level, two, three …, of 4 codes each. Where items collide,
@@ -94,8 +104,15 @@ for n in levels_tried:
     fitted = sidlab.ResidualKMeans(levels=n, width=4, seed=0).fit(catalogue.embeddings)
     spelled = sidlab.SidTable(fitted.encode(catalogue.embeddings), width=4)
     nats = entropy(spelled.codes[clicks])
-    rows.append({"levels": n, "added level": spelled.widths[-1] if spelled.levels > n else 0, "tokens per item": spelled.levels,
-                 "nats per item": nats, "nats per token": nats / spelled.levels})
+    rows.append(
+        {
+            "levels": n,
+            "added level": spelled.widths[-1] if spelled.levels > n else 0,
+            "tokens per item": spelled.levels,
+            "nats per item": nats,
+            "nats per token": nats / spelled.levels,
+        }
+    )
 spellings = pd.DataFrame(rows)
 shortest, *_, longest = spellings["nats per token"]
 few, *_, many = spellings["tokens per item"]
@@ -104,11 +121,16 @@ few, *_, many = spellings["tokens per item"]
 teach.predict(
     f"The longest spelling has {many} tokens an item, the shortest {few}. How many nats does an average token of the longest hold, in percent of "
     "one of the shortest?",
-    100 * longest / shortest, range=(0, 150), default=(20, 60), unit="%",
+    100 * longest / shortest,
+    range=(0, 150),
+    default=(20, 60),
+    unit="%",
     explain="The item stays the same, and so does its entropy. More tokens only divide it: that is the dilution.",
-    then=[spellings.style.format(precision=2).hide(axis="index"),
-          "**What to look for.** “nats per item” is one number all the way down: a unique spelling says which item it is, no more. "
-          "Only “nats per token” moves."],
+    then=[
+        spellings.style.format(precision=2).hide(axis="index"),
+        "**What to look for.** “nats per item” is one number all the way down: a unique spelling says which item it is, no more. "
+        "Only “nats per token” moves.",
+    ],
 )
 
 # %% [markdown]
@@ -127,8 +149,15 @@ codes = table.codes[clicks]  # [clicks, 3]
 rows = []
 for level, name in enumerate(levels):
     before = entropy(codes[:, :level]) if level else 0.0
-    rows.append({"level": f"{level + 1} ({name})", "codes": table.widths[level], "log W": np.log(table.widths[level]),
-                 "entropy": entropy(codes[:, level]), "given the prefix": entropy(codes[:, : level + 1]) - before})
+    rows.append(
+        {
+            "level": f"{level + 1} ({name})",
+            "codes": table.widths[level],
+            "log W": np.log(table.widths[level]),
+            "entropy": entropy(codes[:, level]),
+            "given the prefix": entropy(codes[:, : level + 1]) - before,
+        }
+    )
 by_level = pd.DataFrame(rows)
 by_level["perplexity given the prefix"] = np.exp(by_level["given the prefix"])
 by_level.style.format(precision=2).hide(axis="index")
@@ -144,29 +173,48 @@ by_level.style.format(precision=2).hide(axis="index")
 # (`catalogue.truth.information`, in nats).
 
 # %%
-histories = [history[:-1] for history in catalogue.histories]  # the last item is the one to be found
+# The last item is the one to be found
+histories = [history[:-1] for history in catalogue.histories]
 nats = catalogue.truth.information(histories)  # [users, items, 3], left-aligned
 lengths = np.array([len(history) for history in histories])
-age = lengths[:, None] - np.arange(nats.shape[1])  # 1 for the last item, 2 for the one before it, …; below 1: padding
+# 1 for the last item, 2 for the one before it, …; below 1: padding
+age = lengths[:, None] - np.arange(nats.shape[1])
 user, place = np.nonzero(age >= 1)
 truth = pd.DataFrame(nats[user, place], columns=levels).assign(age=age[user, place])
 
 # %%
 by_age = truth[truth.age <= 12].groupby("age").mean()
 long = by_age.reset_index().melt("age", var_name="level", value_name="nats")
-figure = px.line(long, x="age", y="nats", color="level", symbol="level", line_dash="level", markers=True, height=380, template=template(),
-                 title="True information about the next item, by level and age",
-                 labels={"age": "age (1 = last item)", "nats": "mean nats per token"})
+figure = px.line(
+    long,
+    x="age",
+    y="nats",
+    color="level",
+    symbol="level",
+    line_dash="level",
+    markers=True,
+    height=380,
+    template=template(),
+    title="True information about the next item, by level and age",
+    labels={"age": "age (1 = last item)", "nats": "mean nats per token"},
+)
 
 # %%
 teach.predict(
-    "Which level of the SIDs tells nothing at all about the next item?", "kind", choices=levels, default="kind",
+    "Which level of the SIDs tells nothing at all about the next item?",
+    "kind",
+    choices=levels,
+    default="kind",
     explain="Kinds are drawn anew for each click from the department's popularity. The token costs as much as any other.",
-    then=[truth[levels].mean().to_frame("mean nats per token").T.style.format(precision=4), figure,
-          "**What to look for.** The department matters at age 1 and little elsewhere: the next department follows from the last one. "
-          "(At age 2 it still counts where the last click was noise.) The brand is the other way round. A user comes back to a department "
-          "after a tour of a few clicks, and what they bought *then* decides the brand now. So the best token is neither always the newest "
-          "nor always of one level. The table says the same:", by_age.T.style.format(precision=3)],
+    then=[
+        truth[levels].mean().to_frame("mean nats per token").T.style.format(precision=4),
+        figure,
+        "**What to look for.** The department matters at age 1 and little elsewhere: the next department follows from the last one. "
+        "(At age 2 it still counts where the last click was noise.) The brand is the other way round. A user comes back to a department "
+        "after a tour of a few clicks, and what they bought *then* decides the brand now. So the best token is neither always the newest "
+        "nor always of one level. The table says the same:",
+        by_age.T.style.format(precision=3),
+    ],
 )
 
 # %% [markdown]
@@ -180,9 +228,17 @@ teach.predict(
 frames = []
 for history in histories[:users]:
     probe = Probe(model, history, catalogue.truth)
-    frames.append(pd.DataFrame({
-        "level": probe.levels, "age": len(probe.history) - probe.item_index,
-        "norm": probe.hidden[2].abs().sum(-1), "centrality": probe.centrality(2), "nats": probe.truth}))
+    frames.append(
+        pd.DataFrame(
+            {
+                "level": probe.levels,
+                "age": len(probe.history) - probe.item_index,
+                "norm": probe.hidden[2].abs().sum(-1),
+                "centrality": probe.centrality(2),
+                "nats": probe.truth,
+            }
+        )
+    )
 tokens = pd.concat(frames)
 tokens["norm × centrality"] = tokens["norm"] * tokens["centrality"]
 tokens["level"] = tokens["level"].map(dict(enumerate([*levels, "separator"])))
@@ -192,16 +248,31 @@ signals = ["norm", "centrality", "norm × centrality", "nats"]
 means = tokens.groupby("level", sort=False)[signals].mean()
 seen = tokens[tokens.age <= 12].groupby(["level", "age"])[["norm", "centrality"]].mean()
 shown = seen.reset_index().melt(["level", "age"], var_name="signal")
-figure = px.line(shown, x="age", y="value", color="level", symbol="level", line_dash="level", facet_col="signal", markers=True,
-                 height=400, template=template(), title="What a pruner sees behind layer 2", labels={"age": "age (1 = last item)", "value": ""},
-                 category_orders={"level": [*levels, "separator"]})
+figure = px.line(
+    shown,
+    x="age",
+    y="value",
+    color="level",
+    symbol="level",
+    line_dash="level",
+    facet_col="signal",
+    markers=True,
+    height=400,
+    template=template(),
+    title="What a pruner sees behind layer 2",
+    labels={"age": "age (1 = last item)", "value": ""},
+    category_orders={"level": [*levels, "separator"]},
+)
 figure = figure.update_yaxes(matches=None, showticklabels=True)
 
 # %%
 teach.predict(
     "Does the level without information have the smallest norm of the three levels?",
-    "yes" if means["norm"][levels].idxmin() == "kind" else "no", choices=["yes", "no"], default="yes",
-    explain="A norm is the size of a state. It does not say whether anybody needs it.", then=[means.style.format(precision=3), figure],
+    "yes" if means["norm"][levels].idxmin() == "kind" else "no",
+    choices=["yes", "no"],
+    default="yes",
+    explain="A norm is the size of a state. It does not say whether anybody needs it.",
+    then=[means.style.format(precision=3), figure],
 )
 
 # %%
@@ -239,15 +310,27 @@ print(f"{len(windows):,} windows with {windows.lengths.mean():.1f} items of hist
 
 # %%
 sparsity = float(100 * table.levels * len(windows) / (per_item * windows.lengths.sum()))
-supervision = pd.DataFrame([{
-    "tokens per item": n, "tokens read per window": (n + 1) * windows.lengths.mean(),
-    "labels per 100 tokens read": 100 * n / ((n + 1) * windows.lengths.mean()),
-    "label nats per 100 tokens read": 100 * entropy(clicks) / ((n + 1) * windows.lengths.mean())} for n in (2, 3, 4, 6, 8)])
+supervision = pd.DataFrame(
+    [
+        {
+            "tokens per item": n,
+            "tokens read per window": (n + 1) * windows.lengths.mean(),
+            "labels per 100 tokens read": 100 * n / ((n + 1) * windows.lengths.mean()),
+            "label nats per 100 tokens read": 100
+            * entropy(clicks)
+            / ((n + 1) * windows.lengths.mean()),
+        }
+        for n in (2, 3, 4, 6, 8)
+    ]
+)
 
 # %%
 teach.predict(
-    "Here an item is 3 tokens and a separator. How many labels are there for 100 tokens that the encoder reads?", sparsity, range=(0, 100),
-    default=(5, 30), explain="A language model has 100: every token is the label of the ones before it. With longer histories it gets sparser.",
+    "Here an item is 3 tokens and a separator. How many labels are there for 100 tokens that the encoder reads?",
+    sparsity,
+    range=(0, 100),
+    default=(5, 30),
+    explain="A language model has 100: every token is the label of the ones before it. With longer histories it gets sparser.",
     then=supervision.style.format(precision=1).hide(axis="index"),
 )
 
@@ -274,15 +357,27 @@ for items in (int(windows.lengths.mean()), 30, 100):
     long_config = sidlab.TrainConfig.preset("quick", max_items=items, batch_tokens=2048)
     for n in (1, 2, 3, 4, 6, 8):
         c = sidlab.cost.cost(long_config, (256,) * n, np.full(64, items))
-        rows.append({"items of history": items, "levels": n, "tokens": round(c.slots), "MFLOPs per window": c.training / 1e6})
+        rows.append(
+            {
+                "items of history": items,
+                "levels": n,
+                "tokens": round(c.slots),
+                "MFLOPs per window": c.training / 1e6,
+            }
+        )
 growth = pd.DataFrame(rows)
-growth["× against 1 level"] = growth["MFLOPs per window"] / growth.groupby("items of history")["MFLOPs per window"].transform("first")
+growth["× against 1 level"] = growth["MFLOPs per window"] / growth.groupby("items of history")[
+    "MFLOPs per window"
+].transform("first")
 growth = growth.pivot(index="levels", columns="items of history", values="× against 1 level")
 
 # %%
 teach.predict(
     "From 2 levels to 5 an item takes twice the tokens (3 → 6, with the separator). By what factor do the training FLOPs grow?",
-    lambda: flops(5, 256, windows.lengths) / flops(2, 256, windows.lengths), range=(1, 5), default=(2, 4), unit="×",
+    lambda: flops(5, 256, windows.lengths) / flops(2, 256, windows.lengths),
+    range=(1, 5),
+    default=(2, 4),
+    unit="×",
     explain="At a few dozen tokens the linear layers do most of the work, and they grow with N. N² shows further on.",
     then=growth.style.format(precision=1),
 )
@@ -293,9 +388,16 @@ teach.predict(
 # And the width? It buys parameters (an embedding per code) and a larger softmax, but no tokens:
 
 # %%
-wider = {f"W = {width}": sidlab.cost.cost(config, (width,) * 3, windows.lengths) for width in (16, 256, 4096)}
-pd.DataFrame({name: {"parameters": c.parameters, "MFLOPs per window": c.training / 1e6} for name, c in wider.items()}
-             ).T.style.format({"parameters": "{:,.0f}", "MFLOPs per window": "{:.1f}"})
+wider = {
+    f"W = {width}": sidlab.cost.cost(config, (width,) * 3, windows.lengths)
+    for width in (16, 256, 4096)
+}
+pd.DataFrame(
+    {
+        name: {"parameters": c.parameters, "MFLOPs per window": c.training / 1e6}
+        for name, c in wider.items()
+    }
+).T.style.format({"parameters": "{:,.0f}", "MFLOPs per window": "{:.1f}"})
 
 # %% [markdown]
 # ## What they buy: a recorded sweep
@@ -312,7 +414,9 @@ rises = int(sum(recall[after] > recall[before] for before, after in finer))
 # %%
 teach.predict(
     f"There are {len(finer)} ways to add one level at the same width. In how many of them does recall@10 rise?",
-    rises, range=(0, len(finer)), default=(len(finer) / 4, 3 * len(finer) / 4),
+    rises,
+    range=(0, len(finer)),
+    default=(len(finer) / 4, 3 * len(finer) / 4),
     explain="Had accuracy simply risen with finer SIDs, it would be all of them.",
 )
 
@@ -336,8 +440,10 @@ DilutionExplorer(data)
 # %%
 ceiling = float(catalogue.truth.bayes_recall(histories).mean())
 best = max(data["rows"], key=lambda row: row["recall@10"])
-print(f"Bayes-optimal recall@10: {ceiling:.3f}; best of the sweep: {best['recall@10']:.3f} "
-      f"with {best['sids.levels']:g} levels of {best['sids.width']:g} codes")
+print(
+    f"Bayes-optimal recall@10: {ceiling:.3f}; best of the sweep: {best['recall@10']:.3f} "
+    f"with {best['sids.levels']:g} levels of {best['sids.width']:g} codes"
+)
 
 # %% [markdown]
 # ## Reading it honestly
@@ -350,13 +456,23 @@ row_of = {(row["sids.levels"], row["sids.width"]): row for row in data["rows"]}
 
 
 def step(a, b):
-    change, low, high = row_of[b]["against"][row_of[a]["number"]]  # of recall@10, with its 95 % interval
-    return {"from": "{} × {}".format(*a), "to": "{} × {}".format(*b), "change of recall@10": change, "low": low, "high": high,
-            "clear": "yes" if low > 0 or high < 0 else "no", "updates": f"{row_of[a]['updates']:g} → {row_of[b]['updates']:g}"}
+    # Of recall@10, with its 95 % interval
+    change, low, high = row_of[b]["against"][row_of[a]["number"]]
+    return {
+        "from": "{} × {}".format(*a),
+        "to": "{} × {}".format(*b),
+        "change of recall@10": change,
+        "low": low,
+        "high": high,
+        "clear": "yes" if low > 0 or high < 0 else "no",
+        "updates": f"{row_of[a]['updates']:g} → {row_of[b]['updates']:g}",
+    }
 
 
 steps = pd.DataFrame([step(a, b) for a, b in finer])
-steps.style.format({name: "{:+.3f}" for name in ("change of recall@10", "low", "high")}).hide(axis="index")
+steps.style.format({name: "{:+.3f}" for name in ("change of recall@10", "low", "high")}).hide(
+    axis="index"
+)
 
 # %% [markdown]
 # Where a step is clear, it goes up while the SIDs are coarse and down where they are finer than the shop's own tree, 8 × 8 × 4: accuracy is not monotone in granularity, as STAMP says.
@@ -381,8 +497,14 @@ steps.style.format({name: "{:+.3f}" for name in ("change of recall@10", "low", "
 
 # %%
 if repeat:
-    frame = sidlab.sweep({"sids.levels": [2, 3], "sids.width": [8]}, "../runs/my-dilution", preset="smoke", seeds=1)
-    print(frame[["sids.levels", "sids.width", "seed", "recall@10", "seconds_per_1k_windows", "updates"]].to_string(index=False))
+    frame = sidlab.sweep(
+        {"sids.levels": [2, 3], "sids.width": [8]}, "../runs/my-dilution", preset="smoke", seeds=1
+    )
+    print(
+        frame[
+            ["sids.levels", "sids.width", "seed", "recall@10", "seconds_per_1k_windows", "updates"]
+        ].to_string(index=False)
+    )
 else:
     print("repeat is False: nothing was trained")
 
@@ -401,6 +523,7 @@ else:
 #
 # </details>
 
+
 # %% tags=["exercise"]
 def attention_flops(n, d):
     ### BEGIN SOLUTION
@@ -408,6 +531,7 @@ def attention_flops(n, d):
     weighted_sum = 2 * n * n * d
     return scores + weighted_sum
     ### END SOLUTION
+
 
 # %% tags=["check"]
 teach.check("attention_flops", attention_flops)
@@ -427,21 +551,36 @@ teach.check("attention_flops", attention_flops)
 #
 # </details>
 
+
 # %% tags=["setup"]
 def _mean_by_age(values, lengths):
-    return [float(np.mean([row[n - a] for row, n in zip(values, lengths) if n >= a])) for a in range(1, max(lengths) + 1)]
+    return [
+        float(np.mean([row[n - a] for row, n in zip(values, lengths) if n >= a]))
+        for a in range(1, max(lengths) + 1)
+    ]
 
 
 _lengths = np.array([5, 2, 3, 5, 1])
 _values = np.random.default_rng(0).normal(1, 1, (5, 5)) * (np.arange(5) < _lengths[:, None])
-teach.register("mean_by_age", [(_values, _lengths), (_values[1:3], _lengths[1:3])], _mean_by_age, {
-    "This counts from the oldest item: age 1 is the last item of each history.":
-        lambda v, n: [float(np.mean([row[a] for row, m in zip(v, n) if m > a])) for a in range(max(n))],
-    "Histories that do not reach so far back are counted as zeros.":
-        lambda v, n: [float(np.mean([row[m - a] if m >= a else 0.0 for row, m in zip(v, n)])) for a in range(1, max(n) + 1)],
-    "This aligns the rows on the right edge of the array: row u ends at lengths[u], not at M.":
-        lambda v, n: [float(np.mean([row[-a] for row, m in zip(v, n) if m >= a])) for a in range(1, max(n) + 1)],
-})
+teach.register(
+    "mean_by_age",
+    [(_values, _lengths), (_values[1:3], _lengths[1:3])],
+    _mean_by_age,
+    {
+        "This counts from the oldest item: age 1 is the last item of each history.": lambda v, n: [
+            float(np.mean([row[a] for row, m in zip(v, n) if m > a])) for a in range(max(n))
+        ],
+        "Histories that do not reach so far back are counted as zeros.": lambda v, n: [
+            float(np.mean([row[m - a] if m >= a else 0.0 for row, m in zip(v, n)]))
+            for a in range(1, max(n) + 1)
+        ],
+        "This aligns the rows on the right edge of the array: row u ends at lengths[u], not at M.": lambda v, n: [
+            float(np.mean([row[-a] for row, m in zip(v, n) if m >= a]))
+            for a in range(1, max(n) + 1)
+        ],
+    },
+)
+
 
 # %% tags=["exercise"]
 def mean_by_age(values, lengths):
@@ -449,6 +588,7 @@ def mean_by_age(values, lengths):
     age = lengths[:, None] - np.arange(values.shape[1])  # [U, M]
     return [float(values[age == a].mean()) for a in range(1, lengths.max() + 1)]
     ### END SOLUTION
+
 
 # %% tags=["check"]
 teach.check("mean_by_age", mean_by_age)
@@ -464,18 +604,40 @@ teach.check("mean_by_age", mean_by_age)
 
 # %%
 teach.quiz(
-    teach.Question("Two spellings give every item a unique SID, with 3 and with 6 tokens. Which has the higher entropy per item?",
-                   ["3 tokens", "6 tokens", "both the same"], 2, "A unique SID tells which item it is, and no more."),
-    teach.Question("What does a token add to its prefix?", ["its entropy", "its entropy given the codes before it", "log of the width"], 1,
-                   "What follows from the codes before it is not news."),
-    teach.Question("A level has high entropy. What follows for the next item?", ["it is informative", "it is useless", "nothing yet"], 2,
-                   "Surprise is not information about the next item: the planted kinds vary and tell nothing."),
-    teach.Question("Why is supervision sparse in these models?",
-                   ["labels are missing", "only the next item's tokens are labels", "the loss leaves out separators"], 1,
-                   "The encoder reads the whole history, and a few tokens of one item are to be predicted."),
-    teach.Question("Two points of a one-seed sweep have intervals (over users) that are apart. What is shown?",
-                   ["these two models differ on users like these", "one granularity is better", "nothing"], 0,
-                   "Another seed makes another model; the interval does not cover that."),
+    teach.Question(
+        "Two spellings give every item a unique SID, with 3 and with 6 tokens. Which has the higher entropy per item?",
+        ["3 tokens", "6 tokens", "both the same"],
+        2,
+        "A unique SID tells which item it is, and no more.",
+    ),
+    teach.Question(
+        "What does a token add to its prefix?",
+        ["its entropy", "its entropy given the codes before it", "log of the width"],
+        1,
+        "What follows from the codes before it is not news.",
+    ),
+    teach.Question(
+        "A level has high entropy. What follows for the next item?",
+        ["it is informative", "it is useless", "nothing yet"],
+        2,
+        "Surprise is not information about the next item: the planted kinds vary and tell nothing.",
+    ),
+    teach.Question(
+        "Why is supervision sparse in these models?",
+        [
+            "labels are missing",
+            "only the next item's tokens are labels",
+            "the loss leaves out separators",
+        ],
+        1,
+        "The encoder reads the whole history, and a few tokens of one item are to be predicted.",
+    ),
+    teach.Question(
+        "Two points of a one-seed sweep have intervals (over users) that are apart. What is shown?",
+        ["these two models differ on users like these", "one granularity is better", "nothing"],
+        0,
+        "Another seed makes another model; the interval does not cover that.",
+    ),
 )
 
 # %% [markdown]
@@ -490,12 +652,18 @@ teach.quiz(
 
 # %% tags=["record"]
 record = {
-    "nats_per_item": float(spellings["nats per item"].mean()), "spread_of_nats_per_item": float(np.ptp(spellings["nats per item"])),
-    "nats_of_kind": float(truth["kind"].mean()), "nats_of_brand": float(truth["brand"].mean()),
-    "centrality_agreement": float(agreement["centrality"]), "norm_agreement": float(agreement["norm"]),
+    "nats_per_item": float(spellings["nats per item"].mean()),
+    "spread_of_nats_per_item": float(np.ptp(spellings["nats per item"])),
+    "nats_of_kind": float(truth["kind"].mean()),
+    "nats_of_brand": float(truth["brand"].mean()),
+    "centrality_agreement": float(agreement["centrality"]),
+    "norm_agreement": float(agreement["norm"]),
     "labels_per_100_tokens": sparsity,
     "flops_factor": float(flops(5, 256, windows.lengths) / flops(2, 256, windows.lengths)),
-    "recorded_runs": len(data["rows"]), "steps_that_rise": rises,
-    "clear_up": int((steps["low"] > 0).sum()), "clear_down": int((steps["high"] < 0).sum()), "ceiling": ceiling,
+    "recorded_runs": len(data["rows"]),
+    "steps_that_rise": rises,
+    "clear_up": int((steps["low"] > 0).sum()),
+    "clear_down": int((steps["high"] < 0).sum()),
+    "ceiling": ceiling,
 }
 teach.record(record)

@@ -18,9 +18,9 @@
 # **Machine** One core, under 1 GB of memory, no GPU, no network. At its defaults it computes for about a minute.
 
 # %% tags=["parameters"]
-users = 60     # over how many users numbers are averaged
-layer = 2      # whose attention and states are scored, from 1
-keep = 1 / 3   # the share of tokens that a scorer may keep
+users = 60  # over how many users numbers are averaged
+layer = 2  # whose attention and states are scored, from 1
+keep = 1 / 3  # the share of tokens that a scorer may keep
 
 # %% tags=["setup"]
 import numpy as np
@@ -50,11 +50,20 @@ from sidlab.course.demo import load
 from sidlab.course.probe import Probe
 
 demo = load()
-model, catalogue = demo.model, demo.catalogue
+model = demo.model
+catalogue = demo.catalogue
 history = catalogue.histories[0]
-probe = Probe(model, history[:-1], catalogue.truth)  # without its last item, which is the one to be found
+# Without its last item, which is the one to be found
+probe = Probe(model, history[:-1], catalogue.truth)
 n = len(probe.tokens)
-print(len(probe.history), "items are", n, "tokens; attention", list(probe.attention.shape), "is [layers, heads, N, N]")
+print(
+    len(probe.history),
+    "items are",
+    n,
+    "tokens; attention",
+    list(probe.attention.shape),
+    "is [layers, heads, N, N]",
+)
 
 # %% [markdown]
 # ## Attention by hand
@@ -72,20 +81,27 @@ print(len(probe.history), "items are", n, "tokens; attention", list(probe.attent
 # %%
 block = model.encoder.block[layer - 1].layer[0]
 x = block.layer_norm(probe.hidden[layer - 1])  # [N, d], what comes out of the layer before
-heads, size = model.config.num_heads, model.config.d_kv
+heads = model.config.num_heads
+size = model.config.d_kv
 q = block.SelfAttention.q(x).view(n, heads, size).transpose(0, 1)  # [H, N, d_kv]
 k = block.SelfAttention.k(x).view(n, heads, size).transpose(0, 1)  # [H, N, d_kv]
 bias = model.encoder.block[0].layer[0].SelfAttention.compute_bias(n, n)[0]  # [H, N, N]
 attention = (q @ k.transpose(1, 2) + bias).softmax(dim=-1)  # [H, N, N]; rows are queries
-print("largest difference from the package:", float((attention - probe.attention[layer - 1]).abs().max()))
+print(
+    "largest difference from the package:",
+    float((attention - probe.attention[layer - 1]).abs().max()),
+)
 
 # %% [markdown]
 # Nothing but rounding is left. Here is the bias of each head between a token and its neighbours, as far as three tokens away:
 
 # %%
 middle = n // 2
-pd.DataFrame(bias[:, middle, middle - 3 : middle + 4].numpy(), index=[f"head {h + 1}" for h in range(heads)],
-             columns=[f"{d:+d}" if d else "itself" for d in range(-3, 4)])
+pd.DataFrame(
+    bias[:, middle, middle - 3 : middle + 4].numpy(),
+    index=[f"head {h + 1}" for h in range(heads)],
+    columns=[f"{d:+d}" if d else "itself" for d in range(-3, 4)],
+)
 
 # %% [markdown]
 # Two heads prefer the token one and two places back so strongly that nearly nothing else counts. They were *initialised* like that
@@ -100,18 +116,23 @@ pd.DataFrame(bias[:, middle, middle - 3 : middle + 4].numpy(), index=[f"head {h 
 
 # %%
 centrality = attention.sum(dim=(0, 1))  # over heads and queries: [N]
-given = attention.sum(dim=(0, 2))       # the wrong axis: over heads and keys
-print("largest difference from the package:", float((centrality - probe.centrality(layer)).abs().max()))
+given = attention.sum(dim=(0, 2))  # the wrong axis: over heads and keys
+print(
+    "largest difference from the package:",
+    float((centrality - probe.centrality(layer)).abs().max()),
+)
 
 # %%
 teach.predict(
-    f"This layer has {heads} heads, this history {n} tokens. What is the mean centrality of its tokens?", str(heads),
-    choices=["1", str(heads), str(n), "one cannot know without computing it"], default="1",
+    f"This layer has {heads} heads, this history {n} tokens. What is the mean centrality of its tokens?",
+    str(heads),
+    choices=["1", str(heads), str(n), "one cannot know without computing it"],
+    default="1",
     explain=f"Every query gives away exactly 1 in each head. {heads} heads × {n} queries give {heads * n} in total, shared by {n} tokens. "
-            "So a centrality is a vote count: more for one token is less for others.",
+    "So a centrality is a vote count: more for one token is less for others.",
     then=f"Centrality goes from {centrality.min():.3f} to {centrality.max():.3f}, with mean {centrality.mean():.3f}. Summed over the wrong "
-         f"axis: from {given.min():.3f} to {given.max():.3f}. That gives every token the same number, since each row of a softmax sums to 1. "
-         "Keep this in mind, it is a silent mistake: a score is still a score.",
+    f"axis: from {given.min():.3f} to {given.max():.3f}. That gives every token the same number, since each row of a softmax sums to 1. "
+    "Keep this in mind, it is a silent mistake: a score is still a score.",
 )
 
 # %% [markdown]
@@ -126,9 +147,13 @@ teach.predict(
 saliency = probe.hidden[layer].abs().sum(dim=-1)  # [N]
 importance = centrality * saliency
 package = probe.prune(PruningConfig(after_layer=layer, keep=keep)).importance
-print("largest relative difference from the package:", float((importance / package - 1).abs().max()))
+print(
+    "largest relative difference from the package:", float((importance / package - 1).abs().max())
+)
 as_norm = pd.Series(given * saliency).corr(pd.Series(saliency), method="spearman")
-print("rank correlation of the product with the wrong axis and the saliency alone:", round(as_norm, 6))
+print(
+    "rank correlation of the product with the wrong axis and the saliency alone:", round(as_norm, 6)
+)
 
 # %% [markdown]
 # The second line is the price of the wrong axis: the product becomes a constant times the saliency. Your "RASTP" would be another method,
@@ -180,8 +205,14 @@ scorers = ["rastp", "norm", "centrality", "random", "recent", "oracle"]
 def scored(user, probe):
     """One row for each token of a history."""
     place = torch.arange(len(probe.tokens))[None]
-    signals = Signals(probe.hidden[layer][None], probe.centrality(layer)[None], probe.mask, place,
-                      truth=probe.truth[None], seed=torch.tensor([user]))
+    signals = Signals(
+        probe.hidden[layer][None],
+        probe.centrality(layer)[None],
+        probe.mask,
+        place,
+        truth=probe.truth[None],
+        seed=torch.tensor([user]),
+    )
     scores = {name: token_importance(signals, name)[0].numpy() for name in scorers}
     return pd.DataFrame(scores).assign(user=user, level=probe.levels.numpy() + 1)
 
@@ -197,15 +228,21 @@ print(len(tokens), "tokens,", f"{informative.mean():.0%} of them informative")
 # share of the informative tokens that are kept. **Nats kept**: the same, each token weighed by how much it holds, for many informative
 # tokens hold very little.
 
+
 # %%
 def compare():
-    place = tokens.groupby("user")[scorers].rank(ascending=False, method="first")  # 1 is the best of its history
+    # 1 is the best of its history
+    place = tokens.groupby("user")[scorers].rank(ascending=False, method="first")
     length = tokens.groupby("user")["level"].transform("size")
     kept = place.le(np.ceil(keep * length - 1e-6), axis=0)
     nats = tokens["oracle"]
-    return pd.DataFrame({"precision": {s: informative[kept[s]].mean() for s in scorers},
-                         "recall": {s: kept.loc[informative, s].mean() for s in scorers},
-                         "nats kept": {s: nats[kept[s]].sum() / nats.sum() for s in scorers}})
+    return pd.DataFrame(
+        {
+            "precision": {s: informative[kept[s]].mean() for s in scorers},
+            "recall": {s: kept.loc[informative, s].mean() for s in scorers},
+            "nats kept": {s: nats[kept[s]].sum() / nats.sum() for s in scorers},
+        }
+    )
 
 
 comparison = compare()
@@ -214,12 +251,20 @@ by_level = tokens.groupby("level")[["norm", "centrality", "rastp", "oracle"]].me
 # %%
 teach.predict(
     f"Apart from the oracle: which scorer finds the largest share of the informative tokens with its best {keep:.0%}?",
-    comparison["recall"].drop("oracle").idxmax(), choices=scorers[:-1], default="rastp",
-    explain="Recall: " + ", ".join(f"{name} {value:.2f}" for name, value in comparison["recall"].items()) + ".",
-    then=[comparison, "Read it against `random`, which knows nothing. Then compare `rastp` with its two factors: does the product beat both, one, or "
-          "none of them here? The mean scores of each level show where that comes from:", by_level,
-          "`oracle` has nothing at level 3 and at separators: past *kinds* say nothing about the next item. Which level has the largest norm? A norm "
-          "says that a state is *large*, and a state can be large for any reason; here it costs the product some of what centrality had found."],
+    comparison["recall"].drop("oracle").idxmax(),
+    choices=scorers[:-1],
+    default="rastp",
+    explain="Recall: "
+    + ", ".join(f"{name} {value:.2f}" for name, value in comparison["recall"].items())
+    + ".",
+    then=[
+        comparison,
+        "Read it against `random`, which knows nothing. Then compare `rastp` with its two factors: does the product beat both, one, or "
+        "none of them here? The mean scores of each level show where that comes from:",
+        by_level,
+        "`oracle` has nothing at level 3 and at separators: past *kinds* say nothing about the next item. Which level has the largest norm? A norm "
+        "says that a state is *large*, and a state can be large for any reason; here it costs the product some of what centrality had found.",
+    ],
 )
 
 # %% [markdown]
@@ -232,20 +277,27 @@ teach.predict(
 # from all layers and from the decoder. Behind the layer, a scorer of our own makes the pruner drop it: that is exactly what pruning does
 # to a single token.
 
+
 # %%
 def without_each(probe, behind_layer):
     """The encoder's output for N copies of a history; copy i lacks token i, at the input or only behind the scoring layer."""
     n = len(probe.tokens)
-    copies, everything, one_each = probe.input_ids.expand(n, -1), torch.ones(n, n), torch.eye(n)
+    copies = probe.input_ids.expand(n, -1)
+    everything = torch.ones(n, n)
+    one_each = torch.eye(n)
     if not behind_layer:
         return model.encoder(input_ids=copies, attention_mask=(everything - one_each).long())
-    model.set_pruning(PruningConfig(after_layer=layer, keep=(n - 1) / n, scorer=lambda signals: -one_each))
+    model.set_pruning(
+        PruningConfig(after_layer=layer, keep=(n - 1) / n, scorer=lambda signals: -one_each)
+    )
     encoded = model.encoder(input_ids=copies, attention_mask=everything.long())
     model.set_pruning(None)
     return encoded
 
+
 # %% [markdown]
 # What changes? First the obvious number, the log-probability of the item that the user really took next:
+
 
 # %%
 def log_p(encoded, item):
@@ -264,20 +316,26 @@ def drop(user, behind_layer=False):
 
 tokens["drop"] = np.concatenate([drop(user) for user in range(users)])
 
+
 # %%
 def per_user(a, b):
     """The rank correlation of two columns within each history."""
-    return np.array([rows[a].corr(rows[b], method="spearman") for _, rows in tokens.groupby("user")])
+    return np.array(
+        [rows[a].corr(rows[b], method="spearman") for _, rows in tokens.groupby("user")]
+    )
+
 
 # %%
 teach.predict(
     "Order the tokens of a history by RASTP's importance, and by the drop of the true next item's log-probability "
     "when they are hidden from the model. What is the rank correlation of the two orders, averaged over users?",
-    float(per_user("rastp", "drop").mean()), range=(-1, 1), default=(0.2, 0.7),
+    float(per_user("rastp", "drop").mean()),
+    range=(-1, 1),
+    default=(0.2, 0.7),
     explain=f"With the truth in place of the importance it is {per_user('oracle', 'drop').mean():.2f}.",
     then="So does importance mean nothing? Not so fast: even the *truth* hardly agrees with that drop. The reason is the yardstick. What a user takes "
-         "next is one draw from many possible items, a fifth of the time a noise click. A token that rightly moves the prediction from one brand to "
-         "another makes *this* item more probable or less, by luck of the draw. The drop is right on average and useless for a single token.",
+    "next is one draw from many possible items, a fifth of the time a noise click. A token that rightly moves the prediction from one brand to "
+    "another makes *this* item more probable or less, by luck of the draw. The drop is right on average and useless for a single token.",
 )
 
 # %% [markdown]
@@ -294,23 +352,30 @@ from sidlab.models.t5 import PrunedEncoderOutput
 
 first, second = demo.table.widths[:2]  # numbers of codes
 start = demo.table.offsets
-prefixes = torch.tensor([[1, start[0] + code] for code in range(first)])  # the decoder's start token and a first code: [W1, 2]
+# The decoder's start token and a first code: [W1, 2]
+prefixes = torch.tensor([[1, start[0] + code] for code in range(first)])
 
 
 def next_brand(encoded):
     """log p(first code, second code of the next item): [B, W1 · W2]."""
     rows = len(encoded.last_hidden_state)
-    copies = PrunedEncoderOutput(last_hidden_state=encoded.last_hidden_state.repeat_interleave(first, 0),
-                                 attention_mask=encoded.attention_mask.repeat_interleave(first, 0))
-    logits = model(encoder_outputs=copies, decoder_input_ids=prefixes.repeat(rows, 1)).logits.log_softmax(-1)
+    copies = PrunedEncoderOutput(
+        last_hidden_state=encoded.last_hidden_state.repeat_interleave(first, 0),
+        attention_mask=encoded.attention_mask.repeat_interleave(first, 0),
+    )
+    logits = model(
+        encoder_outputs=copies, decoder_input_ids=prefixes.repeat(rows, 1)
+    ).logits.log_softmax(-1)
     one = logits[::first, 0, start[0] : start[0] + first]  # [B, W1]
     two = logits[:, 1, start[1] : start[1] + second].view(rows, first, second)  # given the first
     return (one[:, :, None] + two).flatten(1)
 
+
 # %%
 def effect(probe, behind_layer=False):
     """KL(prediction ‖ prediction without token i): [N], nats."""
-    whole, without = next_brand(model.encoder(input_ids=probe.input_ids)), next_brand(without_each(probe, behind_layer))
+    whole = next_brand(model.encoder(input_ids=probe.input_ids))
+    without = next_brand(without_each(probe, behind_layer))
     return (whole.exp() * (whole - without)).sum(-1).clamp_min(0).numpy()
 
 
@@ -321,23 +386,51 @@ import plotly.graph_objects as go
 from sidlab.figures.theme import BLUE, GREY, template
 
 figure = go.Figure()
-for name, which, symbol, color in (("truly informative", informative, "star", BLUE),
-                                   ("not informative", ~informative, "circle-open", GREY)):
-    figure.add_scatter(x=tokens["rastp"][which], y=tokens["effect"][which], mode="markers", name=name,
-                       marker={"symbol": symbol, "color": color, "size": 7, "opacity": 0.6})
+for name, which, symbol, color in (
+    ("truly informative", informative, "star", BLUE),
+    ("not informative", ~informative, "circle-open", GREY),
+):
+    figure.add_scatter(
+        x=tokens["rastp"][which],
+        y=tokens["effect"][which],
+        mode="markers",
+        name=name,
+        marker={"symbol": symbol, "color": color, "size": 7, "opacity": 0.6},
+    )
 figure.update_xaxes(type="log", dtick=1, title_text=f"RASTP's importance in layer {layer}")
-figure.update_yaxes(type="log", range=[-6, 1], dtick=1, tickformat="~g", title_text="change of the prediction without it (nats)")
-figure.update_layout(template=template(), height=500, title="Each token: its importance, and the change without it",
-                     margin_t=90, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+figure.update_yaxes(
+    type="log",
+    range=[-6, 1],
+    dtick=1,
+    tickformat="~g",
+    title_text="change of the prediction without it (nats)",
+)
+figure.update_layout(
+    template=template(),
+    height=500,
+    title="Each token: its importance, and the change without it",
+    margin_t=90,
+    legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+)
 
 # %%
 from sidlab.metrics import bootstrap_interval
 
-correlations = pd.DataFrame({what: {s: per_user(s, what).mean() for s in scorers} for what in ("oracle", "drop", "effect")})
+correlations = pd.DataFrame(
+    {what: {s: per_user(s, what).mean() for s in scorers} for what in ("oracle", "drop", "effect")}
+)
 agreement = per_user("rastp", "effect")
 low, high = bootstrap_interval(agreement)
-print(f"importance and effect: mean rank correlation {agreement.mean():.2f}, 95 % interval over users {low:.2f} to {high:.2f}")
-correlations.rename(columns={"oracle": "the truth", "drop": "drop of the next item", "effect": "change of the prediction"})
+print(
+    f"importance and effect: mean rank correlation {agreement.mean():.2f}, 95 % interval over users {low:.2f} to {high:.2f}"
+)
+correlations.rename(
+    columns={
+        "oracle": "the truth",
+        "drop": "drop of the next item",
+        "effect": "change of the prediction",
+    }
+)
 
 # %% [markdown]
 # **How to read this.** The table holds rank correlations, averaged over users. The cloud rises to the right: important tokens tend to
@@ -360,12 +453,19 @@ by_place = tokens.groupby("level")[["oracle", "effect", "effect behind"]].mean()
 # %%
 teach.predict(
     f"Behind layer {layer}: the removal of tokens of which level changes the prediction most, on average?",
-    by_place["effect behind"].idxmax(), choices=list(by_place.index), default="level 2",
-    explain="Mean change in nats: " + ", ".join(f"{name} {value:.2g}" for name, value in by_place["effect behind"].items()) + ".",
-    then=[by_place, "At the input (column `effect`) the model depends most on the levels that hold the truth, and more than an ideal recommender would: "
-          "in training it never met a history with a hole at the input. Behind the layer, where it was trained with holes, the picture is another. The "
-          "diagonal stripes have handed the codes of an item on to its later tokens; whoever holds the copy matters, whoever held the original does "
-          "not any more. A pruner has to keep the *carriers*."],
+    by_place["effect behind"].idxmax(),
+    choices=list(by_place.index),
+    default="level 2",
+    explain="Mean change in nats: "
+    + ", ".join(f"{name} {value:.2g}" for name, value in by_place["effect behind"].items())
+    + ".",
+    then=[
+        by_place,
+        "At the input (column `effect`) the model depends most on the levels that hold the truth, and more than an ideal recommender would: "
+        "in training it never met a history with a hole at the input. Behind the layer, where it was trained with holes, the picture is another. The "
+        "diagonal stripes have handed the codes of an item on to its later tokens; whoever holds the copy matters, whoever held the original does "
+        "not any more. A pruner has to keep the *carriers*.",
+    ],
 )
 
 # %% [markdown]
@@ -374,10 +474,24 @@ teach.predict(
 # %%
 from sidlab.metrics import paired_test
 
-behind = pd.Series({s: per_user(s, "effect behind").mean() for s in scorers}, name=f"effect behind layer {layer}")
+behind = pd.Series(
+    {s: per_user(s, "effect behind").mean() for s in scorers}, name=f"effect behind layer {layer}"
+)
 test = paired_test(per_user("rastp", "effect behind"), per_user("centrality", "effect behind"))
-print("rastp minus centrality: {:+.3f}, 95 % interval over users {:+.3f} to {:+.3f}".format(test.difference, *test.interval))
-pd.concat([correlations[["oracle", "effect"]].rename(columns={"oracle": "the truth", "effect": "effect at the input"}), behind], axis=1)
+print(
+    "rastp minus centrality: {:+.3f}, 95 % interval over users {:+.3f} to {:+.3f}".format(
+        test.difference, *test.interval
+    )
+)
+pd.concat(
+    [
+        correlations[["oracle", "effect"]].rename(
+            columns={"oracle": "the truth", "effect": "effect at the input"}
+        ),
+        behind,
+    ],
+    axis=1,
+)
 
 # %% [markdown]
 # Compare the orders from column to column: the two judges of the input may agree, the one behind the layer has an order of its own. Look
@@ -398,6 +512,7 @@ pd.concat([correlations[["oracle", "effect"]].rename(columns={"oracle": "the tru
 # *queries*: their rows sum to 1 as well, and all that attention goes to real tokens. The published code counts it. We pad our history to
 # 30 items, as it does:
 
+
 # %%
 def padded_centrality(pruning):
     ids = torch.nn.functional.pad(probe.input_ids, (0, model.config.max_items * 4 - n))  # PAD is 0
@@ -408,7 +523,8 @@ def padded_centrality(pruning):
 
 
 clean = padded_centrality(PruningConfig(after_layer=layer))
-voting = padded_centrality(PruningConfig(after_layer=layer, mode="reference"))  # as the published code
+# As the published code
+voting = padded_centrality(PruningConfig(after_layer=layer, mode="reference"))
 
 # %%
 from_padding = 1 - float(clean.sum() / voting.sum())
@@ -416,7 +532,9 @@ agree = pd.Series(clean).corr(pd.Series(voting), method="spearman")
 third = int(np.ceil(n * keep - 1e-6))
 shared = len(set(clean.topk(third).indices.tolist()) & set(voting.topk(third).indices.tolist()))
 print(f"{from_padding:.0%} of the attention received comes from padding.")
-print(f"Rank correlation with and without it: {agree:.2f}; of the {third} highest tokens {shared} are the same.")
+print(
+    f"Rank correlation with and without it: {agree:.2f}; of the {third} highest tokens {shared} are the same."
+)
 
 # %% [markdown]
 # Most votes come from positions that hold nothing, and the shorter the history, the more of them: the published code always pads to 30 items. Without padded voters,
@@ -427,18 +545,50 @@ print(f"Rank correlation with and without it: {agree:.2f}; of the {third} highes
 # mask and nothing else, take a decoder-only model whose weights are random:
 
 # %%
-m = int(np.median([len(history) for history in catalogue.histories]))  # items, so that all histories are of one length
-batch = history_tokens(np.stack([history[-m:] for history in catalogue.histories if len(history) >= m][:users]), demo.table, model.config.separators)
-causal = build_model(TrainConfig.preset("smoke", arch="qwen", max_items=model.config.max_items, zero_init=False, pruning=PruningConfig(keep=1.0)), demo.table).eval()
+# Items, so that all histories are of one length
+m = int(np.median([len(history) for history in catalogue.histories]))
+batch = history_tokens(
+    np.stack([history[-m:] for history in catalogue.histories if len(history) >= m][:users]),
+    demo.table,
+    model.config.separators,
+)
+causal = build_model(
+    TrainConfig.preset(
+        "smoke",
+        arch="qwen",
+        max_items=model.config.max_items,
+        zero_init=False,
+        pruning=PruningConfig(keep=1.0),
+    ),
+    demo.table,
+).eval()
 by_position = {}
 for scorer in ("rastp", "rastp-visible"):
     causal.set_pruning(PruningConfig(keep=1.0, scorer=scorer))
     score = causal.encode(batch, torch.ones_like(batch)).importance
     by_position[scorer] = (score / score.sum(1, keepdim=True)).mean(0).numpy() * batch.shape[1]
-go.Figure([go.Scatter(x=np.arange(1, batch.shape[1] + 1), y=y, name=name, mode="lines", line_color=color, line_dash=dash)
-           for (name, y), color, dash in zip(by_position.items(), (VERMILLION, BLUE), ("solid", "dash"))]).update_layout(
-    template=template(), height=340, xaxis_title="place in the history, 1 = oldest", yaxis_title="importance ÷ its mean", yaxis_range=[0, None],
-    legend={"orientation": "h", "y": 1.15})
+go.Figure(
+    [
+        go.Scatter(
+            x=np.arange(1, batch.shape[1] + 1),
+            y=y,
+            name=name,
+            mode="lines",
+            line_color=color,
+            line_dash=dash,
+        )
+        for (name, y), color, dash in zip(
+            by_position.items(), (VERMILLION, BLUE), ("solid", "dash")
+        )
+    ]
+).update_layout(
+    template=template(),
+    height=340,
+    xaxis_title="place in the history, 1 = oldest",
+    yaxis_title="importance ÷ its mean",
+    yaxis_range=[0, None],
+    legend={"orientation": "h", "y": 1.15},
+)
 
 # %% [markdown]
 # The plain sum would prune the newest items, whatever they hold, before the model has learned anything. The normalised one falls far less, but it isn't flat: a query that stands early has few
@@ -454,6 +604,7 @@ go.Figure([go.Scatter(x=np.arange(1, batch.shape[1] + 1), y=y, name=name, mode="
 #
 # Which of the two last axes are the queries? Give `mask` the shape `[B, 1, N, 1]` and multiply before you sum.
 # </details>
+
 
 # %% tags=["exercise"]
 def centrality_of(attention, mask):
@@ -477,6 +628,7 @@ teach.check("centrality_of", centrality_of)
 # Absolute values first; then there is one axis too many.
 # </details>
 
+
 # %% tags=["exercise"]
 def saliency_of(hidden):
     """[B, N, d] → [B, N]."""
@@ -498,6 +650,7 @@ teach.check("saliency_of", saliency_of)
 #
 # `tensor.masked_fill(condition, value)`. Why is 0 not enough? Think of a scorer whose values may be negative.
 # </details>
+
 
 # %% tags=["exercise"]
 def importance_of(centrality, hidden, mask):
@@ -522,24 +675,56 @@ teach.check("importance_of", importance_of)
 
 # %%
 teach.quiz(
-    teach.Question("Which sum is the attention that tokens receive? attention is [heads, queries, keys].",
-                   ["attention.sum(dim=(0, 1))", "attention.sum(dim=(0, 2))", "attention.sum(dim=(1, 2))", "attention.mean(dim=2)"], 0,
-                   "Over heads and queries, so that the keys are left."),
-    teach.Question("You sum over the keys by mistake and multiply by the saliency. What do you get?",
-                   ["An error", "A random order", "The order of the saliency alone", "RASTP, only scaled"], 2,
-                   "Each row sums to 1, so the first factor is the same for all tokens."),
-    teach.Question("Why is the drop of the true next item's log-probability a poor judge of one token?",
-                   ["Logarithms are unstable", "The next item is one random draw of many possible ones", "The model is too small",
-                    "It needs a GPU"], 1,
-                   "A single draw goes up or down by luck. The change of the whole prediction averages over the draws."),
-    teach.Question("A token is truly informative, but its removal behind layer 2 changes nothing. How can that be?",
-                   ["The truth is wrong", "Other tokens have read it in the layers before and carry it now", "Its attention is zero",
-                    "The decoder sees the input"], 1,
-                   "Two layers of attention have copied it. The pruner chooses among states, not among inputs."),
-    teach.Question("“Attention is not explanation” means:",
-                   ["Attention is random", "Attention says where a layer looked, not what would change without it",
-                    "Attention cannot be used for pruning", "Only saliency explains"], 1,
-                   "Only an intervention says what would change. As a ranking to prune by, attention can still be better than chance."),
+    teach.Question(
+        "Which sum is the attention that tokens receive? attention is [heads, queries, keys].",
+        [
+            "attention.sum(dim=(0, 1))",
+            "attention.sum(dim=(0, 2))",
+            "attention.sum(dim=(1, 2))",
+            "attention.mean(dim=2)",
+        ],
+        0,
+        "Over heads and queries, so that the keys are left.",
+    ),
+    teach.Question(
+        "You sum over the keys by mistake and multiply by the saliency. What do you get?",
+        ["An error", "A random order", "The order of the saliency alone", "RASTP, only scaled"],
+        2,
+        "Each row sums to 1, so the first factor is the same for all tokens.",
+    ),
+    teach.Question(
+        "Why is the drop of the true next item's log-probability a poor judge of one token?",
+        [
+            "Logarithms are unstable",
+            "The next item is one random draw of many possible ones",
+            "The model is too small",
+            "It needs a GPU",
+        ],
+        1,
+        "A single draw goes up or down by luck. The change of the whole prediction averages over the draws.",
+    ),
+    teach.Question(
+        "A token is truly informative, but its removal behind layer 2 changes nothing. How can that be?",
+        [
+            "The truth is wrong",
+            "Other tokens have read it in the layers before and carry it now",
+            "Its attention is zero",
+            "The decoder sees the input",
+        ],
+        1,
+        "Two layers of attention have copied it. The pruner chooses among states, not among inputs.",
+    ),
+    teach.Question(
+        "“Attention is not explanation” means:",
+        [
+            "Attention is random",
+            "Attention says where a layer looked, not what would change without it",
+            "Attention cannot be used for pruning",
+            "Only saliency explains",
+        ],
+        1,
+        "Only an intervention says what would change. As a ranking to prune by, attention can still be better than chance.",
+    ),
 )
 
 # %% [markdown]
@@ -552,11 +737,23 @@ teach.quiz(
 #   probe](../sidlab/course/probe.py), [the planted truth](../sidlab/data/planted.py), [the explorer](../sidlab/viz/attention.py)
 
 # %% tags=["record"]
-record = {"attention_difference": float((attention - probe.attention[layer - 1]).abs().max()), "informative": float(informative.mean()),
-          "rastp_minus_centrality_behind": test.difference, "from_padding": from_padding,
-          "front": float(by_position["rastp"][:4].mean() / by_position["rastp"][-4:].mean()),
-          "front_visible": float(by_position["rastp-visible"][:4].mean() / by_position["rastp-visible"][-4:].mean())}
-columns = {"precision": comparison["precision"], "recall": comparison["recall"], "truth": correlations["oracle"],
-           "drop": correlations["drop"], "effect": correlations["effect"], "behind": behind}
+record = {
+    "attention_difference": float((attention - probe.attention[layer - 1]).abs().max()),
+    "informative": float(informative.mean()),
+    "rastp_minus_centrality_behind": test.difference,
+    "from_padding": from_padding,
+    "front": float(by_position["rastp"][:4].mean() / by_position["rastp"][-4:].mean()),
+    "front_visible": float(
+        by_position["rastp-visible"][:4].mean() / by_position["rastp-visible"][-4:].mean()
+    ),
+}
+columns = {
+    "precision": comparison["precision"],
+    "recall": comparison["recall"],
+    "truth": correlations["oracle"],
+    "drop": correlations["drop"],
+    "effect": correlations["effect"],
+    "behind": behind,
+}
 record |= {f"{name}_{s}": float(column[s]) for name, column in columns.items() for s in scorers}
 teach.record(record)

@@ -16,9 +16,9 @@
 # **Machine** One core, about 1 GB of memory, no GPU, no network.
 
 # %% tags=["parameters"]
-user = 44                               # whose history you look at first
-keep = 1 / 3                            # the share of tokens that stays
-test_users = 500                        # over how many users numbers are averaged
+user = 44  # whose history you look at first
+keep = 1 / 3  # the share of tokens that stays
+test_users = 500  # over how many users numbers are averaged
 ratios = [0.1, 0.2, 1 / 3, 0.5, 0.75, 1]  # of the curve
 
 # %% tags=["setup"]
@@ -80,10 +80,13 @@ from sidlab.decoding import encode_histories
 from sidlab.windows import history_tokens, leave_one_out, pad_histories
 
 histories, targets = leave_one_out(catalogue.histories[:test_users]).cases("test")
-tokens = history_tokens(pad_histories(histories, 30, catalogue.n_items), demo.table)  # [U, N], 0 is padding
+# [U, N], 0 is padding
+tokens = history_tokens(pad_histories(histories, 30, catalogue.n_items), demo.table)
 real = tokens > 0
-level = torch.arange(tokens.shape[1]).expand_as(tokens) % 4  # 0, 1, 2: the three codes, 3: the separator
+# 0, 1, 2: the three codes, 3: the separator
+level = torch.arange(tokens.shape[1]).expand_as(tokens) % 4
 names = ["level 1", "level 2", "level 3", "separator"]
+
 
 # %%
 @torch.no_grad()
@@ -91,21 +94,33 @@ def kept_tokens(pruning):
     """Which tokens stay: bool [U, N]."""
     demo.model.set_pruning(pruning)
     encoded = encode_histories(demo.model, histories, catalogue.truth)
-    kept, used = torch.zeros_like(real), encoded.attention_mask.bool()
+    kept = torch.zeros_like(real)
+    used = encoded.attention_mask.bool()
     row = torch.arange(len(kept))[:, None].expand_as(used)
     kept[row[used], encoded.positions[used]] = True
     return kept
 
+
 # %%
 scorers = ("rastp", "norm", "centrality", "random", "recent", "oracle")
 kept = {scorer: kept_tokens(PruningConfig(keep=keep, scorer=scorer)) for scorer in scorers}
-by_level = pd.DataFrame({scorer: [k[real & (level == v)].float().mean().item() for v in range(4)] for scorer, k in kept.items()}, index=names)
+by_level = pd.DataFrame(
+    {
+        scorer: [k[real & (level == v)].float().mean().item() for v in range(4)]
+        for scorer, k in kept.items()
+    },
+    index=names,
+)
 
 # %%
 teach.predict(
     f"rastp keeps {keep:.0%} of all tokens. Of which kind does it keep the largest share?",
-    by_level["rastp"].idxmax(), choices=names, default="level 1",
-    explain="Shares kept by rastp: " + ", ".join(f"{name} {share:.0%}" for name, share in by_level["rastp"].items()) + ".",
+    by_level["rastp"].idxmax(),
+    choices=names,
+    default="level 1",
+    explain="Shares kept by rastp: "
+    + ", ".join(f"{name} {share:.0%}" for name, share in by_level["rastp"].items())
+    + ".",
     then=["In percent, for all scorers:", (100 * by_level).round().astype(int)],
 )
 
@@ -120,7 +135,8 @@ from sidlab.metrics import paired_test, recall_at
 from sidlab.training import evaluate
 from sidlab.windows import truth_tokens
 
-informative = truth_tokens(catalogue.truth.informative(histories), 3, True, tokens.shape) > 0  # bool [U, N]
+# Bool [U, N]
+informative = truth_tokens(catalogue.truth.informative(histories), 3, True, tokens.shape) > 0
 
 
 def hits(pruning, cases=(histories, targets)):
@@ -136,21 +152,36 @@ def recall(pruning):
 
 unpruned = recall(None)
 recall_of_scorer = {scorer: recall(PruningConfig(keep=keep, scorer=scorer)) for scorer in scorers}
-summary = pd.DataFrame({
-    "precision": {s: (k & informative).sum().item() / k.sum().item() for s, k in kept.items()},
-    "recall of tokens": {s: (k & informative).sum().item() / informative.sum().item() for s, k in kept.items()},
-    "recall@10": recall_of_scorer,
-})
+summary = pd.DataFrame(
+    {
+        "precision": {s: (k & informative).sum().item() / k.sum().item() for s, k in kept.items()},
+        "recall of tokens": {
+            s: (k & informative).sum().item() / informative.sum().item() for s, k in kept.items()
+        },
+        "recall@10": recall_of_scorer,
+    }
+)
 recall_oracle, recall_rastp = (recall_of_scorer[scorer] for scorer in ("oracle", "rastp"))
-outcome = "the same" if abs(recall_oracle - recall_rastp) < 0.01 else "oracle" if recall_oracle > recall_rastp else "rastp"
+outcome = (
+    "the same"
+    if abs(recall_oracle - recall_rastp) < 0.01
+    else "oracle"
+    if recall_oracle > recall_rastp
+    else "rastp"
+)
 
 # %%
 teach.predict(
     "`oracle` keeps the tokens that truly hold most information about the next item. Which recommends better after the second layer, `oracle` or `rastp`?",
-    outcome, choices=["oracle", "rastp", "the same"], default="oracle",
+    outcome,
+    choices=["oracle", "rastp", "the same"],
+    default="oracle",
     explain=f"recall@10: oracle {recall_oracle:.3f}, rastp {recall_rastp:.3f}, nothing pruned {unpruned:.3f}.",
-    then=[summary.round(3), "Compare the first column with the last. If keeping the right *input* tokens were all that mattered, they would rise and "
-          "fall together."],
+    then=[
+        summary.round(3),
+        "Compare the first column with the last. If keeping the right *input* tokens were all that mattered, they would rise and "
+        "fall together.",
+    ],
 )
 
 # %% [markdown]
@@ -159,13 +190,23 @@ teach.predict(
 
 # %%
 everybody = leave_one_out(catalogue.histories).cases("test")
-test = paired_test(*(hits(PruningConfig(keep=keep, scorer=scorer), everybody) for scorer in ("norm", "rastp")))
-print(f"{len(everybody[1]):,} users: norm − rastp {test.difference:+.3f}, 95 % interval {test.interval[0]:+.3f} to {test.interval[1]:+.3f}")
+test = paired_test(
+    *(hits(PruningConfig(keep=keep, scorer=scorer), everybody) for scorer in ("norm", "rastp"))
+)
+print(
+    f"{len(everybody[1]):,} users: norm − rastp {test.difference:+.3f}, 95 % interval {test.interval[0]:+.3f} to {test.interval[1]:+.3f}"
+)
 stored = pathlib.Path(sidlab.__file__).parents[1] / "results"  # wherever this notebook lies
-study = {row["label"]: row for row in json.loads((stored / "studies/strategies-planted.json").read_text())["rows"]}
+study = {
+    row["label"]: row
+    for row in json.loads((stored / "studies/strategies-planted.json").read_text())["rows"]
+}
 for name in ("norm", "rastp"):
-    print("{seeds} models trained with {label}: recall@10 {recall:.3f}, 95 % interval {ends[0]:.3f} to {ends[1]:.3f}".format(
-        **study[name], recall=study[name]["recall@10"], ends=study[name]["recall@10_interval"]))
+    print(
+        "{seeds} models trained with {label}: recall@10 {recall:.3f}, 95 % interval {ends[0]:.3f} to {ends[1]:.3f}".format(
+            **study[name], recall=study[name]["recall@10"], ends=study[name]["recall@10_interval"]
+        )
+    )
 
 # %% [markdown]
 # Where the first interval lies above 0, the product is worse than one of its factors, on this model. The last two lines are from [the study](studies/strategies.ipynb) of models that
@@ -181,7 +222,8 @@ from sidlab.course.probe import Probe
 
 looks = torch.zeros(4, 4)
 for history in histories[:20]:
-    attention = Probe(demo.model, history).attention[:2].mean(dim=(0, 1))  # [N, N], mean over two layers and all heads
+    # [N, N], mean over two layers and all heads
+    attention = Probe(demo.model, history).attention[:2].mean(dim=(0, 1))
     items = len(history)
     blocks = attention.view(items, 4, items, 4)  # [item, level, item, level]
     looks += torch.stack([blocks[m, :, m] for m in range(items)]).mean(0) / 20
@@ -192,30 +234,40 @@ pd.DataFrame(looks, index=[f"{name} looks at" for name in names], columns=names)
 # others, the first has seen none. That suggests a scorer which knows nothing of attention or truth: keep **one level** and drop all others. A scorer is any
 # function from signals to a number for each token, so four of them are quickly written:
 
+
 # %%
 def only(wanted):
     """A scorer that keeps the tokens of one level, the newest first."""
+
     def scorer(signals):
         return (signals.levels == wanted) * 1000.0 + signals.positions
+
     return scorer
 
 
 one_level = {f"only {name}": only(v) for v, name in enumerate(names)}
-recall_of = {name: recall(PruningConfig(keep=0.25, scorer=scorer)) for name, scorer in one_level.items()}
+recall_of = {
+    name: recall(PruningConfig(keep=0.25, scorer=scorer)) for name, scorer in one_level.items()
+}
 
 # %%
 teach.predict(
     "One token in four: exactly one for each item. Which one would you keep behind layer 2?",
-    max(recall_of, key=recall_of.get), choices=list(one_level), default="only level 2",
-    explain=", ".join(f"{name} {value:.3f}" for name, value in recall_of.items()) + f"; rastp at the same share "
-            f"{recall(PruningConfig(keep=0.25)):.3f}, nothing pruned {unpruned:.3f}.",
+    max(recall_of, key=recall_of.get),
+    choices=list(one_level),
+    default="only level 2",
+    explain=", ".join(f"{name} {value:.3f}" for name, value in recall_of.items())
+    + f"; rastp at the same share "
+    f"{recall(PruningConfig(keep=0.25)):.3f}, nothing pruned {unpruned:.3f}.",
 )
 
 # %% [markdown]
 # Look at them on single users. Your scorers have joined the menu.
 
 # %%
-second = PruningExplorer(demo.model, catalogue, scorers=one_level, scorer="only level 1", keep=0.25, user=user)
+second = PruningExplorer(
+    demo.model, catalogue, scorers=one_level, scorer="only level 1", keep=0.25, user=user
+)
 second
 
 # %% [markdown]
@@ -235,8 +287,10 @@ second
 
 # %%
 best_level = max(recall_of, key=recall_of.get)
-curves = {name: [recall(PruningConfig(keep=ratio, scorer=one_level.get(name, name))) for ratio in ratios]
-          for name in ("rastp", "random", "recent", best_level)}
+curves = {
+    name: [recall(PruningConfig(keep=ratio, scorer=one_level.get(name, name))) for ratio in ratios]
+    for name in ("rastp", "random", "recent", best_level)
+}
 
 # %%
 import plotly.graph_objects as go
@@ -246,10 +300,20 @@ figure = go.Figure()
 for name, values in curves.items():
     look = mark(name)
     color = VERMILLION if name.startswith("only") else look.color
-    figure.add_scatter(x=ratios, y=values, name=name, mode="lines+markers", line={"color": color, "dash": look.dash},
-                       marker={"symbol": look.symbol, "size": 9})
-figure.update_xaxes(title_text="kept share of the tokens", tickformat=".0%").update_yaxes(title_text="recall@10")
-figure.update_layout(template=template(), height=400, title="What a kept share costs in recall, by scorer")
+    figure.add_scatter(
+        x=ratios,
+        y=values,
+        name=name,
+        mode="lines+markers",
+        line={"color": color, "dash": look.dash},
+        marker={"symbol": look.symbol, "size": 9},
+    )
+figure.update_xaxes(title_text="kept share of the tokens", tickformat=".0%").update_yaxes(
+    title_text="recall@10"
+)
+figure.update_layout(
+    template=template(), height=400, title="What a kept share costs in recall, by scorer"
+)
 
 # %%
 pd.DataFrame(curves.values(), index=curves, columns=[f"{ratio:.0%}" for ratio in ratios]).round(3)
@@ -267,8 +331,13 @@ pd.DataFrame(curves.values(), index=curves, columns=[f"{ratio:.0%}" for ratio in
 from sidlab.research.cost import cost_table
 
 pruning = {f"after layer {v}": PruningConfig(after_layer=v, keep=keep) for v in (1, 2, 3, 4)}
-configs = {name: sidlab.TrainConfig.preset("quick", pruning=p) for name, p in {"unpadded": None, **pruning}.items()}
-layers = cost_table(configs, demo.table.widths, np.array([len(h) for h in histories]))[["× FLOPs", "× activations"]]
+configs = {
+    name: sidlab.TrainConfig.preset("quick", pruning=p)
+    for name, p in {"unpadded": None, **pruning}.items()
+}
+layers = cost_table(configs, demo.table.widths, np.array([len(h) for h in histories]))[
+    ["× FLOPs", "× activations"]
+]
 layers["recall@10"] = [recall(p) for p in (None, *pruning.values())]
 layers.round(3)
 
@@ -279,8 +348,11 @@ layers.round(3)
 # ## Unit and positions
 
 # %%
-variants = {(unit, positions): recall(PruningConfig(keep=keep, unit=unit, positions=positions))
-            for unit in ("token", "item") for positions in ("original", "compact", "none")}
+variants = {
+    (unit, positions): recall(PruningConfig(keep=keep, unit=unit, positions=positions))
+    for unit in ("token", "item")
+    for positions in ("original", "compact", "none")
+}
 pd.Series(variants).unstack()[["original", "compact", "none"]].round(3)
 
 # %% [markdown]
@@ -298,6 +370,7 @@ pd.Series(variants).unstack()[["original", "compact", "none"]].round(3)
 # Go row by row. `n = mask[b].sum()`, the count is `sidlab.pruning.kept_count(n, keep)`, and `importance[b].topk(count).indices` are positions in order of
 # importance. Two lines are still missing.
 # </details>
+
 
 # %% tags=["exercise"]
 def keep_top(importance, mask, keep):
@@ -326,6 +399,7 @@ teach.check("keep_top", keep_top)
 # two tensors, one of rows `[B, 1]` and one of positions `[B, K]`.
 # </details>
 
+
 # %% tags=["exercise"]
 def gather(hidden, positions):
     """float [B, N, d], int64 [B, K] → [B, K, d]."""
@@ -348,20 +422,51 @@ teach.check("gather", gather)
 
 # %%
 teach.quiz(
-    teach.Question("A history of 31 tokens, kept share 1/3: how many stay?", ["10", "11", "31", "it depends on the scorer"], 1,
-                   "ceil(31 / 3) = 11. The scorer decides which ones, never how many."),
-    teach.Question("Why gather kept tokens instead of masking the others?", ["Masking gives other results", "Gathered tensors are shorter: later layers get cheaper",
-                                                                            "Masks do not work in encoders", "It needs less code"], 1,
-                   "With a mask every later layer still multiplies tensors of the full length."),
-    teach.Question("The oracle keeps the truly informative input tokens, yet may recommend badly. Why?",
-                   ["The truth is wrong", "It keeps fewer tokens", "Behind some layers, their information sits in other tokens' states", "It prunes the target"], 2,
-                   "Attention hands information on. What counts is where it is at the layer where one prunes."),
-    teach.Question("Pruning after the last encoder layer saves little. What does it still save?",
-                   ["All self-attention of the encoder", "The decoder's attention to the history", "The embeddings", "Nothing at all"], 1,
-                   "Cross-attention reads fewer states; the encoder has done its work by then."),
-    teach.Question("Which control changes the recommendations without changing the number of kept tokens?",
-                   ["kept share", "scorer", "keep all separators", "none of them"], 1,
-                   "The scorer picks others of the same number. Separators come on top of the share."),
+    teach.Question(
+        "A history of 31 tokens, kept share 1/3: how many stay?",
+        ["10", "11", "31", "it depends on the scorer"],
+        1,
+        "ceil(31 / 3) = 11. The scorer decides which ones, never how many.",
+    ),
+    teach.Question(
+        "Why gather kept tokens instead of masking the others?",
+        [
+            "Masking gives other results",
+            "Gathered tensors are shorter: later layers get cheaper",
+            "Masks do not work in encoders",
+            "It needs less code",
+        ],
+        1,
+        "With a mask every later layer still multiplies tensors of the full length.",
+    ),
+    teach.Question(
+        "The oracle keeps the truly informative input tokens, yet may recommend badly. Why?",
+        [
+            "The truth is wrong",
+            "It keeps fewer tokens",
+            "Behind some layers, their information sits in other tokens' states",
+            "It prunes the target",
+        ],
+        2,
+        "Attention hands information on. What counts is where it is at the layer where one prunes.",
+    ),
+    teach.Question(
+        "Pruning after the last encoder layer saves little. What does it still save?",
+        [
+            "All self-attention of the encoder",
+            "The decoder's attention to the history",
+            "The embeddings",
+            "Nothing at all",
+        ],
+        1,
+        "Cross-attention reads fewer states; the encoder has done its work by then.",
+    ),
+    teach.Question(
+        "Which control changes the recommendations without changing the number of kept tokens?",
+        ["kept share", "scorer", "keep all separators", "none of them"],
+        1,
+        "The scorer picks others of the same number. Separators come on top of the share.",
+    ),
 )
 
 # %% [markdown]
@@ -372,8 +477,13 @@ teach.quiz(
 #   [the explorer](../sidlab/viz/pruning.py), [how the demo model was trained](../sidlab/course/demo.py)
 
 # %% tags=["record"]
-record = {"recall_unpruned": unpruned, "recall_rastp": recall_rastp, "recall_oracle": recall_oracle,
-          "precision_oracle": float(summary.loc["oracle", "precision"]), "precision_random": float(summary.loc["random", "precision"]),
-          **{name.replace(" ", "_"): value for name, value in recall_of.items()},
-          **{f"layer_{v}": float(layers["recall@10"].iloc[v]) for v in (1, 2, 3, 4)}}
+record = {
+    "recall_unpruned": unpruned,
+    "recall_rastp": recall_rastp,
+    "recall_oracle": recall_oracle,
+    "precision_oracle": float(summary.loc["oracle", "precision"]),
+    "precision_random": float(summary.loc["random", "precision"]),
+    **{name.replace(" ", "_"): value for name, value in recall_of.items()},
+    **{f"layer_{v}": float(layers["recall@10"].iloc[v]) for v in (1, 2, 3, 4)},
+}
 teach.record(record)

@@ -47,7 +47,8 @@ from sidlab.windows import Collator, StretchCollator, Stretches, Windows, leave_
 
 catalogue, _, table, _ = demo.load()
 split = leave_one_out(catalogue.histories)
-windows, stretches = Windows(split.train, max_items=30), Stretches(split.train, max_items=30)
+windows = Windows(split.train, max_items=30)
+stretches = Stretches(split.train, max_items=30)
 
 # %% [markdown]
 # ## Three ways to read one user
@@ -61,17 +62,37 @@ windows, stretches = Windows(split.train, max_items=30), Stretches(split.train, 
 # %%
 part = split.train[0]
 n = len(part)
-marks = [("all items", 1, item, "read") for item in range(1, n)] + [("all items", 1, item, "label") for item in range(2, n + 1)]
+marks = [("all items", 1, item, "read") for item in range(1, n)] + [
+    ("all items", 1, item, "label") for item in range(2, n + 1)
+]
 for row in range(1, n):  # the window with `row` items of history
     for way in ("one item a window", "MAP"):
-        marks += [(way, row, item, "read") for item in range(1, row + 1)] + [(way, row, row + 1, "label")]
-    marks += [("MAP", row, item, "MAP's label") for item in range(row + 2, min(row + 1 + steps, n) + 1)]
+        marks += [(way, row, item, "read") for item in range(1, row + 1)] + [
+            (way, row, row + 1, "label")
+        ]
+    marks += [
+        ("MAP", row, item, "MAP's label") for item in range(row + 2, min(row + 1 + steps, n) + 1)
+    ]
 marks = pd.DataFrame(marks, columns=["way", "pass", "item", "what"])
-figure = px.scatter(marks, x="item", y="pass", facet_col="way", color="what", symbol="what", height=360, template=template(),
-                    category_orders={"way": ["one item a window", "MAP", "all items"]}, symbol_sequence=["square-open", "circle", "x-thin-open"],
-                    title="What each pass reads of one user, and what it is asked")
-figure.update_traces(marker_size=11, marker_line_width=2).update_traces(marker_size=7, marker_line_width=0, selector={"name": "label"})
-figure.for_each_annotation(lambda a: a.update(text=a.text.removeprefix("way="))).update_yaxes(autorange="reversed")
+figure = px.scatter(
+    marks,
+    x="item",
+    y="pass",
+    facet_col="way",
+    color="what",
+    symbol="what",
+    height=360,
+    template=template(),
+    category_orders={"way": ["one item a window", "MAP", "all items"]},
+    symbol_sequence=["square-open", "circle", "x-thin-open"],
+    title="What each pass reads of one user, and what it is asked",
+)
+figure.update_traces(marker_size=11, marker_line_width=2).update_traces(
+    marker_size=7, marker_line_width=0, selector={"name": "label"}
+)
+figure.for_each_annotation(lambda a: a.update(text=a.text.removeprefix("way="))).update_yaxes(
+    autorange="reversed"
+)
 
 # %% [markdown]
 # **What to look for.** Windows read the first items again and again. MAP's labels are also labels of other windows.
@@ -96,20 +117,31 @@ batch["labels"], batch["map_labels"], dense_collator([0])["labels"]
 
 # %%
 mine = np.arange(windows.of_user[users]).tolist()  # all windows of these users
-batch, dense = collator(mine), dense_collator(range(users))  # no history here is longer than a stretch, so each user is one
+batch = collator(mine)
+# No history here is longer than a stretch, so each user is one
+dense = dense_collator(range(users))
 
 
 def count(batch, name):
     return int((batch[name] != -100).sum())
 
 
-n_main, n_map, n_dense = count(batch, "labels"), count(batch, "map_labels"), count(dense, "labels")
-read, read_dense = int(batch["attention_mask"].sum()), 4 * n_dense // 3  # before each item's labels, one of three codes and a separator
-print(f"{users} users, one item a window: {n_main:,} labels from {read:,} tokens, {1000 * n_main / read:.0f} per 1,000")
+n_main = count(batch, "labels")
+n_map = count(batch, "map_labels")
+n_dense = count(dense, "labels")
+read = int(batch["attention_mask"].sum())
+read_dense = 4 * n_dense // 3  # before each item's labels, one of three codes and a separator
+print(
+    f"{users} users, one item a window: {n_main:,} labels from {read:,} tokens, {1000 * n_main / read:.0f} per 1,000"
+)
 
 # %%
-rows = {"one item a window": (len(mine), read, n_main), "one item a window and MAP": (len(mine), read, n_main + n_map),
-        "all items": (users, read_dense, n_dense), "all items and MAP": (users, read_dense, n_dense + count(dense, "map_labels"))}
+rows = {
+    "one item a window": (len(mine), read, n_main),
+    "one item a window and MAP": (len(mine), read, n_main + n_map),
+    "all items": (users, read_dense, n_dense),
+    "all items and MAP": (users, read_dense, n_dense + count(dense, "map_labels")),
+}
 counts = pd.DataFrame(rows, index=["passes", "history tokens read", "labels"]).T
 counts["labels a pass"] = counts["labels"] / counts["passes"]
 counts["labels per 1,000 tokens"] = 1000 * counts["labels"] / counts["history tokens read"]
@@ -117,11 +149,16 @@ counts["different tokens asked for"] = n_main
 
 # %%
 teach.predict(
-    "All items in one pass: how many labels per 1,000 history tokens read?", 1000 * n_dense / read_dense, range=(0, 1000),
-    default=(600, 900), explain="Each item read is followed by one that is asked for: three labels for every four tokens, however long the history.",
-    then=[counts.style.format("{:,.0f}").format("{:.1f}", subset="labels a pass"),
-          "**What to look for.** No way asks for a token that the others do not ask for. MAP asks for the same ones again, from further back. "
-          "All items in one pass has exactly the windows' labels, for a fraction of the reading."],
+    "All items in one pass: how many labels per 1,000 history tokens read?",
+    1000 * n_dense / read_dense,
+    range=(0, 1000),
+    default=(600, 900),
+    explain="Each item read is followed by one that is asked for: three labels for every four tokens, however long the history.",
+    then=[
+        counts.style.format("{:,.0f}").format("{:.1f}", subset="labels a pass"),
+        "**What to look for.** No way asks for a token that the others do not ask for. MAP asks for the same ones again, from further back. "
+        "All items in one pass has exactly the windows' labels, for a fraction of the reading.",
+    ],
 )
 
 # %% [markdown]
@@ -133,20 +170,33 @@ teach.predict(
 # would draw different numbers).
 
 # %%
-model = build_model(sidlab.TrainConfig.preset("quick", arch="t5", targets="all", map=config, zero_init=False), table).eval()
+model = build_model(
+    sidlab.TrainConfig.preset("quick", arch="t5", targets="all", map=config, zero_init=False), table
+).eval()
 
 
-def gradient(model, loss, part=""):  # of all parameters, or of one part, without the head that only MAP has
-    parameters = [p for name, p in model.named_parameters() if name.startswith(part) and not name.startswith("map_head")]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+# Of all parameters, or of one part, without the head that only MAP has
+def gradient(model, loss, part=""):
+    parameters = [
+        p
+        for name, p in model.named_parameters()
+        if name.startswith(part) and not name.startswith("map_head")
+    ]
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]
+    )
 
 
 # %%
 together = gradient(model, model(**dense).main_loss)
-one_by_one = sum(gradient(model, model(**collator([window])).main_loss) for window in mine) / len(mine)
+one_by_one = sum(gradient(model, model(**collator([window])).main_loss) for window in mine) / len(
+    mine
+)
 gradient_difference = float((together - one_by_one).abs().max())
-print(f"{users} rows in one pass, against {len(mine)} passes: largest difference {gradient_difference:.1e} "
-      f"(gradient norm {together.norm():.2f}), cosine {F.cosine_similarity(together, one_by_one, dim=0):.4f}")
+print(
+    f"{users} rows in one pass, against {len(mine)} passes: largest difference {gradient_difference:.1e} "
+    f"(gradient norm {together.norm():.2f}), cosine {F.cosine_similarity(together, one_by_one, dim=0):.4f}"
+)
 
 # %% [markdown]
 # Equal, but for rounding.
@@ -156,39 +206,61 @@ print(f"{users} rows in one pass, against {len(mine)} passes: largest difference
 # Let each batch read about 1,000 history tokens. How close is its gradient to that of 500 other users? Cosine 1: the
 # same direction; 0: unrelated.
 
+
 # %%
 def agreement(model, tokens=1000, others=500):
     reference = 0.0
     for part in np.array_split(np.arange(others), 10):  # all at once would take a gigabyte
         b = dense_collator(part.tolist())
         reference += count(b, "labels") * gradient(model, model(**b).main_loss)
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     for _ in range(draws):
         some = rng.permutation(np.arange(windows.of_user[others], len(windows)))
         few = rng.permutation(np.arange(others, len(stretches)))
         some = some[: np.searchsorted(np.cumsum(4 * windows.lengths[some]), tokens)]
         few = few[: np.searchsorted(np.cumsum(4 * (stretches.lengths[few] - 1)), tokens)]
-        for way, b in (("one item a window", collator(some.tolist())), ("all items", dense_collator(few.tolist()))):
+        for way, b in (
+            ("one item a window", collator(some.tolist())),
+            ("all items", dense_collator(few.tolist())),
+        ):
             out = model(**b)
-            main, auxiliary = gradient(model, out.main_loss), gradient(model, weight * out.map_loss)
-            for name, g, labels in ((way, main, count(b, "labels")), (f"{way} and MAP", main + auxiliary, count(b, "labels") + count(b, "map_labels"))):
-                rows.append({"batch of": name, "labels": labels, "gradient norm": float(g.norm()),
-                             "cosine with 500 users": float(F.cosine_similarity(g, reference, dim=0))})
+            main = gradient(model, out.main_loss)
+            auxiliary = gradient(model, weight * out.map_loss)
+            for name, g, labels in (
+                (way, main, count(b, "labels")),
+                (f"{way} and MAP", main + auxiliary, count(b, "labels") + count(b, "map_labels")),
+            ):
+                rows.append(
+                    {
+                        "batch of": name,
+                        "labels": labels,
+                        "gradient norm": float(g.norm()),
+                        "cosine with 500 users": float(F.cosine_similarity(g, reference, dim=0)),
+                    }
+                )
     return pd.DataFrame(rows).groupby("batch of", sort=False).mean()
 
 
 fresh = agreement(model)
 cosines = fresh["cosine with 500 users"]
-gain = cosines["all items"] - cosines["one item a window"], cosines["one item a window and MAP"] - cosines["one item a window"]
+gain = (
+    cosines["all items"] - cosines["one item a window"],
+    cosines["one item a window and MAP"] - cosines["one item a window"],
+)
 answers = ["MAP", "all items", "neither, by less than 0.05"]
 
 # %%
 teach.predict(
     "Which of the two brings a batch of 1,000 tokens closer to the gradient of 500 users?",
-    answers[2] if max(gain) < 0.05 else answers[int(gain[0] > gain[1])], choices=answers, default=answers[1],
+    answers[2] if max(gain) < 0.05 else answers[int(gain[0] > gain[1])],
+    choices=answers,
+    default=answers[1],
     explain="A mean over more of the labels that count is less noisy.",
-    then=[fresh.style.format(precision=2).format("{:.0f}", subset="labels"),
-          "**What to look for.** MAP's gradient is larger. Is it closer? More labels help if they point where the next item does."],
+    then=[
+        fresh.style.format(precision=2).format("{:.0f}", subset="labels"),
+        "**What to look for.** MAP's gradient is larger. Is it closer? More labels help if they point where the next item does.",
+    ],
 )
 
 # %% [markdown]
@@ -211,8 +283,12 @@ teach.predict(
 out = model(**batch)
 print(f"next item {out.main_loss:.4f}, MAP {out.map_loss:.4f}, together {out.loss:.4f}")
 encoded = model.encode(batch["input_ids"], batch["attention_mask"])
-h = model.decoder(input_ids=model.shifted(batch["labels"]), encoder_hidden_states=encoded.last_hidden_state,
-                  encoder_attention_mask=model.cross_mask(encoded, encoded.attention_mask)).last_hidden_state  # [B, L, d]
+h = model.decoder(
+    input_ids=model.shifted(batch["labels"]),
+    encoder_hidden_states=encoded.last_hidden_state,
+    # [B, L, d]
+    encoder_attention_mask=model.cross_mask(encoded, encoded.attention_mask),
+).last_hidden_state
 head = model.map_head
 normed = head.norm * h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 states = h[:, None] + (normed[:, None] + head.step[:, None]) @ head.projection.T  # [B, S, L, d]
@@ -222,9 +298,12 @@ per_step = []
 for s in range(steps):
     total = 0.0
     for level, (first, width) in enumerate(zip(table.offsets, table.widths)):
-        logits = F.linear(states[:, s, level], model.lm_head.weight[first : first + width])  # the codes of this level
+        # The codes of this level
+        logits = F.linear(states[:, s, level], model.lm_head.weight[first : first + width])
         label = batch["map_labels"][:, s, level]
-        total += F.cross_entropy(logits[label != -100], label[label != -100] - first, reduction="sum").item()
+        total += F.cross_entropy(
+            logits[label != -100], label[label != -100] - first, reduction="sum"
+        ).item()
     per_step.append(total / int((batch["map_labels"][:, s] != -100).sum()))
 print("steps", [round(x, 4) for x in per_step], "→ mean", round(sum(per_step) / steps, 4))
 
@@ -234,12 +313,19 @@ print("steps", [round(x, 4) for x in per_step], "→ mean", round(sum(per_step) 
 #
 # Which parts of the model feel MAP, and in which direction? Below 0 it pulls against the next item.
 
+
 # %%
 def density(model):
-    out, parts = model(**batch), {}
+    out = model(**batch)
+    parts = {}
     for part in ("shared", "encoder", "decoder"):  # shared: the embeddings
-        a, b = gradient(model, out.main_loss, part), gradient(model, weight * out.map_loss, part)
-        parts[part] = {"‖next item‖": float(a.norm()), "‖weight · MAP‖": float(b.norm()), "cosine": float(F.cosine_similarity(a, b, dim=0))}
+        a = gradient(model, out.main_loss, part)
+        b = gradient(model, weight * out.map_loss, part)
+        parts[part] = {
+            "‖next item‖": float(a.norm()),
+            "‖weight · MAP‖": float(b.norm()),
+            "cosine": float(F.cosine_similarity(a, b, dim=0)),
+        }
     return pd.DataFrame(parts).T
 
 
@@ -255,7 +341,9 @@ with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder, drop_map=True)
     bare = sidlab.SidT5.from_pretrained(folder).eval()
 same = torch.equal(sidlab.recommend(model, histories)[0], sidlab.recommend(bare, histories)[0])
-print(f"with head {model.num_parameters():,} parameters, without {bare.num_parameters():,}; same recommendations: {same}")
+print(
+    f"with head {model.num_parameters():,} parameters, without {bare.num_parameters():,}; same recommendations: {same}"
+)
 
 # %% [markdown]
 # ## What a target costs
@@ -264,19 +352,40 @@ print(f"with head {model.num_parameters():,} parameters, without {bare.num_param
 
 # %%
 common = {"arch": "t5", "encoder_mask": "items", "precision": "fp32"}
-ways = {"one item a window": {}, "one item a window and MAP": {"map": config}, "all items": {"targets": "all"},
-        "all items and MAP": {"targets": "all", "map": config}}
-costs = {way: sidlab.cost.cost(sidlab.TrainConfig.preset("quick", **common, **fields), table.widths, stretches if "targets" in fields else windows)
-         for way, fields in ways.items()}
-flops = pd.DataFrame({way: {**c.flops, "forward": c.forward, "training": c.training} for way, c in costs.items()}).T / 1e6
+ways = {
+    "one item a window": {},
+    "one item a window and MAP": {"map": config},
+    "all items": {"targets": "all"},
+    "all items and MAP": {"targets": "all", "map": config},
+}
+costs = {
+    way: sidlab.cost.cost(
+        sidlab.TrainConfig.preset("quick", **common, **fields),
+        table.widths,
+        stretches if "targets" in fields else windows,
+    )
+    for way, fields in ways.items()
+}
+flops = (
+    pd.DataFrame(
+        {way: {**c.flops, "forward": c.forward, "training": c.training} for way, c in costs.items()}
+    ).T
+    / 1e6
+)
 relative = flops["training"] / flops["training"]["one item a window"]
 
 # %%
 teach.predict(
-    "Training FLOPs per target of one item a window are 100 %. And of all items in one pass?", 100 * relative["all items"], range=(0, 100),
-    default=(5, 40), unit="%", explain="The encoder reads an item once, not in every window. The decoder's work stays: it spells every target.",
-    then=[flops.assign(relative=relative).drop(columns="behind").style.format(precision=2),
-          "Millions; *relative* compares the column *training*."],
+    "Training FLOPs per target of one item a window are 100 %. And of all items in one pass?",
+    100 * relative["all items"],
+    range=(0, 100),
+    default=(5, 40),
+    unit="%",
+    explain="The encoder reads an item once, not in every window. The decoder's work stays: it spells every target.",
+    then=[
+        flops.assign(relative=relative).drop(columns="behind").style.format(precision=2),
+        "Millions; *relative* compares the column *training*.",
+    ],
 )
 
 # %% [markdown]
@@ -289,12 +398,20 @@ teach.predict(
 # seconds. A few updates tell how many fit. The learning rate falls to zero at the end of each.
 
 # %%
-shop = sidlab.load_catalogue("planted", n_users=own_users)  # the same world, as many users as you like
+# The same world, as many users as you like
+shop = sidlab.load_catalogue("planted", n_users=own_users)
 
 
 def run(way, updates, points=5, eval_users=300):
-    options = sidlab.TrainConfig.preset("quick", max_updates=updates, epochs=1000, eval_every=max(1, updates // points),
-                                        eval_users=eval_users, **common, **ways[way])
+    options = sidlab.TrainConfig.preset(
+        "quick",
+        max_updates=updates,
+        epochs=1000,
+        eval_every=max(1, updates // points),
+        eval_users=eval_users,
+        **common,
+        **ways[way],
+    )
     return sidlab.train(options, shop, table, progress=False)
 
 
@@ -303,30 +420,59 @@ for way in ways:
     pace = run(way, updates=5, points=1, eval_users=10).timing["train_seconds"] / 5
     own[way] = run(way, updates=max(5, 5 * int(own_seconds / pace / 5)))
     timing = own[way].timing
-    print(f"{way:26}: {timing['train_seconds']:.0f} s, {timing['updates']} updates, {timing['windows']:,} targets, "
-          f"{timing['windows'] / timing['train_seconds']:,.0f} a second")
+    print(
+        f"{way:26}: {timing['train_seconds']:.0f} s, {timing['updates']} updates, {timing['windows']:,} targets, "
+        f"{timing['windows'] / timing['train_seconds']:,.0f} a second"
+    )
 
 # %%
-curves = pd.DataFrame([
-    {"way": way, "seconds": result.timing["train_seconds"] * entry["step"] / result.timing["updates"], "recall@10": entry["recall@10"]}
-    for way, result in own.items() for entry in result.log if "recall@10" in entry])
+curves = pd.DataFrame(
+    [
+        {
+            "way": way,
+            "seconds": result.timing["train_seconds"] * entry["step"] / result.timing["updates"],
+            "recall@10": entry["recall@10"],
+        }
+        for way, result in own.items()
+        for entry in result.log
+        if "recall@10" in entry
+    ]
+)
 final = curves.groupby("way", sort=False)["recall@10"].last()
 ceiling = float(catalogue.truth.bayes_recall(split.cases("validation")[0]).mean())
-print(f"validation recall@10 after as many seconds, one item a window: {final['one item a window']:.3f}; Bayes optimum: {ceiling:.3f}")
-figure = px.line(curves, x="seconds", y="recall@10", color="way", symbol="way", line_dash="way", markers=True, height=420, template=template(),
-                 title="Validation recall@10 against seconds of training", range_y=[0, 0.7])
+print(
+    f"validation recall@10 after as many seconds, one item a window: {final['one item a window']:.3f}; Bayes optimum: {ceiling:.3f}"
+)
+figure = px.line(
+    curves,
+    x="seconds",
+    y="recall@10",
+    color="way",
+    symbol="way",
+    line_dash="way",
+    markers=True,
+    height=420,
+    template=template(),
+    title="Validation recall@10 against seconds of training",
+    range_y=[0, 0.7],
+)
 figure = figure.add_hline(y=ceiling, line_dash="dot", annotation_text="Bayes optimum")
 
 # %%
 teach.predict(
     f"After as many seconds, validation recall@10 is {final['one item a window']:.3f} with one item a window. And with all items in one pass?",
-    final["all items"], range=(0, 0.7), default=(0.35, 0.6),
+    final["all items"],
+    range=(0, 0.7),
+    default=(0.35, 0.6),
     explain="It has seen several times as many targets in the same time.",
-    then=[figure, final.to_frame().style.format("{:.3f}"),
-          "**What to look for.**\n"
-          "* 300 users, one seed: each recall is sure to about ± 0.06. Which differences are larger?\n"
-          "* At which second does “all items” reach the last value of one item a window?\n"
-          "* What does MAP add to the windows, and on top of all items?"],
+    then=[
+        figure,
+        final.to_frame().style.format("{:.3f}"),
+        "**What to look for.**\n"
+        "* 300 users, one seed: each recall is sure to about ± 0.06. Which differences are larger?\n"
+        "* At which second does “all items” reach the last value of one item a window?\n"
+        "* What does MAP add to the windows, and on top of all items?",
+    ],
 )
 
 # %% [markdown]
@@ -334,9 +480,19 @@ teach.predict(
 
 # %%
 trained = own["all items and MAP"].model.cpu().eval()
-after, late = density(trained), agreement(trained)
-both = pd.DataFrame({"fresh": cosines, "trained": late["cosine with 500 users"]}).rename("batch of {}, with 500 users".format)
-pd.concat([both, pd.DataFrame({"fresh": before.cosine, "trained": after.cosine}).rename("MAP with the next item, {}".format)]).style.format(precision=2)
+after = density(trained)
+late = agreement(trained)
+both = pd.DataFrame({"fresh": cosines, "trained": late["cosine with 500 users"]}).rename(
+    "batch of {}, with 500 users".format
+)
+pd.concat(
+    [
+        both,
+        pd.DataFrame({"fresh": before.cosine, "trained": after.cosine}).rename(
+            "MAP with the next item, {}".format
+        ),
+    ]
+).style.format(precision=2)
 
 # %% [markdown]
 # **What to look for.** What is common is learned, and a batch knows less of the direction. Where MAP's cosine with the
@@ -352,20 +508,27 @@ pd.concat([both, pd.DataFrame({"fresh": before.cosine, "trained": after.cosine})
 data = json.loads(pathlib.Path(recorded).read_text())
 base = next(row for row in data["rows"] if row["map.unit"] is None)
 with_map = [row for row in data["rows"] if row is not base]
-differences = [row["against"][base["number"]] for row in with_map]  # mean, low, high of recall@10 − that of the baseline
-better, worse = sum(low > 0 for _, low, _ in differences), sum(high < 0 for _, _, high in differences)
+# Mean, low, high of recall@10 − that of the baseline
+differences = [row["against"][base["number"]] for row in with_map]
+better = sum(low > 0 for _, low, _ in differences)
+worse = sum(high < 0 for _, _, high in differences)
 best = max(with_map, key=lambda row: row["recall@10"])
 
 # %%
 teach.predict(
     f"Of {len(with_map)} settings of MAP, how many are clearly better than the baseline, on the same users and seeds?",
-    better, range=(0, len(with_map)), default=(0, 5), explain="Clearly: the 95 % interval of the difference lies above 0.",
+    better,
+    range=(0, len(with_map)),
+    default=(0, 5),
+    explain="Clearly: the 95 % interval of the difference lies above 0.",
     then=lambda: [
         f"No MAP {base['recall@10']:.3f}; of {len(with_map)} settings {better} clearly better, {worse} clearly worse; best {best['recall@10']:.3f}: "
-        f"by {best['map.unit']}, {best['map.steps']:g} steps, weight {best['map.weight']:g}", MapExplorer(data),
+        f"by {best['map.unit']}, {best['map.steps']:g} steps, weight {best['map.weight']:g}",
+        MapExplorer(data),
         "**What to look for.** Move the weight from 0.1 to 1: the right curve is the loss of the next item *alone*, so all runs compare there. "
         "Compare 1, 2 and 4 steps by item. In the lower figure, which intervals leave the line of no MAP? "
-        "Read that with care: it is our reading of MAP, one shop, short trainings. And the best of many settings is partly the luckiest."],
+        "Read that with care: it is our reading of MAP, one shop, short trainings. And the best of many settings is partly the luckiest.",
+    ],
 )
 
 # %% [markdown]
@@ -386,12 +549,14 @@ teach.predict(
 #
 # </details>
 
+
 # %% tags=["exercise"]
 def map_labels(items, target, steps):
     ### BEGIN SOLUTION
     places = range(target + 1, target + 1 + steps)
     return [items[place] if place < len(items) else None for place in places]
     ### END SOLUTION
+
 
 # %% tags=["check"]
 teach.check("map_labels", map_labels)
@@ -410,6 +575,7 @@ teach.check("map_labels", map_labels)
 #
 # </details>
 
+
 # %% tags=["exercise"]
 def map_loss(step_losses, labels):
     ### BEGIN SOLUTION
@@ -419,6 +585,7 @@ def map_loss(step_losses, labels):
     means = total / count.clamp_min(1)
     return means.sum() / (count > 0).sum().clamp_min(1)
     ### END SOLUTION
+
 
 # %% tags=["check"]
 teach.check("map_loss", map_loss)
@@ -432,19 +599,40 @@ teach.check("map_loss", map_loss)
 
 # %%
 teach.quiz(
-    teach.Question("Why may one pass teach all items of a history?",
-                   ["the items are independent", "no place sees what comes after it", "the loss is a mean"], 1,
-                   "Its gradient is then the mean of the windows' gradients."),
-    teach.Question("Which tokens does MAP by item ask for that the windows alone do not?",
-                   ["those of the held-out items", "none: the same items, from further back", "the first item's"], 1,
-                   "And never the validation and test items, so late windows lack labels."),
-    teach.Question("Where does one pass over all items save most?", ["in the encoder", "in the decoder", "in the output heads"], 0,
-                   "It reads each item once; the decoder still spells every target."),
-    teach.Question("What does MAP cost at inference?", ["S times the decoder", "one projection", "nothing"], 2,
-                   "The head is dropped; the recommendations are the same."),
-    teach.Question("The best of many settings beats the baseline by 0.01, and the interval of the difference holds 0. What follows?",
-                   ["MAP works", "MAP does not work", "nothing is decided"], 2,
-                   "Repeat it with other seeds, and choose on validation items."),
+    teach.Question(
+        "Why may one pass teach all items of a history?",
+        ["the items are independent", "no place sees what comes after it", "the loss is a mean"],
+        1,
+        "Its gradient is then the mean of the windows' gradients.",
+    ),
+    teach.Question(
+        "Which tokens does MAP by item ask for that the windows alone do not?",
+        [
+            "those of the held-out items",
+            "none: the same items, from further back",
+            "the first item's",
+        ],
+        1,
+        "And never the validation and test items, so late windows lack labels.",
+    ),
+    teach.Question(
+        "Where does one pass over all items save most?",
+        ["in the encoder", "in the decoder", "in the output heads"],
+        0,
+        "It reads each item once; the decoder still spells every target.",
+    ),
+    teach.Question(
+        "What does MAP cost at inference?",
+        ["S times the decoder", "one projection", "nothing"],
+        2,
+        "The head is dropped; the recommendations are the same.",
+    ),
+    teach.Question(
+        "The best of many settings beats the baseline by 0.01, and the interval of the difference holds 0. What follows?",
+        ["MAP works", "MAP does not work", "nothing is decided"],
+        2,
+        "Repeat it with other seeds, and choose on validation items.",
+    ),
 )
 
 # %% [markdown]
@@ -457,12 +645,23 @@ teach.quiz(
 
 # %% tags=["record"]
 record = {
-    "added_labels": n_map / n_main, "labels_factor": n_dense / read_dense / (n_main / read), "gradient_difference": gradient_difference,
-    "cosine_of_batch": cosines.to_dict(), "cosine_of_batch_trained": late["cosine with 500 users"].to_dict(),
-    "cosine_gain_fresh": float(gain[0]), "loss_difference_by_hand": abs(sum(per_step) / steps - out.map_loss.item()),
-    "same_recommendations": float(same), "flops_factor": float(relative["all items"]),
-    "cosine_fresh_encoder": float(before.cosine["encoder"]), "cosine_trained_encoder": float(after.cosine["encoder"]),
-    "recorded_runs": len(data["rows"]), "clearly_better": better, "clearly_worse": worse, "own_recall": final.to_dict(),
-    "own_targets_a_second": {way: r.timing["windows"] / r.timing["train_seconds"] for way, r in own.items()},
+    "added_labels": n_map / n_main,
+    "labels_factor": n_dense / read_dense / (n_main / read),
+    "gradient_difference": gradient_difference,
+    "cosine_of_batch": cosines.to_dict(),
+    "cosine_of_batch_trained": late["cosine with 500 users"].to_dict(),
+    "cosine_gain_fresh": float(gain[0]),
+    "loss_difference_by_hand": abs(sum(per_step) / steps - out.map_loss.item()),
+    "same_recommendations": float(same),
+    "flops_factor": float(relative["all items"]),
+    "cosine_fresh_encoder": float(before.cosine["encoder"]),
+    "cosine_trained_encoder": float(after.cosine["encoder"]),
+    "recorded_runs": len(data["rows"]),
+    "clearly_better": better,
+    "clearly_worse": worse,
+    "own_recall": final.to_dict(),
+    "own_targets_a_second": {
+        way: r.timing["windows"] / r.timing["train_seconds"] for way, r in own.items()
+    },
 }
 teach.record(record)

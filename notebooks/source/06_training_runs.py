@@ -17,15 +17,15 @@
 # **Machine** Two cores and 1.5 GB of memory, as on Binder; no GPU, no network.
 
 # %% tags=["parameters"]
-arch = "qwen"       # "qwen", decoder-only, or "t5", encoder and decoder
-n_users = 2000      # customers of the planted shop
-epochs = 8          # how often the first model is taught every item
-more_updates = 60   # of each run that continues
-eval_every = 20     # updates between two evaluations
-eval_users = 500    # users of each evaluation on validation items
-keep = 1 / 3        # the share of tokens that pruned models keep
-seed = 0            # weights and order of the batches
-resamples = 1000    # of a bootstrap by hand
+arch = "qwen"  # "qwen", decoder-only, or "t5", encoder and decoder
+n_users = 2000  # customers of the planted shop
+epochs = 8  # how often the first model is taught every item
+more_updates = 60  # of each run that continues
+eval_every = 20  # updates between two evaluations
+eval_users = 500  # users of each evaluation on validation items
+keep = 1 / 3  # the share of tokens that pruned models keep
+seed = 0  # weights and order of the batches
+resamples = 1000  # of a bootstrap by hand
 
 # %% tags=["setup"]
 import itertools
@@ -78,14 +78,21 @@ from sidlab.windows import Collator, LengthBatches, StratifiedBatches, StretchCo
 slots = table.levels + single.separators  # of an item
 every = LengthBatches(stretches.lengths, slots, dense.batch_tokens, seed, dense.accumulation)
 one = StratifiedBatches(windows.lengths, slots, single.batch_tokens, seed, single.accumulation)
-collators = (StretchCollator(stretches, table, separators=dense.separators),
-             Collator(windows, table, separators=single.separators, max_items=single.max_items))
+collators = (
+    StretchCollator(stretches, table, separators=dense.separators),
+    Collator(windows, table, separators=single.separators, max_items=single.max_items),
+)
 in_update = {}
 for name, batches, collate in zip(("every target", "one target"), (every, one), collators):
     update = [collate(batch) for batch in itertools.islice(batches, batches.accumulation)]
     tokens = sum(batch["attention_mask"].sum().item() for batch in update)
-    taught = sum((batch["labels"][..., 0] >= 0).sum().item() for batch in update)  # −100 is no target
-    in_update[name] = {"tokens read": tokens, "targets": taught, "tokens per target": tokens / taught}
+    # −100 is no target
+    taught = sum((batch["labels"][..., 0] >= 0).sum().item() for batch in update)
+    in_update[name] = {
+        "tokens read": tokens,
+        "targets": taught,
+        "tokens per target": tokens / taught,
+    }
 pd.DataFrame(in_update).T.round(1)
 
 # %% [markdown]
@@ -109,8 +116,10 @@ pd.Series(evaluations, name="validation recall@10").round(3)
 from sidlab.research.baselines import NeighbourTable, Popularity
 
 histories, targets = split.cases("test")
-lists = {name: baseline().fit(split.train, catalogue.n_items).recommend(histories)
-         for name, baseline in (("popularity", Popularity), ("neighbours", NeighbourTable))}
+lists = {
+    name: baseline().fit(split.train, catalogue.n_items).recommend(histories)
+    for name, baseline in (("popularity", Popularity), ("neighbours", NeighbourTable))
+}
 lists["bayes"] = catalogue.truth.recommend(histories)
 ranks = {name: rank_of_target(items, targets) for name, items in lists.items()}
 ranks["base"] = evaluate(model, histories, targets)
@@ -132,6 +141,7 @@ def width():
     low, high = bootstrap_interval(hits)
     return high - low
 
+
 # %% [markdown]
 # The **bootstrap** answers without a formula: draw as many users as there are, with replacement, again and again. Where do the middle 95 %
 # of the recalls lie?
@@ -143,10 +153,15 @@ means = [rng.choice(hits, len(hits)).mean() for _ in range(resamples)]
 # %%
 teach.predict(
     f"The model finds {hits.mean():.0%} of {len(hits)} hidden items. How wide is the 95 % interval of that recall?",
-    width, range=(0, 0.2), default=(0.02, 0.06),
+    width,
+    range=(0, 0.2),
+    default=(0.02, 0.06),
     explain="A share p of n users has the standard deviation √(p (1 − p) / n); about four of them make the interval.",
-    then=lambda: "By hand the middle 95 % lie from {:.4f} to {:.4f}, with `bootstrap_interval` from {:.4f} to {:.4f}.".format(
-        *np.quantile(means, [0.025, 0.975]), *bootstrap_interval(hits)),
+    then=lambda: (
+        "By hand the middle 95 % lie from {:.4f} to {:.4f}, with `bootstrap_interval` from {:.4f} to {:.4f}.".format(
+            *np.quantile(means, [0.025, 0.975]), *bootstrap_interval(hits)
+        )
+    ),
 )
 
 # %% [markdown]
@@ -154,6 +169,7 @@ teach.predict(
 #
 # A pruner has no weights, so a trained model can take one on at once. Three scorers choose what stays after layer 2: `rastp`, `random` and
 # `recent` (the newest).
+
 
 # %%
 def pruned(scorer, share):
@@ -164,7 +180,8 @@ def pruned(scorer, share):
     return found
 
 
-scorers, shares = ("rastp", "random", "recent"), (1 / 2, keep, keep / 2)
+scorers = ("rastp", "random", "recent")
+shares = (1 / 2, keep, keep / 2)
 tried = {(scorer, share): pruned(scorer, share) for scorer in scorers for share in shares}
 ranks |= {f"base-{scorer}": tried[scorer, keep] for scorer in ("rastp", "random")}
 
@@ -176,18 +193,30 @@ for place, scorer in enumerate(scorers):
     values = [recall_at(tried[scorer, share], 10) for share in shares]
     half = [np.ptp(bootstrap_interval(of)) / 2 for of in values]
     look = mark(scorer)
-    figure.add_scatter(x=100 * np.array(shares) + place - 1, y=np.mean(values, axis=1), name=scorer,
-                       error_y_array=half, marker_symbol=look.symbol, marker_size=10, line_color=look.color,
-                       line_dash=look.dash)
+    figure.add_scatter(
+        x=100 * np.array(shares) + place - 1,
+        y=np.mean(values, axis=1),
+        name=scorer,
+        error_y_array=half,
+        marker_symbol=look.symbol,
+        marker_size=10,
+        line_color=look.color,
+        line_dash=look.dash,
+    )
 figure.add_hline(hits.mean(), line_dash="dot", annotation_text="nothing pruned")
-figure.update_layout(template=template(), height=380, xaxis_title="tokens kept, %",
-                     yaxis_title="test recall@10")
+figure.update_layout(
+    template=template(), height=380, xaxis_title="tokens kept, %", yaxis_title="test recall@10"
+)
 
 # %%
 teach.predict(
     f"RASTP keeps {keep:.0%} of the tokens, without training. How much of the recall is left?",
-    100 * recall_at(ranks["base-rastp"], 10).mean() / hits.mean(), range=(0, 110), default=(60, 95), unit="%",
-    explain="The layers after the pruner were trained with all tokens.", then=figure,
+    100 * recall_at(ranks["base-rastp"], 10).mean() / hits.mean(),
+    range=(0, 110),
+    default=(60, 95),
+    unit="%",
+    explain="The layers after the pruner were trained with all tokens.",
+    then=figure,
 )
 
 # %% [markdown]
@@ -207,7 +236,9 @@ import dataclasses
 
 configs = {"unpruned": single}
 for scorer in ("rastp", "random"):
-    configs[scorer] = dataclasses.replace(single, pruning=PruningConfig(after_layer=2, keep=keep, scorer=scorer))
+    configs[scorer] = dataclasses.replace(
+        single, pruning=PruningConfig(after_layer=2, keep=keep, scorer=scorer)
+    )
 folder = tempfile.TemporaryDirectory()
 with sidlab.training.quiet():  # no bar over the saved files
     model.save_pretrained(folder.name)
@@ -244,10 +275,15 @@ monitor
 
 # %%
 beauty = sidlab.papers.published("amazon-beauty")
-stored = pathlib.Path(sidlab.__file__).parents[1] / "results" / "amazon-beauty-long.json"  # wherever this notebook lies
+# Wherever this notebook lies
+stored = pathlib.Path(sidlab.__file__).parents[1] / "results" / "amazon-beauty-long.json"
 ours = {row["method"]: row["recall@10"] for row in json.loads(stored.read_text())["summary"]}
-added = pd.DataFrame([{"method": name, "source": "this kit", "recall@10": ours[name]}
-                      for name in ("neighbours", "sasrec", "unpadded")])
+added = pd.DataFrame(
+    [
+        {"method": name, "source": "this kit", "recall@10": ours[name]}
+        for name in ("neighbours", "sasrec", "unpadded")
+    ]
+)
 both = pd.concat([beauty[["method", "source", "recall@10"]], added])
 both.set_index("method").sort_values("recall@10")
 
@@ -256,16 +292,20 @@ both.set_index("method").sort_values("recall@10")
 # knows only which items stand side by side finds more than TIGER and RASTP in their papers.** (Preparations of the data differ, so mind
 # small gaps.) A comparison among SID models does not say whether to use one.
 
+
 # %%
 def of_rastp(published):
     return published[published.source.str.contains("2511.16943")].set_index("method")["recall@10"]
 
 
-pair, sports = of_rastp(beauty), of_rastp(sidlab.papers.published("amazon-sports"))
+pair = of_rastp(beauty)
+sports = of_rastp(sidlab.papers.published("amazon-sports"))
 found = np.arange(22_363) < pair["TIGER"] * 22_363  # as many hits as the baseline had
 low, high = bootstrap_interval(found)
 print(f"the gain RASTP reports: {pair['RASTP'] - pair['TIGER']:+.4f}")
-print(f"the interval of its baseline alone: [{low:.4f}, {high:.4f}], half of it is {(high - low) / 2:.4f}")
+print(
+    f"the interval of its baseline alone: [{low:.4f}, {high:.4f}], half of it is {(high - low) / 2:.4f}"
+)
 tiger = beauty[beauty.method == "TIGER"]["recall@10"]
 print(f"TIGER as different people reproduce it: {tiger.min():.4f} to {tiger.max():.4f}")
 print(f"on Amazon Sports RASTP reports {sports['RASTP'] - sports['TIGER']:+.4f}")
@@ -309,26 +349,47 @@ pd.DataFrame(summary).set_index("method")[["recall@10", "ndcg@10"]].round(4)
 # %%
 a, b = (recall_at(ranks[name], 10) for name in ("unpruned", "rastp"))
 verdict = np.array(["misses it", "finds it"])
-pd.crosstab(pd.Series(verdict[a.astype(int)], name="unpruned"), pd.Series(verdict[b.astype(int)], name="rastp"))
+pd.crosstab(
+    pd.Series(verdict[a.astype(int)], name="unpruned"),
+    pd.Series(verdict[b.astype(int)], name="rastp"),
+)
+
 
 # %%
 def ratio():
-    (low_a, high_a), (low_b, high_b), (low, high) = (bootstrap_interval(values) for values in (a, b, a - b))
+    (low_a, high_a), (low_b, high_b), (low, high) = (
+        bootstrap_interval(values) for values in (a, b, a - b)
+    )
     return (high - low) / (high_a - low_a + high_b - low_b)
+
 
 # %%
 teach.predict(
     "Subtract user by user and bootstrap the differences. How wide is their interval, relative to both recalls' widths added?",
-    ratio, range=(0, 1.5), default=(0.3, 0.7),
+    ratio,
+    range=(0, 1.5),
+    default=(0.3, 0.7),
     explain="Two independent samples would give 0.71. What is below that comes from pairing: what both find and both miss cancels.",
 )
 
 # %%
-pairs = [("base-rastp", "base"), ("unpruned", "base"), ("rastp", "base-rastp"), ("rastp", "unpruned"),
-         ("base-rastp", "base-random"), ("rastp", "random")]
-tests = {pair: paired_test(*(recall_at(ranks[name], 10) for name in pair))
-         for pair in pairs if ranks.keys() >= set(pair)}
-rows = [(" minus ".join(pair), test.difference, *test.interval, test.p_value) for pair, test in tests.items()]
+pairs = [
+    ("base-rastp", "base"),
+    ("unpruned", "base"),
+    ("rastp", "base-rastp"),
+    ("rastp", "unpruned"),
+    ("base-rastp", "base-random"),
+    ("rastp", "random"),
+]
+tests = {
+    pair: paired_test(*(recall_at(ranks[name], 10) for name in pair))
+    for pair in pairs
+    if ranks.keys() >= set(pair)
+}
+rows = [
+    (" minus ".join(pair), test.difference, *test.interval, test.p_value)
+    for pair, test in tests.items()
+]
 pd.DataFrame(rows, columns=["", "recall@10", "from", "to", "p"]).set_index("").round(4)
 
 # %% [markdown]
@@ -369,10 +430,16 @@ from sidlab.research.cost import cost
 
 runs = {"base": (dense, stretches, first)}
 runs |= {name: (configs[name], windows, result) for name, result in results.items()}
-costs = pd.DataFrame({name: {"MFLOPs per target": cost(config, table.widths, of).training / 1e6,
-                             "seconds per 1,000": result.timing["seconds_per_1k_windows"],
-                             "tokens after the pruner": result.tokens["kept_token_fraction"]}
-                      for name, (config, of, result) in runs.items()}).T
+costs = pd.DataFrame(
+    {
+        name: {
+            "MFLOPs per target": cost(config, table.widths, of).training / 1e6,
+            "seconds per 1,000": result.timing["seconds_per_1k_windows"],
+            "tokens after the pruner": result.tokens["kept_token_fraction"],
+        }
+        for name, (config, of, result) in runs.items()
+    }
+).T
 costs.round(3)
 
 # %% [markdown]
@@ -415,12 +482,14 @@ frontier
 # <details><summary>Hint</summary><code>np.where(found, value, 0)</code> computes <code>value</code> everywhere, at rank 0 too. Use
 # <code>np.maximum(ranks, 1)</code> in the logarithm, or the division by log2(1) = 0 warns.</details>
 
+
 # %% tags=["exercise"]
 def ndcg(ranks, k):
     ### BEGIN SOLUTION
     found = (ranks >= 1) & (ranks <= k)
     return float(np.where(found, 1 / np.log2(1 + np.maximum(ranks, 1)), 0).mean())
     ### END SOLUTION
+
 
 # %% tags=["check"]
 teach.check("ndcg", ndcg)
@@ -435,12 +504,14 @@ teach.check("ndcg", ndcg)
 # <details><summary>Hint</summary>Subtract first. Indexing an array <code>[U]</code> with <code>users</code> gives <code>[R, U]</code>: a
 # row of drawn values for each resample. Over which axis is the mean? Then <code>np.quantile(means, [0.025, 0.975])</code>.</details>
 
+
 # %% tags=["exercise"]
 def paired_interval(a, b, users):
     ### BEGIN SOLUTION
     means = (a - b)[users].mean(axis=1)  # [R]
     return np.quantile(means, [0.025, 0.975])
     ### END SOLUTION
+
 
 # %% tags=["check"]
 teach.check("paired_interval", paired_interval)
@@ -455,22 +526,52 @@ teach.check("paired_interval", paired_interval)
 
 # %%
 teach.quiz(
-    teach.Question("A model finds the targets of 45 % of 2,000 test users. Roughly, the 95 % interval of its recall is",
-                   ["0.449 to 0.451", "0.43 to 0.47", "0.35 to 0.55"], 1,
-                   "The standard deviation is √(0.45 · 0.55 / 2000) ≈ 0.011, and the interval reaches about two of them to each side."),
-    teach.Question("The intervals of two recalls, measured on the same users, overlap. Then",
-                   ["the models are equally good", "the models may still differ, compared user by user", "more epochs are needed"], 1,
-                   "Users whom both find or both miss widen both intervals, but cancel in the difference."),
-    teach.Question("Why is the best validation recall of a run a poor estimate of its test recall?",
-                   ["Validation items are harder", "The checkpoint was chosen because it was high", "Validation uses another metric"], 1,
-                   "The maximum of noisy numbers is flattered by the noise. Test items take no part in any choice."),
-    teach.Question("One run of RASTP, one unpruned, the same seed; paired interval of the difference [−0.03, −0.01]. What may you say?",
-                   ["RASTP loses recall on this data set", "This RASTP model finds fewer targets than this unpruned model",
-                    "RASTP loses between 1 and 3 % on any shop"], 1,
-                   "Users were resampled, seeds and data sets were not."),
-    teach.Question("A pruner keeps a third, saves 30 % of the time and loses 0.02 of recall. What shows that its scorer is any good?",
-                   ["Its recall against random pruning at the same kept share", "Its recall against popularity", "The falling loss"], 0,
-                   "Random pruning saves the same time. The scorer is what is different."),
+    teach.Question(
+        "A model finds the targets of 45 % of 2,000 test users. Roughly, the 95 % interval of its recall is",
+        ["0.449 to 0.451", "0.43 to 0.47", "0.35 to 0.55"],
+        1,
+        "The standard deviation is √(0.45 · 0.55 / 2000) ≈ 0.011, and the interval reaches about two of them to each side.",
+    ),
+    teach.Question(
+        "The intervals of two recalls, measured on the same users, overlap. Then",
+        [
+            "the models are equally good",
+            "the models may still differ, compared user by user",
+            "more epochs are needed",
+        ],
+        1,
+        "Users whom both find or both miss widen both intervals, but cancel in the difference.",
+    ),
+    teach.Question(
+        "Why is the best validation recall of a run a poor estimate of its test recall?",
+        [
+            "Validation items are harder",
+            "The checkpoint was chosen because it was high",
+            "Validation uses another metric",
+        ],
+        1,
+        "The maximum of noisy numbers is flattered by the noise. Test items take no part in any choice.",
+    ),
+    teach.Question(
+        "One run of RASTP, one unpruned, the same seed; paired interval of the difference [−0.03, −0.01]. What may you say?",
+        [
+            "RASTP loses recall on this data set",
+            "This RASTP model finds fewer targets than this unpruned model",
+            "RASTP loses between 1 and 3 % on any shop",
+        ],
+        1,
+        "Users were resampled, seeds and data sets were not.",
+    ),
+    teach.Question(
+        "A pruner keeps a third, saves 30 % of the time and loses 0.02 of recall. What shows that its scorer is any good?",
+        [
+            "Its recall against random pruning at the same kept share",
+            "Its recall against popularity",
+            "The falling loss",
+        ],
+        0,
+        "Random pruning saves the same time. The scorer is what is different.",
+    ),
 )
 
 # %% [markdown]
@@ -487,8 +588,16 @@ teach.quiz(
 record = {f"recall_{name}": float(recall_at(of, 10).mean()) for name, of in ranks.items()}
 record |= {"_minus_".join(pair): float(test.difference) for pair, test in tests.items()}
 record |= {"runs": len(results), "updates": results["unpruned"].timing["updates"]}
-record["tokens_per_target"] = {kind: float(of["tokens per target"]) for kind, of in in_update.items()}
-of = {(row["pruning.scorer"], row["pruning.keep"]): row for row in recorded["rows"]}  # what the questions of section 10 rest on
-record |= {f"rastp_minus_recent_at_{keep}": of["rastp", keep]["against"][of["recent", keep]["number"]][0] for keep in (0.1, 0.5)}
-record |= {"recorded_reaching_unpruned": sum(row["against"][0][2] >= 0 for row in recorded["rows"][1:])}
+record["tokens_per_target"] = {
+    kind: float(of["tokens per target"]) for kind, of in in_update.items()
+}
+# What the questions of section 10 rest on
+of = {(row["pruning.scorer"], row["pruning.keep"]): row for row in recorded["rows"]}
+record |= {
+    f"rastp_minus_recent_at_{keep}": of["rastp", keep]["against"][of["recent", keep]["number"]][0]
+    for keep in (0.1, 0.5)
+}
+record |= {
+    "recorded_reaching_unpruned": sum(row["against"][0][2] >= 0 for row in recorded["rows"][1:])
+}
 teach.record(record)

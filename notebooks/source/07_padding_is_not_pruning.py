@@ -19,7 +19,9 @@
 mean_items = 8.9  # items per history; Beauty has 198,502 actions of 22,363 users, so 8.9
 windows_timed = 96  # training examples of the timed steps
 rounds = 7  # how often each of them is timed
-folder = ""  # a data set of your own joins the explorer (see notebook 9), such as "../../shared/data/amazon-beauty"
+# A data set of your own joins the explorer (see notebook 9), such as
+# "../../shared/data/amazon-beauty"
+folder = ""
 
 # %% tags=["setup"]
 import dataclasses
@@ -48,12 +50,16 @@ from sidlab.viz.cost import five_core_lengths
 
 lengths = five_core_lengths(mean_items)
 test_items = np.minimum(lengths - 1, 30)  # of a test history: all but the last item, at most 30
-pd.Series(test_items).value_counts(normalize=True).sort_index().head(8).round(3)  # share of users by items
+# Share of users by items
+pd.Series(test_items).value_counts(normalize=True).sort_index().head(8).round(3)
 
 # %%
 teach.predict(
     f"Histories of {mean_items} items on average, 150 slots each: what percentage of all slots of the test histories is padding?",
-    float(100 - 100 * test_items.mean() / 30), range=(0, 100), default=(40, 90), unit="%",
+    float(100 - 100 * test_items.mean() / 30),
+    range=(0, 100),
+    default=(40, 90),
+    unit="%",
     explain=f"Half of the test histories have at most {np.median(test_items):.0f} items, so at most {5 * np.median(test_items):.0f} real tokens in 150 slots.",
 )
 
@@ -74,15 +80,27 @@ importance = torch.rand(4, 150).masked_fill(mask == 0, -torch.inf)
 positions = reference_choice(torch.zeros(4, 150, 1), mask, importance, 1 / 3).positions  # [4, 50]
 kept_published = mask.gather(1, positions).sum(1)
 kept_own = TokenPruner(1 / 3).choose(mask, importance).sum(1)
-both_rules = pd.DataFrame({"items": items, "real tokens": 5 * items, "kept, published rule": kept_published, "kept, own tokens": kept_own})
+both_rules = pd.DataFrame(
+    {
+        "items": items,
+        "real tokens": 5 * items,
+        "kept, published rule": kept_published,
+        "kept, own tokens": kept_own,
+    }
+)
 
 # %%
 teach.predict(
     "The published rule prunes a history of 8 items, 40 real tokens in 150 slots. How many real tokens does it remove?",
-    0, choices=[0, 13, 27, 40], default=27,
+    0,
+    choices=[0, 13, 27, 40],
+    default=27,
     explain="50 slots stay and 40 tokens are real: all of them stay, with 10 slots of padding. Everything that was 'pruned' was padding.",
-    then=[both_rules, "Only histories of more than ten items lose anything under the published rule. That is not a method that finds the informative "
-          "third. It is a method that mostly removes padding which need not have been there."],
+    then=[
+        both_rules,
+        "Only histories of more than ten items lose anything under the published rule. That is not a method that finds the informative "
+        "third. It is a method that mostly removes padding which need not have been there.",
+    ],
 )
 
 # %% [markdown]
@@ -96,7 +114,9 @@ teach.predict(
 # %%
 from sidlab.viz import PaddingExplorer
 
-own = {folder: np.array([len(h) for h in sidlab.load_catalogue(folder).histories])} if folder else {}
+own = (
+    {folder: np.array([len(h) for h in sidlab.load_catalogue(folder).histories])} if folder else {}
+)
 padding = PaddingExplorer(own, mean=mean_items)
 padding
 
@@ -120,16 +140,22 @@ from sidlab.research.cost import cost
 from sidlab.course.demo import load
 from sidlab.windows import Collator, StratifiedBatches, Windows
 
-table, rng = load().table, np.random.default_rng(0)
-users = [rng.integers(1, table.n_items + 1, n - 2) for n in rng.choice(lengths, 200)]  # training parts: random items
+table = load().table
+rng = np.random.default_rng(0)
+# Training parts: random items
+users = [rng.integers(1, table.n_items + 1, n - 2) for n in rng.choice(lengths, 200)]
 windows = Windows(users, max_items=30)
 chosen = rng.choice(len(windows), min(windows_timed, len(windows)), replace=False)
 
 # %%
-base = sidlab.TrainConfig.preset("quick", batch_tokens=512, precision="fp32", dropout=0.15, residual_dropout=None)
+base = sidlab.TrainConfig.preset(
+    "quick", batch_tokens=512, precision="fp32", dropout=0.15, residual_dropout=None
+)
 configs = {
     "padded": dataclasses.replace(base, padding="fixed"),
-    "padded, published pruning": dataclasses.replace(base, padding="fixed", pruning=PruningConfig(mode="reference")),
+    "padded, published pruning": dataclasses.replace(
+        base, padding="fixed", pruning=PruningConfig(mode="reference")
+    ),
     "unpadded": base,
     "unpadded, own third": dataclasses.replace(base, pruning=PruningConfig()),
 }
@@ -138,16 +164,22 @@ configs = {
 # One step is forward, backward and an AdamW update on a batch; one measurement goes once through all the batches. The four ways take turns within a round, so that
 # whatever else your machine does meets all of them.
 
+
 # %%
 def one_pass(config):
     """A function that makes a training step on every batch and returns the seconds of all."""
-    collator = Collator(windows, table, separators=True, max_items=30, fixed_slots=config.padding == "fixed")
-    batches = StratifiedBatches(windows.lengths[chosen], 4, config.batch_tokens, accumulation=config.accumulation)
+    collator = Collator(
+        windows, table, separators=True, max_items=30, fixed_slots=config.padding == "fixed"
+    )
+    batches = StratifiedBatches(
+        windows.lengths[chosen], 4, config.batch_tokens, accumulation=config.accumulation
+    )
     steps = [stepper(config, table, collator(chosen[batch])) for batch in batches]
     return lambda: sum(step() for step in steps)
 
 
-seconds = time_steps({name: one_pass(config) for name, config in configs.items()}, rounds)  # a row a round
+# A row a round
+seconds = time_steps({name: one_pass(config) for name, config in configs.items()}, rounds)
 
 # %% [markdown]
 # A ratio of two noisy times is noisier than either. Report the **ratio of medians**, and beside it the lowest and the highest ratio of any single round: if that
@@ -155,16 +187,32 @@ seconds = time_steps({name: one_pass(config) for name, config in configs.items()
 
 # %%
 by_round = seconds.div(seconds["padded"], axis=0)
-predicted = {name: cost(config, table.widths, windows.lengths[chosen]) for name, config in configs.items()}
-ratios = pd.DataFrame({"ratio of medians": seconds.median() / seconds["padded"].median(), "lowest round": by_round.min(),
-                       "highest round": by_round.max(), "FLOPs": {name: c.training / predicted["padded"].training for name, c in predicted.items()},
-                       "slots a history": {name: c.slots for name, c in predicted.items()}, "behind the pruner": {name: c.kept for name, c in predicted.items()}})
+predicted = {
+    name: cost(config, table.widths, windows.lengths[chosen]) for name, config in configs.items()
+}
+ratios = pd.DataFrame(
+    {
+        "ratio of medians": seconds.median() / seconds["padded"].median(),
+        "lowest round": by_round.min(),
+        "highest round": by_round.max(),
+        "FLOPs": {name: c.training / predicted["padded"].training for name, c in predicted.items()},
+        "slots a history": {name: c.slots for name, c in predicted.items()},
+        "behind the pruner": {name: c.kept for name, c in predicted.items()},
+    }
+)
 
 # %%
 teach.predict(
-    "Which is faster on your machine?", lambda: seconds.median().drop(["padded", "unpadded, own third"]).idxmin(),
-    choices=["padded, published pruning", "unpadded"], default="unpadded",
-    then=["Milliseconds, a row a round:", (1000 * seconds).round().astype(int), "By how much, and how sure that is:", ratios.round(2)],
+    "Which is faster on your machine?",
+    lambda: seconds.median().drop(["padded", "unpadded, own third"]).idxmin(),
+    choices=["padded, published pruning", "unpadded"],
+    default="unpadded",
+    then=[
+        "Milliseconds, a row a round:",
+        (1000 * seconds).round().astype(int),
+        "By how much, and how sure that is:",
+        ratios.round(2),
+    ],
 )
 
 # %% [markdown]
@@ -193,7 +241,9 @@ teach.predict(
 # %%
 teach.predict(
     "Behind the pruner, kept tokens swap places: the last becomes the first. What happens to the published code's recommendation (quirk 2)?",
-    "nothing at all", choices=["nothing at all", "its probability changes a little", "another item is recommended"], default="its probability changes a little",
+    "nothing at all",
+    choices=["nothing at all", "its probability changes a little", "another item is recommended"],
+    default="its probability changes a little",
     explain="Without a position bias, self-attention treats its tokens as a set, and so does the decoder's attention to them.",
 )
 
@@ -229,6 +279,7 @@ quirks
 # Count real tokens over all histories, count slots over all histories, divide. Cut the lengths first.
 # </details>
 
+
 # %% tags=["exercise"]
 def real_tokens(lengths, max_items, tokens_per_item):
     """list of int, int, int → float."""
@@ -253,6 +304,7 @@ teach.check("real_tokens", real_tokens)
 # in floating point. Sum both over all histories before you divide.
 # </details>
 
+
 # %% tags=["exercise"]
 def lost_share(lengths, keep):
     """list of int, float → float."""
@@ -276,19 +328,41 @@ teach.check("lost_share", lost_share)
 
 # %%
 teach.quiz(
-    teach.Question("A history of 9 items has 45 tokens in 150 slots. The published rule keeps 50 slots. How many real tokens are lost?", ["0", "15", "30", "45"], 0,
-                   "All 45 fit into the 50 slots that stay."),
-    teach.Question("Why does a padded slot cost time although it is masked?", ["It does not", "Masks are slow", "It passes through all projections and feed-forward layers",
-                                                                              "The optimiser updates it"], 2,
-                   "The mask only keeps others from looking at it."),
-    teach.Question("You measure 0.9 as the ratio of medians, and single rounds from 0.7 to 1.2. What have you shown?",
-                   ["10 % less time", "30 % less time", "No difference yet", "20 % more time"], 2,
-                   "The range of rounds holds 1. Time more rounds on a quieter machine, or a larger difference."),
-    teach.Question("Which baseline does a claim about the speed of pruning need?", ["A padded model", "An unpadded model with nothing pruned", "A larger model", "None"], 1,
-                   "Otherwise it claims the padding that it removes."),
-    teach.Question("Which quirk makes the recommendation independent of the kept tokens' order?",
-                   ["Padding votes", "Dropout in the scores", "The lost position bias", "Separators compete"], 2,
-                   "Attention without position information sees a set."),
+    teach.Question(
+        "A history of 9 items has 45 tokens in 150 slots. The published rule keeps 50 slots. How many real tokens are lost?",
+        ["0", "15", "30", "45"],
+        0,
+        "All 45 fit into the 50 slots that stay.",
+    ),
+    teach.Question(
+        "Why does a padded slot cost time although it is masked?",
+        [
+            "It does not",
+            "Masks are slow",
+            "It passes through all projections and feed-forward layers",
+            "The optimiser updates it",
+        ],
+        2,
+        "The mask only keeps others from looking at it.",
+    ),
+    teach.Question(
+        "You measure 0.9 as the ratio of medians, and single rounds from 0.7 to 1.2. What have you shown?",
+        ["10 % less time", "30 % less time", "No difference yet", "20 % more time"],
+        2,
+        "The range of rounds holds 1. Time more rounds on a quieter machine, or a larger difference.",
+    ),
+    teach.Question(
+        "Which baseline does a claim about the speed of pruning need?",
+        ["A padded model", "An unpadded model with nothing pruned", "A larger model", "None"],
+        1,
+        "Otherwise it claims the padding that it removes.",
+    ),
+    teach.Question(
+        "Which quirk makes the recommendation independent of the kept tokens' order?",
+        ["Padding votes", "Dropout in the scores", "The lost position bias", "Separators compete"],
+        2,
+        "Attention without position information sees a set.",
+    ),
 )
 
 # %% [markdown]
@@ -300,9 +374,15 @@ teach.quiz(
 #   [the explorers](../sidlab/viz/cost.py) and [the quirks](../sidlab/viz/quirks.py), [a test of each quirk](../tests/test_reference.py)
 
 # %% tags=["record"]
-record = {"padding_share": padding.rows[0]["padding_kept"] / 150, "flops_published": padding.rows[1]["flops"], "flops_unpadded": padding.rows[4]["flops"],
-          "test_padding_share": float(1 - test_items.mean() / 30), "measured_unpadded": float(ratios.loc["unpadded", "ratio of medians"]),
-          "measured_published": float(ratios.loc["padded, published pruning", "ratio of medians"]),
-          "predicted_unpadded": float(ratios.loc["unpadded", "FLOPs"]),
-          "swap_reference": max(quirks.evidence(2)["reference"].bars.values()), "swap_corrected": max(quirks.evidence(2)["corrected"].bars.values())}
+record = {
+    "padding_share": padding.rows[0]["padding_kept"] / 150,
+    "flops_published": padding.rows[1]["flops"],
+    "flops_unpadded": padding.rows[4]["flops"],
+    "test_padding_share": float(1 - test_items.mean() / 30),
+    "measured_unpadded": float(ratios.loc["unpadded", "ratio of medians"]),
+    "measured_published": float(ratios.loc["padded, published pruning", "ratio of medians"]),
+    "predicted_unpadded": float(ratios.loc["unpadded", "FLOPs"]),
+    "swap_reference": max(quirks.evidence(2)["reference"].bars.values()),
+    "swap_corrected": max(quirks.evidence(2)["corrected"].bars.values()),
+}
 teach.record(record)

@@ -18,7 +18,8 @@
 # %% tags=["parameters"]
 threads = 1  # of the processor; small steps gain little from more, and on one their times vary less
 rounds = 5  # how often each step is timed
-unseen = [(64, 3, 30, 1024), (128, 2, 10, 2048), (32, 6, 20, 512)]  # steps to predict: model width, layers, items, slots a batch
+# Steps to predict: model width, layers, items, slots a batch
+unseen = [(64, 3, 30, 1024), (128, 2, 10, 2048), (32, 6, 20, 512)]
 catalogue_sizes = [1_000, 10_000, 100_000, 1_000_000]
 users = 16  # recommended to at each size
 
@@ -59,17 +60,25 @@ def costs_of(items, levels=3, width=256, pruning=None):
     config = plain_config(d_model=128, layers=4, items=items, pruning=pruning)
     return one_batch(config, (width,) * levels, slots=4096)
 
+
 # %%
 lengths = [10, 20, 40, 80, 160]
-parts = pd.DataFrame({n: costs_of(n).flops for n in lengths}).T / 1e6  # MFLOPs of a forward pass per history
+# MFLOPs of a forward pass per history
+parts = pd.DataFrame({n: costs_of(n).flops for n in lengths}).T / 1e6
 growth = costs_of(80).training / costs_of(40).training
 
 # %%
 teach.predict(
-    "From 40 to 80 items, the tokens double. By which factor do the FLOPs of a training step per history grow?", growth,
-    range=(1, 5), default=(2, 4), unit="×",
+    "From 40 to 80 items, the tokens double. By which factor do the FLOPs of a training step per history grow?",
+    growth,
+    range=(1, 5),
+    default=(2, 4),
+    unit="×",
     explain="Only the scores and the sum grow by 4 ×. At this d and these lengths, projections and feed-forward are most of the work, so the whole grows by little more than 2 ×.",
-    then=["Million FLOPs of a forward pass:", parts[["encoder", "decoder", "cross", "heads"]].round(1).rename_axis("items")],
+    then=[
+        "Million FLOPs of a forward pass:",
+        parts[["encoder", "decoder", "cross", "heads"]].round(1).rename_axis("items"),
+    ],
 )
 
 # %% [markdown]
@@ -79,9 +88,21 @@ teach.predict(
 # nearly free in FLOPs; they make the table of embeddings longer. *Activations* are the intermediate results that wait in memory for the backward pass.
 
 # %%
-rows = {f"{levels} × {width}": costs_of(20, levels, width) for levels, width in ((2, 256), (3, 256), (4, 256), (8, 256), (3, 1024), (3, 8192))}
-pd.DataFrame({name: {"tokens per history": c.slots, "MFLOPs to train on it": c.training / 1e6, "activations, MB a batch": c.activation_bytes / 2**20,
-                     "parameters, millions": c.parameters / 1e6} for name, c in rows.items()}).T.round(1)
+rows = {
+    f"{levels} × {width}": costs_of(20, levels, width)
+    for levels, width in ((2, 256), (3, 256), (4, 256), (8, 256), (3, 1024), (3, 8192))
+}
+pd.DataFrame(
+    {
+        name: {
+            "tokens per history": c.slots,
+            "MFLOPs to train on it": c.training / 1e6,
+            "activations, MB a batch": c.activation_bytes / 2**20,
+            "parameters, millions": c.parameters / 1e6,
+        }
+        for name, c in rows.items()
+    }
+).T.round(1)
 
 # %% [markdown]
 # ## From FLOPs to seconds
@@ -98,10 +119,15 @@ from sidlab.research.calibration import calibrate
 
 begin = time.perf_counter()
 speed = calibrate(rounds=rounds)
-print(f"{speed.device}, calibrated in {time.perf_counter() - begin:.0f} s, the fit is at most {speed.error:.0%} off:\n"
-      f"a GFLOP takes {1e12 * speed.flop:.0f} ms, 100 MB of activations {1e11 * speed.byte:.0f} ms, a layer {1000 * speed.layer:.1f} ms, "
-      f"the pruner {1000 * speed.pruner:.1f} ms")
-(1000 * speed.steps[["measured", "fitted"]]).round(1).join(speed.steps.drop(columns=["measured", "fitted"]))  # milliseconds
+print(
+    f"{speed.device}, calibrated in {time.perf_counter() - begin:.0f} s, the fit is at most {speed.error:.0%} off:\n"
+    f"a GFLOP takes {1e12 * speed.flop:.0f} ms, 100 MB of activations {1e11 * speed.byte:.0f} ms, a layer {1000 * speed.layer:.1f} ms, "
+    f"the pruner {1000 * speed.pruner:.1f} ms"
+)
+# Milliseconds
+(1000 * speed.steps[["measured", "fitted"]]).round(1).join(
+    speed.steps.drop(columns=["measured", "fitted"])
+)
 
 # %% [markdown]
 # Run this cell twice before you believe the split: the sum is measured, but FLOPs and memory traffic mostly grow together, so which of them a millisecond belongs to is
@@ -112,22 +138,36 @@ print(f"{speed.device}, calibrated in {time.perf_counter() - begin:.0f} s, the f
 # %%
 from sidlab.research.calibration import time_steps, timed_size
 
-cases = {(*size, pruned): timed_size(*size, PruningConfig(after_layer=1) if pruned else None) for size in unseen for pruned in (False, True)}
+cases = {
+    (*size, pruned): timed_size(*size, PruningConfig(after_layer=1) if pruned else None)
+    for size in unseen
+    for pruned in (False, True)
+}
 measured = time_steps({name: step for name, (_, _, step) in cases.items()}, rounds)
 
 # %%
 predicted = {name: speed.seconds(config, batch) for name, (config, batch, _) in cases.items()}
-held_out = pd.DataFrame({"predicted, ms": 1000 * pd.Series(predicted), "median, ms": 1000 * measured.median(), "fastest, ms": 1000 * measured.min(),
-                         "slowest, ms": 1000 * measured.max()})
+held_out = pd.DataFrame(
+    {
+        "predicted, ms": 1000 * pd.Series(predicted),
+        "median, ms": 1000 * measured.median(),
+        "fastest, ms": 1000 * measured.min(),
+        "slowest, ms": 1000 * measured.max(),
+    }
+)
 held_out["predicted ÷ median"] = held_out["predicted, ms"] / held_out["median, ms"]
 worst = float((held_out["predicted ÷ median"] - 1).abs().max())
 noise = float((measured.max() / measured.min()).median())
 
 # %%
 teach.predict(
-    "How far is the worst of these predictions from the median of its measurements, in percent?", min(100 * worst, 200), range=(0, 200), default=(5, 60), unit="%",
+    "How far is the worst of these predictions from the median of its measurements, in percent?",
+    min(100 * worst, 200),
+    range=(0, 200),
+    default=(5, 60),
+    unit="%",
     explain=f"Four numbers for all sizes are a coarse model, and the clock is not exact either: of {rounds} times the same step, the slowest took {noise:.1f} × "
-            "the fastest. Good enough to choose a size, not to compare two methods.",
+    "the fastest. Good enough to choose a size, not to compare two methods.",
     then=held_out.rename_axis(["width", "layers", "items", "slots", "pruned"]).round(2),
 )
 
@@ -159,25 +199,54 @@ calculator
 # layers wait for Python instead of for numbers, there is little to save. Measure both ends, interleaved, with the spread over rounds:
 
 # %%
-ends = {"small: width 32, 2 items, 128 slots": (32, 4, 2, 128), "large: width 128, 60 items, 2048 slots": (128, 4, 60, 2048)}
-steps = {(name, kind): timed_size(*size, PruningConfig() if kind == "pruned" else None)[2] for name, size in ends.items() for kind in ("plain", "pruned")}
+ends = {
+    "small: width 32, 2 items, 128 slots": (32, 4, 2, 128),
+    "large: width 128, 60 items, 2048 slots": (128, 4, 60, 2048),
+}
+steps = {
+    (name, kind): timed_size(*size, PruningConfig() if kind == "pruned" else None)[2]
+    for name, size in ends.items()
+    for kind in ("plain", "pruned")
+}
 seconds = time_steps(steps, 2 * rounds)
 
 # %%
 ratio = {name: seconds[name, "pruned"].median() / seconds[name, "plain"].median() for name in ends}
-spread = {name: (seconds[name, "pruned"] / seconds[name, "plain"]).agg(["min", "max"]) for name in ends}
+spread = {
+    name: (seconds[name, "pruned"] / seconds[name, "plain"]).agg(["min", "max"]) for name in ends
+}
 small, large = ends
 decided = 0.9 <= ratio[small] <= 1.1 or not spread[small]["min"] < 1 < spread[small]["max"]
-outcome = "it stays within 10 %" if 0.9 <= ratio[small] <= 1.1 else "it falls by more" if ratio[small] < 0.9 else "it grows by more"
+outcome = (
+    "it stays within 10 %"
+    if 0.9 <= ratio[small] <= 1.1
+    else "it falls by more"
+    if ratio[small] < 0.9
+    else "it grows by more"
+)
 
 # %%
 teach.predict(
     "Width 32, histories of 2 items, 128 slots a batch: keeping a third, what becomes of the time of a training step?",
     outcome if decided else "these rounds cannot tell",
-    choices=["it falls by more", "it stays within 10 %", "it grows by more", "these rounds cannot tell"], default="it stays within 10 %",
+    choices=[
+        "it falls by more",
+        "it stays within 10 %",
+        "it grows by more",
+        "these rounds cannot tell",
+    ],
+    default="it stays within 10 %",
     explain=f"Ratio of medians {ratio[small]:.2f} (rounds from {spread[small]['min']:.2f} to {spread[small]['max']:.2f}).",
-    then=pd.DataFrame({name: {"ratio of medians, pruned ÷ plain": ratio[name], "lowest round": spread[name]["min"],
-                              "highest round": spread[name]["max"]} for name in ends}).T.round(2),
+    then=pd.DataFrame(
+        {
+            name: {
+                "ratio of medians, pruned ÷ plain": ratio[name],
+                "lowest round": spread[name]["min"],
+                "highest round": spread[name]["max"],
+            }
+            for name in ends
+        }
+    ).T.round(2),
 )
 
 # %% [markdown]
@@ -215,16 +284,24 @@ times = time_steps({n: run for n, (run, _) in made.items()}, rounds)
 rows = {}
 for n, (_, table) in made.items():
     size = table.codes.nbytes + table.item_tokens.nbytes + table.trie.nbytes
-    rows[n] = {"distinct SIDs": table.trie.n_nodes[-1], "MB": size / 2**20, "MB, predicted": table_bytes(n, table.widths) / 2**20,
-               "ms per user": 1000 * times[n].median() / users, "fastest": 1000 * times[n].min() / users, "slowest": 1000 * times[n].max() / users}
+    rows[n] = {
+        "distinct SIDs": table.trie.n_nodes[-1],
+        "MB": size / 2**20,
+        "MB, predicted": table_bytes(n, table.widths) / 2**20,
+        "ms per user": 1000 * times[n].median() / users,
+        "fastest": 1000 * times[n].min() / users,
+        "slowest": 1000 * times[n].max() / users,
+    }
 scale = pd.DataFrame(rows).T.rename_axis("items")
 slower = scale["ms per user"].iloc[-1] / scale["ms per user"].iloc[0]
 
 # %%
 teach.predict(
     f"The catalogue grows from {catalogue_sizes[0]:,} to {catalogue_sizes[-1]:,} items. Recommending to one user takes how many times as long?",
-    "under 3 ×" if slower < 3 else "3 to 30 ×" if slower < 30 else "more than 30 ×", choices=["under 3 ×", "3 to 30 ×", "more than 30 ×"],
-    default="under 3 ×", explain="Beam search asks for the children of ten nodes at every level, however many items hang below them.",
+    "under 3 ×" if slower < 3 else "3 to 30 ×" if slower < 30 else "more than 30 ×",
+    choices=["under 3 ×", "3 to 30 ×", "more than 30 ×"],
+    default="under 3 ×",
+    explain="Beam search asks for the children of ten nodes at every level, however many items hang below them.",
     then=[scale.round(2), "Memory grows in step with the number of items, time hardly does."],
 )
 
@@ -244,6 +321,7 @@ teach.predict(
 #
 # Put the three lines of "Where the FLOPs go" into an equation and divide both sides by 4 · n · d.
 # </details>
+
 
 # %% tags=["exercise"]
 def crossover(d, f):
@@ -267,6 +345,7 @@ teach.check("crossover", crossover)
 # `np.unique(array, axis=0)` keeps each row once. A beginning of two codes is a row of `codes[:, :2]`.
 # </details>
 
+
 # %% tags=["exercise"]
 def trie_nodes(codes):
     """int64 [items, L] → list of L ints."""
@@ -288,17 +367,41 @@ teach.check("trie_nodes", trie_nodes)
 
 # %%
 teach.quiz(
-    teach.Question("Histories become twice as long. Which part of a layer grows fourfold?", ["The projections", "The feed-forward part", "The scores and the weighted sum", "All"], 2,
-                   "They have n² terms. The others have n."),
-    teach.Question("A step takes 40 ms, 36 of them the fixed price of layers. What can pruning save at most?", ["90 %", "10 %", "Two thirds", "Nothing can be said"], 1,
-                   "Only the other 4 ms depend on the number of tokens."),
-    teach.Question("Why is the fit judged on steps that it was not made from?", ["They are faster", "Four coefficients can bend towards the points they were fitted to",
-                                                                               "To save time", "Because of dropout"], 1,
-                   "Agreement on the points of the fit is not a prediction."),
-    teach.Question("From 1,000 to 1,000,000 items with the same levels and codes per level: what grows?", ["The model", "The beam", "The table and the trie", "All of them"], 2,
-                   "The model speaks in codes, and there are as many as before."),
-    teach.Question("GPU-hours from FLOPs and the data sheet's peak are …", ["an upper bound", "a lower bound", "exact", "unrelated"], 1,
-                   "No real step reaches the peak, and small ones are far from it."),
+    teach.Question(
+        "Histories become twice as long. Which part of a layer grows fourfold?",
+        ["The projections", "The feed-forward part", "The scores and the weighted sum", "All"],
+        2,
+        "They have n² terms. The others have n.",
+    ),
+    teach.Question(
+        "A step takes 40 ms, 36 of them the fixed price of layers. What can pruning save at most?",
+        ["90 %", "10 %", "Two thirds", "Nothing can be said"],
+        1,
+        "Only the other 4 ms depend on the number of tokens.",
+    ),
+    teach.Question(
+        "Why is the fit judged on steps that it was not made from?",
+        [
+            "They are faster",
+            "Four coefficients can bend towards the points they were fitted to",
+            "To save time",
+            "Because of dropout",
+        ],
+        1,
+        "Agreement on the points of the fit is not a prediction.",
+    ),
+    teach.Question(
+        "From 1,000 to 1,000,000 items with the same levels and codes per level: what grows?",
+        ["The model", "The beam", "The table and the trie", "All of them"],
+        2,
+        "The model speaks in codes, and there are as many as before.",
+    ),
+    teach.Question(
+        "GPU-hours from FLOPs and the data sheet's peak are …",
+        ["an upper bound", "a lower bound", "exact", "unrelated"],
+        1,
+        "No real step reaches the peak, and small ones are far from it.",
+    ),
 )
 
 # %% [markdown]
@@ -309,6 +412,14 @@ teach.quiz(
 #   [the calculator](../sidlab/viz/cost.py), [the trie](../sidlab/sids/trie.py), [beam search](../sidlab/decoding.py)
 
 # %% tags=["record"]
-record = {"flops_growth": growth, "fit_error": speed.error, "worst_prediction": worst, "ratio_small": float(ratio[small]), "ratio_large": float(ratio[large]),
-          "catalogue_slower": float(slower), "table_mb": float(scale["MB"].iloc[-1]), "table_mb_predicted": float(scale["MB, predicted"].iloc[-1])}
+record = {
+    "flops_growth": growth,
+    "fit_error": speed.error,
+    "worst_prediction": worst,
+    "ratio_small": float(ratio[small]),
+    "ratio_large": float(ratio[large]),
+    "catalogue_slower": float(slower),
+    "table_mb": float(scale["MB"].iloc[-1]),
+    "table_mb_predicted": float(scale["MB, predicted"].iloc[-1]),
+}
 teach.record(record)

@@ -16,8 +16,8 @@
 # **Machine** Two cores, 1.5 GB of memory, no GPU, no network. The trainings take about a minute altogether.
 
 # %% tags=["parameters"]
-folder = ""        # of your own data; empty: a small shop is made in a temporary folder
-keep = 1 / 3       # the share of tokens that stays
+folder = ""  # of your own data; empty: a small shop is made in a temporary folder
+keep = 1 / 3  # the share of tokens that stays
 max_updates = 150  # of each training; more give better models and take longer
 seed = 0
 
@@ -45,10 +45,19 @@ from sidlab.course import teach
 # %%
 rng = np.random.default_rng(seed)
 colours = ("red", "blue", "green", "black", "white", "yellow")
-things = {"kitchen": ("mug", "bowl", "kettle", "pan", "knife"), "desk": ("pen", "lamp", "notebook", "ruler", "stapler"),
-          "garden": ("spade", "hose", "pot", "rake", "gloves"), "travel": ("bag", "bottle", "towel", "map case", "pillow")}
-items = [{"title": f"{colour} {thing}", "categories": ["home", department]}
-         for colour in colours for department, names in things.items() for thing in names]
+things = {
+    "kitchen": ("mug", "bowl", "kettle", "pan", "knife"),
+    "desk": ("pen", "lamp", "notebook", "ruler", "stapler"),
+    "garden": ("spade", "hose", "pot", "rake", "gloves"),
+    "travel": ("bag", "bottle", "towel", "map case", "pillow"),
+}
+items = [
+    {"title": f"{colour} {thing}", "categories": ["home", department]}
+    for colour in colours
+    for department, names in things.items()
+    for thing in names
+]
+
 
 # %%
 def visit(colour, department):
@@ -59,7 +68,8 @@ def visit(colour, department):
 
 users = []
 for _ in range(400):
-    favourite, start = rng.integers(len(colours)), rng.integers(4)
+    favourite = rng.integers(len(colours))
+    start = rng.integers(4)
     users.append([int(visit(favourite, (start + step) % 4)) for step in range(rng.integers(6, 13))])
 
 # %%
@@ -67,7 +77,9 @@ shop_folder = pathlib.Path(folder or tempfile.mkdtemp())
 if not folder:
     lines = [json.dumps({"item_id": i, **item}) for i, item in enumerate(items, start=1)]
     (shop_folder / "items.jsonl").write_text("\n".join(lines) + "\n")
-    (shop_folder / "sequences.txt").write_text("".join(f"user{u} {' '.join(map(str, h))}\n" for u, h in enumerate(users)))
+    (shop_folder / "sequences.txt").write_text(
+        "".join(f"user{u} {' '.join(map(str, h))}\n" for u, h in enumerate(users))
+    )
 print((shop_folder / "items.jsonl").read_text()[:150] if not folder else shop_folder, "…")
 
 # %% [markdown]
@@ -77,8 +89,12 @@ print((shop_folder / "items.jsonl").read_text()[:150] if not folder else shop_fo
 
 # %%
 dirty_folder = pathlib.Path(tempfile.mkdtemp())
-(dirty_folder / "items.jsonl").write_text('{"item_id": 1, "title": "red mug"}\n{"item_id": 2, "title": 7}\n{"item_id": 3, "title": "blue pen"}\n')
-(dirty_folder / "sequences.txt").write_text("ann 1 2 3\nbob 1 99\ncem 1 two 3\nann 3 2 1\ndee 3 2\n")
+(dirty_folder / "items.jsonl").write_text(
+    '{"item_id": 1, "title": "red mug"}\n{"item_id": 2, "title": 7}\n{"item_id": 3, "title": "blue pen"}\n'
+)
+(dirty_folder / "sequences.txt").write_text(
+    "ann 1 2 3\nbob 1 99\ncem 1 two 3\nann 3 2 1\ndee 3 2\n"
+)
 print((dirty_folder / "sequences.txt").read_text())
 
 # %%
@@ -88,10 +104,20 @@ with warnings.catch_warnings():
 
 # %%
 teach.predict(
-    "How many users does the catalogue of these two files have in the end?", 2, choices=[1, 2, 4, 5], default=4,
+    "How many users does the catalogue of these two files have in the end?",
+    2,
+    choices=[1, 2, 4, 5],
+    default=4,
     explain="ann and dee. A sequence with an unknown item or a word is left out as a whole, and so is a second line of the same user: nothing is guessed.",
-    then="\n".join([f"{len(dirty.histories)} users, {dirty.n_items} items\n",
-                    *(f"* {found['count']} × {kind}; first: {found['first']}" for kind, found in dirty.dirty.items())]),
+    then="\n".join(
+        [
+            f"{len(dirty.histories)} users, {dirty.n_items} items\n",
+            *(
+                f"* {found['count']} × {kind}; first: {found['first']}"
+                for kind, found in dirty.dirty.items()
+            ),
+        ]
+    ),
 )
 
 # %% [markdown]
@@ -116,8 +142,14 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 def my_encoder(texts, dim=32):
     """Texts → float32 [n, dim], by letter triples."""
-    counts = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 3), n_features=2**12).transform([text or "" for text in texts])
-    return TruncatedSVD(min(dim, len(texts) - 1), random_state=0).fit_transform(counts).astype(np.float32)
+    counts = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 3), n_features=2**12).transform(
+        [text or "" for text in texts]
+    )
+    return (
+        TruncatedSVD(min(dim, len(texts) - 1), random_state=0)
+        .fit_transform(counts)
+        .astype(np.float32)
+    )
 
 
 by_letters = sidlab.load_catalogue(shop_folder, embeddings=my_encoder(shop.items["text"]))
@@ -130,12 +162,17 @@ train_part = sidlab.windows.leave_one_out(shop.histories).train
 pairs = np.concatenate([np.stack([h[:-1], h[1:]]) for h in train_part if len(h) > 1], axis=1) - 1
 beside = np.zeros((shop.n_items, shop.n_items))
 np.add.at(beside, tuple(pairs), 1)
-behaviour = TruncatedSVD(min(32, shop.n_items - 1), random_state=0).fit_transform(np.log1p(beside + beside.T)).astype(np.float32)
+behaviour = (
+    TruncatedSVD(min(32, shop.n_items - 1), random_state=0)
+    .fit_transform(np.log1p(beside + beside.T))
+    .astype(np.float32)
+)
 by_behaviour = sidlab.load_catalogue(shop_folder, embeddings=behaviour)
 
 # %% [markdown]
 # Which of them gives good SIDs? `SidTable.report` answers before anything is trained ([notebook 1](01_semantic_ids.ipynb)): collisions, how evenly codes are used,
 # how much is lost, and whether near neighbours share a prefix more often than chance.
+
 
 # %%
 def make_sids(catalogue, levels=3, width=None):
@@ -147,16 +184,27 @@ def make_sids(catalogue, levels=3, width=None):
 
 sources = {"TF-IDF": shop, "letters": by_letters, "behaviour": by_behaviour}
 made = {name: make_sids(catalogue) for name, catalogue in sources.items()}
-reports = {name: table.report(encoder, sources[name].embeddings) for name, (encoder, table) in made.items()}
+reports = {
+    name: table.report(encoder, sources[name].embeddings) for name, (encoder, table) in made.items()
+}
 
 # %%
 import pandas as pd
 
-quality = pd.DataFrame({name: {
-    "collision rate": report["collision_rate"], "levels with the added one": report["levels"],
-    "perplexity of level 1": report["per_level"][0]["perplexity"], "error after level 1": report["per_level"][0]["reconstruction_error"],
-    "error after level 3": report["per_level"][2]["reconstruction_error"], "neighbours with my level 1": report["per_level"][0]["neighbour_overlap"],
-    "by chance": report["per_level"][0]["chance_overlap"]} for name, report in reports.items()}).T.round(3)
+quality = pd.DataFrame(
+    {
+        name: {
+            "collision rate": report["collision_rate"],
+            "levels with the added one": report["levels"],
+            "perplexity of level 1": report["per_level"][0]["perplexity"],
+            "error after level 1": report["per_level"][0]["reconstruction_error"],
+            "error after level 3": report["per_level"][2]["reconstruction_error"],
+            "neighbours with my level 1": report["per_level"][0]["neighbour_overlap"],
+            "by chance": report["per_level"][0]["chance_overlap"],
+        }
+        for name, report in reports.items()
+    }
+).T.round(3)
 quality
 
 # %% [markdown]
@@ -168,7 +216,11 @@ quality
 _, table = made["TF-IDF"]
 for code in range(3):
     members = shop.items["title"][table.codes[:, 0] == code]
-    print(f"code {code}:", ", ".join(str(title) for title in members[:8]), "…" if len(members) > 8 else "")
+    print(
+        f"code {code}:",
+        ", ".join(str(title) for title in members[:8]),
+        "…" if len(members) > 8 else "",
+    )
 
 # %% [markdown]
 # ## A scorer in ten lines
@@ -177,15 +229,17 @@ for code in range(3):
 # `positions` (0 is the oldest), `levels` (0, 1, …, and L for a separator), `item_index` and `mask`. This one takes the size of the state. Where several states
 # point in nearly the same direction, only the newest counts in full: what you have seen twice tells you less.
 
+
 # %%
 def fresh(signals):
     """Size of the state, halved for each later token whose state points in nearly the same direction."""
-    size = signals.hidden.abs().sum(-1)                                        # [B, N]
+    size = signals.hidden.abs().sum(-1)  # [B, N]
     direction = torch.nn.functional.normalize(signals.hidden, dim=-1)
-    alike = direction @ direction.transpose(1, 2) > 0.95                       # [B, N, N]
-    later = signals.positions[:, None, :] > signals.positions[:, :, None]      # [B, N, N]
-    repeats = (alike & later & signals.mask[:, None, :].bool()).sum(-1)        # [B, N]
+    alike = direction @ direction.transpose(1, 2) > 0.95  # [B, N, N]
+    later = signals.positions[:, None, :] > signals.positions[:, :, None]  # [B, N, N]
+    repeats = (alike & later & signals.mask[:, None, :].bool()).sum(-1)  # [B, N]
     return size / 2.0**repeats
+
 
 # %% [markdown]
 # Train models that differ in nothing but the scorer: the same windows in the same batches, the same number of updates, the same kept share. Beside them one that
@@ -196,10 +250,23 @@ from sidlab.metrics import bootstrap_interval, paired_test, recall_at
 from sidlab.training import evaluate
 
 histories, targets = sidlab.windows.leave_one_out(shop.histories).cases("test")
-results, hits = {}, {}
-for name, scorer in {"rastp": "rastp", "random": "random", "fresh": fresh, "nothing pruned": None}.items():
-    config = sidlab.TrainConfig.preset("quick", max_updates=max_updates, epochs=100, eval_every=max(1, max_updates // 3), eval_users=200, seed=seed,
-                                       pruning=scorer and sidlab.PruningConfig(keep=keep, scorer=scorer))
+results = {}
+hits = {}
+for name, scorer in {
+    "rastp": "rastp",
+    "random": "random",
+    "fresh": fresh,
+    "nothing pruned": None,
+}.items():
+    config = sidlab.TrainConfig.preset(
+        "quick",
+        max_updates=max_updates,
+        epochs=100,
+        eval_every=max(1, max_updates // 3),
+        eval_users=200,
+        seed=seed,
+        pruning=scorer and sidlab.PruningConfig(keep=keep, scorer=scorer),
+    )
     results[name] = sidlab.train(config, shop, table, progress=False)
     hits[name] = recall_at(evaluate(results[name].model, histories, targets), 10)  # [U], 1 or 0
 
@@ -208,20 +275,37 @@ from sidlab.research.baselines import NeighbourTable
 from sidlab.metrics import rank_of_target
 
 neighbours = NeighbourTable().fit(train_part, shop.n_items).recommend(histories, k=10)
-print(f"table of neighbouring items: recall@10 {recall_at(rank_of_target(neighbours, targets), 10).mean():.3f}")
-compared = pd.DataFrame({name: {
-    "recall@10": h.mean(), "low": bootstrap_interval(h)[0], "high": bootstrap_interval(h)[1],
-    "kept share of the tokens": results[name].tokens["kept_token_fraction"], "p against rastp": paired_test(h, hits["rastp"]).p_value}
-    for name, h in hits.items()}).T.round(3)
+print(
+    f"table of neighbouring items: recall@10 {recall_at(rank_of_target(neighbours, targets), 10).mean():.3f}"
+)
+compared = pd.DataFrame(
+    {
+        name: {
+            "recall@10": h.mean(),
+            "low": bootstrap_interval(h)[0],
+            "high": bootstrap_interval(h)[1],
+            "kept share of the tokens": results[name].tokens["kept_token_fraction"],
+            "p against rastp": paired_test(h, hits["rastp"]).p_value,
+        }
+        for name, h in hits.items()
+    }
+).T.round(3)
 scorers = ["rastp", "random", "fresh"]
 best = max(scorers, key=lambda name: hits[name].mean())
 
 # %%
 teach.predict(
-    "Which of the three scorers finds the hidden item most often?", best, choices=scorers, default="rastp",
-    explain=", ".join(f"{name} {h.mean():.3f}" for name, h in hits.items()) + f"; one user is worth {1 / len(targets):.4f}.",
-    then=[compared, "Every item of this shop says the favourite colour, so nearly any third of the tokens tells it: is `random` as good as "
-          "RASTP here? Such data cannot test a scorer."],
+    "Which of the three scorers finds the hidden item most often?",
+    best,
+    choices=scorers,
+    default="rastp",
+    explain=", ".join(f"{name} {h.mean():.3f}" for name, h in hits.items())
+    + f"; one user is worth {1 / len(targets):.4f}.",
+    then=[
+        compared,
+        "Every item of this shop says the favourite colour, so nearly any third of the tokens tells it: is `random` as good as "
+        "RASTP here? Such data cannot test a scorer.",
+    ],
 )
 
 # %% [markdown]
@@ -234,7 +318,9 @@ teach.predict(
 # %%
 from sidlab.viz import PruningExplorer
 
-explorer = PruningExplorer(results["fresh"].model, shop, scorers={"fresh": fresh}, scorer="fresh", keep=keep)
+explorer = PruningExplorer(
+    results["fresh"].model, shop, scorers={"fresh": fresh}, scorer="fresh", keep=keep
+)
 explorer
 
 # %% [markdown]
@@ -255,6 +341,7 @@ explorer
 # `signals.centrality * signals.hidden.abs().sum(-1)` is RASTP. Multiplying separators by 0 is not enough: a code may score next to 0, too.
 # `tensor.masked_fill(condition, -torch.inf)` does it.
 # </details>
+
 
 # %% tags=["exercise"]
 def codes_only(signals):
@@ -280,6 +367,7 @@ teach.check("codes_only", codes_only)
 # Normalise the rows, multiply the matrix with its transpose, and put −∞ on the diagonal (`np.fill_diagonal`), or every item is its own nearest one.
 # </details>
 
+
 # %% tags=["exercise"]
 def nearest_share(embeddings, codes):
     """float [n, d], int [n, L] → share of items whose nearest other item has the same first code."""
@@ -304,20 +392,46 @@ teach.check("nearest_share", nearest_share)
 
 # %%
 teach.quiz(
-    teach.Question("Item ids in items.jsonl are 1, 2, 4. What happens?", ["4 becomes 3", "An error: ids are positions, so there must be no gap",
-                                                                        "A warning", "Item 3 is empty"], 1,
-                   "A silent shift would attach histories to wrong items, so the reader stops."),
-    teach.Question("Where do embeddings from behaviour have to come from?", ["All histories", "The training part of the histories",
-                                                                          "The test items", "The texts"], 1,
-                   "Each user's last two items are held out. Vectors made from them would know the answers."),
-    teach.Question("A report shows no collisions and a low reconstruction error. What follows?", ["Recommendations will be good", "The codes tell the vectors apart",
-                                                                                               "The vectors are good", "Training will be fast"], 1,
-                   "Whether the vectors hold what matters shows only in recommendations."),
-    teach.Question("What may a scorer not look at if it is to work on real data?", ["signals.hidden", "signals.truth", "signals.positions", "signals.levels"], 1,
-                   "The truth is known in the planted world only."),
-    teach.Question("Your scorer beats random by 0.01 with p = 0.4. What do you report?", ["It is better", "It is worse",
-                                                                                        "No difference that these users could show", "It is equal"], 2,
-                   "A difference that chance often makes is not evidence for one, nor for equality."),
+    teach.Question(
+        "Item ids in items.jsonl are 1, 2, 4. What happens?",
+        [
+            "4 becomes 3",
+            "An error: ids are positions, so there must be no gap",
+            "A warning",
+            "Item 3 is empty",
+        ],
+        1,
+        "A silent shift would attach histories to wrong items, so the reader stops.",
+    ),
+    teach.Question(
+        "Where do embeddings from behaviour have to come from?",
+        ["All histories", "The training part of the histories", "The test items", "The texts"],
+        1,
+        "Each user's last two items are held out. Vectors made from them would know the answers.",
+    ),
+    teach.Question(
+        "A report shows no collisions and a low reconstruction error. What follows?",
+        [
+            "Recommendations will be good",
+            "The codes tell the vectors apart",
+            "The vectors are good",
+            "Training will be fast",
+        ],
+        1,
+        "Whether the vectors hold what matters shows only in recommendations.",
+    ),
+    teach.Question(
+        "What may a scorer not look at if it is to work on real data?",
+        ["signals.hidden", "signals.truth", "signals.positions", "signals.levels"],
+        1,
+        "The truth is known in the planted world only.",
+    ),
+    teach.Question(
+        "Your scorer beats random by 0.01 with p = 0.4. What do you report?",
+        ["It is better", "It is worse", "No difference that these users could show", "It is equal"],
+        2,
+        "A difference that chance often makes is not evidence for one, nor for equality.",
+    ),
 )
 
 # %% [markdown]
@@ -329,8 +443,14 @@ teach.quiz(
 # * The Amazon data of 2014 load the same way: see *Your own data* in the [README](../README.md)
 
 # %% tags=["record"]
-record = {"users": len(shop.histories), "items": shop.n_items, "dirty_kinds": len(dirty.dirty), "users_of_dirty": len(dirty.histories),
-          "collision_rate": float(quality.loc["TF-IDF", "collision rate"]),
-          **{f"recall_{name}": float(h.mean()) for name, h in hits.items()},
-          "kept_share": float(compared.loc["fresh", "kept share of the tokens"]), "kept_share_rastp": float(compared.loc["rastp", "kept share of the tokens"])}
+record = {
+    "users": len(shop.histories),
+    "items": shop.n_items,
+    "dirty_kinds": len(dirty.dirty),
+    "users_of_dirty": len(dirty.histories),
+    "collision_rate": float(quality.loc["TF-IDF", "collision rate"]),
+    **{f"recall_{name}": float(h.mean()) for name, h in hits.items()},
+    "kept_share": float(compared.loc["fresh", "kept share of the tokens"]),
+    "kept_share_rastp": float(compared.loc["rastp", "kept share of the tokens"]),
+}
 teach.record(record)

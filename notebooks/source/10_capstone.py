@@ -16,11 +16,11 @@
 # **Machine** Two cores, 1.5 GB of memory, no GPU, no network. Stage 1 takes seconds for each idea, stage 2 about half a minute for each training.
 
 # %% tags=["parameters"]
-keep = 1 / 6                 # the share of tokens that stays: fewer than one for each item
-test_users = 1000            # of stage 1
-dataset = "planted"          # of stage 2: "planted", or a folder of your own data (notebook 9)
-n_users = 2000               # of the planted world in stage 2
-max_updates = 260            # of each training in stage 2
+keep = 1 / 6  # the share of tokens that stays: fewer than one for each item
+test_users = 1000  # of stage 1
+dataset = "planted"  # of stage 2: "planted", or a folder of your own data (notebook 9)
+n_users = 2000  # of the planted world in stage 2
+max_updates = 260  # of each training in stage 2
 board_file = "../runs/capstone/board.json"
 seed = 0
 
@@ -38,24 +38,53 @@ def fair(scorer):
     """[1, 1, 1] if it is a scorer: shape [B, N], no NaN, padding changes nothing. The truth is not there, so whoever needs it fails."""
     generator = torch.Generator().manual_seed(0)
     place = torch.arange(8).repeat(2, 1)
-    fields = {"hidden": torch.randn(2, 8, 4, generator=generator), "centrality": torch.rand(2, 8, generator=generator), "positions": place,
-              "levels": place % 4, "item_index": place // 4, "mask": torch.ones(2, 8, dtype=torch.long)}
+    fields = {
+        "hidden": torch.randn(2, 8, 4, generator=generator),
+        "centrality": torch.rand(2, 8, generator=generator),
+        "positions": place,
+        "levels": place % 4,
+        "item_index": place // 4,
+        "mask": torch.ones(2, 8, dtype=torch.long),
+    }
     full = scorer(sidlab.saliency.Signals(**fields))
     if full is None:
-        raise ValueError("the scorer returned None; `signals.truth` is None here, and no part of the contest")
+        raise ValueError(
+            "the scorer returned None; `signals.truth` is None here, and no part of the contest"
+        )
     if not isinstance(full, torch.Tensor) or full.shape != (2, 8):
         return [0, 1, 1]
-    padded = {name: torch.nn.functional.pad(value, (0, 0, 0, 4) if name == "hidden" else (0, 4)) for name, value in fields.items()}
-    padded["hidden"][:, 8:] = 3 * torch.randn(2, 4, 4, generator=generator)  # a padded slot has a state, too: it is only not real
+    padded = {
+        name: torch.nn.functional.pad(value, (0, 0, 0, 4) if name == "hidden" else (0, 4))
+        for name, value in fields.items()
+    }
+    # A padded slot has a state, too: it is only not real
+    padded["hidden"][:, 8:] = 3 * torch.randn(2, 4, 4, generator=generator)
     again = scorer(sidlab.saliency.Signals(**padded))[:, :8]
-    return [1, int(not full.isnan().any()), int(torch.equal(full.argsort(stable=True), again.argsort(stable=True)))]
+    return [
+        1,
+        int(not full.isnan().any()),
+        int(torch.equal(full.argsort(stable=True), again.argsort(stable=True))),
+    ]
 
 
-teach.register("my_scorer", [(fair,)], lambda f: f(lambda s: s.positions.float()), {
-    "A scorer returns a float tensor of the shape [B, N], one number for each token.": lambda f: [0, 1, 1],
-    "It returns NaN somewhere. A division by 0?": lambda f: [1, 0, 1],
-    "Padding changes the order of the real tokens: leave tokens with mask 0 out of means, maxima and votes.": lambda f: [1, 1, 0],
-})
+teach.register(
+    "my_scorer",
+    [(fair,)],
+    lambda f: f(lambda s: s.positions.float()),
+    {
+        "A scorer returns a float tensor of the shape [B, N], one number for each token.": lambda f: [
+            0,
+            1,
+            1,
+        ],
+        "It returns NaN somewhere. A division by 0?": lambda f: [1, 0, 1],
+        "Padding changes the order of the real tokens: leave tokens with mask 0 out of means, maxima and votes.": lambda f: [
+            1,
+            1,
+            0,
+        ],
+    },
+)
 
 # %% [markdown]
 # ## The contest
@@ -82,21 +111,38 @@ truth = demo.catalogue.truth
 def hits(scorer, part="validation"):
     """Whose target is among ten recommended items: float [U], 1 or 0. `scorer` None: nothing pruned."""
     demo.model.set_pruning(scorer and PruningConfig(after_layer=2, keep=keep, scorer=scorer))
-    return recall_at(evaluate(demo.model, *split.cases(part), truth=truth if scorer == "oracle" else None), 10)  # nobody else sees the truth
+    # Nobody else sees the truth
+    return recall_at(
+        evaluate(demo.model, *split.cases(part), truth=truth if scorer == "oracle" else None), 10
+    )
+
 
 # %%
 bayes = float(truth.bayes_recall(split.cases("validation")[0], 10).mean())
-starters = {name: hits(name) for name in ("rastp", "norm", "centrality", "random", "recent", "oracle")}
+starters = {
+    name: hits(name) for name in ("rastp", "norm", "centrality", "random", "recent", "oracle")
+}
 unpruned = hits(None)
 ratio = starters["oracle"].mean() / unpruned.mean()
 
 # %%
 teach.predict(
     f"One token in six stays. How much of the unpruned recall@10, {unpruned.mean():.3f}, does the best of six starters (rastp, its factors norm and centrality, random, recent, oracle) keep, in percent?",
-    100 * max(h.mean() for h in starters.values()) / unpruned.mean(), range=(0, 100), default=(60, 90), unit="%",
+    100 * max(h.mean() for h in starters.values()) / unpruned.mean(),
+    range=(0, 100),
+    default=(60, 90),
+    unit="%",
     explain=f"The oracle keeps {ratio:.0%}: the right tokens of the input are not the right states behind layer 2.",
-    then=[pd.Series({name: h.mean() for name, h in {**starters, "unpruned": unpruned}.items()} | {"Bayes optimum": bayes}, name="recall@10").to_frame().round(3),
-          "Keeping one token in six costs RASTP a good part of what the model could do. That gap is your room."],
+    then=[
+        pd.Series(
+            {name: h.mean() for name, h in {**starters, "unpruned": unpruned}.items()}
+            | {"Bayes optimum": bayes},
+            name="recall@10",
+        )
+        .to_frame()
+        .round(3),
+        "Keeping one token in six costs RASTP a good part of what the model could do. That gap is your room.",
+    ],
 )
 
 # %% [markdown]
@@ -116,13 +162,21 @@ def informative(scorer, part="validation"):
     demo.model.set_pruning(PruningConfig(after_layer=2, keep=keep, scorer=scorer))
     histories = split.cases(part)[0]
     encoded = encode_histories(demo.model, histories, truth if scorer == "oracle" else None)
-    matters = truth_tokens(truth.informative(histories), 3, True, (len(histories), 4 * max(map(len, histories)))) > 0  # bool [U, N]
+    # Bool [U, N]
+    matters = (
+        truth_tokens(
+            truth.informative(histories), 3, True, (len(histories), 4 * max(map(len, histories)))
+        )
+        > 0
+    )
     kept = encoded.attention_mask.bool()
     found = (matters.gather(1, encoded.positions) & kept).sum().item()
     return found / kept.sum().item(), found / matters.sum().item()
 
 
-tokens = pd.DataFrame({name: informative(name) for name in starters}, index=["precision", "recall of tokens"]).T.round(3)
+tokens = pd.DataFrame(
+    {name: informative(name) for name in starters}, index=["precision", "recall of tokens"]
+).T.round(3)
 tokens
 
 # %% [markdown]
@@ -130,6 +184,7 @@ tokens
 #
 # `last_code` keeps the last code of each item, the newest items first. It is a strong competitor that uses no attention at all. But there are more items than places. Which
 # items does it give up, and which should it have given up?
+
 
 # %%
 def last_code(signals):
@@ -144,7 +199,14 @@ print(f"last_code {starters['last_code'].mean():.3f}, rastp {starters['rastp'].m
 # %%
 from sidlab.viz import PruningExplorer
 
-explorer = PruningExplorer(demo.model, demo.catalogue, scorers={"last_code": last_code}, scorer="last_code", keep=keep, user=44)
+explorer = PruningExplorer(
+    demo.model,
+    demo.catalogue,
+    scorers={"last_code": last_code},
+    scorer="last_code",
+    keep=keep,
+    user=44,
+)
 explorer
 
 # %% [markdown]
@@ -166,14 +228,19 @@ explorer
 # directions of states, and prefer the newer one); leave out items that nobody looks at. `[B, N, N]` comparisons are cheap for short histories.
 # </details>
 
+
 # %% tags=["exercise"]
 def my_scorer(signals):
     """Signals → importance [B, N]."""
     ### BEGIN SOLUTION
     direction = torch.nn.functional.normalize(signals.hidden, dim=-1)
     last = signals.levels == 2
-    newer = (signals.positions[:, None, :] > signals.positions[:, :, None]) & (last & signals.mask.bool())[:, None, :]  # [B, N, N]
-    likeness = (direction @ direction.transpose(1, 2)).masked_fill(~newer, -1.0).amax(-1)  # to the newer last code that is most like it
+    # [B, N, N]
+    newer = (signals.positions[:, None, :] > signals.positions[:, :, None]) & (
+        last & signals.mask.bool()
+    )[:, None, :]
+    # To the newer last code that is most like it
+    likeness = (direction @ direction.transpose(1, 2)).masked_fill(~newer, -1.0).amax(-1)
     return last * 10.0 - likeness
     ### END SOLUTION
 
@@ -184,7 +251,9 @@ accepted
 
 # %%
 if accepted.passed:
-    print(f"validation recall@10: mine {hits(my_scorer).mean():.3f}, last_code {starters['last_code'].mean():.3f}, rastp {starters['rastp'].mean():.3f}")
+    print(
+        f"validation recall@10: mine {hits(my_scorer).mean():.3f}, last_code {starters['last_code'].mean():.3f}, rastp {starters['rastp'].mean():.3f}"
+    )
 
 # %% [markdown]
 # ## On the board
@@ -195,7 +264,8 @@ if accepted.passed:
 # %%
 from sidlab.course.board import Board
 
-board, contest = Board(board_file), f"demo model, test of {test_users} users, keep {keep:.3f}"
+board = Board(board_file)
+contest = f"demo model, test of {test_users} users, keep {keep:.3f}"
 
 
 def enter(name, scorer):
@@ -203,15 +273,30 @@ def enter(name, scorer):
     found = hits(scorer, "test")
     low, high = bootstrap_interval(found)
     precision, coverage = informative(scorer, "test")
-    board.add(name, contest, {"recall@10": float(found.mean()), "low": low, "high": high, "of unpruned": float(found.mean() / whole.mean()),
-                              "of Bayes": float(found.mean() / best), "precision": precision, "recall of tokens": coverage})
+    board.add(
+        name,
+        contest,
+        {
+            "recall@10": float(found.mean()),
+            "low": low,
+            "high": high,
+            "of unpruned": float(found.mean() / whole.mean()),
+            "of Bayes": float(found.mean() / best),
+            "precision": precision,
+            "recall of tokens": coverage,
+        },
+    )
     return found
 
+
 # %%
-whole, best = hits(None, "test"), float(truth.bayes_recall(split.cases("test")[0], 10).mean())
+whole = hits(None, "test")
+best = float(truth.bayes_recall(split.cases("test")[0], 10).mean())
 board.add("unpruned", contest, {"recall@10": float(whole.mean()), "anchor": True})
 board.add("Bayes optimum", contest, {"recall@10": best, "anchor": True})
-entries = {name: name for name in ("rastp", "norm", "centrality", "random", "oracle")} | {"last_code": last_code}
+entries = {name: name for name in ("rastp", "norm", "centrality", "random", "oracle")} | {
+    "last_code": last_code
+}
 if accepted.passed:
     entries["mine"] = my_scorer
 found = {name: enter(name, scorer) for name, scorer in entries.items()}
@@ -229,8 +314,16 @@ board.table(contest)
 challenger = "mine" if "mine" in found else "last_code"
 test = paired_test(found[challenger], found["rastp"])
 low, high = test.interval
-verdict = "beats rastp" if low > 0 else "loses to rastp" if high < 0 else "cannot be told from rastp on these users"
-print(f"{challenger} − rastp = {test.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}: {challenger} {verdict}")
+verdict = (
+    "beats rastp"
+    if low > 0
+    else "loses to rastp"
+    if high < 0
+    else "cannot be told from rastp on these users"
+)
+print(
+    f"{challenger} − rastp = {test.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}: {challenger} {verdict}"
+)
 
 # %% [markdown]
 # ## Stage 2: train with it
@@ -244,48 +337,93 @@ print(f"{challenger} − rastp = {test.difference:+.3f}, 95 % interval {low:+.3f
 
 # %%
 planted = dataset == "planted"
-world = sidlab.load_catalogue("planted", n_users=n_users) if planted else sidlab.load_catalogue(dataset)
+world = (
+    sidlab.load_catalogue("planted", n_users=n_users) if planted else sidlab.load_catalogue(dataset)
+)
 table = demo.table  # the items are the demo's; only the users differ
 if not planted:
     width = int(min(256, max(4, world.n_items // 12)))
-    codes = sidlab.ResidualKMeans(3, width, seed=seed).fit(world.embeddings).encode(world.embeddings)
+    codes = (
+        sidlab.ResidualKMeans(3, width, seed=seed).fit(world.embeddings).encode(world.embeddings)
+    )
     table = sidlab.SidTable(codes, width)
 histories, targets = leave_one_out(world.histories).cases("test")
 print(world.n_items, "items,", len(targets), "users, SIDs of widths", table.widths)
 
+
 # %%
 def race(name, scorer):
     """Train with a scorer, test, write it on the board; returns whose item was found."""
-    config = sidlab.TrainConfig.preset("quick", pruning=PruningConfig(keep=keep, scorer=scorer), max_updates=max_updates, epochs=100,
-                                       eval_every=max(1, max_updates // 3), eval_users=300, seed=seed)
+    config = sidlab.TrainConfig.preset(
+        "quick",
+        pruning=PruningConfig(keep=keep, scorer=scorer),
+        max_updates=max_updates,
+        epochs=100,
+        eval_every=max(1, max_updates // 3),
+        eval_users=300,
+        seed=seed,
+    )
     result = sidlab.train(config, world, table, progress=False)
-    found = recall_at(evaluate(result.model, histories, targets, truth=world.truth if scorer == "oracle" else None), 10)
+    found = recall_at(
+        evaluate(
+            result.model, histories, targets, truth=world.truth if scorer == "oracle" else None
+        ),
+        10,
+    )
     low, high = bootstrap_interval(found)
-    board.add(name, trained, {"recall@10": float(found.mean()), "low": low, "high": high, "seconds": result.timing["train_seconds"],
-                              "kept share": result.tokens["kept_token_fraction"]})
+    board.add(
+        name,
+        trained,
+        {
+            "recall@10": float(found.mean()),
+            "low": low,
+            "high": high,
+            "seconds": result.timing["train_seconds"],
+            "kept share": result.tokens["kept_token_fraction"],
+        },
+    )
     return found
 
 
 trained = f"{world.name}, {len(targets)} users, {max_updates} updates, keep {keep:.3f}, seed {seed}"
-runners = {"rastp": "rastp", challenger: entries[challenger], **({"oracle": "oracle"} if planted else {})}
+runners = {
+    "rastp": "rastp",
+    challenger: entries[challenger],
+    **({"oracle": "oracle"} if planted else {}),
+}
 raced = {name: race(name, scorer) for name, scorer in runners.items()}
 
 # %%
 from sidlab.research.baselines import NeighbourTable
 from sidlab.metrics import rank_of_target
 
-neighbours = NeighbourTable().fit(leave_one_out(world.histories).train, world.n_items).recommend(histories, k=10)
-board.add("neighbour table", trained, {"recall@10": float(recall_at(rank_of_target(neighbours, targets), 10).mean()), "anchor": True})
+neighbours = (
+    NeighbourTable()
+    .fit(leave_one_out(world.histories).train, world.n_items)
+    .recommend(histories, k=10)
+)
+board.add(
+    "neighbour table",
+    trained,
+    {"recall@10": float(recall_at(rank_of_target(neighbours, targets), 10).mean()), "anchor": True},
+)
 if planted:
-    board.add("Bayes optimum", trained, {"recall@10": float(world.truth.bayes_recall(histories, 10).mean()), "anchor": True})
+    board.add(
+        "Bayes optimum",
+        trained,
+        {"recall@10": float(world.truth.bayes_recall(histories, 10).mean()), "anchor": True},
+    )
 race_test = paired_test(raced[challenger], raced["rastp"])
 
 # %%
 teach.predict(
     f"After {max_updates} updates with each scorer: who is ahead on the test?",
-    max(raced, key=lambda name: raced[name].mean()), choices=list(raced), default="rastp",
-    explain=", ".join(f"{name} {h.mean():.3f}" for name, h in raced.items()) + f". {challenger} − rastp: {race_test.difference:+.3f}, 95 % interval "
-            f"{race_test.interval[0]:+.3f} to {race_test.interval[1]:+.3f}, one seed.",
+    max(raced, key=lambda name: raced[name].mean()),
+    choices=list(raced),
+    default="rastp",
+    explain=", ".join(f"{name} {h.mean():.3f}" for name, h in raced.items())
+    + f". {challenger} − rastp: {race_test.difference:+.3f}, 95 % interval "
+    f"{race_test.interval[0]:+.3f} to {race_test.interval[1]:+.3f}, one seed.",
     then=lambda: [board.figure(trained), board],
 )
 
@@ -311,6 +449,7 @@ teach.predict(
 # The sum of `centrality * mask` over the row, divided by `mask.sum(1)`, is the mean over real tokens. Keep the dimension, so that it broadcasts.
 # </details>
 
+
 # %% tags=["exercise"]
 def relative_centrality(centrality, mask):
     """float [B, N], [B, N] → float [B, N], mean 1 over the real tokens of each row, 0 at padding."""
@@ -333,21 +472,61 @@ teach.check("relative_centrality", relative_centrality)
 
 # %%
 teach.quiz(
-    teach.Question("Why is stage 1 developed on validation targets?", ["There are more of them", "So that test targets have not been used to choose among ideas",
-                                                                       "They are easier", "The model was trained on them"], 1,
-                   "The best of many tries on the same targets looks better than it is."),
-    teach.Question("Scorer A keeps 20 % of the tokens and beats B, which keeps 10 %. What follows?", ["A is the better scorer", "B is the better scorer",
-                                                                                                   "Nothing about the scorers", "A is cheaper"], 2,
-                   "More tokens are an advantage of their own. Compare at equal kept shares."),
-    teach.Question("What does the Bayes optimum tell you?", ["The best recall that training will reach", "The best expected recall of anybody who knows how the world works",
-                                                            "The recall of the oracle scorer", "An upper bound on real data"], 1,
-                   "It is computed from the rules of the planted world. Real worlds do not tell theirs."),
-    teach.Question("Why test two scorers user by user (paired)?", ["It needs fewer users for the same certainty", "It is the only test",
-                                                                  "Unpaired tests are wrong", "To get a larger difference"], 0,
-                   "Easy and hard users are the same for both, and that part of the noise cancels."),
-    teach.Question("A scorer wins in stage 1 and loses in stage 2. How can that be?", ["A mistake", "The model of stage 2 adapted to each scorer",
-                                                                                      "Stage 1 has more users", "It cannot be"], 1,
-                   "Trained with a scorer, a model can move information to where that scorer looks."),
+    teach.Question(
+        "Why is stage 1 developed on validation targets?",
+        [
+            "There are more of them",
+            "So that test targets have not been used to choose among ideas",
+            "They are easier",
+            "The model was trained on them",
+        ],
+        1,
+        "The best of many tries on the same targets looks better than it is.",
+    ),
+    teach.Question(
+        "Scorer A keeps 20 % of the tokens and beats B, which keeps 10 %. What follows?",
+        [
+            "A is the better scorer",
+            "B is the better scorer",
+            "Nothing about the scorers",
+            "A is cheaper",
+        ],
+        2,
+        "More tokens are an advantage of their own. Compare at equal kept shares.",
+    ),
+    teach.Question(
+        "What does the Bayes optimum tell you?",
+        [
+            "The best recall that training will reach",
+            "The best expected recall of anybody who knows how the world works",
+            "The recall of the oracle scorer",
+            "An upper bound on real data",
+        ],
+        1,
+        "It is computed from the rules of the planted world. Real worlds do not tell theirs.",
+    ),
+    teach.Question(
+        "Why test two scorers user by user (paired)?",
+        [
+            "It needs fewer users for the same certainty",
+            "It is the only test",
+            "Unpaired tests are wrong",
+            "To get a larger difference",
+        ],
+        0,
+        "Easy and hard users are the same for both, and that part of the noise cancels.",
+    ),
+    teach.Question(
+        "A scorer wins in stage 1 and loses in stage 2. How can that be?",
+        [
+            "A mistake",
+            "The model of stage 2 adapted to each scorer",
+            "Stage 1 has more users",
+            "It cannot be",
+        ],
+        1,
+        "Trained with a scorer, a model can move information to where that scorer looks.",
+    ),
 )
 
 # %% [markdown]
@@ -358,6 +537,11 @@ teach.quiz(
 #   [sweeps](../sidlab/research/runs.py), [the fair comparison](../sidlab/research/compare.py)
 
 # %% tags=["record"]
-record = {"bayes": best, "unpruned": float(whole.mean()), **{f"demo_{name}": float(h.mean()) for name, h in found.items()},
-          "difference_low": low, **{f"trained_{name}": float(h.mean()) for name, h in raced.items()}}
+record = {
+    "bayes": best,
+    "unpruned": float(whole.mean()),
+    **{f"demo_{name}": float(h.mean()) for name, h in found.items()},
+    "difference_low": low,
+    **{f"trained_{name}": float(h.mean()) for name, h in raced.items()},
+}
 teach.record(record)

@@ -16,10 +16,12 @@
 # **Machine** Two cores, 1.2 GB of memory, no GPU, no network.
 
 # %% tags=["parameters"]
-folder = ""                  # real data: a folder with text and, if there is one, sasrec_item_emb_64d.float16.npy; empty: the planted world
-n_users = 4000               # of the planted world
-max_updates = 260            # of each training
-test_users = 400             # of the experiments on the bundled model
+# Real data: a folder with text and, if there is one, sasrec_item_emb_64d.float16.npy; empty: the
+# planted world
+folder = ""
+n_users = 4000  # of the planted world
+max_updates = 260  # of each training
+test_users = 400  # of the experiments on the bundled model
 beams = [1, 2, 5, 10, 20, 50]
 
 # %% tags=["setup"]
@@ -45,6 +47,7 @@ def recall(ranks):
     low, high = bootstrap_interval(recall_at(ranks, 10))
     return f"{recall_at(ranks, 10).mean():.3f} [{low:.3f}, {high:.3f}]"
 
+
 # %% [markdown]
 # ## Several sources
 #
@@ -57,13 +60,19 @@ def recall(ranks):
 # Behaviour comes from the *training part* of the histories only. If an embedding has seen the test targets, it leaks them into the IDs, and every method looks better than it is.
 
 # %%
-catalogue = sidlab.load_catalogue(folder) if folder else sidlab.load_catalogue("planted", n_users=n_users)
+catalogue = (
+    sidlab.load_catalogue(folder) if folder else sidlab.load_catalogue("planted", n_users=n_users)
+)
 train = leave_one_out(catalogue.histories).train
 dim = 16 if not folder else 64
-sources = {"text": catalogue.embeddings, "behaviour": collaborative_embeddings(train, catalogue.n_items, dim=dim)}
+sources = {
+    "text": catalogue.embeddings,
+    "behaviour": collaborative_embeddings(train, catalogue.n_items, dim=dim),
+}
 given = pathlib.Path(folder or ".", "sasrec_item_emb_64d.float16.npy")
 if folder and given.exists():
-    sources["given"] = np.load(given)[1:].astype(np.float32)  # row 0 is padding; its makers do not say which interactions it has seen
+    # Row 0 is padding; its makers do not say which interactions it has seen
+    sources["given"] = np.load(given)[1:].astype(np.float32)
 width = (8, 8, 4) if not folder else (min(256, max(4, catalogue.n_items // 12)),) * 3
 print({name: x.shape for name, x in sources.items()}, "items × numbers; codes per level", width)
 
@@ -73,12 +82,18 @@ codes = {}
 for name, x in sources.items():
     codes[f"{name} alone"] = sidlab.ResidualKMeans(levels=3, width=width, seed=0).fit(x).encode(x)
 joined = fuse_embeddings(both)
-codes["joined before the encoder"] = sidlab.ResidualKMeans(levels=3, width=width, seed=0).fit(joined).encode(joined)
+codes["joined before the encoder"] = (
+    sidlab.ResidualKMeans(levels=3, width=width, seed=0).fit(joined).encode(joined)
+)
 codes["text, text, behaviour"], _ = fuse_codes(both, {"text": 2, "behaviour": 1}, width)
 if "given" in sources:
     x = fuse_embeddings({name: sources[name] for name in ("text", "given")})
-    codes["text and given, joined"] = sidlab.ResidualKMeans(levels=3, width=width, seed=0).fit(x).encode(x)
-codes["behaviour, behaviour, text"], _ = fuse_codes(dict(reversed(both.items())), {"behaviour": 2, "text": 1}, width)
+    codes["text and given, joined"] = (
+        sidlab.ResidualKMeans(levels=3, width=width, seed=0).fit(x).encode(x)
+    )
+codes["behaviour, behaviour, text"], _ = fuse_codes(
+    dict(reversed(both.items())), {"behaviour": 2, "text": 1}, width
+)
 tables = {name: sidlab.SidTable(c, width=width) for name, c in codes.items()}
 
 
@@ -88,9 +103,16 @@ def likeness(table, x):
     return level["neighbour_overlap"]
 
 
-quality = pd.DataFrame({
-    name: {"items that share their codes": table.report()["collision_rate"], "neighbours in text with the same code 1": likeness(table, sources["text"]),
-           "neighbours in behaviour with the same code 1": likeness(table, sources["behaviour"])} for name, table in tables.items()}).T
+quality = pd.DataFrame(
+    {
+        name: {
+            "items that share their codes": table.report()["collision_rate"],
+            "neighbours in text with the same code 1": likeness(table, sources["text"]),
+            "neighbours in behaviour with the same code 1": likeness(table, sources["behaviour"]),
+        }
+        for name, table in tables.items()
+    }
+).T
 quality.style.format("{:.0%}")
 
 # %% [markdown]
@@ -99,17 +121,39 @@ quality.style.format("{:.0%}")
 # which of them recommends?
 
 # %%
-config = TrainConfig.preset("quick" if not folder else "long", max_updates=max_updates, epochs=100, eval_every=max_updates, eval_users=500)
+config = TrainConfig.preset(
+    "quick" if not folder else "long",
+    max_updates=max_updates,
+    epochs=100,
+    eval_every=max_updates,
+    eval_users=500,
+)
 histories, targets = leave_one_out(catalogue.histories).cases("test")
 chosen = np.random.default_rng(0).permutation(len(targets))[:2000]
-ranks = {name: evaluate(sidlab.train(config, catalogue, tables[name], progress=False).model, [histories[i] for i in chosen], targets[chosen])
-         for name in ("text alone", "behaviour alone", "joined before the encoder", "text, text, behaviour", "text and given, joined") if name in tables}
+ranks = {
+    name: evaluate(
+        sidlab.train(config, catalogue, tables[name], progress=False).model,
+        [histories[i] for i in chosen],
+        targets[chosen],
+    )
+    for name in (
+        "text alone",
+        "behaviour alone",
+        "joined before the encoder",
+        "text, text, behaviour",
+        "text and given, joined",
+    )
+    if name in tables
+}
 quality["recall@10 [95 %]"] = pd.Series({name: recall(r) for name, r in ranks.items()})
 
 # %%
 teach.predict(
-    "Which IDs recommend best after this training?", max(ranks, key=lambda name: recall_at(ranks[name], 10).mean()), choices=list(ranks),
-    default="joined before the encoder", explain="In the planted world the embeddings say exactly what the items are, and behaviour can only take codes away from them: the more items "
+    "Which IDs recommend best after this training?",
+    max(ranks, key=lambda name: recall_at(ranks[name], 10).mean()),
+    choices=list(ranks),
+    default="joined before the encoder",
+    explain="In the planted world the embeddings say exactly what the items are, and behaviour can only take codes away from them: the more items "
     "share their codes, the more get an added one without meaning. On real data texts say less, and the order may be another: give `folder` to see.",
     then=quality.loc[list(ranks)],
 )
@@ -139,36 +183,67 @@ model = demo.model
 
 def gradient_by_code(history, target, pruning, chosen=None):
     """(size of the gradient at each code of the history, its level, whether it is kept): `chosen`, or what `pruning` keeps."""
-    tokens = sidlab.windows.history_tokens(np.asarray(history)[None, -30:], demo.table, model.config.separators)
+    tokens = sidlab.windows.history_tokens(
+        np.asarray(history)[None, -30:], demo.table, model.config.separators
+    )
     embedded = model.shared(tokens).detach().requires_grad_()
     model.set_pruning(pruning)
     out = model.encoder(inputs_embeds=embedded, attention_mask=torch.ones_like(tokens))
     model(encoder_outputs=out, labels=demo.table.item_tokens[[target]]).loss.backward()
     level = model.encoder.token_level[tokens[0]].numpy()
     if chosen is None:
-        chosen = np.isin(np.arange(tokens.shape[1]), out.positions[0][out.attention_mask[0].bool()].numpy())
+        chosen = np.isin(
+            np.arange(tokens.shape[1]), out.positions[0][out.attention_mask[0].bool()].numpy()
+        )
     return embedded.grad[0].norm(dim=-1).numpy(), level, chosen
 
 
-gradient = {"nothing pruned": np.zeros((2, 3)), "a third kept": np.zeros((2, 3))}  # [pruned or kept, code]
-to_pruned = []  # of each history, the share that reaches pruned tokens: [nothing pruned, a third kept]
+# [pruned or kept, code]
+gradient = {"nothing pruned": np.zeros((2, 3)), "a third kept": np.zeros((2, 3))}
+# Of each history, the share that reaches pruned tokens: [nothing pruned, a third kept]
+to_pruned = []
 for history, target in zip(demo_histories[:100], demo_targets[:100]):
     size, level, kept = gradient_by_code(history, target, third)
     of_history = []
-    for name, sizes in (("nothing pruned", gradient_by_code(history, target, None, kept)[0]), ("a third kept", size)):
+    for name, sizes in (
+        ("nothing pruned", gradient_by_code(history, target, None, kept)[0]),
+        ("a third kept", size),
+    ):
         codes_only = level < 3  # a separator is no code
-        np.add.at(gradient[name], (kept[codes_only].astype(int), level[codes_only]), sizes[codes_only])
+        np.add.at(
+            gradient[name], (kept[codes_only].astype(int), level[codes_only]), sizes[codes_only]
+        )
         of_history.append(sizes[codes_only & ~kept].sum() / sizes[codes_only].sum())
     to_pruned.append(of_history)
 model.zero_grad()
 pruned_share = {name: float(g[0].sum() / g.sum()) for name, g in gradient.items()}
 moved = np.subtract(*np.array(to_pruned).T[::-1])
-print(f"Per history, pruning changes the share by {moved.mean():+.1%}", "[{:+.1%}, {:+.1%}]".format(*bootstrap_interval(moved)))
+print(
+    f"Per history, pruning changes the share by {moved.mean():+.1%}",
+    "[{:+.1%}, {:+.1%}]".format(*bootstrap_interval(moved)),
+)
 bars = [f"{name}<br>code {code}" for code in (1, 2, 3) for name in gradient]
-go.Figure([go.Bar(name=name, x=bars, y=[g[side, code] / g.sum() for code in range(3) for g in gradient.values()], marker_color=color, marker_pattern_shape=shape)
-           for side, name, color, shape in ((1, "kept", BLUE, ""), (0, "pruned", ORANGE, "/"))]).update_layout(
-    template=template(), barmode="stack", height=380, yaxis_tickformat=".0%", yaxis_title="share of the gradient",
-    title_text="The tokens that are pruned receive {:.0%} of it with nothing pruned, {:.0%} when they are".format(*pruned_share.values()))
+go.Figure(
+    [
+        go.Bar(
+            name=name,
+            x=bars,
+            y=[g[side, code] / g.sum() for code in range(3) for g in gradient.values()],
+            marker_color=color,
+            marker_pattern_shape=shape,
+        )
+        for side, name, color, shape in ((1, "kept", BLUE, ""), (0, "pruned", ORANGE, "/"))
+    ]
+).update_layout(
+    template=template(),
+    barmode="stack",
+    height=380,
+    yaxis_tickformat=".0%",
+    yaxis_title="share of the gradient",
+    title_text="The tokens that are pruned receive {:.0%} of it with nothing pruned, {:.0%} when they are".format(
+        *pruned_share.values()
+    ),
+)
 
 # %% [markdown]
 # Two numbers in the title, and only their difference is pruning's. Pruned tokens do take part in learning, through the layers in front of the pruner; what they lose by being pruned is small
@@ -186,14 +261,37 @@ weights = [0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98]
 kept_likeness = []
 for weight in weights:
     x = fuse_embeddings(both, {"text": 1 - weight, "behaviour": weight})
-    table = sidlab.SidTable(sidlab.ResidualKMeans(levels=3, width=width, seed=0).fit(x).encode(x), width=width)
+    table = sidlab.SidTable(
+        sidlab.ResidualKMeans(levels=3, width=width, seed=0).fit(x).encode(x), width=width
+    )
     kept_likeness.append((likeness(table, sources["text"]), likeness(table, sources["behaviour"])))
 kept_likeness = np.array(kept_likeness)
-go.Figure([go.Scatter(x=weights, y=kept_likeness[:, side], name=name, mode="lines+markers", line_color=color, line_dash=dash, marker_symbol=symbol)
-           for side, (name, color, dash, symbol) in enumerate((("neighbours in text (search)", BLUE, "solid", "circle"),
-                                                               ("neighbours in behaviour (recommending)", VERMILLION, "dash", "square")))]).update_layout(
-    template=template(), height=360, xaxis_title="weight of behaviour", yaxis_title="share with the same code 1", yaxis_tickformat=".0%",
-    legend={"orientation": "h", "y": 1.15})
+go.Figure(
+    [
+        go.Scatter(
+            x=weights,
+            y=kept_likeness[:, side],
+            name=name,
+            mode="lines+markers",
+            line_color=color,
+            line_dash=dash,
+            marker_symbol=symbol,
+        )
+        for side, (name, color, dash, symbol) in enumerate(
+            (
+                ("neighbours in text (search)", BLUE, "solid", "circle"),
+                ("neighbours in behaviour (recommending)", VERMILLION, "dash", "square"),
+            )
+        )
+    ]
+).update_layout(
+    template=template(),
+    height=360,
+    xaxis_title="weight of behaviour",
+    yaxis_title="share with the same code 1",
+    yaxis_tickformat=".0%",
+    legend={"orientation": "h", "y": 1.15},
+)
 
 # %% [markdown]
 # What pruning would do: a token's importance is measured on the task that is trained. A scorer that keeps what recommending needs may drop what a query would have matched, so a joint model
@@ -207,14 +305,24 @@ go.Figure([go.Scatter(x=weights, y=kept_likeness[:, side], name=name, mode="line
 
 # %%
 business = demo.catalogue.truth.tree[:, 0]
-first_code = {kind: demo.table.offsets[0] + np.bincount(demo.table.codes[business == kind, 0]).argmax() for kind in np.unique(business)}
+first_code = {
+    kind: demo.table.offsets[0] + np.bincount(demo.table.codes[business == kind, 0]).argmax()
+    for kind in np.unique(business)
+}
 
 
 def by_owner(tokens, own_code, own_first):
     """A scorer for one history of `tokens` [1, N]: items whose first code is `own_code` before (or behind) the others, the newest first among equals."""
+
     def scorer(signals):
-        own = torch.zeros(tokens.shape).scatter_add(1, signals.item_index, (tokens == own_code).float()).gather(1, signals.item_index) > 0
+        own = (
+            torch.zeros(tokens.shape)
+            .scatter_add(1, signals.item_index, (tokens == own_code).float())
+            .gather(1, signals.item_index)
+            > 0
+        )
         return (own == own_first) * 1000.0 + signals.positions
+
     return scorer
 
 
@@ -222,18 +330,30 @@ def keeping(own_first):
     """Ranks of the targets when tokens of the target's own business (or the others') are kept first."""
     ranks = []
     for history, target in zip(demo_histories, demo_targets):
-        tokens = sidlab.windows.history_tokens(np.asarray(history)[None, -30:], demo.table, demo.model.config.separators)
-        demo.model.set_pruning(PruningConfig(keep=1 / 3, scorer=by_owner(tokens, first_code[business[target - 1]], own_first)))
+        tokens = sidlab.windows.history_tokens(
+            np.asarray(history)[None, -30:], demo.table, demo.model.config.separators
+        )
+        demo.model.set_pruning(
+            PruningConfig(
+                keep=1 / 3, scorer=by_owner(tokens, first_code[business[target - 1]], own_first)
+            )
+        )
         items, _ = sidlab.recommend(demo.model, [history], k=10)
         ranks.append(rank_of_target(items.numpy(), np.array([target]))[0])
     return np.array(ranks)
 
 
 by_business = {"own business first": keeping(True), "other businesses first": keeping(False)}
-for name, pruning in (("rastp", third), ("newest", PruningConfig(keep=1 / 3, scorer="recent")), ("all tokens", None)):
+for name, pruning in (
+    ("rastp", third),
+    ("newest", PruningConfig(keep=1 / 3, scorer="recent")),
+    ("all tokens", None),
+):
     demo.model.set_pruning(pruning)
     by_business[name] = evaluate(demo.model, demo_histories, demo_targets)
-businesses = pd.Series({name: recall(r) for name, r in by_business.items()}, name="recall@10 [95 %]").to_frame()
+businesses = pd.Series(
+    {name: recall(r) for name, r in by_business.items()}, name="recall@10 [95 %]"
+).to_frame()
 businesses
 
 # %% [markdown]
@@ -251,14 +371,43 @@ businesses
 curves = {}
 for name, pruning in (("all tokens", None), ("a third", third)):
     demo.model.set_pruning(pruning)
-    found = [recall_at(evaluate(demo.model, demo_histories, demo_targets, k=1, beam=beam), 1) for beam in beams]
+    found = [
+        recall_at(evaluate(demo.model, demo_histories, demo_targets, k=1, beam=beam), 1)
+        for beam in beams
+    ]
     curves[name] = [hits.mean() for hits in found], [bootstrap_interval(hits) for hits in found]
 demo.model.set_pruning(None)
-go.Figure([go.Scatter(x=beams, y=y, name=name, mode="lines+markers", line_color=color, line_dash=dash, marker_symbol=symbol, error_y={
-    "type": "data", "symmetric": False, "array": [high - mean for mean, (_, high) in zip(y, ends)], "arrayminus": [mean - low for mean, (low, _) in zip(y, ends)]})
-           for (name, (y, ends)), (color, dash, symbol) in zip(curves.items(), ((GREY, "solid", "circle"), (BLUE, "dash", "diamond")))]).update_layout(
-    template=template(), height=340, xaxis_title="beams", xaxis_type="log", xaxis_tickvals=beams, xaxis_ticktext=[str(b) for b in beams],
-    yaxis_title="recall@1 (the best item found)", legend={"orientation": "h", "y": 1.15})
+go.Figure(
+    [
+        go.Scatter(
+            x=beams,
+            y=y,
+            name=name,
+            mode="lines+markers",
+            line_color=color,
+            line_dash=dash,
+            marker_symbol=symbol,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [high - mean for mean, (_, high) in zip(y, ends)],
+                "arrayminus": [mean - low for mean, (low, _) in zip(y, ends)],
+            },
+        )
+        for (name, (y, ends)), (color, dash, symbol) in zip(
+            curves.items(), ((GREY, "solid", "circle"), (BLUE, "dash", "diamond"))
+        )
+    ]
+).update_layout(
+    template=template(),
+    height=340,
+    xaxis_title="beams",
+    xaxis_type="log",
+    xaxis_tickvals=beams,
+    xaxis_ticktext=[str(b) for b in beams],
+    yaxis_title="recall@1 (the best item found)",
+    legend={"orientation": "h", "y": 1.15},
+)
 
 # %% [markdown]
 # One beam commits to a first code and cannot turn back; more beams keep alternatives alive. Where a curve is flat, the search has found what the model thinks best, and only a better
@@ -275,13 +424,23 @@ go.Figure([go.Scatter(x=beams, y=y, name=name, mode="lines+markers", line_color=
 # </details>
 
 # %% tags=["setup"]
-teach.register("same_size", [(np.array([[1.0, 2.0], [3.0, 6.0], [5.0, 10.0]]),), (np.array([[100.0], [300.0]]),)],
-               lambda x: (x - x.mean(0)) / np.sqrt(((x - x.mean(0)) ** 2).sum(1).mean()), {
-    "Each row has been scaled by itself; then all items are equally far from the middle. One number for all rows.":
-        lambda x: (x - x.mean(0)) / np.linalg.norm(x - x.mean(0), axis=1, keepdims=True),
-    "Not centred: subtract the mean of every column first.": lambda x: x / np.sqrt((x**2).sum(1).mean()),
-    "This subtracts one mean of all numbers: every column has its own.": lambda x: (x - x.mean()) / np.sqrt(((x - x.mean()) ** 2).sum(1).mean()),
-})
+teach.register(
+    "same_size",
+    [(np.array([[1.0, 2.0], [3.0, 6.0], [5.0, 10.0]]),), (np.array([[100.0], [300.0]]),)],
+    lambda x: (x - x.mean(0)) / np.sqrt(((x - x.mean(0)) ** 2).sum(1).mean()),
+    {
+        "Each row has been scaled by itself; then all items are equally far from the middle. One number for all rows.": lambda x: (
+            (x - x.mean(0)) / np.linalg.norm(x - x.mean(0), axis=1, keepdims=True)
+        ),
+        "Not centred: subtract the mean of every column first.": lambda x: (
+            x / np.sqrt((x**2).sum(1).mean())
+        ),
+        "This subtracts one mean of all numbers: every column has its own.": lambda x: (
+            (x - x.mean()) / np.sqrt(((x - x.mean()) ** 2).sum(1).mean())
+        ),
+    },
+)
+
 
 # %% tags=["exercise"]
 def same_size(x):
@@ -304,16 +463,46 @@ teach.check("same_size", same_size)
 
 # %%
 teach.quiz(
-    teach.Question("Behaviour embeddings are made from whole histories, test items included. What happens?", ["Nothing", "Collisions rise", "The IDs leak the test targets", "Training slows down"], 2,
-                   "Items that are bought together in the test part get like IDs."),
-    teach.Question("Levels: two from text, one from behaviour. What does a shared first code mean?", ["Bought together", "Described alike", "Popular", "Nothing"], 1,
-                   "The first level is the text's."),
-    teach.Question("Two sources are put side by side without scaling. Which one rules?", ["The first", "The one with the larger spread", "Neither", "The shorter one"], 1,
-                   "Distances add squared differences."),
-    teach.Question("A token is pruned behind layer 2. Does the loss reach its embedding?", ["Yes, through layers 1 and 2", "No", "Only in the last layer", "Only if it is a separator"], 0,
-                   "The kept tokens have attended to it there."),
-    teach.Question("Why are differentiable IDs not trained here?", ["They are slower", "Codes that move would change histories, tries and comparisons while one trains",
-                                                                  "They do not work", "They need no pruning"], 1, "Everything in this kit stands on fixed IDs."),
+    teach.Question(
+        "Behaviour embeddings are made from whole histories, test items included. What happens?",
+        ["Nothing", "Collisions rise", "The IDs leak the test targets", "Training slows down"],
+        2,
+        "Items that are bought together in the test part get like IDs.",
+    ),
+    teach.Question(
+        "Levels: two from text, one from behaviour. What does a shared first code mean?",
+        ["Bought together", "Described alike", "Popular", "Nothing"],
+        1,
+        "The first level is the text's.",
+    ),
+    teach.Question(
+        "Two sources are put side by side without scaling. Which one rules?",
+        ["The first", "The one with the larger spread", "Neither", "The shorter one"],
+        1,
+        "Distances add squared differences.",
+    ),
+    teach.Question(
+        "A token is pruned behind layer 2. Does the loss reach its embedding?",
+        [
+            "Yes, through layers 1 and 2",
+            "No",
+            "Only in the last layer",
+            "Only if it is a separator",
+        ],
+        0,
+        "The kept tokens have attended to it there.",
+    ),
+    teach.Question(
+        "Why are differentiable IDs not trained here?",
+        [
+            "They are slower",
+            "Codes that move would change histories, tries and comparisons while one trains",
+            "They do not work",
+            "They need no pruning",
+        ],
+        1,
+        "Everything in this kit stands on fixed IDs.",
+    ),
 )
 
 # %% [markdown]
@@ -323,10 +512,18 @@ teach.quiz(
 # * Code: [fusing sources](../sidlab/sids/fusion.py), [the SID table and its report](../sidlab/sids/table.py), [evaluation](../sidlab/training.py)
 
 # %% tags=["record"]
-record = {"collisions_text": float(quality.loc["text alone", "items that share their codes"]),
-          "likeness_text": float(quality.loc["text alone", "neighbours in text with the same code 1"]),
-          "likeness_behaviour": float(quality.loc["behaviour alone", "neighbours in behaviour with the same code 1"]),
-          "recall_text": float(recall_at(ranks["text alone"], 10).mean()), "recall_behaviour": float(recall_at(ranks["behaviour alone"], 10).mean()),
-          "pruned_gradient": pruned_share["a third kept"], "same_gradient_unpruned": pruned_share["nothing pruned"], "own_business": float(recall_at(by_business["own business first"], 10).mean()),
-          "other_business": float(recall_at(by_business["other businesses first"], 10).mean()), "beam_gain": curves["all tokens"][0][-1] - curves["all tokens"][0][0]}
+record = {
+    "collisions_text": float(quality.loc["text alone", "items that share their codes"]),
+    "likeness_text": float(quality.loc["text alone", "neighbours in text with the same code 1"]),
+    "likeness_behaviour": float(
+        quality.loc["behaviour alone", "neighbours in behaviour with the same code 1"]
+    ),
+    "recall_text": float(recall_at(ranks["text alone"], 10).mean()),
+    "recall_behaviour": float(recall_at(ranks["behaviour alone"], 10).mean()),
+    "pruned_gradient": pruned_share["a third kept"],
+    "same_gradient_unpruned": pruned_share["nothing pruned"],
+    "own_business": float(recall_at(by_business["own business first"], 10).mean()),
+    "other_business": float(recall_at(by_business["other businesses first"], 10).mean()),
+    "beam_gain": curves["all tokens"][0][-1] - curves["all tokens"][0][0],
+}
 teach.record(record)

@@ -1,9 +1,11 @@
-"""The bundled demo: a small model trained on the planted world, so that the first explorer stands without any training.
+"""The bundled demo: a small model trained on the planted world, so that the first explorer stands
+without any training.
 
     python -m sidlab.course.demo      trains it anew (minutes on two cores) and writes it into the package; `make demo-model`
 
-In every update another scorer keeps another share of the tokens behind another layer, so each position of an explorer's sliders finds
-a model that has seen the like. It trains on ten times the users that `load` shows, in the same world.
+In every update another scorer keeps another share of the tokens behind another layer, so each
+position of an explorer's sliders finds a model that has seen the like. It trains on ten times the
+users that `load` shows, in the same world.
 """
 
 import pathlib
@@ -26,8 +28,9 @@ SCORERS = ("rastp", "norm", "centrality", "random", "recent")
 
 
 class Demo(NamedTuple):
-    """`catalogue` planted, 2,000 users; `encoder` and `table`, its SIDs; `model` trained on that world, in evaluation mode; it prunes
-    nothing until `model.set_pruning` says so."""
+    """`catalogue` planted, 2,000 users; `encoder` and `table`, its SIDs; `model` trained on that
+    world, in evaluation mode; it prunes nothing until `model.set_pruning` says so.
+    """
 
     catalogue: Catalogue
     encoder: ResidualKMeans
@@ -50,8 +53,11 @@ class AnyPruning(TrainerCallback):
         self.rng = np.random.default_rng(seed)
 
     def on_step_begin(self, args, state, control, model, **kwargs):
-        layer, scorer = int(self.rng.integers(1, model.config.num_layers)), SCORERS[self.rng.integers(len(SCORERS))]
-        model.encoder.set_pruning(PruningConfig(after_layer=layer, keep=float(self.rng.uniform(0.1, 1)), scorer=scorer))
+        layer = int(self.rng.integers(1, model.config.num_layers))
+        scorer = SCORERS[self.rng.integers(len(SCORERS))]
+        model.encoder.set_pruning(
+            PruningConfig(after_layer=layer, keep=float(self.rng.uniform(0.1, 1)), scorer=scorer)
+        )
 
     def on_step_end(self, args, state, control, model, **kwargs):
         if control.should_evaluate:
@@ -59,14 +65,26 @@ class AnyPruning(TrainerCallback):
 
 
 def build(folder=FOLDER, *, n_users: int = 20_000, **overrides) -> None:
-    """Train the demo and write model, SIDs and SID encoder to `folder`. `overrides`: fields of `TrainConfig`."""
+    """Train the demo and write model, SIDs and SID encoder to `folder`. `overrides`: fields of
+    `TrainConfig`.
+    """
     catalogue = load_catalogue("planted", n_users=n_users)
-    embeddings = load_catalogue("planted").embeddings  # those that `load` shows: the planted ones are drawn after the users
+    # Those that `load` shows: the planted ones are drawn after the users
+    embeddings = load_catalogue("planted").embeddings
     widths = tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1)
     encoder = ResidualKMeans(levels=3, width=widths, seed=0).fit(embeddings)
     table = SidTable(encoder.encode(embeddings), width=widths)
-    config = TrainConfig.preset("quick", **{"max_updates": 3000, "epochs": 100, "eval_every": 500, "eval_users": 1000,
-                                            "pruning": PruningConfig()} | overrides)
+    config = TrainConfig.preset(
+        "quick",
+        **{
+            "max_updates": 3000,
+            "epochs": 100,
+            "eval_every": 500,
+            "eval_users": 1000,
+            "pruning": PruningConfig(),
+        }
+        | overrides,
+    )
     result = train(config, catalogue, table, callbacks=[AnyPruning(config.seed)])
     result.model.set_pruning(config.pruning)
     result.model.save_pretrained(folder)

@@ -1,5 +1,6 @@
-"""The checks that come with the package: fixed inputs, the package's own function, and the classic mistakes, each with what to tell the
-learner. `teach.check` runs them."""
+"""The checks that come with the package: fixed inputs, the package's own function, and the classic
+mistakes, each with what to tell the learner. `teach.check` runs them.
+"""
 
 import math
 
@@ -16,47 +17,79 @@ from sidlab.sids.table import SidTable
 from sidlab.sids.trie import Trie
 
 _draw = torch.Generator().manual_seed(0)
-_mask = (torch.arange(9) < torch.tensor([[9], [5], [1]])).long()  # [B, N]: rows of 9, 5 and 1 real tokens
-_attention = torch.randn(3, 2, 9, 9, generator=_draw).masked_fill(_mask[:, None, None] == 0, -torch.inf).softmax(-1)  # [B, H, N, N]
+# [B, N]: rows of 9, 5 and 1 real tokens
+_mask = (torch.arange(9) < torch.tensor([[9], [5], [1]])).long()
+# [B, H, N, N]
+_attention = (
+    torch.randn(3, 2, 9, 9, generator=_draw)
+    .masked_fill(_mask[:, None, None] == 0, -torch.inf)
+    .softmax(-1)
+)
 _hidden = torch.randn(3, 9, 8, generator=_draw)  # [B, N, d]
 _centrality = attention_centrality(_attention, _mask)  # [B, N]
 _importance = token_importance(Signals(_hidden, _centrality, _mask))  # [B, N]
 _numpy = np.random.default_rng(0)
 _books = [_numpy.normal(size=(6, 4)).astype(np.float32) * scale for scale in (2, 1, 0.5)]
-_codes = np.concatenate([_numpy.integers(0, 3, (20, 3)), [[0, 1, 2], [0, 1, 2], [2, 2, 1]]])  # [n, L]
-_ranks = np.array([1, 0, 3, 10, 11, 0, 2, 5, 40])  # 0: the target was not among the recommended items
+# [n, L]
+_codes = np.concatenate([_numpy.integers(0, 3, (20, 3)), [[0, 1, 2], [0, 1, 2], [2, 2, 1]]])
+# 0: the target was not among the recommended items
+_ranks = np.array([1, 0, 3, 10, 11, 0, 2, 5, 40])
 
 
-def _by_level(x, books, residual=lambda x, left, chosen: left - chosen, key=lambda left, book: ((left[:, None] - book) ** 2).sum(-1)):
-    codes, left = [], x
+def _by_level(
+    x,
+    books,
+    residual=lambda x, left, chosen: left - chosen,
+    key=lambda left, book: ((left[:, None] - book) ** 2).sum(-1),
+):
+    codes = []
+    left = x
     for book in books:
         codes.append(key(left, book).argmin(1))
         left = residual(x, left, book[codes[-1]])
     return np.stack(codes, axis=1)
 
 
-register("residual_codes", [(_numpy.normal(size=(30, 4)).astype(np.float32) * 2, _books)], residual_codes, {
-    "Every level quantises the same vector: subtract the chosen codebook row, so that the next level sees what is left.":
-        lambda x, books: _by_level(x, books, lambda x, left, chosen: left),
-    "Each level subtracts from the original vector: subtract from what the levels before have left.":
-        lambda x, books: _by_level(x, books, lambda x, left, chosen: x - chosen),
-    "This takes the row with the largest dot product, which favours long rows: take the one at the smallest distance.":
-        lambda x, books: _by_level(x, books, key=lambda left, book: -left @ book.T),
-})
+register(
+    "residual_codes",
+    [(_numpy.normal(size=(30, 4)).astype(np.float32) * 2, _books)],
+    residual_codes,
+    {
+        "Every level quantises the same vector: subtract the chosen codebook row, so that the next level sees what is left.": lambda x, books: (
+            _by_level(x, books, lambda x, left, chosen: left)
+        ),
+        "Each level subtracts from the original vector: subtract from what the levels before have left.": lambda x, books: (
+            _by_level(x, books, lambda x, left, chosen: x - chosen)
+        ),
+        "This takes the row with the largest dot product, which favours long rows: take the one at the smallest distance.": lambda x, books: (
+            _by_level(x, books, key=lambda left, book: -left @ book.T)
+        ),
+    },
+)
 
 
 def _groups(codes):
     return np.unique(codes, axis=0, return_counts=True)[1]
 
 
-register("collisions", [(_codes,), (_codes[:4] * 0 + np.arange(4)[:, None],)],
-         lambda codes: SidTable(codes, int(codes.max()) + 1, collisions="share").report()["collision_rate"], {
-    "This is 1 - distinct / items: it leaves the first item of each group out, but that one shares its SID as well.":
-        lambda codes: 1 - len(_groups(codes)) / len(codes),
-    "This is the share of the distinct SIDs that are shared: count items, not SIDs.": lambda codes: (_groups(codes) > 1).mean(),
-    "This is the share of items whose SID is their own: the share of the others is asked.":
-        lambda codes: (_groups(codes) == 1).sum() / len(codes),
-})
+register(
+    "collisions",
+    [(_codes,), (_codes[:4] * 0 + np.arange(4)[:, None],)],
+    lambda codes: SidTable(codes, int(codes.max()) + 1, collisions="share").report()[
+        "collision_rate"
+    ],
+    {
+        "This is 1 - distinct / items: it leaves the first item of each group out, but that one shares its SID as well.": (
+            lambda codes: 1 - len(_groups(codes)) / len(codes)
+        ),
+        "This is the share of the distinct SIDs that are shared: count items, not SIDs.": (
+            lambda codes: (_groups(codes) > 1).mean()
+        ),
+        "This is the share of items whose SID is their own: the share of the others is asked.": (
+            lambda codes: (_groups(codes) == 1).sum() / len(codes)
+        ),
+    },
+)
 
 
 def _shares(codes, width):
@@ -73,67 +106,142 @@ def _entropy_of_all(codes, width):
         return np.exp(-(_shares(codes, width) * np.log(_shares(codes, width))).sum())
 
 
-register("perplexity", [(np.array([0, 0, 0, 1, 2, 2, 5]), 8), (_codes[:, 0], 4)],
-         lambda codes, width: SidTable(codes[:, None], width, collisions="share").report()["per_level"][0]["perplexity"], {
-    "The entropy is in bits, but exp undoes the natural logarithm: use log, not log2.":
-        lambda codes, width: np.exp(_entropy(codes, width, np.log2)),
-    "The entropy is in nats, but 2 ** undoes log2: use exp.": lambda codes, width: 2 ** _entropy(codes, width),
-    "This is the entropy: perplexity is exp(entropy).": (_entropy, lambda codes, width: _entropy(codes, width, np.log2)),
-    "This is the utilisation, used codes / width: it does not see how evenly the codes are used.":
-        lambda codes, width: len(np.unique(codes)) / width,
-    "This is the number of used codes: it does not see how evenly they are used.": lambda codes, width: len(np.unique(codes)),
-    "An unused code gives 0 · log 0 = NaN: leave unused codes out of the sum.": _entropy_of_all,
-})
+register(
+    "perplexity",
+    [(np.array([0, 0, 0, 1, 2, 2, 5]), 8), (_codes[:, 0], 4)],
+    lambda codes, width: SidTable(codes[:, None], width, collisions="share").report()["per_level"][
+        0
+    ]["perplexity"],
+    {
+        "The entropy is in bits, but exp undoes the natural logarithm: use log, not log2.": (
+            lambda codes, width: np.exp(_entropy(codes, width, np.log2))
+        ),
+        "The entropy is in nats, but 2 ** undoes log2: use exp.": (
+            lambda codes, width: 2 ** _entropy(codes, width)
+        ),
+        "This is the entropy: perplexity is exp(entropy).": (
+            _entropy,
+            lambda codes, width: _entropy(codes, width, np.log2),
+        ),
+        "This is the utilisation, used codes / width: it does not see how evenly the codes are used.": (
+            lambda codes, width: len(np.unique(codes)) / width
+        ),
+        "This is the number of used codes: it does not see how evenly they are used.": (
+            lambda codes, width: len(np.unique(codes))
+        ),
+        "An unused code gives 0 · log 0 = NaN: leave unused codes out of the sum.": _entropy_of_all,
+    },
+)
 
-register("centrality_of", [(_attention, _mask)], attention_centrality, {
-    "This sums over the keys, which is attention given: rows are queries, so sum over them for the attention received.": (
-        lambda attention, mask: attention.sum((1, 3)), lambda attention, mask: attention.sum((1, 3)) * mask,
-        lambda attention, mask: attention.mean((1, 3)), lambda attention, mask: attention.mean((1, 3)) * mask),
-    "Padding votes: leave padded queries out of the sum, or most of the attention comes from them in a short history.": (
-        lambda attention, mask: attention.sum((1, 2)), lambda attention, mask: attention.mean(1).sum(1)),
-    "This averages over the heads: sum over them.": lambda attention, mask: attention_centrality(attention, mask) / attention.shape[1],
-    "This averages over queries: sum over them.": (
-        lambda attention, mask: attention_centrality(attention, mask) / mask.sum(1, keepdim=True),
-        lambda attention, mask: attention_centrality(attention, mask) / mask.shape[1]),
-})
+register(
+    "centrality_of",
+    [(_attention, _mask)],
+    attention_centrality,
+    {
+        "This sums over the keys, which is attention given: rows are queries, so sum over them for the attention received.": (
+            lambda attention, mask: attention.sum((1, 3)),
+            lambda attention, mask: attention.sum((1, 3)) * mask,
+            lambda attention, mask: attention.mean((1, 3)),
+            lambda attention, mask: attention.mean((1, 3)) * mask,
+        ),
+        "Padding votes: leave padded queries out of the sum, or most of the attention comes from them in a short history.": (
+            lambda attention, mask: attention.sum((1, 2)),
+            lambda attention, mask: attention.mean(1).sum(1),
+        ),
+        "This averages over the heads: sum over them.": (
+            lambda attention, mask: attention_centrality(attention, mask) / attention.shape[1]
+        ),
+        "This averages over queries: sum over them.": (
+            lambda attention, mask: (
+                attention_centrality(attention, mask) / mask.sum(1, keepdim=True)
+            ),
+            lambda attention, mask: attention_centrality(attention, mask) / mask.shape[1],
+        ),
+    },
+)
 
-register("saliency_of", [(_hidden,)], semantic_saliency, {
-    "This is the L2 norm: the L1 norm sums the absolute values.": lambda hidden: hidden.norm(dim=-1),
-    "This sums the values with their signs, so that they cancel: take absolute values first.": lambda hidden: hidden.sum(-1),
-    "This averages the absolute values: sum them.": lambda hidden: hidden.abs().mean(-1),
-    "This sums over the tokens: sum over the last axis, the hidden size.": lambda hidden: hidden.abs().sum(1),
-})
+register(
+    "saliency_of",
+    [(_hidden,)],
+    semantic_saliency,
+    {
+        "This is the L2 norm: the L1 norm sums the absolute values.": lambda hidden: hidden.norm(
+            dim=-1
+        ),
+        "This sums the values with their signs, so that they cancel: take absolute values first.": (
+            lambda hidden: hidden.sum(-1)
+        ),
+        "This averages the absolute values: sum them.": lambda hidden: hidden.abs().mean(-1),
+        "This sums over the tokens: sum over the last axis, the hidden size.": (
+            lambda hidden: hidden.abs().sum(1)
+        ),
+    },
+)
 
 
 def _score(scorer):
-    return lambda centrality, hidden, mask: token_importance(Signals(hidden, centrality, mask), scorer)
+    return lambda centrality, hidden, mask: token_importance(
+        Signals(hidden, centrality, mask), scorer
+    )
 
 
-register("importance_of", [(_centrality, _hidden, _mask)], _score("rastp"), {
-    "Padding has a finite score: set it to -inf, or it could be kept.":
-        lambda centrality, hidden, mask: centrality * semantic_saliency(hidden),
-    "This uses the L2 norm: RASTP's saliency is the L1 norm.": _score("rastp-l2"),
-    "This adds the factors: multiply them.": _score(lambda s: s.centrality + semantic_saliency(s.hidden)),
-    "This is the centrality alone: multiply by the saliency.": _score("centrality"),
-    "This is the saliency alone: multiply by the centrality.": _score("norm"),
-})
+register(
+    "importance_of",
+    [(_centrality, _hidden, _mask)],
+    _score("rastp"),
+    {
+        "Padding has a finite score: set it to -inf, or it could be kept.": (
+            lambda centrality, hidden, mask: centrality * semantic_saliency(hidden)
+        ),
+        "This uses the L2 norm: RASTP's saliency is the L1 norm.": _score("rastp-l2"),
+        "This adds the factors: multiply them.": _score(
+            lambda s: s.centrality + semantic_saliency(s.hidden)
+        ),
+        "This is the centrality alone: multiply by the saliency.": _score("centrality"),
+        "This is the saliency alone: multiply by the centrality.": _score("norm"),
+    },
+)
 
 
 def _share_of(round_to):
     """The share of n rounded by `round_to`; at least 1 of what there is; at least 1."""
-    return [lambda n, keep, least=least: max(least(n), round_to(n * keep)) for least in (lambda n: 0, lambda n: min(n, 1), lambda n: 1)]
+    return [
+        lambda n, keep, least=least: max(least(n), round_to(n * keep))
+        for least in (lambda n: 0, lambda n: min(n, 1), lambda n: 1)
+    ]
 
 
-register("kept_count", [(0, 0.5), (1, 1 / 3), (2, 1 / 3), (5, 1 / 3), (10, 0.25), (10, 1.0), (30, 1 / 3), (31, 1 / 3), (100, 0.07)],
-         lambda n, keep: int(kept_count(torch.tensor(n), keep)), {
-    "This rounds down (floor): a share is rounded up (ceil), so that a short history keeps a token.": _share_of(math.floor),
-    "This rounds to the nearest: round up (ceil).": _share_of(round),
-    "An empty history has nothing to keep: n = 0 gives 0.": (
-        lambda n, keep: max(1, math.ceil(n * keep - 1e-6)), lambda n, keep: max(1, math.ceil(n * keep))),
-    "In floating point 0.07 · 100 is 7.000000000000001, and ceil makes 8 of it: subtract 1e-6 before rounding up.":
-        lambda n, keep: math.ceil(n * keep),
-    "This is what is pruned: keep is the kept fraction.": lambda n, keep: n - int(kept_count(torch.tensor(n), keep)),
-})
+register(
+    "kept_count",
+    [
+        (0, 0.5),
+        (1, 1 / 3),
+        (2, 1 / 3),
+        (5, 1 / 3),
+        (10, 0.25),
+        (10, 1.0),
+        (30, 1 / 3),
+        (31, 1 / 3),
+        (100, 0.07),
+    ],
+    lambda n, keep: int(kept_count(torch.tensor(n), keep)),
+    {
+        "This rounds down (floor): a share is rounded up (ceil), so that a short history keeps a token.": _share_of(
+            math.floor
+        ),
+        "This rounds to the nearest: round up (ceil).": _share_of(round),
+        "An empty history has nothing to keep: n = 0 gives 0.": (
+            lambda n, keep: max(1, math.ceil(n * keep - 1e-6)),
+            lambda n, keep: max(1, math.ceil(n * keep)),
+        ),
+        "In floating point 0.07 · 100 is 7.000000000000001, and ceil makes 8 of it: subtract 1e-6 before rounding up.": lambda n, keep: (
+            math.ceil(n * keep)
+        ),
+        "This is what is pruned: keep is the kept fraction.": (
+            lambda n, keep: n - int(kept_count(torch.tensor(n), keep))
+        ),
+    },
+)
 
 
 def _best_first(importance, counts):
@@ -146,23 +254,50 @@ def _counts(mask, keep):
 
 
 def _padded_share(importance, mask, keep):
-    return [sorted(row) for row in _best_first(importance, [math.ceil(keep * mask.shape[1] - 1e-6)] * len(mask))]
+    return [
+        sorted(row)
+        for row in _best_first(importance, [math.ceil(keep * mask.shape[1] - 1e-6)] * len(mask))
+    ]
 
 
-register("keep_top", [(_importance, _mask, 1 / 3), (_importance, _mask, 0.5)],
-         lambda importance, mask, keep: [row.nonzero().flatten().tolist() for row in TokenPruner(keep).choose(mask, importance)], {
-    "The positions stand in order of importance: sort them ascending, or the kept tokens change their order.":
-        lambda importance, mask, keep: _best_first(importance, _counts(mask, keep)),
-    "The positions are lost: 0, 1, 2 … count the kept tokens; give the places that they had in the full row.":
-        lambda importance, mask, keep: [list(range(count)) for count in _counts(mask, keep)],
-    "This keeps a share of the padded length: keep a share of each row's own real tokens, mask.sum(1).": (
-        _padded_share, lambda *a: [[p for p in row if real[p]] for row, real in zip(_padded_share(*a), a[1])]),
-    "This rounds the share down (floor): round it up (ceil).": (
-        lambda importance, mask, keep: [sorted(row) for row in _best_first(importance, (mask.sum(1) * keep + 1e-6).long())],
-        lambda importance, mask, keep: [sorted(row) for row in _best_first(importance, (mask.sum(1) * keep + 1e-6).long().clamp_min(1))]),
-    "These are the least important tokens: keep the most important ones.": lambda importance, mask, keep: [
-        sorted(row) for row in _best_first((-importance).masked_fill(mask == 0, -torch.inf), _counts(mask, keep))],
-})
+register(
+    "keep_top",
+    [(_importance, _mask, 1 / 3), (_importance, _mask, 0.5)],
+    lambda importance, mask, keep: [
+        row.nonzero().flatten().tolist() for row in TokenPruner(keep).choose(mask, importance)
+    ],
+    {
+        "The positions stand in order of importance: sort them ascending, or the kept tokens change their order.": lambda importance, mask, keep: (
+            _best_first(importance, _counts(mask, keep))
+        ),
+        "The positions are lost: 0, 1, 2 … count the kept tokens; give the places that they had in the full row.": lambda importance, mask, keep: [
+            list(range(count)) for count in _counts(mask, keep)
+        ],
+        "This keeps a share of the padded length: keep a share of each row's own real tokens, mask.sum(1).": (
+            _padded_share,
+            lambda *a: [[p for p in row if real[p]] for row, real in zip(_padded_share(*a), a[1])],
+        ),
+        "This rounds the share down (floor): round it up (ceil).": (
+            lambda importance, mask, keep: [
+                sorted(row) for row in _best_first(importance, (mask.sum(1) * keep + 1e-6).long())
+            ],
+            lambda importance, mask, keep: [
+                sorted(row)
+                for row in _best_first(importance, (mask.sum(1) * keep + 1e-6).long().clamp_min(1))
+            ],
+        ),
+        "These are the least important tokens: keep the most important ones.": (
+            lambda importance, mask, keep: [
+                sorted(row)
+                for row in (
+                    _best_first(
+                        (-importance).masked_fill(mask == 0, -torch.inf), _counts(mask, keep)
+                    )
+                )
+            ]
+        ),
+    },
+)
 
 
 def _after(items, target, steps, shift=0, absent=None):
@@ -171,20 +306,30 @@ def _after(items, target, steps, shift=0, absent=None):
 
 
 _bought = [31, 12, 45, 7, 26, 18]
-register("map_labels", [(_bought, 2, 2), (_bought, 3, 3), (_bought, 5, 2), ([9, 4], 0, 3)], _after, {
-    "The labels begin at the target, one too early: step 1 predicts the item after it.":
-        lambda items, target, steps: _after(items, target, steps, shift=-1),
-    "The labels begin one too late: step 1 predicts the item right after the target.":
-        lambda items, target, steps: _after(items, target, steps, shift=1),
-    "Steps beyond the training part are left out: give None for each, so that there are always S labels.":
-        lambda items, target, steps: items[target + 1 : target + 1 + steps],
-    "Steps beyond the training part repeat its last item: they have no label, so give None.":
-        lambda items, target, steps: _after(items, target, steps, absent=items[-1]),
-})
+register(
+    "map_labels",
+    [(_bought, 2, 2), (_bought, 3, 3), (_bought, 5, 2), ([9, 4], 0, 3)],
+    _after,
+    {
+        "The labels begin at the target, one too early: step 1 predicts the item after it.": (
+            lambda items, target, steps: _after(items, target, steps, shift=-1)
+        ),
+        "The labels begin one too late: step 1 predicts the item right after the target.": (
+            lambda items, target, steps: _after(items, target, steps, shift=1)
+        ),
+        "Steps beyond the training part are left out: give None for each, so that there are always S labels.": lambda items, target, steps: (
+            items[target + 1 : target + 1 + steps]
+        ),
+        "Steps beyond the training part repeat its last item: they have no label, so give None.": (
+            lambda items, target, steps: _after(items, target, steps, absent=items[-1])
+        ),
+    },
+)
 
 _losses = torch.rand(3, 3, 2, generator=_draw) * 4  # [B, S, L]
 _labels = torch.full((3, 3, 2), -100)  # step 1 has three items, step 2 has one, step 3 none
-_labels[:, 0], _labels[0, 1] = 7, 8
+_labels[:, 0] = 7
+_labels[0, 1] = 8
 
 
 def _step_sums(losses, labels):
@@ -199,89 +344,192 @@ def _step_means(losses, labels):
     return _step_sums(losses, labels) / _step_counts(losses, labels)  # [S], NaN without labels
 
 
-register("map_loss", [(_losses, _labels), (_losses, torch.full_like(_labels, -100)),
-                      (_losses.masked_fill(_labels == -100, torch.nan), _labels)], map_loss, {
-    "0 · NaN is NaN, so multiplying by a mask does not hide what stands there: choose with torch.where.": lambda losses, labels: (
-        (losses * (labels != -100)).sum((0, 2)) / _step_counts(losses, labels).clamp_min(1)).sum()
-        / (_step_counts(losses, labels) > 0).sum().clamp_min(1),
-    "This averages over all labels at once, so that later steps, which have fewer, weigh less: average each step, then the steps.": (
-        lambda *a: _step_sums(*a).sum() / _step_counts(*a).sum(), lambda *a: _step_sums(*a).sum() / _step_counts(*a).sum().clamp_min(1)),
-    "Places without a label (-100) count as a loss of 0: divide by the number of labels.": lambda *a: _step_sums(*a).sum() / a[0].numel(),
-    "Places without a label (-100) count like the others: leave them out.": lambda losses, labels: losses.mean(),
-    "A step without labels counts as a loss of 0: divide by the number of steps that have labels.":
-        lambda *a: _step_means(*a).nan_to_num().mean(),
-    "A step without labels gives 0 / 0 = NaN: leave such steps out.": lambda *a: _step_means(*a).mean(),
-    "Without any label this is 0 / 0 = NaN: it has to be 0.": lambda *a: _step_means(*a).nanmean(),
-    "This sums over the steps: average over those that have labels.": lambda *a: _step_means(*a).nansum(),
-})
+register(
+    "map_loss",
+    [
+        (_losses, _labels),
+        (_losses, torch.full_like(_labels, -100)),
+        (_losses.masked_fill(_labels == -100, torch.nan), _labels),
+    ],
+    map_loss,
+    {
+        "0 · NaN is NaN, so multiplying by a mask does not hide what stands there: choose with torch.where.": (
+            lambda losses, labels: (
+                (
+                    (losses * (labels != -100)).sum((0, 2))
+                    / _step_counts(losses, labels).clamp_min(1)
+                ).sum()
+                / (_step_counts(losses, labels) > 0).sum().clamp_min(1)
+            )
+        ),
+        "This averages over all labels at once, so that later steps, which have fewer, weigh less: average each step, then the steps.": (
+            lambda *a: _step_sums(*a).sum() / _step_counts(*a).sum(),
+            lambda *a: _step_sums(*a).sum() / _step_counts(*a).sum().clamp_min(1),
+        ),
+        "Places without a label (-100) count as a loss of 0: divide by the number of labels.": (
+            lambda *a: _step_sums(*a).sum() / a[0].numel()
+        ),
+        "Places without a label (-100) count like the others: leave them out.": (
+            lambda losses, labels: losses.mean()
+        ),
+        "A step without labels counts as a loss of 0: divide by the number of steps that have labels.": (
+            lambda *a: _step_means(*a).nan_to_num().mean()
+        ),
+        "A step without labels gives 0 / 0 = NaN: leave such steps out.": (
+            lambda *a: _step_means(*a).mean()
+        ),
+        "Without any label this is 0 / 0 = NaN: it has to be 0.": (
+            lambda *a: _step_means(*a).nanmean()
+        ),
+        "This sums over the steps: average over those that have labels.": (
+            lambda *a: _step_means(*a).nansum()
+        ),
+    },
+)
 
 
 def _gather(hidden, positions):
     return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, K, d]
 
 
-register("gather", [(_hidden, torch.tensor([[1, 4, 7, 8], [1, 2, 3, 5], [2, 5, 6, 7]]))], _gather, {
-    "These are the first K tokens: the positions are lost; take the tokens that stand at them.":
-        lambda hidden, positions: hidden[:, : positions.shape[1]],
-    "Every row takes the tokens at the first row's positions: each row has its own.": lambda hidden, positions: hidden[:, positions[0]],
-    "hidden[:, positions] takes every row's positions in every row, [B, B, K, d]: index the batch axis as well, or use gather.":
-        lambda hidden, positions: hidden[:, positions],
-    "The positions are read as if they counted from 1: they count from 0.":
-        lambda hidden, positions: _gather(hidden, (positions - 1).clamp_min(0)),
-})
+register(
+    "gather",
+    [(_hidden, torch.tensor([[1, 4, 7, 8], [1, 2, 3, 5], [2, 5, 6, 7]]))],
+    _gather,
+    {
+        "These are the first K tokens: the positions are lost; take the tokens that stand at them.": lambda hidden, positions: (
+            hidden[:, : positions.shape[1]]
+        ),
+        "Every row takes the tokens at the first row's positions: each row has its own.": (
+            lambda hidden, positions: hidden[:, positions[0]]
+        ),
+        "hidden[:, positions] takes every row's positions in every row, [B, B, K, d]: index the batch axis as well, or use gather.": lambda hidden, positions: (
+            hidden[:, positions]
+        ),
+        "The positions are read as if they counted from 1: they count from 0.": (
+            lambda hidden, positions: _gather(hidden, (positions - 1).clamp_min(0))
+        ),
+    },
+)
 
 
 def _mean_at(gain, hit=lambda ranks, k: (ranks > 0) & (ranks <= k)):
     return lambda ranks, k: np.where(hit(ranks, k), gain(np.maximum(ranks, 1)), 0).mean()
 
 
-_wrong_hits = {"Rank 0 counts as a hit: it means that the target is missing, and gives 0.": lambda ranks, k: ranks <= k,
-              "Rank k is left out: ranks count from 1, so rank k is among the first k.": lambda ranks, k: (ranks > 0) & (ranks < k),
-              "Ranks beyond k count: they give 0.": lambda ranks, k: ranks > 0}
+_wrong_hits = {
+    "Rank 0 counts as a hit: it means that the target is missing, and gives 0.": (
+        lambda ranks, k: ranks <= k
+    ),
+    "Rank k is left out: ranks count from 1, so rank k is among the first k.": (
+        lambda ranks, k: (ranks > 0) & (ranks < k)
+    ),
+    "Ranks beyond k count: they give 0.": lambda ranks, k: ranks > 0,
+}
 
-register("recall_at_k", [(_ranks, 1), (_ranks, 5), (_ranks, 10)], lambda ranks, k: float(metrics.recall_at(ranks, k).mean()), {
-    **{message: _mean_at(np.ones_like, hit) for message, hit in _wrong_hits.items()},
-    "The mean is over found targets only: every user counts.": lambda ranks, k: (ranks[ranks > 0] <= k).mean(),
-    "This is the number of hits: divide by the number of users.": lambda ranks, k: ((ranks > 0) & (ranks <= k)).sum(),
-})
+register(
+    "recall_at_k",
+    [(_ranks, 1), (_ranks, 5), (_ranks, 10)],
+    lambda ranks, k: float(metrics.recall_at(ranks, k).mean()),
+    {
+        **{message: _mean_at(np.ones_like, hit) for message, hit in _wrong_hits.items()},
+        "The mean is over found targets only: every user counts.": (
+            lambda ranks, k: (ranks[ranks > 0] <= k).mean()
+        ),
+        "This is the number of hits: divide by the number of users.": (
+            lambda ranks, k: ((ranks > 0) & (ranks <= k)).sum()
+        ),
+    },
+)
 
-register("ndcg", [(_ranks, 1), (_ranks, 5), (_ranks, 10)], lambda ranks, k: float(metrics.ndcg_at(ranks, k).mean()), {
-    **{message: _mean_at(lambda ranks: 1 / np.log2(1 + ranks), hit) for message, hit in _wrong_hits.items()},
-    "The discount is log2(2 + rank), as if ranks counted from 0: rank 1 is the top, so log2(1 + rank).":
-        _mean_at(lambda ranks: 1 / np.log2(2 + ranks)),
-    "The discount uses the natural logarithm: use log2, so that the top gives 1.": _mean_at(lambda ranks: 1 / np.log(1 + ranks)),
-    "This is the reciprocal rank: the discount is 1 / log2(1 + rank).": _mean_at(lambda ranks: 1 / ranks),
-    "The mean is over found targets only: every user counts.": lambda ranks, k: metrics.ndcg_at(ranks[ranks > 0], k).mean(),
-})
+register(
+    "ndcg",
+    [(_ranks, 1), (_ranks, 5), (_ranks, 10)],
+    lambda ranks, k: float(metrics.ndcg_at(ranks, k).mean()),
+    {
+        **{
+            message: _mean_at(lambda ranks: 1 / np.log2(1 + ranks), hit)
+            for message, hit in _wrong_hits.items()
+        },
+        "The discount is log2(2 + rank), as if ranks counted from 0: rank 1 is the top, so log2(1 + rank).": _mean_at(
+            lambda ranks: 1 / np.log2(2 + ranks)
+        ),
+        "The discount uses the natural logarithm: use log2, so that the top gives 1.": _mean_at(
+            lambda ranks: 1 / np.log(1 + ranks)
+        ),
+        "This is the reciprocal rank: the discount is 1 / log2(1 + rank).": _mean_at(
+            lambda ranks: 1 / ranks
+        ),
+        "The mean is over found targets only: every user counts.": (
+            lambda ranks, k: metrics.ndcg_at(ranks[ranks > 0], k).mean()
+        ),
+    },
+)
 
-register("real_tokens", [([3, 10, 30, 45], 30, 4), ([1, 2, 3], 20, 5)],
-         lambda lengths, max_items, tokens: float(np.minimum(lengths, max_items).mean() / max_items), {
-    "Histories longer than max_items are counted whole: only their last max_items items get slots.":
-        lambda lengths, max_items, tokens: np.mean(lengths) / max_items,
-    "This pads to the longest history: every history is padded to max_items.":
-        lambda lengths, max_items, tokens: np.minimum(lengths, max_items).mean() / max(np.minimum(lengths, max_items)),
-    "This is the share of padding: the share of real slots is asked.":
-        lambda lengths, max_items, tokens: 1 - np.minimum(lengths, max_items).mean() / max_items,
-    "Items are compared with tokens: multiply both, or neither, by tokens_per_item.": (
-        lambda lengths, max_items, tokens: np.minimum(lengths, max_items).mean() / (max_items * tokens),
-        lambda lengths, max_items, tokens: np.minimum(lengths, max_items).mean() * tokens / max_items,
-        lambda lengths, max_items, tokens: np.minimum(np.multiply(lengths, tokens), max_items).mean() / max_items),
-})
+register(
+    "real_tokens",
+    [([3, 10, 30, 45], 30, 4), ([1, 2, 3], 20, 5)],
+    lambda lengths, max_items, tokens: float(np.minimum(lengths, max_items).mean() / max_items),
+    {
+        "Histories longer than max_items are counted whole: only their last max_items items get slots.": (
+            lambda lengths, max_items, tokens: np.mean(lengths) / max_items
+        ),
+        "This pads to the longest history: every history is padded to max_items.": (
+            lambda lengths, max_items, tokens: (
+                np.minimum(lengths, max_items).mean() / max(np.minimum(lengths, max_items))
+            )
+        ),
+        "This is the share of padding: the share of real slots is asked.": (
+            lambda lengths, max_items, tokens: 1 - np.minimum(lengths, max_items).mean() / max_items
+        ),
+        "Items are compared with tokens: multiply both, or neither, by tokens_per_item.": (
+            lambda lengths, max_items, tokens: (
+                np.minimum(lengths, max_items).mean() / (max_items * tokens)
+            ),
+            lambda lengths, max_items, tokens: (
+                np.minimum(lengths, max_items).mean() * tokens / max_items
+            ),
+            lambda lengths, max_items, tokens: (
+                np.minimum(np.multiply(lengths, tokens), max_items).mean() / max_items
+            ),
+        ),
+    },
+)
 
-register("attention_flops", [(150, 128), (50, 64)], lambda n, d: 4 * n * n * d, {
-    "This is too small: there are two products of n · n · d (scores, and the weighted sum), and a multiply-add counts 2.": (
-        lambda n, d: 2 * n * n * d, lambda n, d: n * n * d),
-    "This counts the projections, which are linear in n: scores and weighted sum alone are asked.": (
-        lambda n, d: 8 * n * d * d, lambda n, d: 4 * n * n * d + 8 * n * d * d),
-})
+register(
+    "attention_flops",
+    [(150, 128), (50, 64)],
+    lambda n, d: 4 * n * n * d,
+    {
+        "This is too small: there are two products of n · n · d (scores, and the weighted sum), and a multiply-add counts 2.": (
+            lambda n, d: 2 * n * n * d,
+            lambda n, d: n * n * d,
+        ),
+        "This counts the projections, which are linear in n: scores and weighted sum alone are asked.": (
+            lambda n, d: 8 * n * d * d,
+            lambda n, d: 4 * n * n * d + 8 * n * d * d,
+        ),
+    },
+)
 
 
-register("crossover", [(128, 512), (64, 128)], lambda d, f: 2 * d + f, {
-    "The projections are forgotten: they are linear in n, too, 8 · n · d².": lambda d, f: f,
-    "The feed-forward layer is forgotten: it is linear in n, too, 4 · n · d · f.": lambda d, f: 2 * d,
-    "The projections are four products of n · d · d, so 8 · n · d²: divided by 4 · n · d that is 2 · d.": lambda d, f: d + f,
-    "The feed-forward layer has two products of n · d · f, so 4 · n · d · f: divided by 4 · n · d that is f.": lambda d, f: 2 * d + 2 * f,
-})
+register(
+    "crossover",
+    [(128, 512), (64, 128)],
+    lambda d, f: 2 * d + f,
+    {
+        "The projections are forgotten: they are linear in n, too, 8 · n · d².": lambda d, f: f,
+        "The feed-forward layer is forgotten: it is linear in n, too, 4 · n · d · f.": (
+            lambda d, f: 2 * d
+        ),
+        "The projections are four products of n · d · d, so 8 · n · d²: divided by 4 · n · d that is 2 · d.": (
+            lambda d, f: d + f
+        ),
+        "The feed-forward layer has two products of n · d · f, so 4 · n · d · f: divided by 4 · n · d that is f.": (
+            lambda d, f: 2 * d + 2 * f
+        ),
+    },
+)
 
 
 def _lost(lengths, keep, places=lambda keep, real: int(keep * 150 + 1e-6), most=30, each=False):
@@ -290,22 +538,43 @@ def _lost(lengths, keep, places=lambda keep, real: int(keep * 150 + 1e-6), most=
     return float((lost / real).mean() if each else lost.sum() / real.sum())
 
 
-register("lost_share", [([5, 8, 14, 45], 1 / 3), ([3, 12, 30], 0.2), ([3, 12, 30], 0.25)], _lost, {
-    "This keeps a share of each history's own tokens: the published rule takes it of all 150 slots.":
-        lambda lengths, keep: _lost(lengths, keep, lambda keep, real: math.ceil(keep * real - 1e-6)),
-    "Longer histories are cut to 30 items first.": lambda lengths, keep: _lost(lengths, keep, most=10**6),
-    "This is the mean of each history's share: sum tokens over all histories, then divide.":
-        lambda lengths, keep: _lost(lengths, keep, each=True),
-    "This is the share that stays: the share that is removed is asked.": lambda lengths, keep: 1 - _lost(lengths, keep),
-})
+register(
+    "lost_share",
+    [([5, 8, 14, 45], 1 / 3), ([3, 12, 30], 0.2), ([3, 12, 30], 0.25)],
+    _lost,
+    {
+        "This keeps a share of each history's own tokens: the published rule takes it of all 150 slots.": lambda lengths, keep: (
+            _lost(lengths, keep, lambda keep, real: math.ceil(keep * real - 1e-6))
+        ),
+        "Longer histories are cut to 30 items first.": lambda lengths, keep: _lost(
+            lengths, keep, most=10**6
+        ),
+        "This is the mean of each history's share: sum tokens over all histories, then divide.": (
+            lambda lengths, keep: _lost(lengths, keep, each=True)
+        ),
+        "This is the share that stays: the share that is removed is asked.": (
+            lambda lengths, keep: 1 - _lost(lengths, keep)
+        ),
+    },
+)
 
 _sids = np.random.default_rng(0).integers(0, 4, (40, 3))
-register("trie_nodes", [(np.array([[0, 1], [3, 1], [0, 2], [3, 1]]),), (_sids,)], lambda codes: list(Trie(codes, 4).n_nodes[1:]), {
-    "This counts the codes of each level: count beginnings, [0, 1] and [3, 1] are two.":
-        lambda codes: [len(np.unique(column)) for column in codes.T],
-    "This counts items: two with the same SID share their nodes.": lambda codes: [len(codes)] * codes.shape[1],
-    "This starts with the root, depth 0: depths 1 to L are asked.": lambda codes: list(Trie(codes, 4).n_nodes[:-1]),
-})
+register(
+    "trie_nodes",
+    [(np.array([[0, 1], [3, 1], [0, 2], [3, 1]]),), (_sids,)],
+    lambda codes: list(Trie(codes, 4).n_nodes[1:]),
+    {
+        "This counts the codes of each level: count beginnings, [0, 1] and [3, 1] are two.": (
+            lambda codes: [len(np.unique(column)) for column in codes.T]
+        ),
+        "This counts items: two with the same SID share their nodes.": (
+            lambda codes: [len(codes)] * codes.shape[1]
+        ),
+        "This starts with the root, depth 0: depths 1 to L are asked.": lambda codes: list(
+            Trie(codes, 4).n_nodes[:-1]
+        ),
+    },
+)
 
 
 def _codes_only(signals, size=lambda hidden: hidden.abs().sum(-1), fill=-torch.inf, level=3):
@@ -313,16 +582,33 @@ def _codes_only(signals, size=lambda hidden: hidden.abs().sum(-1), fill=-torch.i
 
 
 _place = torch.arange(12).repeat(2, 1)
-_signals = Signals(hidden=torch.randn(2, 12, 8, generator=_draw), centrality=torch.rand(2, 12, generator=_draw),
-                   mask=torch.ones(2, 12, dtype=torch.long), positions=_place, levels=_place % 4, item_index=_place // 4)
-register("codes_only", [(_signals,)], _codes_only, {
-    "Separators score 0: a code can score next to 0 as well. Give them −∞.": lambda signals: _codes_only(signals, fill=0.0),
-    "This is rastp with its separators: nothing is ruled out.": lambda signals: _codes_only(signals, level=9),
-    "This rules out the last code, not the separator: levels count from 0, and the separator has the highest.":
-        lambda signals: _codes_only(signals, level=2),
-    "This takes the Euclidean norm; RASTP's size is the L1 norm, abs().sum(-1).":
-        lambda signals: _codes_only(signals, lambda hidden: hidden.norm(dim=-1)),
-})
+_signals = Signals(
+    hidden=torch.randn(2, 12, 8, generator=_draw),
+    centrality=torch.rand(2, 12, generator=_draw),
+    mask=torch.ones(2, 12, dtype=torch.long),
+    positions=_place,
+    levels=_place % 4,
+    item_index=_place // 4,
+)
+register(
+    "codes_only",
+    [(_signals,)],
+    _codes_only,
+    {
+        "Separators score 0: a code can score next to 0 as well. Give them −∞.": (
+            lambda signals: _codes_only(signals, fill=0.0)
+        ),
+        "This is rastp with its separators: nothing is ruled out.": lambda signals: _codes_only(
+            signals, level=9
+        ),
+        "This rules out the last code, not the separator: levels count from 0, and the separator has the highest.": lambda signals: (
+            _codes_only(signals, level=2)
+        ),
+        "This takes the Euclidean norm; RASTP's size is the L1 norm, abs().sum(-1).": (
+            lambda signals: _codes_only(signals, lambda hidden: hidden.norm(dim=-1))
+        ),
+    },
+)
 
 
 def _nearest_share(embeddings, codes, unit=True, itself=False, level=slice(0, 1)):
@@ -334,14 +620,27 @@ def _nearest_share(embeddings, codes, unit=True, itself=False, level=slice(0, 1)
 
 
 _rng = np.random.default_rng(3)
-_vectors = _rng.normal(size=(40, 6)) + 3 * np.eye(6)[_rng.integers(6, size=40)] + _rng.normal(size=6)
+_vectors = (
+    _rng.normal(size=(40, 6)) + 3 * np.eye(6)[_rng.integers(6, size=40)] + _rng.normal(size=6)
+)
 _vectors *= _rng.uniform(0.2, 5, size=(40, 1))
 _first = np.stack([_vectors.argmax(1) % 4, _rng.integers(3, size=40)], axis=1)
-register("nearest_share", [(_vectors, _first)], _nearest_share, {
-    "Every item is its own nearest one here: leave the diagonal out.": lambda *both: _nearest_share(*both, itself=True),
-    "These are dot products: long vectors win. Normalise the rows first.": lambda *both: _nearest_share(*both, unit=False),
-    "This asks for the whole SID; only the first code counts.": lambda *both: _nearest_share(*both, level=slice(None)),
-})
+register(
+    "nearest_share",
+    [(_vectors, _first)],
+    _nearest_share,
+    {
+        "Every item is its own nearest one here: leave the diagonal out.": (
+            lambda *both: _nearest_share(*both, itself=True)
+        ),
+        "These are dot products: long vectors win. Normalise the rows first.": (
+            lambda *both: _nearest_share(*both, unit=False)
+        ),
+        "This asks for the whole SID; only the first code counts.": lambda *both: _nearest_share(
+            *both, level=slice(None)
+        ),
+    },
+)
 
 
 def _relative(votes, mask, count=lambda mask: mask.sum(1, keepdim=True), weigh=True, clear=True):
@@ -352,15 +651,26 @@ def _relative(votes, mask, count=lambda mask: mask.sum(1, keepdim=True), weigh=T
 
 _real = (torch.arange(8) < torch.tensor([[8], [5], [2]])).long()
 _votes = torch.rand(3, 8, generator=_draw) + 0.1
-register("relative_centrality", [(_votes, _real)], _relative, {
-    "Padding is in the mean: sum over real tokens and divide by their number.":
-        (lambda votes, mask: _relative(votes, mask, lambda mask: mask.shape[1], weigh=False),
-         lambda votes, mask: _relative(votes, mask, weigh=False)),
-    "The sum is over real tokens, but it is divided by the padded length.":
-        lambda votes, mask: _relative(votes, mask, lambda mask: mask.shape[1]),
-    "Padding keeps a score: set it to 0.": lambda votes, mask: _relative(votes, mask, clear=False),
-    "This is the share of the sum, not of the mean.": lambda votes, mask: _relative(votes, mask, lambda mask: 1),
-})
+register(
+    "relative_centrality",
+    [(_votes, _real)],
+    _relative,
+    {
+        "Padding is in the mean: sum over real tokens and divide by their number.": (
+            lambda votes, mask: _relative(votes, mask, lambda mask: mask.shape[1], weigh=False),
+            lambda votes, mask: _relative(votes, mask, weigh=False),
+        ),
+        "The sum is over real tokens, but it is divided by the padded length.": (
+            lambda votes, mask: _relative(votes, mask, lambda mask: mask.shape[1])
+        ),
+        "Padding keeps a score: set it to 0.": lambda votes, mask: _relative(
+            votes, mask, clear=False
+        ),
+        "This is the share of the sum, not of the mean.": lambda votes, mask: _relative(
+            votes, mask, lambda mask: 1
+        ),
+    },
+)
 
 
 def _interval(values, ends=(0.025, 0.975)):
@@ -370,16 +680,27 @@ def _interval(values, ends=(0.025, 0.975)):
 _hits = (_rng.random(40) < 0.5).astype(float)
 _other = np.where(_rng.random(40) < 0.2, 1 - _hits, _hits)
 _users = _rng.integers(0, 40, (200, 40))
-register("paired_interval", [(_hits, _other, _users), (_other, _hits, _users[:50])],
-         lambda a, b, users: _interval((a - b)[users].mean(1)), {
-    "This is b − a: the difference is asked for as a − b.": lambda a, b, users: _interval((b - a)[users].mean(1)),
-    "This subtracts the ends of two separate intervals: subtract user by user first, then resample.": (
-        lambda a, b, users: _interval(a[users].mean(1)) - _interval(b[users].mean(1)),
-        lambda a, b, users: _interval(a[users].mean(1)) - _interval(b[users].mean(1))[::-1]),
-    "These are the quantiles of single users' differences: take the mean of each resample first.": (
-        lambda a, b, users: _interval((a - b)[users]), lambda a, b, users: _interval(a - b)),
-    "The mean is over the resamples, one for each user: take it over the users of a resample, axis 1.":
-        lambda a, b, users: _interval((a - b)[users].mean(0)),
-    "These are the 5 % and 95 % quantiles, which hold 90 %: take 2.5 % and 97.5 %.":
-        lambda a, b, users: _interval((a - b)[users].mean(1), (0.05, 0.95)),
-})
+register(
+    "paired_interval",
+    [(_hits, _other, _users), (_other, _hits, _users[:50])],
+    lambda a, b, users: _interval((a - b)[users].mean(1)),
+    {
+        "This is b − a: the difference is asked for as a − b.": lambda a, b, users: _interval(
+            (b - a)[users].mean(1)
+        ),
+        "This subtracts the ends of two separate intervals: subtract user by user first, then resample.": (
+            lambda a, b, users: _interval(a[users].mean(1)) - _interval(b[users].mean(1)),
+            lambda a, b, users: _interval(a[users].mean(1)) - _interval(b[users].mean(1))[::-1],
+        ),
+        "These are the quantiles of single users' differences: take the mean of each resample first.": (
+            lambda a, b, users: _interval((a - b)[users]),
+            lambda a, b, users: _interval(a - b),
+        ),
+        "The mean is over the resamples, one for each user: take it over the users of a resample, axis 1.": lambda a, b, users: (
+            _interval((a - b)[users].mean(0))
+        ),
+        "These are the 5 % and 95 % quantiles, which hold 90 %: take 2.5 % and 97.5 %.": (
+            lambda a, b, users: _interval((a - b)[users].mean(1), (0.05, 0.95))
+        ),
+    },
+)

@@ -1,8 +1,10 @@
-"""Look inside: one history in a model, opened up layer by layer, and pruned in any way without running it anew.
+"""Look inside: one history in a model, opened up layer by layer, and pruned in any way without
+running it anew.
 
-The encoder runs once, unpruned, and leaves its hidden states and attention. Pruning behind some layer then needs only the layers
-behind it and the decoder, which is what lets an explorer follow a slider. What comes out is what `recommend` gives for the same
-model with the same `PruningConfig` (and `at_inference`, which a probe does not ask for).
+The encoder runs once, unpruned, and leaves its hidden states and attention. Pruning behind some
+layer then needs only the layers behind it and the decoder, which is what lets an explorer follow a
+slider. What comes out is what `recommend` gives for the same model with the same `PruningConfig`
+(and `at_inference`, which a probe does not ask for).
 """
 
 import copy
@@ -20,8 +22,10 @@ from sidlab.windows import history_tokens, pad_histories, truth_tokens
 
 
 class Pruned(NamedTuple):
-    """`kept` bool [N]; `importance` float32 [N] (None if pooled); `attention` float32 [layers behind, H, K, K], of the layers behind the
-    pruner; `items` int64 [k] and `scores` float32 [k], the recommendations."""
+    """`kept` bool [N]; `importance` float32 [N] (None if pooled); `attention` float32 [layers
+    behind, H, K, K], of the layers behind the pruner; `items` int64 [k] and `scores` float32 [k],
+    the recommendations.
+    """
 
     kept: Tensor
     importance: Tensor | None
@@ -31,16 +35,20 @@ class Pruned(NamedTuple):
 
 
 def on_processor(model):
-    """`model`, or a copy where it stands on a GPU: one history is little work, and all of it is read as numbers."""
+    """`model`, or a copy where it stands on a GPU: one history is little work, and all of it is
+    read as numbers.
+    """
     return model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
 
 
 class Probe:
-    """One history (item ids, oldest first; the last `max_items` count) in a `SidT5` that has its table.
+    """One history (item ids, oldest first; the last `max_items` count) in a `SidT5` that has its
+    table.
 
-    Attributes: `history` int64 [M]; `tokens`, `levels`, `item_index` int64 [N] (a token's id; its level from 0, L for a separator; its
-    item's place in `history`); `hidden`, a list of float32 [N, d], 0 the embeddings, then the state after each layer;
-    `attention` float32 [layers, H, N, N], post-softmax, rows are queries; `truth` float32 [N], nats, where a `PlantedTruth` is given.
+    Attributes: `history` int64 [M]; `tokens`, `levels`, `item_index` int64 [N] (a token's id; its
+    level from 0, L for a separator; its item's place in `history`); `hidden`, a list of float32 [N,
+    d], 0 the embeddings, then the state after each layer; `attention` float32 [layers, H, N, N],
+    post-softmax, rows are queries; `truth` float32 [N], nats, where a `PlantedTruth` is given.
 
     >>> probe = Probe(model, [3, 1, 4])  # doctest: +SKIP
     >>> probe.prune(PruningConfig(keep=0.5)).items  # doctest: +SKIP
@@ -49,12 +57,20 @@ class Probe:
     @torch.no_grad()
     def __init__(self, model, history, truth=None):
         if not hasattr(model, "encoder"):
-            raise ValueError(f"a probe opens the encoder of a SidT5, and so do the explorers; got a {type(model).__name__}")
-        self.model, config = on_processor(model), model.config
+            raise ValueError(
+                "a probe opens the encoder of a SidT5, and so do the explorers; got a"
+                f" {type(model).__name__}"
+            )
+        self.model = on_processor(model)
+        config = model.config
         model = self.model
         self.history = pad_histories([history], config.max_items, table_of(model).n_items)[0]
-        self._encoder = copy.deepcopy(model.encoder).eval()  # its own, so that the model stays as it is
-        self.input_ids = history_tokens(self.history[None], model.table, config.separators).to(model.device)  # [1, N]
+        # Its own, so that the model stays as it is
+        self._encoder = copy.deepcopy(model.encoder).eval()
+        # [1, N]
+        self.input_ids = history_tokens(self.history[None], model.table, config.separators).to(
+            model.device
+        )
         self.mask = torch.ones_like(self.input_ids)
         self.tokens = self.input_ids[0]
         self.levels = model.encoder.token_level[self.tokens]
@@ -62,21 +78,29 @@ class Probe:
         self.truth = None
         if truth is not None:
             nats = truth.information([self.history])
-            self.truth = truth_tokens(nats, model.table.levels, config.separators, self.input_ids.shape)[0]
-        states, self._bias, self.attention = self._run(model.encoder.embed_tokens(self.input_ids), None, 0, self.item_index[None])
+            self.truth = truth_tokens(
+                nats, model.table.levels, config.separators, self.input_ids.shape
+            )[0]
+        states, self._bias, self.attention = self._run(
+            model.encoder.embed_tokens(self.input_ids), None, 0, self.item_index[None]
+        )
         self.hidden = [state[0] for state in states]
 
     def _run(self, hidden, bias, first, item):
-        """Blocks `first`, `first` + 1, … of the encoder: the states before and after each, the position bias, and the attention. `item`
-        int64 [1, N], the item that each token belongs to."""
-        states, attention = [hidden], []
+        """Blocks `first`, `first` + 1, … of the encoder: the states before and after each, the
+        position bias, and the attention. `item` int64 [1, N], the item that each token belongs to.
+        """
+        states = [hidden]
+        attention = []
         mask = self._encoder.self_mask(hidden, None, item)
         scored = copy.copy(self._encoder.config)
         scored._attn_implementation = SCORED
         for block in self._encoder.block[first:]:
             block.layer[0].SelfAttention.config = scored
             record = {"keep_attention": True}
-            hidden, bias, _ = block(hidden, mask, bias, record=record, token_mask=self.mask[:, : hidden.shape[1]])
+            hidden, bias, _ = block(
+                hidden, mask, bias, record=record, token_mask=self.mask[:, : hidden.shape[1]]
+            )
             states.append(hidden)
             attention.append(record["attention"][0])
         shape = (0, self.model.config.num_heads, *(2 * [hidden.shape[1]]))
@@ -87,22 +111,30 @@ class Probe:
         return attention_centrality(self.attention[layer - 1][None], self.mask)[0]
 
     @torch.no_grad()
-    def prune(self, pruning: PruningConfig | None, *, k: int = 10, beam: int | None = None, without=()) -> Pruned:
+    def prune(
+        self, pruning: PruningConfig | None, *, k: int = 10, beam: int | None = None, without=()
+    ) -> Pruned:
         """Prune as `pruning` says (None: not at all) and recommend.
 
-        `without`: positions of tokens that are taken out first, so that they neither are kept nor reach any layer behind (the layers up
-        to the pruner have seen them). Needs `pruning` with reduce="select". Of fewer than `k` items all come. Raises ValueError as the
-        pruning layer does.
+        `without`: positions of tokens that are taken out first, so that they neither are kept nor
+        reach any layer behind (the layers up to the pruner have seen them). Needs `pruning` with
+        reduce="select". Of fewer than `k` items all come. Raises ValueError as the pruning layer
+        does.
         """
         if pruning is not None and pruning.mode == "reference":
-            raise ValueError('a probe shows one history without padding, and mode="reference" prunes a share of the padded length')
+            raise ValueError(
+                'a probe shows one history without padding, and mode="reference" prunes a share of'
+                " the padded length"
+            )
         if len(without) and (pruning is None or pruning.reduce != "select"):
             raise ValueError(f'without needs pruning with reduce="select", got pruning={pruning}')
         item = self.item_index[None]  # [1, N]
-        encoder, out = self._encoder, PrunedEncoderOutput(attention_mask=self.mask, items_back=len(self.history) - item)
+        encoder = self._encoder
+        out = PrunedEncoderOutput(attention_mask=self.mask, items_back=len(self.history) - item)
         encoder.set_pruning(pruning)
         if pruning is None:
-            states, attention = [state[None] for state in self.hidden], self.attention[:0]
+            states = [state[None] for state in self.hidden]
+            attention = self.attention[:0]
         else:
             layer = pruning.after_layer
             keep = torch.ones(self.input_ids.shape[1], dtype=torch.bool, device=self.tokens.device)
@@ -110,12 +142,24 @@ class Probe:
                 keep[torch.as_tensor(without, device=keep.device)] = False
             out.attention_mask = self.mask * keep
             truth = self.truth[None].to(self.tokens.device) if self.truth is not None else None
-            hidden, bias, _ = encoder.prune(self.hidden[layer][None], self._bias, self.centrality(layer)[None], self.input_ids, truth, out,
-                                             item=item)
+            hidden, bias, _ = encoder.prune(
+                self.hidden[layer][None],
+                self._bias,
+                self.centrality(layer)[None],
+                self.input_ids,
+                truth,
+                out,
+                item=item,
+            )
             used = int(out.attention_mask.sum())
-            out.attention_mask, out.positions = out.attention_mask[:, :used], out.positions[:, :used]
+            out.attention_mask, out.positions = (
+                out.attention_mask[:, :used],
+                out.positions[:, :used],
+            )
             out.items_back = out.items_back[:, :used]
-            states, _, attention = self._run(hidden[:, :used], bias[..., :used, :used], layer, item.gather(1, out.positions))
+            states, _, attention = self._run(
+                hidden[:, :used], bias[..., :used, :used], layer, item.gather(1, out.positions)
+            )
         out.last_hidden_state = encoder.final_layer_norm(states[-1])
         training = self.model.training
         try:
@@ -123,7 +167,9 @@ class Probe:
         finally:
             self.model.train(training)
         k = min(k, self.model.table.n_items)
-        items, scores = items_of_leaves(self.model.table.trie_on(self.model.device), leaves, scores, k)
+        items, scores = items_of_leaves(
+            self.model.table.trie_on(self.model.device), leaves, scores, k
+        )
         kept = torch.ones_like(self.tokens, dtype=torch.bool)
         if pruning is not None:
             kept = torch.zeros_like(kept).index_fill(0, out.positions[0], True)

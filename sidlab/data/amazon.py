@@ -1,16 +1,20 @@
-"""The Amazon review data of 2014 (McAuley et al. 2015; He and McAuley 2016) from the raw files, as they were published.
+"""The Amazon review data of 2014 (McAuley et al. 2015; He and McAuley 2016) from the raw files, as
+they were published.
 
     reviews_X_5.json.gz   one JSON object a line: reviewerID, asin, unixReviewTime (in whole days: ties are common), …
     meta_X.json.gz        one Python dict literal a line: asin, title, brand, price, categories (a list of paths), …
 
-X is the category, e.g. Sports_and_Outdoors. In place of the first file the unfiltered reviews_X.json.gz will do, since the 5-core
-filter is always applied; it removes nothing from a 5-core file. Every review is one event, whatever its rating. Users are
-numbered in the order of their first kept line; a history is sorted by time, ties stay in the order of the file; items are
-numbered as they first appear when the histories are read one after the other. S3-Rec's sequence files follow the same rule.
+X is the category, e.g. Sports_and_Outdoors. In place of the first file the unfiltered
+reviews_X.json.gz will do, since the 5-core filter is always applied; it removes nothing from a
+5-core file. Every review is one event, whatever its rating. Users are numbered in the order of
+their first kept line; a history is sorted by time, ties stay in the order of the file; items are
+numbered as they first appear when the histories are read one after the other. S3-Rec's sequence
+files follow the same rule.
 
-Texts hold the first category path only; HTML entities are decoded and white space is squeezed. Of dirty lines each kind is
-counted and its first is named: a line that can't be used is skipped, a field of the wrong type is left out, and an item without
-metadata stays, without a text. Metadata of other items, most of the file, is not even parsed.
+Texts hold the first category path only; HTML entities are decoded and white space is squeezed. Of
+dirty lines each kind is counted and its first is named: a line that can't be used is skipped, a
+field of the wrong type is left out, and an item without metadata stays, without a text. Metadata of
+other items, most of the file, is not even parsed.
 """
 
 import array
@@ -41,26 +45,41 @@ _FIELDS = {
     "title": lambda value: isinstance(value, str),
     "brand": lambda value: isinstance(value, str),
     "price": lambda value: isinstance(value, int | float),
-    "categories": lambda value: isinstance(value, list) and isinstance(value[0], list) and all(isinstance(name, str) for name in value[0]),
+    "categories": (
+        lambda value: (
+            isinstance(value, list)
+            and isinstance(value[0], list)
+            and all(isinstance(name, str) for name in value[0])
+        )
+    ),
 }
 
 
 def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
-    """The catalogue of the one category whose files are in `folder`, named after the folder. See the module's text.
+    """The catalogue of the one category whose files are in `folder`, named after the folder. See
+    the module's text.
 
-    on_dirty: "warn" gives one warning with the count and the first example of each kind (also in `Catalogue.dirty`), "raise" a
-    ValueError at the first. ValueError too for missing or damaged files, two categories, and an empty 5-core.
+    on_dirty: "warn" gives one warning with the count and the first example of each kind (also in
+    `Catalogue.dirty`), "raise" a ValueError at the first. ValueError too for missing or damaged
+    files, two categories, and an empty 5-core.
     """
     folder, dirt, found = pathlib.Path(folder), Dirt(on_dirty), find_reviews(folder)
     if len(found) != 1:
-        raise ValueError(f"{folder} must hold the files of one category, reviews_X_5.json.gz and meta_X.json.gz; found {sorted(found)}")
+        raise ValueError(
+            f"{folder} must hold the files of one category, reviews_X_5.json.gz and meta_X.json.gz;"
+            f" found {sorted(found)}"
+        )
     ((category, reviews),) = found.items()
     meta = find_file(folder, f"meta_{category}.json")
     user_names, asins, events = _read_reviews(reviews, dirt)
     events = events[k_core(events[:, 0], events[:, 1])]
     if len(events) == 0:
-        raise ValueError(f"no 5-core in {reviews}: no users and items with 5 events among themselves. Dirty lines: {dirt}")
-    users, known_users = pd.factorize(events[:, 0])  # numbers in the order of appearance, here and below
+        raise ValueError(
+            f"no 5-core in {reviews}: no users and items with 5 events among themselves. Dirty"
+            f" lines: {dirt}"
+        )
+    # Numbers in the order of appearance, here and below
+    users, known_users = pd.factorize(events[:, 0])
     order = np.lexsort((events[:, 2], users))  # stable, as ties need
     items, known_items = pd.factorize(events[order, 1])
     histories = np.split(items + 1, np.flatnonzero(np.diff(users[order])) + 1)
@@ -72,50 +91,79 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
         if asin not in described:
             dirt.add("item without metadata", reviews, line_number, asin.encode(errors="replace"))
     dirt.warn(folder)
-    rows = [(item_id, *described.get(asin, (None, None, [], None))) for item_id, asin in enumerate(asins, start=1)]
+    rows = [
+        (item_id, *described.get(asin, (None, None, [], None)))
+        for item_id, asin in enumerate(asins, start=1)
+    ]
     items = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).astype({"item_id": np.int64})
     user_ids = [user_names[user] for user in known_users]
-    return Catalogue(folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings)
+    return Catalogue(
+        folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings
+    )
 
 
 def find_reviews(folder) -> dict:
-    """{category: path} of the reviews in `folder`; the 5-core file where the unfiltered one is there, too."""
-    paths = sorted(pathlib.Path(folder).glob("reviews_*"))  # X.json, X.json.gz, X_5.json, X_5.json.gz: the last one counts
-    matches = [(re.fullmatch(r"reviews_(\w+?)(_5)?\.json(\.gz)?", path.name), path) for path in paths]
+    """{category: path} of the reviews in `folder`; the 5-core file where the unfiltered one is
+    there, too.
+    """
+    # X.json, X.json.gz, X_5.json, X_5.json.gz: the last one counts
+    paths = sorted(pathlib.Path(folder).glob("reviews_*"))
+    matches = [
+        (re.fullmatch(r"reviews_(\w+?)(_5)?\.json(\.gz)?", path.name), path) for path in paths
+    ]
     return {match[1]: path for match, path in matches if match}
 
 
 def k_core(users, items, k: int = 5) -> np.ndarray:
-    """bool [n]: which of n events stay when users and items with fewer than `k` events are removed until there are none.
-    users, items: int64 [n], not negative. One (user, item) pair may have several events."""
+    """bool [n]: which of n events stay when users and items with fewer than `k` events are removed
+    until there are none. users, items: int64 [n], not negative. One (user, item) pair may have
+    several events.
+    """
     keep = np.ones(len(users), dtype=bool)
     while True:
-        rare = np.any([np.bincount(ids[keep], minlength=ids.max(initial=0) + 1)[ids] < k for ids in (users, items)], axis=0)
+        rare = np.any(
+            [
+                np.bincount(ids[keep], minlength=ids.max(initial=0) + 1)[ids] < k
+                for ids in (users, items)
+            ],
+            axis=0,
+        )
         if not (keep & rare).any():
             return keep
         keep &= ~rare
 
 
 def fetch_amazon(category: str) -> pathlib.Path:
-    """The folder in the cache ($SIDLAB_CACHE, default ~/.cache/sidlab) with the files of `category` ("beauty", "sports", "toys", or
-    as in the file names: "Office_Products"), after downloading what isn't there yet.
+    """The folder in the cache ($SIDLAB_CACHE, default ~/.cache/sidlab) with the files of `category`
+    ("beauty", "sports", "toys", or as in the file names: "Office_Products"), after downloading what
+    isn't there yet.
 
-    What a broken transfer has brought stays in a `.part` file, and the next call goes on from there; a file gets its name when
-    it is whole and intact. ConnectionError if a file can't be had; ValueError for a bad category or a damaged file.
+    What a broken transfer has brought stays in a `.part` file, and the next call goes on from
+    there; a file gets its name when it is whole and intact. ConnectionError if a file can't be had;
+    ValueError for a bad category or a damaged file.
     """
-    category = next((short for short, full in SHORT.items() if full == category), category)  # one folder for both names
+    # One folder for both names
+    category = next((short for short, full in SHORT.items() if full == category), category)
     full = SHORT.get(category, category)
     if not re.fullmatch("[A-Za-z_]+", full):
-        raise ValueError(f"category must be one of {list(SHORT)} or as in the file names, e.g. 'Office_Products', got {category!r}")
-    folder, names = cache_folder() / f"{PREFIX}{category}", (f"reviews_{full}_5.json.gz", f"meta_{full}.json.gz")
+        raise ValueError(
+            f"category must be one of {list(SHORT)} or as in the file names, e.g."
+            f" 'Office_Products', got {category!r}"
+        )
+    folder = cache_folder() / f"{PREFIX}{category}"
+    names = (f"reviews_{full}_5.json.gz", f"meta_{full}.json.gz")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, pattern in zip(names, ("reviews_*.json*", "meta_*.json*"), strict=True):
-            if all(path.suffix == ".part" for path in folder.glob(pattern)):  # else it is there, perhaps in another form
+            # Else it is there, perhaps in another form
+            if all(path.suffix == ".part" for path in folder.glob(pattern)):
                 _download(ADDRESS + name, folder / name)
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"could not download {category!r} ({type(error).__name__}: {error}). Try again, which goes on where it broke "
-                              f"off, or put {' and '.join(ADDRESS + name for name in names)} into {folder} by hand.") from error
+        raise ConnectionError(
+            f"could not download {category!r} ({type(error).__name__}: {error}). Try again, which"
+            f" goes on where it broke off, or put {' and '.join(ADDRESS + name for name in names)}"
+            f" into {folder} by hand."
+        ) from error
     return folder
 
 
@@ -131,9 +179,13 @@ def _download(url, path):
         part.unlink()  # nothing comes after these bytes: too many, or all but never checked
         return _download(url, path)
     with response:
-        rest = re.fullmatch(rf"bytes {done}-\d+/(\d+)", response.headers.get("Content-Range", ""))  # else the whole file comes
-        total = int(rest[1] if rest else response.headers.get("Content-Length") or 0)  # 0: the server doesn't say
-        counted = tqdm.wrapattr(response, "read", desc=path.name, total=total or None, initial=done if rest else 0)
+        # Else the whole file comes
+        rest = re.fullmatch(rf"bytes {done}-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        # 0: the server doesn't say
+        total = int(rest[1] if rest else response.headers.get("Content-Length") or 0)
+        counted = tqdm.wrapattr(
+            response, "read", desc=path.name, total=total or None, initial=done if rest else 0
+        )
         with counted as stream, part.open("ab" if rest else "wb") as file:
             shutil.copyfileobj(stream, file, 1 << 16)
     done = part.stat().st_size
@@ -144,22 +196,42 @@ def _download(url, path):
             pass
     except ValueError as error:
         part.unlink()
-        raise ValueError(f"{url} was downloaded, but {error}; deleted, so that the next call starts anew") from error
+        raise ValueError(
+            f"{url} was downloaded, but {error}; deleted, so that the next call starts anew"
+        ) from error
     os.replace(part, path)
 
 
 def _read_reviews(path, dirt):
-    """Names of users, asins of items, and int64 [n, 4]: user, item (both as positions among the names), time, line number."""
-    users, asins, events = {}, {}, array.array("q")
+    """Names of users, asins of items, and int64 [n, 4]: user, item (both as positions among the
+    names), time, line number.
+    """
+    users = {}
+    asins = {}
+    events = array.array("q")
     for line_number, line in numbered_lines(path):
         try:
             record = json.loads(line)
             user, asin, time = (record[name] for name in ("reviewerID", "asin", "unixReviewTime"))
-            right = isinstance(user, str) and isinstance(asin, str) and user and asin and type(time) is int and 0 <= time < 2**63
+            right = (
+                isinstance(user, str)
+                and isinstance(asin, str)
+                and user
+                and asin
+                and type(time) is int
+                and 0 <= time < 2**63
+            )
         except (ValueError, TypeError, KeyError, RecursionError):
             right = False
         if right:
-            events.extend((users.setdefault(user, len(users)), asins.setdefault(asin, len(asins)), time, line_number))
+            events.extend(
+                (
+                    users.setdefault(user, len(users)),
+                    asins.setdefault(asin, len(asins)),
+                    time,
+                    line_number,
+                )
+            )
         else:
             dirt.add("no review with reviewerID, asin and unixReviewTime", path, line_number, line)
     return list(users), list(asins), np.array(events, dtype=np.int64).reshape(-1, 4)
@@ -179,7 +251,12 @@ def _read_meta(path, wanted, dirt):
         except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
             asin = None
         if not isinstance(asin, str) or asin in described:
-            dirt.add("duplicate asin" if isinstance(asin, str) else "no dict with an asin", path, line_number, line)
+            dirt.add(
+                "duplicate asin" if isinstance(asin, str) else "no dict with an asin",
+                path,
+                line_number,
+                line,
+            )
         elif asin in wanted:
             fields = {name: record.get(name) or None for name in _FIELDS}
             for name, is_right in _FIELDS.items():
@@ -188,7 +265,12 @@ def _read_meta(path, wanted, dirt):
                     fields[name] = None
             title, brand = (_tidy(fields[name] or "") or None for name in ("title", "brand"))
             categories = [_tidy(name) for name in (fields["categories"] or [[]])[0]]
-            described[asin] = (title, brand, categories, compose_text(title, brand, categories, fields["price"]))
+            described[asin] = (
+                title,
+                brand,
+                categories,
+                compose_text(title, brand, categories, fields["price"]),
+            )
     return described
 
 

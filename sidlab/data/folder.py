@@ -4,8 +4,8 @@
     sequences.txt(.gz)   one user a line: user_id item item item …, oldest first
     embeddings.npy       optional: float [n_items, d], row 0 is item 1
 
-Other fields of an item are ignored. Real files have dirty lines: these are counted by kind and the first of each kind
-is named with file and line; what happens to it depends on what it breaks:
+Other fields of an item are ignored. Real files have dirty lines: these are counted by kind and the
+first of each kind is named with file and line; what happens to it depends on what it breaks:
 
     unparsable JSON, not an object, item_id missing, duplicate item_id   the line is skipped
     a field of the wrong type                                            the item stays, without the field
@@ -36,7 +36,8 @@ class Dirt:
 
     def __init__(self, on_dirty):
         one_of("on_dirty", on_dirty, ("warn", "raise"))
-        self.on_dirty, self.kinds = on_dirty, {}
+        self.on_dirty = on_dirty
+        self.kinds = {}
 
     def add(self, kind, path, line_number, line):
         first = f"{path.name} line {line_number}: {line[:80].decode(errors='replace').strip()!r}"
@@ -50,42 +51,65 @@ class Dirt:
             warnings.warn(f"dirty lines in {where}: {self}", stacklevel=4)
 
     def __str__(self):
-        return "; ".join(f"{kind}: {found['count']} (first: {found['first']})" for kind, found in self.kinds.items())
+        return "; ".join(
+            f"{kind}: {found['count']} (first: {found['first']})"
+            for kind, found in self.kinds.items()
+        )
 
 
 def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
-    """The catalogue in `folder`, named after it; `embeddings` replaces its embeddings.npy. See the module's text.
+    """The catalogue in `folder`, named after it; `embeddings` replaces its embeddings.npy. See the
+    module's text.
 
-    on_dirty: "warn" gives one warning with the count and the first example of each kind (also in `Catalogue.dirty`),
-    "raise" a ValueError at the first dirty line. ValueError too for a gap in the item ids and for unreadable files.
+    on_dirty: "warn" gives one warning with the count and the first example of each kind (also in
+    `Catalogue.dirty`), "raise" a ValueError at the first dirty line. ValueError too for a gap in
+    the item ids and for unreadable files.
     """
-    folder, dirt = pathlib.Path(folder), Dirt(on_dirty)
+    folder = pathlib.Path(folder)
+    dirt = Dirt(on_dirty)
     items = _read_items(find_file(folder, "items.jsonl"), dirt)
-    user_ids, histories = _read_sequences(path := find_file(folder, "sequences.txt"), len(items), dirt)
-    if not histories and (dirt.kinds or path.stat().st_size == 0):  # without users, but as it was saved: a gzip header
-        raise ValueError(f"{path} holds no history; a line is `user item item …`, with spaces. Dirty lines: {str(dirt) or 'none'}")
+    user_ids, histories = _read_sequences(
+        path := find_file(folder, "sequences.txt"), len(items), dirt
+    )
+    # Without users, but as it was saved: a gzip header
+    if not histories and (dirt.kinds or path.stat().st_size == 0):
+        raise ValueError(
+            f"{path} holds no history; a line is `user item item …`, with spaces. Dirty lines:"
+            f" {str(dirt) or 'none'}"
+        )
     dirt.warn(folder)
     if embeddings is None and (path := folder / "embeddings.npy").exists():
         try:
             embeddings = np.asarray(np.load(path, allow_pickle=False), np.float32)
         except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} must be numbers [items, d], as np.save writes them: {error}") from error
-    return Catalogue(folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings)
+            raise ValueError(
+                f"{path} must be numbers [items, d], as np.save writes them: {error}"
+            ) from error
+    return Catalogue(
+        folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings
+    )
 
 
 def save_catalogue(catalogue: Catalogue, folder) -> None:
-    """Write `catalogue` to `folder` in the open format, replacing a catalogue that is there. Embeddings are written
-    only if they were given; those computed from text are computed again. `truth` is not part of the format."""
+    """Write `catalogue` to `folder` in the open format, replacing a catalogue that is there.
+    Embeddings are written only if they were given; those computed from text are computed again.
+    `truth` is not part of the format.
+    """
     for user in catalogue.user_ids:
         if user.split() != [user]:
-            raise ValueError(f"user_ids must not be empty or hold white space in this format, got {user!r}")
+            raise ValueError(
+                f"user_ids must not be empty or hold white space in this format, got {user!r}"
+            )
     folder = pathlib.Path(folder)
     records = catalogue.items.to_dict("records")
     items = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    sequences = "".join(f"{user} {' '.join(map(str, history.tolist()))}\n"
-                        for user, history in zip(catalogue.user_ids, catalogue.histories, strict=True))
+    sequences = "".join(
+        f"{user} {' '.join(map(str, history.tolist()))}\n"
+        for user, history in zip(catalogue.user_ids, catalogue.histories, strict=True)
+    )
     for name, text in {"items.jsonl.gz": items, "sequences.txt.gz": sequences}.items():
-        write(folder / name, gzip.compress(text.encode(), mtime=0))  # mtime=0: equal content, equal bytes
+        # Mtime=0: equal content, equal bytes
+        write(folder / name, gzip.compress(text.encode(), mtime=0))
     if catalogue.given_embeddings is None:
         (folder / "embeddings.npy").unlink(missing_ok=True)
     else:
@@ -97,8 +121,10 @@ def save_catalogue(catalogue: Catalogue, folder) -> None:
 def find_file(folder, name):
     found = [path for path in (folder / f"{name}.gz", folder / name) if path.exists()]
     if len(found) != 1:
-        raise ValueError(f"{folder} must hold either {name}.gz or {name}, found {[path.name for path in found]}; "
-                         f"there are {sorted(path.name for path in folder.iterdir())[:10]}")
+        raise ValueError(
+            f"{folder} must hold either {name}.gz or {name}, found {[path.name for path in found]};"
+            f" there are {sorted(path.name for path in folder.iterdir())[:10]}"
+        )
     return found[0]
 
 
@@ -111,7 +137,8 @@ def numbered_lines(path):
 
 
 def _read_items(path, dirt):
-    rows, highest = {}, 0
+    rows = {}
+    highest = 0
     for line_number, line in numbered_lines(path):
         try:
             record = json.loads(line)
@@ -135,17 +162,23 @@ def _read_items(path, dirt):
                 dirt.add(f"{name} is not a text", path, line_number, line)
                 fields[name] = None
         categories = record.get("categories") or []
-        if not isinstance(categories, list) or not all(isinstance(category, str) for category in categories):
+        if not isinstance(categories, list) or not all(
+            isinstance(category, str) for category in categories
+        ):
             dirt.add("categories are not a list of texts", path, line_number, line)
             categories = []
         text = fields["text"] or compose_text(fields["title"], fields["brand"], categories)
         rows[item_id] = (item_id, fields["title"], fields["brand"], categories, text)
     if not rows or min(rows) != 1 or highest != len(rows):
         gap = next((item_id for item_id in range(1, highest) if item_id not in rows), None)
-        raise ValueError(f"the item ids of {path} must be 1..n without a gap, since ids are positions: {len(rows)} "
-                         f"items with ids {min(rows, default=None)}..{max(rows, default=None)}, first missing id {gap}"
-                         + (f". Dirty lines: {dirt}" if dirt.kinds else ""))
-    items = pd.DataFrame([rows[item_id] for item_id in sorted(rows)], columns=list(COLUMNS), dtype=object)
+        raise ValueError(
+            f"the item ids of {path} must be 1..n without a gap, since ids are positions:"
+            f" {len(rows)} items with ids {min(rows, default=None)}..{max(rows, default=None)},"
+            f" first missing id {gap}" + (f". Dirty lines: {dirt}" if dirt.kinds else "")
+        )
+    items = pd.DataFrame(
+        [rows[item_id] for item_id in sorted(rows)], columns=list(COLUMNS), dtype=object
+    )
     return items.astype({"item_id": np.int64})
 
 

@@ -19,9 +19,9 @@ ROUNDS = 5
 # Seconds on the clock after which no further round begins, so that large models get fewer of them.
 SECONDS = 6.0
 # How many times as long fp32 must take before bf16 is chosen. bf16 rounds the operands of products
-# to 8 bits, so it has to be worth something; and the ratio of one model on one machine moves by a few
-# percent from one measurement to the next, beside other jobs at times by more, so that of nearly
-# equal precisions it would be now one, now the other.
+# to 8 bits, so it has to be worth something; and the ratio of one model on one machine moves by a
+# few percent from one measurement to the next, beside other jobs at times by more, so that of
+# nearly equal precisions it would be now one, now the other.
 MARGIN = 1.1
 # Fields of `TrainConfig` on which the faster precision of a device depends most.
 SIZES = (
@@ -74,7 +74,7 @@ def sizes(config) -> str:
 
 
 def faster_precision(passes, device="cpu") -> str:
-    """"bf16" where it trains clearly faster on a device than float32 (see `MARGIN`), else "fp32".
+    """ "bf16" where it trains clearly faster on a device than float32 (see `MARGIN`), else "fp32".
 
     `passes(dtype)` runs one forward and one backward pass at the run's shapes, under autocast to
     `dtype`, or in float32 where that is None. What is known without measuring is not measured.
@@ -110,7 +110,8 @@ def pass_seconds(passes) -> dict[str, float]:
 @contextlib.contextmanager
 def kept_random_state():
     """The random state of Python, NumPy and PyTorch's CPU is afterwards what it was before."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python = random.getstate()
+    numpy = np.random.get_state()
     # No GPU: nothing is measured on one.
     with torch.random.fork_rng(devices=[]):
         try:

@@ -2,17 +2,21 @@
 
 A subclass of Hugging Face's T5 that overrides three short pieces and nothing else:
 
-* `PrunedEncoder.forward`: the loop over encoder blocks, with the `TokenPruner` behind block `after_layer`;
+* `PrunedEncoder.forward`: the loop over encoder blocks, with the `TokenPruner` behind block
+  `after_layer`;
 * `SidT5.forward`: output heads by level, cross-attention on the pruned mask, the MAP loss;
-* the attention of the one block that scores, registered with `transformers.AttentionInterface`: all other blocks keep the
-  library's fused attention. On a GPU that block is fused as well (`fast/scored_attention.py`).
+* the attention of the one block that scores, registered with `transformers.AttentionInterface`: all
+  other blocks keep the library's fused attention. On a GPU that block is fused as well
+  (`fast/scored_attention.py`).
 
-An item is its SID's tokens, followed by one learned separator where `separators` is on. The decoder starts from BOS and
-predicts the L tokens of the target; there is no EOS, for a SID has a fixed length.
+An item is its SID's tokens, followed by one learned separator where `separators` is on. The decoder
+starts from BOS and predicts the L tokens of the target; there is no EOS, for a SID has a fixed
+length.
 
-`PruningConfig(mode="reference")` repeats what RASTP's published code does, for comparison: it keeps a share of the padded
-length (`pruning.reference_choice`), without position bias behind the pruner, hands on the mask of the first K slots, lets padded
-queries vote, scores with the attention after dropout, lets separators compete, and uses unfused attention everywhere.
+`PruningConfig(mode="reference")` repeats what RASTP's published code does, for comparison: it keeps
+a share of the padded length (`pruning.reference_choice`), without position bias behind the pruner,
+hands on the mask of the first K slots, lets padded queries vote, scores with the attention after
+dropout, lets separators compete, and uses unfused attention everywhere.
 """
 
 import copy
@@ -35,7 +39,8 @@ from sidlab.pruning import pool_tokens
 from sidlab.sids.table import BOS, PAD, SidTable
 
 ENCODER_MASKS = ("full", "items")
-ITEMS_BACK = 32  # items of history that `cross_bias` tells apart; those farther back share the last one's bias
+# Items of history that `cross_bias` tells apart; those farther back share the last one's bias
+ITEMS_BACK = 32
 
 
 class SidT5Config(T5Config):
@@ -46,17 +51,23 @@ class SidT5Config(T5Config):
     widths: list[int] | tuple[int, ...] = (256, 256, 256)  # codes per level
     separators: bool = True  # one token after each item
     max_items: int = 30  # of history
-    encoder_mask: str = "full"  # whom a history token sees: all; "items": its own item and those before it
+    # Whom a history token sees: all; "items": its own item and those before it
+    encoder_mask: str = "full"
     cross_bias: bool = False  # a learned bias of cross-attention by how many items back a token is
     qk_norm: bool = False  # queries and keys of each head are scaled to one size, which T5 does not
     ffn_hidden_layers: int = 1  # 2 in RASTP's model and 1 in T5's
     embedding_init: float = 0.05  # standard deviation of the initial token embeddings
-    tie_embeddings: bool = True  # the output heads are slices of the embedding; False: weights of their own
-    position_init: float | None = None  # half of the heads start out looking 1, 2, 3, … tokens back, with so strong a bias; None: none does
-    residual_dropout: float | None = None  # of embeddings, and what layers and stacks give; None: `dropout_rate`, as everywhere in T5
+    # The output heads are slices of the embedding; False: weights of their own
+    tie_embeddings: bool = True
+    # Half of the heads start out looking 1, 2, 3, … tokens back, with so strong a bias; None: none
+    # does
+    position_init: float | None = None
+    # Of embeddings, and what layers and stacks give; None: `dropout_rate`, as everywhere in T5
+    residual_dropout: float | None = None
     level_embeddings: bool = False  # a learned vector for each level, added to the token's
     embedding_norm: bool = False  # embeddings are scaled to a root mean square of 1
-    zero_init: bool = False  # the output projections of attention and feed-forward layers start at zero
+    # The output projections of attention and feed-forward layers start at zero
+    zero_init: bool = False
     label_smoothing: float = 0.0  # of the training loss, over the codes of a level
     pruning: dict | None = None  # the fields of `PruningConfig`
     map: dict | None = None  # the fields of `MapConfig`
@@ -65,7 +76,9 @@ class SidT5Config(T5Config):
         self.widths = list(self.widths)
         self.vocab_size = 3 + sum(self.widths)
         super().__post_init__(**kwargs)
-        self.pad_token_id, self.bos_token_id, self.eos_token_id = PAD, BOS, None
+        self.pad_token_id = PAD
+        self.bos_token_id = BOS
+        self.eos_token_id = None
         self.decoder_start_token_id = BOS
         one_of("encoder_mask", self.encoder_mask, ENCODER_MASKS)
         self.scale_decoder_outputs = False  # T5's answer to embeddings of size 1; ours start small
@@ -73,95 +86,152 @@ class SidT5Config(T5Config):
 
 @dataclasses.dataclass
 class PrunedEncoderOutput(PrunedHistory, BaseModelOutput):
-    """The encoder's output. With pruning `last_hidden_state` is [B, K, d]. `items_back` int64 [B, K], for `cross_bias`: how many items ago
-    a token's item was, 1 for the newest."""
+    """The encoder's output. With pruning `last_hidden_state` is [B, K, d]. `items_back` int64 [B,
+    K], for `cross_bias`: how many items ago a token's item was, 1 for the newest.
+    """
 
     items_back: Tensor | None = None
 
 
 @dataclasses.dataclass
 class SidOutput(SidLosses, Seq2SeqLMOutput):
-    """Hugging Face's output and ours; `encoder_attention_mask` is the mask of `encoder_last_hidden_state`."""
+    """Hugging Face's output and ours; `encoder_attention_mask` is the mask of
+    `encoder_last_hidden_state`.
+    """
 
 
 class PrunedEncoder(PrunedStack, T5Stack):
-    """T5's encoder with a `TokenPruner` behind block `pruning.after_layer`; without `pruning` it is T5's encoder."""
+    """T5's encoder with a `TokenPruner` behind block `pruning.after_layer`; without `pruning` it is
+    T5's encoder.
+    """
 
     attentions = property(lambda self: [block.layer[0].SelfAttention for block in self.block])
 
     @capture_outputs
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, truth=None, padded=True, **kwargs):
-        """`input_ids` int64 [B, N] or `inputs_embeds` [B, N, d]; `attention_mask` [B, N] (default: not PAD); `truth` float [B, N],
-        for the oracle scorer; `padded`: False where it is known that no slot is empty. Returns `PrunedEncoderOutput`."""
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        truth=None,
+        padded=True,
+        **kwargs,
+    ):
+        """`input_ids` int64 [B, N] or `inputs_embeds` [B, N, d]; `attention_mask` [B, N] (default:
+        not PAD); `truth` float [B, N], for the oracle scorer; `padded`: False where it is known
+        that no slot is empty. Returns `PrunedEncoderOutput`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if attention_mask is None:
-            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long) if input_ids is None else (input_ids != PAD).long()
+            attention_mask = (
+                torch.ones(inputs_embeds.shape[:2], dtype=torch.long)
+                if input_ids is None
+                else (input_ids != PAD).long()
+            )
             attention_mask = attention_mask.to(inputs_embeds.device)
-        pruning = self.pruning if self.training or (self.pruning is not None and self.pruning.at_inference) else None
+        pruning = (
+            self.pruning
+            if self.training or (self.pruning is not None and self.pruning.at_inference)
+            else None
+        )
         reference = pruning is not None and pruning.mode == "reference"
         full = self.config.max_items * (len(self.config.widths) + self.config.separators)
         if reference and inputs_embeds.shape[1] != full:
-            raise ValueError(f'mode="reference" prunes a share of the padded length: pad every history to {full} slots '
-                             f'(TrainConfig(padding="fixed")), got {inputs_embeds.shape[1]}')
+            raise ValueError(
+                f'mode="reference" prunes a share of the padded length: pad every history to {full}'
+                f' slots (TrainConfig(padding="fixed")), got {inputs_embeds.shape[1]}'
+            )
         out = PrunedEncoderOutput(attention_mask=attention_mask)
         hidden = self.dropout(inputs_embeds)
-        item = self.items_of(input_ids, attention_mask) if self.config.encoder_mask == "items" or self.config.cross_bias else None
+        item = (
+            self.items_of(input_ids, attention_mask)
+            if self.config.encoder_mask == "items" or self.config.cross_bias
+            else None
+        )
         if self.config.cross_bias:
-            out.items_back = torch.where(attention_mask.bool(), item, -1).amax(1, keepdim=True) - item + 1
+            out.items_back = (
+                torch.where(attention_mask.bool(), item, -1).amax(1, keepdim=True) - item + 1
+            )
         mask = self.self_mask(hidden, attention_mask if padded else None, item)
-        bias, eager = None, reference or self.config._attn_implementation == "eager"
+        bias = None
+        eager = reference or self.config._attn_implementation == "eager"
         for number, block in enumerate(self.block, start=1):
-            ours = {"eager": eager} if block.layer[0].SelfAttention.config is not self.config else {}  # for `scored_attention`
+            # For `scored_attention`
+            ours = (
+                {"eager": eager} if block.layer[0].SelfAttention.config is not self.config else {}
+            )
             if ours and pruning is not None:
-                path = "plain" if self.config.encoder_mask == "items" else self.scoring_path  # fused scoring knows no such mask
-                ours |= {"record": {}, "token_mask": attention_mask, "reference": reference, "path": path}
+                # Fused scoring knows no such mask
+                path = "plain" if self.config.encoder_mask == "items" else self.scoring_path
+                ours |= {
+                    "record": {},
+                    "token_mask": attention_mask,
+                    "reference": reference,
+                    "path": path,
+                }
             hidden, bias, _ = block(hidden, mask, bias, **ours, **kwargs)
             if pruning is not None and number == pruning.after_layer:
                 centrality = ours["record"]["centrality"] if ours else None
-                hidden, bias, mask = self.prune(hidden, bias, centrality, input_ids, truth, out, padded, item)
+                hidden, bias, mask = self.prune(
+                    hidden, bias, centrality, input_ids, truth, out, padded, item
+                )
         out.last_hidden_state = self.dropout(self.final_layer_norm(hidden))
         return out
 
     def items_of(self, input_ids, attention_mask):
         """Which item of its history each token belongs to, from 0: int64 [B, N]."""
         if input_ids is None:
-            raise ValueError(f"encoder_mask={self.config.encoder_mask!r} and cross_bias={self.config.cross_bias} need input_ids, which say "
-                             "where an item begins; got inputs_embeds")
-        return (((self.token_level[input_ids] == 0) & attention_mask.bool()).cumsum(1) - 1).clamp_min(0)
+            raise ValueError(
+                f"encoder_mask={self.config.encoder_mask!r} and cross_bias={self.config.cross_bias}"
+                " need input_ids, which say where an item begins; got inputs_embeds"
+            )
+        return (
+            ((self.token_level[input_ids] == 0) & attention_mask.bool()).cumsum(1) - 1
+        ).clamp_min(0)
 
     def visible(self, tokens, positions, levels):
-        n = tokens.sum(1, keepdim=True)  # [B, 1]; all see all, but under the mask of items its own item's and later ones
+        # [B, 1]; all see all, but under the mask of items its own item's and later ones
+        n = tokens.sum(1, keepdim=True)
         if self.config.encoder_mask == "full":
             return n
         return n - torch.where(levels == 0, positions, 0).cummax(1).values
 
     def self_mask(self, hidden, tokens, item):
-        """The library's form of the mask among the tokens of `hidden` [B, N, d]: `tokens` [B, N], None where all are real; `item` as
-        `items_of` gives it."""
+        """The library's form of the mask among the tokens of `hidden` [B, N, d]: `tokens` [B, N],
+        None where all are real; `item` as `items_of` gives it.
+        """
         if self.config.encoder_mask == "full":
-            return create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=tokens)
+            return create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden, attention_mask=tokens
+            )
         seen = item.unsqueeze(1) <= item.unsqueeze(2)  # [B, N, N], rows are queries
         if tokens is not None:
             seen = seen & tokens.bool().unsqueeze(1)
         return library_mask(seen.unsqueeze(1), self.config, hidden.dtype)
 
     def prune(self, hidden, bias, centrality, input_ids, truth, out, padded=True, item=None):
-        """Scores, chooses and gathers what block `pruning.after_layer` gave: `hidden` [B, N, d], `bias` [B or 1, H, N, N], `centrality`
-        [B, N], `item` int64 [B, N], which item a token belongs to, where the mask or the cross-attention asks for it. Fills the fields of
-        `out`; returns the state, bias and mask of the layers behind."""
-        pruning, tokens = self.pruning, out.attention_mask
+        """Scores, chooses and gathers what block `pruning.after_layer` gave: `hidden` [B, N, d],
+        `bias` [B or 1, H, N, N], `centrality` [B, N], `item` int64 [B, N], which item a token
+        belongs to, where the mask or the cross-attention asks for it. Fills the fields of `out`;
+        returns the state, bias and mask of the layers behind.
+        """
+        pruning = self.pruning
+        tokens = out.attention_mask
         if pruning.reduce == "pool":
             pruned = pool_tokens(hidden, tokens, pruning.keep)
         else:
             pruned = self.select(hidden, centrality, input_ids, truth, out)
-        out.attention_mask, out.positions = pruned.mask, pruned.positions
+        out.attention_mask = pruned.mask
+        out.positions = pruned.positions
         seen = pruned.mask if self.padded_behind(padded) else None
         if out.items_back is not None:
             out.items_back = out.items_back.gather(1, pruned.positions)
-        mask = self.self_mask(pruned.hidden, seen, None if item is None else item.gather(1, pruned.positions))
+        mask = self.self_mask(
+            pruned.hidden, seen, None if item is None else item.gather(1, pruned.positions)
+        )
         return pruned.hidden, self._bias_behind(bias, pruned), mask
 
     def _bias_behind(self, bias, pruned):
@@ -172,26 +242,35 @@ class PrunedEncoder(PrunedStack, T5Stack):
         if self.pruning.positions == "compact":
             return bias[..., :slots, :slots]
         by_distance = kernels.by_distance(bias)  # [H, 2N − 1]
-        distance = pruned.positions[:, None, :] - pruned.positions[:, :, None] + bias.shape[-1] - 1  # [B, K, K]
+        # [B, K, K]
+        distance = pruned.positions[:, None, :] - pruned.positions[:, :, None] + bias.shape[-1] - 1
         # By row, so that in the backward pass not all rows add into the same few numbers.
         pairs = distance.flatten(1)[:, None].expand(-1, len(by_distance), -1)  # [B, H, K · K]
-        return by_distance.expand(len(pairs), -1, -1).gather(2, pairs).unflatten(2, distance.shape[1:])  # [B, H, K, K]
+        # [B, H, K, K]
+        return (
+            by_distance.expand(len(pairs), -1, -1).gather(2, pairs).unflatten(2, distance.shape[1:])
+        )
 
 
 def library_mask(seen: Tensor, config, dtype: torch.dtype) -> Tensor:
-    """`seen` bool [B, 1, N, M], True where attention may go, in the form that the attention of `config` takes."""
+    """`seen` bool [B, 1, N, M], True where attention may go, in the form that the attention of
+    `config` takes.
+    """
     if config._attn_implementation != "eager":
         return seen
     return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 class NormedProjection(nn.Linear):
-    """The product that makes queries or keys, each head's scaled to one size: a root mean square of `norm`, learned for each number. It
-    starts so that scores are as large as those divided by the root of their width."""
+    """The product that makes queries or keys, each head's scaled to one size: a root mean square of
+    `norm`, learned for each number. It starts so that scores are as large as those divided by the
+    root of their width.
+    """
 
     def __init__(self, linear: nn.Linear, width: int):
         super().__init__(linear.in_features, linear.out_features, bias=False)
-        self.weight, self.norm = linear.weight, nn.Parameter(torch.full((width,), width**-0.25))
+        self.weight = linear.weight
+        self.norm = nn.Parameter(torch.full((width,), width**-0.25))
 
     def forward(self, x: Tensor) -> Tensor:
         heads = super().forward(x).unflatten(-1, (-1, len(self.norm)))  # [..., H, dk]
@@ -199,12 +278,18 @@ class NormedProjection(nn.Linear):
 
 
 class DeepFeedForward(T5DenseActDense):
-    """T5's feed-forward layer with `ffn_hidden_layers` hidden layers, two in RASTP's model (d → d_ff → d_ff → d)."""
+    """T5's feed-forward layer with `ffn_hidden_layers` hidden layers, two in RASTP's model (d →
+    d_ff → d_ff → d).
+    """
 
     def __init__(self, config: SidT5Config):
         super().__init__(config)
-        self.hidden = nn.ModuleList(nn.Linear(config.d_ff, config.d_ff, bias=False) for _ in range(config.ffn_hidden_layers - 1))
-        for layer in self.hidden:  # as T5 draws `wo`; marked, or the library would draw them again at its default size
+        self.hidden = nn.ModuleList(
+            nn.Linear(config.d_ff, config.d_ff, bias=False)
+            for _ in range(config.ffn_hidden_layers - 1)
+        )
+        # As T5 draws `wo`; marked, or the library would draw them again at its default size
+        for layer in self.hidden:
             nn.init.normal_(layer.weight, std=config.initializer_factor * config.d_ff**-0.5)
             layer._is_hf_initialized = True
 
@@ -212,7 +297,9 @@ class DeepFeedForward(T5DenseActDense):
         for layer in (self.wi, *self.hidden):
             hidden_states = layer(hidden_states)
             if isinstance(self.dropout, cpu_layers.Dropout) and isinstance(self.act, nn.ReLU):
-                hidden_states = cpu_layers.relu_dropout(hidden_states, self.dropout.p, self.training)
+                hidden_states = cpu_layers.relu_dropout(
+                    hidden_states, self.dropout.p, self.training
+                )
             else:
                 hidden_states = self.dropout(self.act(hidden_states))
         return self.wo(hidden_states)
@@ -221,38 +308,56 @@ class DeepFeedForward(T5DenseActDense):
 class SidT5(SidModel, T5ForConditionalGeneration):
     """Generates the SID of the next item from the SIDs of a history.
 
-    Build it with `SidT5(config, table)`. `save_pretrained` writes the table beside the weights, `from_pretrained` reads it.
+    Build it with `SidT5(config, table)`. `save_pretrained` writes the table beside the weights,
+    `from_pretrained` reads it.
     """
 
     config_class = SidT5Config
     stack = property(lambda self: self.encoder)
+
     def __init__(self, config: SidT5Config, table: SidTable | None = None):
-        # Not the parent's own __init__: it would build and initialise an encoder that is then thrown away.
+        # Not the parent's own __init__: it would build and initialise an encoder that is then
+        # thrown away.
         T5PreTrainedModel.__init__(self, config)
         self.model_dim = config.d_model
         self.shared = SidEmbedding(config, config.d_model)
-        encoder_config, decoder_config = copy.deepcopy(config), copy.deepcopy(config)
-        encoder_config.is_decoder, encoder_config.use_cache = False, False
-        decoder_config.is_decoder, decoder_config.num_layers = True, config.num_decoder_layers
+        encoder_config = copy.deepcopy(config)
+        decoder_config = copy.deepcopy(config)
+        encoder_config.is_decoder = False
+        encoder_config.use_cache = False
+        decoder_config.is_decoder = True
+        decoder_config.num_layers = config.num_decoder_layers
         reference = config.pruning is not None and config.pruning.get("mode") == "reference"
         if reference or config._attn_implementation == "sdpa":
-            encoder_config._attn_implementation = decoder_config._attn_implementation = "eager" if reference else "sidlab"
-        self.encoder, self.decoder = PrunedEncoder(encoder_config), T5Stack(decoder_config)
+            encoder_config._attn_implementation = decoder_config._attn_implementation = (
+                "eager" if reference else "sidlab"
+            )
+        self.encoder = PrunedEncoder(encoder_config)
+        self.decoder = T5Stack(decoder_config)
         self.encoder.embed_tokens = self.decoder.embed_tokens = self.shared
-        # The parent's tying: the heads of the levels are slices of the embedding. These keys come back with `shared`.
+        # The parent's tying: the heads of the levels are slices of the embedding. These keys come
+        # back with `shared`.
         names = [name for name, _ in self.shared.named_parameters()]
-        tied = {f"{stack}.embed_tokens.{name}": f"shared.{name}" for stack in ("encoder", "decoder") for name in names}
+        tied = {
+            f"{stack}.embed_tokens.{name}": f"shared.{name}"
+            for stack in ("encoder", "decoder")
+            for name in names
+        }
         if config.tie_embeddings:
             tied["lm_head.weight"] = "shared.weight"
-        self._tied_weights_keys, self._keys_to_ignore_on_save = tied, list(tied)
+        self._tied_weights_keys = tied
+        self._keys_to_ignore_on_save = list(tied)
         self.cross_bias = nn.Embedding(ITEMS_BACK, config.num_heads) if config.cross_bias else None
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         plain = config.ffn_hidden_layers == 1
         with torch.random.fork_rng(devices=[], enabled=plain):
             for block in [*self.encoder.block, *self.decoder.block]:
-                theirs, ours = block.layer[-1].DenseReluDense, DeepFeedForward(config)
+                theirs = block.layer[-1].DenseReluDense
+                ours = DeepFeedForward(config)
                 if plain:  # the library's layer has drawn its weights already
-                    ours.wi, ours.wo, ours._is_hf_initialized = theirs.wi, theirs.wo, True
+                    ours.wi = theirs.wi
+                    ours.wo = theirs.wo
+                    ours._is_hf_initialized = True
                 block.layer[-1].DenseReluDense = ours
         if config.residual_dropout is not None:
             for stack in (self.encoder, self.decoder):
@@ -262,13 +367,21 @@ class SidT5(SidModel, T5ForConditionalGeneration):
             cpu_layers.replace_dropout(self)
         if config.qk_norm:
             for layer in self._attentions():
-                layer.q, layer.k = (NormedProjection(linear, config.d_kv) for linear in (layer.q, layer.k))
+                layer.q, layer.k = (
+                    NormedProjection(linear, config.d_kv) for linear in (layer.q, layer.k)
+                )
         self.finish(config.d_model, table, decoder_start_token_id=BOS)
-        self._keep_in_fp32_modules = set()  # T5's layer casts for a `wo` in float32, `DeepFeedForward` has all its weights in one dtype
+        # T5's layer casts for a `wo` in float32, `DeepFeedForward` has all its weights in one dtype
+        self._keep_in_fp32_modules = set()
 
     def _attentions(self):
         """All attention modules of both stacks."""
-        layers = (layer for stack in (self.encoder, self.decoder) for block in stack.block for layer in block.layer[:-1])
+        layers = (
+            layer
+            for stack in (self.encoder, self.decoder)
+            for block in stack.block
+            for layer in block.layer[:-1]
+        )
         return [getattr(layer, "SelfAttention", None) or layer.EncDecAttention for layer in layers]
 
     def _init_weights(self, module):
@@ -280,62 +393,109 @@ class SidT5(SidModel, T5ForConditionalGeneration):
             if not self.config.tie_embeddings:  # the library would draw them fifty times as large
                 init.normal_(module.lm_head.weight, std=self.config.embedding_init)
             if module.cross_bias is not None:
-                # Each head prefers newer items more gently than the one before it, as in ALiBi (arXiv 2108.12409); the last has no
-                # preference. From zero, biases would take thousands of steps to tell items apart.
+                # Each head prefers newer items more gently than the one before it, as in ALiBi
+                # (arXiv 2108.12409); the last has no preference. From zero, biases would take
+                # thousands of steps to tell items apart.
                 slopes = 2.0 ** -torch.arange(self.config.num_heads)
                 slopes[-1] = 0.0
                 init.copy_(module.cross_bias.weight, -slopes * torch.arange(ITEMS_BACK)[:, None])
             if self.config.zero_init:
                 blocks = [*module.encoder.block, *module.decoder.block]
-                for output in [*(layer.o for layer in module._attentions()), *(block.layer[-1].DenseReluDense.wo for block in blocks)]:
+                for output in [
+                    *(layer.o for layer in module._attentions()),
+                    *(block.layer[-1].DenseReluDense.wo for block in blocks),
+                ]:
                     init.zeros_(output.weight)
             if self.config.position_init is not None:
                 for stack in (module.encoder, module.decoder):
                     bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
                     start = bias.weight.detach().clone()
-                    for head in range(min(self.config.num_heads // 2, 7)):  # T5 has a bias of its own for each distance below 8
+                    # T5 has a bias of its own for each distance below 8
+                    for head in range(min(self.config.num_heads // 2, 7)):
                         start[head + 1, head] += self.config.position_init
                     init.copy_(bias.weight, start)
 
-    def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None,
-                encoder_outputs=None, past_key_values=None, inputs_embeds=None, labels=None, map_labels=None, truth=None, padded=True,
-                use_cache=None, num_items_in_batch=None, map_items_in_batch=None, **kwargs) -> SidOutput:
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        decoder_input_ids=None,
+        decoder_attention_mask=None,
+        encoder_outputs=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        map_labels=None,
+        truth=None,
+        padded=True,
+        use_cache=None,
+        num_items_in_batch=None,
+        map_items_in_batch=None,
+        **kwargs,
+    ) -> SidOutput:
         """One pass.
 
-        Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B, L]: the target's tokens;
-        `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B, N] for the oracle scorer; `padded`: False promises that no
-        slot of the histories is empty, so that no mask is needed (a CUDA graph cannot look); the others as in T5.
-        Returns `SidOutput`; `logits` [B, L, V] are −inf off each position's level, and left out (None) while training.
-        `num_items_in_batch`, given by the Trainer, is the number of label tokens in the whole update, and `map_items_in_batch` int64 [S]
-        that of each of MAP's steps: the loss is then this batch's part of the update's mean.
+        Args: `input_ids` int64 [B, N] and `attention_mask` [B, N]: the history; `labels` int64 [B,
+        L]: the target's tokens; `map_labels` int64 [B, S, L], −100 where absent; `truth` float [B,
+        N] for the oracle scorer; `padded`: False promises that no slot of the histories is empty,
+        so that no mask is needed (a CUDA graph cannot look); the others as in T5. Returns
+        `SidOutput`; `logits` [B, L, V] are −inf off each position's level, and left out (None)
+        while training. `num_items_in_batch`, given by the Trainer, is the number of label tokens in
+        the whole update, and `map_items_in_batch` int64 [S] that of each of MAP's steps: the loss
+        is then this batch's part of the update's mean.
 
-        Every item of a stretch is taught at once (`encoder_mask="items"`, nothing pruned) where `labels` is int64 [B, T, L]: `input_ids`
-        holds T + 1 items, of which all but the first are targets; `map_labels` is [B, T, S, L], `logits` [B, T, L, V].
+        Every item of a stretch is taught at once (`encoder_mask="items"`, nothing pruned) where
+        `labels` is int64 [B, T, L]: `input_ids` holds T + 1 items, of which all but the first are
+        targets; `map_labels` is [B, T, S, L], `logits` [B, T, L, V].
         """
         if labels is not None and labels.ndim == 3:
-            return self._teach_all(input_ids, attention_mask, labels, map_labels, num_items_in_batch, map_items_in_batch)
+            return self._teach_all(
+                input_ids,
+                attention_mask,
+                labels,
+                map_labels,
+                num_items_in_batch,
+                map_items_in_batch,
+            )
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
-                                           truth=truth, padded=padded, **kwargs)
+            encoder_outputs = self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                truth=truth,
+                padded=padded,
+                **kwargs,
+            )
         elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = PrunedEncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=attention_mask)
+            encoder_outputs = PrunedEncoderOutput(
+                last_hidden_state=encoder_outputs[0], attention_mask=attention_mask
+            )
         # Cross-attention sees the pruned history, and so its mask.
         seen = getattr(encoder_outputs, "attention_mask", None)
         seen = attention_mask if seen is None else seen
         if labels is not None and decoder_input_ids is None:
             decoder_input_ids = self.shifted(labels)
         decoded = self.decoder(
-            input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, past_key_values=past_key_values,
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            past_key_values=past_key_values,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
-            encoder_attention_mask=self.cross_mask(encoder_outputs, seen if self.encoder.padded_behind(padded) else None),
-            use_cache=use_cache, **kwargs,
+            encoder_attention_mask=self.cross_mask(
+                encoder_outputs, seen if self.encoder.padded_behind(padded) else None
+            ),
+            use_cache=use_cache,
+            **kwargs,
         )
         hidden = decoded.last_hidden_state  # [B, L, d]
         out = SidOutput(
-            past_key_values=decoded.past_key_values, decoder_hidden_states=decoded.hidden_states,
-            decoder_attentions=decoded.attentions, cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state, encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions, encoder_attention_mask=seen,
+            past_key_values=decoded.past_key_values,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+            encoder_attention_mask=seen,
         )
         if labels is not None:
             self.add_losses(out, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch)
@@ -344,42 +504,72 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         return out
 
     def cross_mask(self, encoded, seen: Tensor | None) -> Tensor | None:
-        """What the decoder sees of `encoded`: `seen` [B, K] itself, or with `cross_bias` a float mask [B, H, 1, K] with the bias in it.
-        None where all is seen alike."""
+        """What the decoder sees of `encoded`: `seen` [B, K] itself, or with `cross_bias` a float
+        mask [B, H, 1, K] with the bias in it. None where all is seen alike.
+        """
         if self.cross_bias is None:
             return seen
         if encoded.items_back is None:
-            raise ValueError("cross_bias=True needs encoder_outputs as this model's own encoder gives them, with items_back")
-        return self._biased(encoded.items_back.unsqueeze(1), None if seen is None else seen.bool()[:, None, None])
+            raise ValueError(
+                "cross_bias=True needs encoder_outputs as this model's own encoder gives them, with"
+                " items_back"
+            )
+        return self._biased(
+            encoded.items_back.unsqueeze(1), None if seen is None else seen.bool()[:, None, None]
+        )
 
     def _biased(self, items_back, seen):
-        """`cross_bias` of `items_back` int64 [B, Q, K], −∞ off `seen` bool [B, 1, Q, K]: float [B, H, Q, K]."""
-        bias = self.cross_bias((items_back - 1).clamp(0, ITEMS_BACK - 1)).permute(0, 3, 1, 2)  # [B, H, Q, K]
+        """`cross_bias` of `items_back` int64 [B, Q, K], −∞ off `seen` bool [B, 1, Q, K]: float [B,
+        H, Q, K].
+        """
+        # [B, H, Q, K]
+        bias = self.cross_bias((items_back - 1).clamp(0, ITEMS_BACK - 1)).permute(0, 3, 1, 2)
         return bias if seen is None else torch.where(seen, bias, torch.finfo(bias.dtype).min)
 
-    def _teach_all(self, input_ids, attention_mask, labels, map_labels, num_items_in_batch, map_items_in_batch):
-        """One pass over stretches of T + 1 items: the encoder reads the first T, each item seeing itself and those before it; the decoder
-        reads the T targets side by side, each seeing its own tokens so far and the items before it."""
+    def _teach_all(
+        self, input_ids, attention_mask, labels, map_labels, num_items_in_batch, map_items_in_batch
+    ):
+        """One pass over stretches of T + 1 items: the encoder reads the first T, each item seeing
+        itself and those before it; the decoder reads the T targets side by side, each seeing its
+        own tokens so far and the items before it.
+        """
         if self.config.encoder_mask != "items":
-            raise ValueError(f'labels {tuple(labels.shape)} of many targets need encoder_mask="items", got {self.config.encoder_mask!r}')
+            raise ValueError(
+                f'labels {tuple(labels.shape)} of many targets need encoder_mask="items", got'
+                f" {self.config.encoder_mask!r}"
+            )
         _, targets, n_levels = labels.shape
         per_item = self.tokens_per_item(input_ids, labels)
         history = input_ids[:, :-per_item]
-        tokens = (history != PAD).long() if attention_mask is None else attention_mask[:, :-per_item]
+        tokens = (
+            (history != PAD).long() if attention_mask is None else attention_mask[:, :-per_item]
+        )
         encoded = self.encoder(input_ids=history, attention_mask=tokens)
         item = self.encoder.items_of(history, tokens).unsqueeze(1)  # [B, 1, N]
         target = torch.arange(targets, device=labels.device).repeat_interleave(n_levels)  # [T·L]
-        newest = item[:, 0, ::per_item].repeat_interleave(n_levels, 1)  # [B, T·L], the item before each target, padding aside
+        # [B, T·L], the item before each target, padding aside
+        newest = item[:, 0, ::per_item].repeat_interleave(n_levels, 1)
         place = torch.arange(targets * n_levels, device=labels.device)
-        own = ((target == target[:, None]) & (place <= place[:, None]))[None, None]  # [1, 1, T·L, T·L]
+        # [1, 1, T·L, T·L]
+        own = ((target == target[:, None]) & (place <= place[:, None]))[None, None]
         back = newest.unsqueeze(2) - item + 1  # [B, T·L, N]
         seen = ((back >= 1) & tokens.bool().unsqueeze(1)).unsqueeze(1)  # [B, 1, T·L, N]
-        cross = self._biased(back, seen) if self.cross_bias is not None else library_mask(seen, self.config, self.dtype)
+        cross = (
+            self._biased(back, seen)
+            if self.cross_bias is not None
+            else library_mask(seen, self.config, self.dtype)
+        )
         inputs = self.shifted(labels)  # [B, T, L]
-        states = self.decoder(input_ids=inputs.flatten(1), attention_mask=library_mask(own, self.config, self.dtype),
-                              encoder_hidden_states=encoded.last_hidden_state, encoder_attention_mask=cross).last_hidden_state
+        states = self.decoder(
+            input_ids=inputs.flatten(1),
+            attention_mask=library_mask(own, self.config, self.dtype),
+            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_attention_mask=cross,
+        ).last_hidden_state
         hidden = states.unflatten(1, (targets, n_levels))  # [B, T, L, d]
-        out = SidOutput(encoder_attention_mask=input_ids != PAD if attention_mask is None else attention_mask)
+        out = SidOutput(
+            encoder_attention_mask=input_ids != PAD if attention_mask is None else attention_mask
+        )
         self.add_losses(out, hidden, labels, map_labels, num_items_in_batch, map_items_in_batch)
         if not self.training:
             out.logits = self.masked_logits(hidden, inputs)
@@ -395,28 +585,43 @@ class SidT5(SidModel, T5ForConditionalGeneration):
 
 
 class BeamState:
-    """What a beam search in a `SidT5` carries from level to level: the cached keys and values of the decoder."""
+    """What a beam search in a `SidT5` carries from level to level: the cached keys and values of
+    the decoder.
+    """
 
     def __init__(self, model: SidT5, encoded: PrunedEncoderOutput):
-        self.decoder, self.memory = model.decoder, encoded.last_hidden_state  # [B, K, d]
+        self.decoder = model.decoder
+        self.memory = encoded.last_hidden_state  # [B, K, d]
         self.mask = model.cross_mask(encoded, encoded.attention_mask)  # [B, K], or [B, H, 1, K]
-        self.cache, self.width = EncoderDecoderCache(DynamicCache(), DynamicCache()), 1
-        # Beams of one history attend to the same keys and values, which our own attention takes as they are; others need a copy for each.
+        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self.width = 1
+        # Beams of one history attend to the same keys and values, which our own attention takes as
+        # they are; others need a copy for each.
         self.shared = self.decoder.config._attn_implementation == "sidlab"
         if self.shared and self.mask.ndim == 2:
             self.mask = self.mask[:, None, None].bool()  # [B, 1, 1, K], which the decoder hands on
 
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
-        """`tokens` int64 [B, b], the last token of each beam, and `parents` int64 [B, b], the beam of the step before that it goes on from
-        (None at the first step) → decoder states [B, b, d]."""
+        """`tokens` int64 [B, b], the last token of each beam, and `parents` int64 [B, b], the beam
+        of the step before that it goes on from (None at the first step) → decoder states [B, b, d].
+        """
         batch, width = tokens.shape
         if parents is not None:
-            rows = (torch.arange(batch, device=tokens.device)[:, None] * self.width + parents).flatten()
+            rows = (
+                torch.arange(batch, device=tokens.device)[:, None] * self.width + parents
+            ).flatten()
             self.cache.self_attention_cache.batch_select_indices(rows)
-            if width != self.width and not self.shared:  # the same for all beams of a history: this changes only with their number
+            # The same for all beams of a history: this changes only with their number
+            if width != self.width and not self.shared:
                 self.cache.cross_attention_cache.batch_select_indices(rows)
-                self.memory, self.mask = self.memory[rows], self.mask[rows]
+                self.memory = self.memory[rows]
+                self.mask = self.mask[rows]
             self.width = width
-        out = self.decoder(input_ids=tokens.reshape(-1, 1), encoder_hidden_states=self.memory, encoder_attention_mask=self.mask,
-                           past_key_values=self.cache, use_cache=True)
+        out = self.decoder(
+            input_ids=tokens.reshape(-1, 1),
+            encoder_hidden_states=self.memory,
+            encoder_attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
         return out.last_hidden_state[:, -1].view(batch, width, -1)

@@ -1,14 +1,17 @@
-"""What the two papers claim, and what came out here: `make paper` runs the comparisons and writes the claims page from their files.
+"""What the two papers claim, and what came out here: `make paper` runs the comparisons and writes
+the claims page from their files.
 
     python -m sidlab.research.claims DATASET … [--preset paper] [--seeds 3] [--arch t5 qwen] [--methods "unpadded rastp"]
                             [--sids FILE] [--output runs/paper] [--evidence results]
 
-A claim is judged by rules alone, from every results.json, study.json and benchmark below `--output` and `--evidence`; nothing is typed
-in. A saving is confirmed where ours is at least the published one over the whole of its spread (`_faster`), and not where all of it is
-less; pruned and unpruned model pad alike, so that padding saved is not pruning's. Quality counts as lost where the interval of the
-difference lies below 0, and as kept where it does not and lies above −5 % of the unpruned recall@10; else the interval is too wide to
-say. One seed decides nothing about quality, nor does a model that is far from the published one (`MATURE`). RASTP is judged by encoders
-with decoders, the only models that it had. Without a DATASET nothing is run.
+A claim is judged by rules alone, from every results.json, study.json and benchmark below `--output`
+and `--evidence`; nothing is typed in. A saving is confirmed where ours is at least the published
+one over the whole of its spread (`_faster`), and not where all of it is less; pruned and unpruned
+model pad alike, so that padding saved is not pruning's. Quality counts as lost where the interval
+of the difference lies below 0, and as kept where it does not and lies above −5 % of the unpruned
+recall@10; else the interval is too wide to say. One seed decides nothing about quality, nor does a
+model that is far from the published one (`MATURE`). RASTP is judged by encoders with decoders, the
+only models that it had. Without a DATASET nothing is run.
 """
 
 import argparse
@@ -26,14 +29,22 @@ from sidlab.research.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, publis
 
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
 MARGIN = 0.05  # of the unpruned recall
-MATURE = 0.9  # of the lowest recall@10 published of an unpruned TIGER: what reaches less can't say what pruning costs
+# Of the lowest recall@10 published of an unpruned TIGER: what reaches less can't say what pruning
+# costs
+MATURE = 0.9
 SINGLE = 0.1  # taken for the spread of a single run's seconds, which has none of its own
-CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, UNTESTABLE = "confirmed", "not confirmed", "undecided", "not run", "not testable here"
+CONFIRMED = "confirmed"
+REFUTED = "not confirmed"
+UNDECIDED = "undecided"
+NOT_RUN = "not run"
+UNTESTABLE = "not testable here"
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """`check` yields the findings in one file of results (`_found`); `missing` says why there may be none."""
+    """`check` yields the findings in one file of results (`_found`); `missing` says why there may
+    be none.
+    """
 
     paper: str
     text: str
@@ -46,10 +57,21 @@ def _rows(results):
 
 
 def _bench_rows(results, workload):
-    """What the benchmark measured, by method: the published configuration and ours, each with and without pruning."""
-    rows = [row for row in results.get("rows", ()) if "targets" in results and row["workload"] == workload]
-    names = {"published, without pruning": "padded", "published RASTP": "rastp-reference", "nothing pruned": "unpadded",
-             "a third kept": "rastp", "pruning to a third": "rastp"}
+    """What the benchmark measured, by method: the published configuration and ours, each with and
+    without pruning.
+    """
+    rows = [
+        row
+        for row in results.get("rows", ())
+        if "targets" in results and row["workload"] == workload
+    ]
+    names = {
+        "published, without pruning": "padded",
+        "published RASTP": "rastp-reference",
+        "nothing pruned": "unpadded",
+        "a third kept": "rastp",
+        "pruning to a third": "rastp",
+    }
     named = {names[row["variant"]]: row for row in rows if row["variant"] in names}
     if "rastp" in named and "unpadded" not in named:  # the last two steps of the waterfall
         named["unpadded"] = rows[rows.index(named["rastp"]) - 1]
@@ -57,33 +79,64 @@ def _bench_rows(results, workload):
 
 
 def _seeds(results):
-    return results.get("seeds") or max((row["seeds"] for row in results.get("summary", ())), default=1)
+    return results.get("seeds") or max(
+        (row["seeds"] for row in results.get("summary", ())), default=1
+    )
 
 
 def _found(results, verdict, figures):
-    """A finding: `verdict` on a claim in one run, the `figures` it rests on, the data set, where it was measured and by which command."""
+    """A finding: `verdict` on a claim in one run, the `figures` it rests on, the data set, where it
+    was measured and by which command.
+    """
     machine = results["hardware"]
     if "targets" in results:
-        where = f"the benchmark, {machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)"
-        return {"verdict": verdict, "figures": figures, "data": "benchmark", "where": where, "command": results["command"]}
+        where = (
+            f"the benchmark, {machine['gpu'] or machine['processor']}, {machine['threads']}"
+            " thread(s)"
+        )
+        return {
+            "verdict": verdict,
+            "figures": figures,
+            "data": "benchmark",
+            "where": where,
+            "command": results["command"],
+        }
     data = _name(results["dataset"])
-    continued = "continued from one model, " if results.get("protocol") == "continue" else ""  # of older files: from scratch
-    where = (f"{data}, {results.get('arch', 't5')}, preset {results['preset']}, {continued}"
-             f"{_seeds(results)} seed(s), "
-             f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)")
+    # Of older files: from scratch
+    continued = "continued from one model, " if results.get("protocol") == "continue" else ""
+    where = (
+        f"{data}, {results.get('arch', 't5')}, preset {results['preset']}, {continued}"
+        f"{_seeds(results)} seed(s), "
+        f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)"
+    )
     names = ("dataset", "preset", "seeds", "arch", "sids")
     parameters = " ".join(f"-p {name} {results[name]}" for name in names if results.get(name))
     study = results.get("study")
-    command = results.get("command") or f"papermill notebooks/studies/{study}.ipynb runs/{study}.ipynb --cwd . -k python3 {parameters}"
-    return {"verdict": verdict, "figures": figures, "data": data, "where": where, "command": command}
+    command = (
+        results.get("command")
+        or f"papermill notebooks/studies/{study}.ipynb runs/{study}.ipynb --cwd . -k python3 {parameters}"
+    )
+    return {
+        "verdict": verdict,
+        "figures": figures,
+        "data": data,
+        "where": where,
+        "command": command,
+    }
 
 
 def _quality(results, verdict, figures):
-    """As `_found`, but one seed decides nothing, nor does an unpruned model (a study's first setting) that is not trained enough."""
+    """As `_found`, but one seed decides nothing, nor does an unpruned model (a study's first
+    setting) that is not trained enough.
+    """
     base = (results["rows"][0] if "study" in results else _rows(results)["unpadded"])["recall@10"]
     theirs = published(results["dataset"]).query("method == 'TIGER'")["recall@10"].min()
     if base < MATURE * theirs:  # NaN, where nothing is published, is never more
-        return _found(results, UNDECIDED, f"{figures} (not trained enough: {base:.4f} unpruned, published {theirs:.4f})")
+        return _found(
+            results,
+            UNDECIDED,
+            f"{figures} (not trained enough: {base:.4f} unpruned, published {theirs:.4f})",
+        )
     if _seeds(results) < 2:
         return _found(results, UNDECIDED, f"{figures} (of other seeds it says nothing)")
     return _found(results, verdict, figures)
@@ -99,17 +152,27 @@ def _sides(interval):
 
 
 def _faster(pairs, least):
-    """At least `least` times as fast, for each pair (pruned, base) of methods; and with the study of efficiency, for a third kept. The
-    spread: of the benchmark's rounds the quartiles, of three seeds or more all of them, of fewer `SINGLE`.
-    Files marked "busy" were measured beside other jobs: their seconds say nothing."""
+    """At least `least` times as fast, for each pair (pruned, base) of methods; and with the study
+    of efficiency, for a third kept. The spread: of the benchmark's rounds the quartiles, of three
+    seeds or more all of them, of fewer `SINGLE`. Files marked "busy" were measured beside other
+    jobs: their seconds say nothing.
+    """
+
     def spread(results, row):
         middle = row["seconds_per_1k_windows"]
         if "quartiles" in row:
             return row["quartiles"]
         of_seeds = row.get("seconds_range") or [  # a study's, or a comparison's
-            one["seconds_per_1k_windows"] for one in results.get("rows", ()) if one.get("method") == row.get("method", 0)]
+            one["seconds_per_1k_windows"]
+            for one in results.get("rows", ())
+            if one.get("method") == row.get("method", 0)
+        ]
         known = _seeds(results) > 2 and len(of_seeds) > 1
-        return (min(of_seeds), max(of_seeds)) if known else (middle * (1 - SINGLE / 2), middle * (1 + SINGLE / 2))
+        return (
+            (min(of_seeds), max(of_seeds))
+            if known
+            else (middle * (1 - SINGLE / 2), middle * (1 + SINGLE / 2))
+        )
 
     def check(results):
         tables = {"": _rows(results)}
@@ -117,7 +180,10 @@ def _faster(pairs, least):
             labels = {row["label"]: row for row in results["rows"]}
             tables = {"": {"rastp": labels.get("keep 0.33", {}), "unpadded": labels["unpruned"]}}
         if "targets" in results:
-            tables = {" on " + workload: _bench_rows(results, workload) for workload in ("Beauty lengths", "full histories")}
+            tables = {
+                " on " + workload: _bench_rows(results, workload)
+                for workload in ("Beauty lengths", "full histories")
+            }
         if results.get("busy") or any(row.get("busy") for row in results.get("rows", ())):
             return
         for on, rows in tables.items():
@@ -125,41 +191,67 @@ def _faster(pairs, least):
                 one, other = (rows.get(name, {}) for name in (method, base))
                 if one.get("seconds_per_1k_windows") and other.get("seconds_per_1k_windows"):
                     ratio = other["seconds_per_1k_windows"] / one["seconds_per_1k_windows"]
-                    (low, high), (floor, top) = spread(results, one), spread(results, other)
-                    verdict = CONFIRMED if floor / high >= least else REFUTED if top / low < least else UNDECIDED
-                    yield _found(results, verdict, f"{method} trains {ratio:.2f} times [{floor / high:.2f}, {top / low:.2f}] as fast as "
-                                 f"{base}{on}")
+                    low, high = spread(results, one)
+                    floor, top = spread(results, other)
+                    verdict = (
+                        CONFIRMED
+                        if floor / high >= least
+                        else REFUTED
+                        if top / low < least
+                        else UNDECIDED
+                    )
+                    yield _found(
+                        results,
+                        verdict,
+                        f"{method} trains {ratio:.2f} times [{floor / high:.2f}, {top / low:.2f}]"
+                        f" as fast as {base}{on}",
+                    )
+
     return check
 
 
 def _less_memory(method, base, least):
-    """Judged on a GPU alone: on a processor the resident size of a process is that of its allocator, more than of what is in use. What
-    pruning saves without MAP is told, and decides nothing."""
+    """Judged on a GPU alone: on a processor the resident size of a process is that of its
+    allocator, more than of what is in use. What pruning saves without MAP is told, and decides
+    nothing.
+    """
+
     def check(results):
         if not results["hardware"]["gpu"]:
             return
-        rows, field, what = _rows(results), "peak_memory_mb", "memory in training"
+        rows = _rows(results)
+        field = "peak_memory_mb"
+        what = "memory in training"
         if "targets" in results:
-            rows, field, what = _bench_rows(results, "full histories"), "peak_mb", "memory for activations on full histories"
+            rows = _bench_rows(results, "full histories")
+            field = "peak_mb"
+            what = "memory for activations on full histories"
         for name in (method, "rastp"):
             peaks = [rows.get(one, {}).get(field) for one in (name, base)]
             if all(peaks):
                 saved = 1 - peaks[0] / peaks[1]
                 verdict = UNDECIDED if name != method else CONFIRMED if saved >= least else REFUTED
                 yield _found(results, verdict, f"{name} takes {saved:.1%} less {what} than {base}")
+
     return check
 
 
 def _against(verdict, *methods):
     """`verdict`: of the interval of a difference to the unpruned recall@10, and that."""
+
     def check(results):
         rows = _rows(results)
         for method in methods:
             test = rows.get(method, {}).get("versus_unpadded")
             if test:
                 base = rows["unpadded"]["recall@10"]
-                yield _quality(results, verdict(test["interval"], base), f"{method} − unpadded, recall@10: "
-                               f"{_signed(test['difference'])} {_span(test['interval'])}, of {base:.4f}")
+                yield _quality(
+                    results,
+                    verdict(test["interval"], base),
+                    f"{method} − unpadded, recall@10: "
+                    f"{_signed(test['difference'])} {_span(test['interval'])}, of {base:.4f}",
+                )
+
     return check
 
 
@@ -169,11 +261,14 @@ def _not_worse(interval, base):
 
 def _study(name):
     """A check of the rows {label: row} of one study."""
+
     def decorate(check):
         def of_file(results):
             if results.get("study") == name:
                 yield from check(results, {row["label"]: row for row in results["rows"]})
+
         return of_file
+
     return decorate
 
 
@@ -188,12 +283,18 @@ def _too_low_hurts(results, rows):
 
 @_study("layer-ratio")
 def _two_thirds_go(results, rows):
-    """Behind some layer: STAMP doesn't say which. That with the best recall on validation users is judged."""
+    """Behind some layer: STAMP doesn't say which. That with the best recall on validation users is
+    judged.
+    """
     third = [row for label, row in rows.items() if label.endswith("keep 0.33")]
     if third:
         best = max(third, key=lambda row: max(row["curve"]["mean"]))
         verdict = _not_worse(best["difference_interval"], rows["unpruned"]["recall@10"])
-        yield _quality(results, verdict, f"{best['label']} (the best of {len(third)} layers) − unpruned: {_difference(best)}")
+        yield _quality(
+            results,
+            verdict,
+            f"{best['label']} (the best of {len(third)} layers) − unpruned: {_difference(best)}",
+        )
 
 
 @_study("granularity")
@@ -201,34 +302,59 @@ def _dilution(results, rows):
     pairs = results.get("versus", ())
     if not pairs:
         return
-    worse, better = ([pair for pair in pairs if _sides(pair["difference_interval"]) == verdict] for verdict in (REFUTED, CONFIRMED))
-    examples = "; ".join(f"{pair['label']} − {pair['against']} codes {_difference(pair)}" for pair in (*worse[:1], *better[:1]))
-    verdict = CONFIRMED if worse and better else REFUTED if len(pairs) in (len(worse), len(better)) else UNDECIDED
-    yield _quality(results, verdict, f"of {len(pairs)} pairs of settings the finer one is clearly worse in {len(worse)} and clearly better "
-                   f"in {len(better)}: {examples}")
+    worse, better = (
+        [pair for pair in pairs if _sides(pair["difference_interval"]) == verdict]
+        for verdict in (REFUTED, CONFIRMED)
+    )
+    examples = "; ".join(
+        f"{pair['label']} − {pair['against']} codes {_difference(pair)}"
+        for pair in (*worse[:1], *better[:1])
+    )
+    verdict = (
+        CONFIRMED
+        if worse and better
+        else REFUTED
+        if len(pairs) in (len(worse), len(better))
+        else UNDECIDED
+    )
+    yield _quality(
+        results,
+        verdict,
+        f"of {len(pairs)} pairs of settings the finer one is clearly worse in {len(worse)} and"
+        f" clearly better in {len(better)}: {examples}",
+    )
 
 
 @_study("strategies")
 def _choice_matters(results, rows):
     for pair in results.get("versus", ()):
         if pair["label"] == "rastp":
-            yield _quality(results, _sides(pair["difference_interval"]),
-                           f"keeping a third by rastp − at random, recall@10: {_difference(pair)}")
+            yield _quality(
+                results,
+                _sides(pair["difference_interval"]),
+                f"keeping a third by rastp − at random, recall@10: {_difference(pair)}",
+            )
 
 
 @_study("adaptive")
 def _stages_help(results, rows):
     for pair in results.get("versus", ()):
         row = rows[pair["label"]]
-        if row.get("strategy.kind") == "stage" and row["strategy.start"] < row["pruning.keep"]:  # aggressive early, as claimed
-            yield _quality(results, _sides(pair["difference_interval"]),
-                           f"{pair['label']} − {pair['against']}, recall@10: {_difference(pair)}")
+        # Aggressive early, as claimed
+        if row.get("strategy.kind") == "stage" and row["strategy.start"] < row["pruning.keep"]:
+            yield _quality(
+                results,
+                _sides(pair["difference_interval"]),
+                f"{pair['label']} − {pair['against']}, recall@10: {_difference(pair)}",
+            )
 
 
 def _decoder_only(results):
     if results.get("arch") == "qwen":
         yield from _against(_not_worse, "rastp", "stamp")(results)
-        yield from _faster([("rastp", "unpadded"), ("stamp", "unpadded")], STAMP_CLAIMS["speedup"][0])(results)
+        yield from _faster(
+            [("rastp", "unpadded"), ("stamp", "unpadded")], STAMP_CLAIMS["speedup"][0]
+        )(results)
 
 
 def _nothing(results):
@@ -236,43 +362,119 @@ def _nothing(results):
 
 
 CLAIMS = (
-    Claim("RASTP", f"Training takes {RASTP_CLAIMS['time_saved']:.1%} less time ({RASTP_CLAIMS['speedup']} times as fast).",
-          _t5(_faster([("rastp-reference", "padded"), ("rastp", "unpadded")], RASTP_CLAIMS["speedup"])),
-          "needs `padded` and `rastp-reference`, or `unpadded` and `rastp`"),
-    Claim("RASTP", "Quality is kept or slightly better.", _t5(_against(_not_worse, "rastp", "rastp-reference")),
-          "needs `unpadded` and `rastp`"),
-    Claim("RASTP", "A ratio that changes with the stage of learning helps (a summary of the paper; its code has none).", _stages_help,
-          "needs the study `adaptive`"),
-    Claim("both", "Centrality × saliency finds the tokens that matter: better than a random third.", _choice_matters,
-          "needs the study `strategies`"),
-    Claim("STAMP", "Training is {}–{} times as fast.".format(*STAMP_CLAIMS["speedup"]),
-          _faster([("stamp", "unpadded")], STAMP_CLAIMS["speedup"][0]), "needs `unpadded` and `stamp`"),
-    Claim("STAMP", "Training takes {:.1%}–{:.1%} less memory.".format(*STAMP_CLAIMS["memory_saved"]),
-          _less_memory("stamp", "unpadded", STAMP_CLAIMS["memory_saved"][0]),
-          "needs `unpadded` and `stamp` on a GPU"),
-    Claim("STAMP", "Quality is kept or better.", _against(_not_worse, "stamp"), "needs `unpadded` and `stamp`"),
-    Claim("STAMP", "MAP alone beats the baseline.", _against(lambda interval, base: _sides(interval), "map"), "needs `unpadded` and `map`"),
-    Claim("STAMP", "Up to two thirds of the tokens can go without a loss of accuracy.", _two_thirds_go, "needs the study `layer-ratio`"),
-    Claim("STAMP", "Too low a retention ratio hurts.", _too_low_hurts, "needs the study `layer-ratio`"),
-    Claim("STAMP", "Accuracy moves non-monotonically as SIDs get finer (Semantic Dilution Effect).", _dilution,
-          "needs the study `granularity`"),
-    Claim("STAMP", "It holds for decoder-only models, too.", _decoder_only, "needs a comparison with arch=qwen"),
-    Claim("STAMP", "It holds on AL-GR-Tiny with a pretrained Qwen.", _nothing,
-          "needs the 61 GB of AL-GR-Tiny, a pretrained checkpoint and GPUs (`sidlab.data.algr` and `SidQwen.from_checkpoint` take them)"),
+    Claim(
+        "RASTP",
+        f"Training takes {RASTP_CLAIMS['time_saved']:.1%} less time ({RASTP_CLAIMS['speedup']}"
+        " times as fast).",
+        _t5(
+            _faster([("rastp-reference", "padded"), ("rastp", "unpadded")], RASTP_CLAIMS["speedup"])
+        ),
+        "needs `padded` and `rastp-reference`, or `unpadded` and `rastp`",
+    ),
+    Claim(
+        "RASTP",
+        "Quality is kept or slightly better.",
+        _t5(_against(_not_worse, "rastp", "rastp-reference")),
+        "needs `unpadded` and `rastp`",
+    ),
+    Claim(
+        "RASTP",
+        "A ratio that changes with the stage of learning helps (a summary of the paper; its code"
+        " has none).",
+        _stages_help,
+        "needs the study `adaptive`",
+    ),
+    Claim(
+        "both",
+        "Centrality × saliency finds the tokens that matter: better than a random third.",
+        _choice_matters,
+        "needs the study `strategies`",
+    ),
+    Claim(
+        "STAMP",
+        "Training is {}–{} times as fast.".format(*STAMP_CLAIMS["speedup"]),
+        _faster([("stamp", "unpadded")], STAMP_CLAIMS["speedup"][0]),
+        "needs `unpadded` and `stamp`",
+    ),
+    Claim(
+        "STAMP",
+        "Training takes {:.1%}–{:.1%} less memory.".format(*STAMP_CLAIMS["memory_saved"]),
+        _less_memory("stamp", "unpadded", STAMP_CLAIMS["memory_saved"][0]),
+        "needs `unpadded` and `stamp` on a GPU",
+    ),
+    Claim(
+        "STAMP",
+        "Quality is kept or better.",
+        _against(_not_worse, "stamp"),
+        "needs `unpadded` and `stamp`",
+    ),
+    Claim(
+        "STAMP",
+        "MAP alone beats the baseline.",
+        _against(lambda interval, base: _sides(interval), "map"),
+        "needs `unpadded` and `map`",
+    ),
+    Claim(
+        "STAMP",
+        "Up to two thirds of the tokens can go without a loss of accuracy.",
+        _two_thirds_go,
+        "needs the study `layer-ratio`",
+    ),
+    Claim(
+        "STAMP", "Too low a retention ratio hurts.", _too_low_hurts, "needs the study `layer-ratio`"
+    ),
+    Claim(
+        "STAMP",
+        "Accuracy moves non-monotonically as SIDs get finer (Semantic Dilution Effect).",
+        _dilution,
+        "needs the study `granularity`",
+    ),
+    Claim(
+        "STAMP",
+        "It holds for decoder-only models, too.",
+        _decoder_only,
+        "needs a comparison with arch=qwen",
+    ),
+    Claim(
+        "STAMP",
+        "It holds on AL-GR-Tiny with a pretrained Qwen.",
+        _nothing,
+        "needs the 61 GB of AL-GR-Tiny, a pretrained checkpoint and GPUs (`sidlab.data.algr` and"
+        " `SidQwen.from_checkpoint` take them)",
+    ),
 )
 
 
 def judge(files: list[dict]) -> list[dict]:
-    """Every claim with its findings in the loaded results and studies: {"paper", "claim", "verdict", "verdicts", "findings", "missing"}.
-    The verdict is that of all findings which decide, where they agree, and "mixed" where not; "verdicts" has it for each data set."""
+    """Every claim with its findings in the loaded results and studies: {"paper", "claim",
+    "verdict", "verdicts", "findings", "missing"}. The verdict is that of all findings which decide,
+    where they agree, and "mixed" where not; "verdicts" has it for each data set.
+    """
     out = []
     for claim in CLAIMS:
-        findings = [finding for results in files if results.get("preset") != "smoke" for finding in claim.check(results)]
-        of_data = {data: _verdict(finding["verdict"] for finding in findings if finding["data"] == data)
-                   for data in dict.fromkeys(finding["data"] for finding in findings)}
-        verdict = _verdict(finding["verdict"] for finding in findings) or (UNTESTABLE if claim.check is _nothing else NOT_RUN)
-        out.append({"paper": claim.paper, "claim": claim.text, "verdict": verdict, "verdicts": of_data,
-                    "findings": findings, "missing": claim.missing})
+        findings = [
+            finding
+            for results in files
+            if results.get("preset") != "smoke"
+            for finding in claim.check(results)
+        ]
+        of_data = {
+            data: _verdict(finding["verdict"] for finding in findings if finding["data"] == data)
+            for data in dict.fromkeys(finding["data"] for finding in findings)
+        }
+        verdict = _verdict(finding["verdict"] for finding in findings) or (
+            UNTESTABLE if claim.check is _nothing else NOT_RUN
+        )
+        out.append(
+            {
+                "paper": claim.paper,
+                "claim": claim.text,
+                "verdict": verdict,
+                "verdicts": of_data,
+                "findings": findings,
+                "missing": claim.missing,
+            }
+        )
     return out
 
 
@@ -283,26 +485,37 @@ def _verdict(verdicts):
 
 
 def evidence(*folders) -> list[dict]:
-    """All results of comparisons, studies and whole benchmarks below the folders, loaded; of equal commands the one found last, of equal
-    studies the one with most seeds. Not what was run for a quick look."""
+    """All results of comparisons, studies and whole benchmarks below the folders, loaded; of equal
+    commands the one found last, of equal studies the one with most seeds. Not what was run for a
+    quick look.
+    """
     found = {}
     for folder in folders:
         for path in sorted(pathlib.Path(folder).rglob("*.json")):
-            if path.name.endswith(("results.json", "study.json", "bench.json")) or path.parent.name in ("results", "studies"):
+            if path.name.endswith(
+                ("results.json", "study.json", "bench.json")
+            ) or path.parent.name in ("results", "studies"):
                 with reading(path):
                     content = json.loads(path.read_text())
                 if not isinstance(content, dict):  # as that of notebooks/run.py
                     continue
                 look = content.get("only") or "--quick" in content.get("command", "")
                 if content.keys() & {"summary", "study", "targets"} and not look:
-                    key = content.get("command") or str([content.get(k) or "" for k in ("study", "dataset", "preset", "arch", "sids")])
+                    key = content.get("command") or str(
+                        [
+                            content.get(k) or ""
+                            for k in ("study", "dataset", "preset", "arch", "sids")
+                        ]
+                    )
                     if key not in found or _seeds(content) >= _seeds(found[key]):
                         found[key] = content
     return list(found.values())
 
 
 def beside_published(files: list[dict]) -> list[dict]:
-    """Published rows of each data set, with ours of the same method: {"dataset", "method", "source", metrics, "METRIC_interval"}."""
+    """Published rows of each data set, with ours of the same method: {"dataset", "method",
+    "source", metrics, "METRIC_interval"}.
+    """
     rows = []
     run = [_name(results["dataset"]) for results in files if "summary" in results]
     for name in dict.fromkeys([*run, *PUBLISHED]):
@@ -311,13 +524,24 @@ def beside_published(files: list[dict]) -> list[dict]:
             if "summary" in results and _name(results["dataset"]) == name:
                 source = f"here: {results.get('arch', 't5')}, preset {results['preset']}"
                 fields = [*METRICS, *(f"{metric}_interval" for metric in METRICS)]
-                rows += [{"dataset": name, "method": row["method"], "source": source, **{field: row[field] for field in fields}}
-                         for row in results["summary"]]
+                rows += [
+                    {
+                        "dataset": name,
+                        "method": row["method"],
+                        "source": source,
+                        **{field: row[field] for field in fields},
+                    }
+                    for row in results["summary"]
+                ]
     return rows
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser("sidlab.research.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "sidlab.research.claims",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("datasets", nargs="*", metavar="DATASET")
     parser.add_argument("--preset", default="paper")
     parser.add_argument("--seeds", type=int, default=3)
@@ -325,26 +549,40 @@ def main(arguments=None) -> None:
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--sids", default="", help="a published SID file")
     parser.add_argument("--output", default="runs/paper")
-    parser.add_argument("--evidence", nargs="*", default=["results", "runs/studies", "runs/bench", "runs/bench-gpu"])
+    parser.add_argument(
+        "--evidence", nargs="*", default=["results", "runs/studies", "runs/bench", "runs/bench-gpu"]
+    )
     args = parser.parse_args(arguments)
     output = pathlib.Path(args.output)
     for dataset in args.datasets:
         for arch in args.arch:
-            methods = [name for name in args.methods.split() if arch == "t5" or name != "rastp-reference"]
+            methods = [
+                name for name in args.methods.split() if arch == "t5" or name != "rastp-reference"
+            ]
             if arch == "qwen" and args.methods == METHODS:
                 methods.append("rastp-visible")
             folder = output / f"{_name(dataset)}-{args.preset}-{arch}"
-            results = compare(dataset, args.preset, methods, args.seeds, str(folder), args.sids, arch=arch)
+            results = compare(
+                dataset, args.preset, methods, args.seeds, str(folder), args.sids, arch=arch
+            )
             write_page(results, folder / "index.html")
     files = evidence(*args.evidence, output)
-    claims, rows = judge(files), beside_published(files)
+    claims = judge(files)
+    rows = beside_published(files)
     write_json(output / "claims.json", {"claims": claims, "published": rows})
     write_claims(claims, rows, output / "index.html")
     for claim in claims:
-        own = "; ".join(f"{name}: {claim['verdicts'][name]}" for name in map(_name, args.datasets) if name in claim["verdicts"])
+        own = "; ".join(
+            f"{name}: {claim['verdicts'][name]}"
+            for name in map(_name, args.datasets)
+            if name in claim["verdicts"]
+        )
         print(f"{claim['verdict']:18} {claim['paper']}: {claim['claim']}{own and f' ({own})'}")
     if args.datasets and args.preset == "smoke":
-        print("Runs with the preset smoke are too short to judge anything by: these verdicts rest on the other files.")
+        print(
+            "Runs with the preset smoke are too short to judge anything by: these verdicts rest on"
+            " the other files."
+        )
     print(f"{len(files)} files of evidence; {output / 'index.html'}")
 
 

@@ -1,12 +1,15 @@
-"""Compare methods fairly: the same windows in the same batches, the same number of updates, each run in a process of its own.
+"""Compare methods fairly: the same windows in the same batches, the same number of updates, each
+run in a process of its own.
 
-`compare` is what `notebooks/reproduce.ipynb` calls. A run is one (method, seed); see `sweeps` for how it is done and kept. There are two
-protocols, and no table mixes them:
+`compare` is what `notebooks/reproduce.ipynb` calls. A run is one (method, seed); see `sweeps` for
+how it is done and kept. There are two protocols, and no table mixes them:
 
-* "continue": one unpruned base per seed learns from every item of every history (`targets="all"`). From it every method goes on for the
-  same few updates, the unpruned one too. A row "base", and a row "base-METHOD" for each pruner, show the base as it is: unpruned, and
-  pruned only when it recommends. A model that works is pruned here, in minutes.
-* "scratch": every method trains from nothing, one target a window (`targets=1`), as both papers did.
+* "continue": one unpruned base per seed learns from every item of every history (`targets="all"`).
+  From it every method goes on for the same few updates, the unpruned one too. A row "base", and a
+  row "base-METHOD" for each pruner, show the base as it is: unpruned, and pruned only when it
+  recommends. A model that works is pruned here, in minutes.
+* "scratch": every method trains from nothing, one target a window (`targets=1`), as both papers
+  did.
 """
 
 import fractions
@@ -46,9 +49,14 @@ METHODS = {
     "unpadded": "nothing pruned and next to no padding: the baseline for every pruner",
     "recent": "keeps the newest tokens",
     "random": "keeps tokens at random",
-    "rastp": "keeps the tokens with most attention received × size of hidden state (RASTP, STAMP's SAP)",
+    "rastp": (
+        "keeps the tokens with most attention received × size of hidden state (RASTP, STAMP's SAP)"
+    ),
     "rastp-l2": "as rastp, the size of the hidden state being its Euclidean norm",
-    "rastp-visible": "as rastp, the attention received being divided by how many tokens see the token: older ones are seen by more",
+    "rastp-visible": (
+        "as rastp, the attention received being divided by how many tokens see the token: older"
+        " ones are seen by more"
+    ),
     "rastp-reference": "padded, and pruned as RASTP's published code does it",
     "pool": "averages neighbouring tokens down to the kept share",
     "norm": "keeps the tokens with the largest hidden states",
@@ -56,7 +64,10 @@ METHODS = {
     "oracle": "keeps the tokens that truly hold most information",
     "map": "prunes nothing, also learns to predict further items (STAMP's MAP)",
     "stamp": "rastp and map together",
-    "sasrec": "causal self-attention over item ids, without semantic IDs: what a practitioner would try first",
+    "sasrec": (
+        "causal self-attention over item ids, without semantic IDs: what a practitioner would try"
+        " first"
+    ),
 }
 BASELINES = {
     "popularity": "the most popular items, the same for everyone",
@@ -64,69 +75,122 @@ BASELINES = {
     "bayes": "the best list for one who knows how the planted world works: a ceiling",
 }
 SETTINGS = {  # by name, as in `sweeps.sweep`, where they are not a scorer's name
-    "padded": {"padding": "fixed"}, "unpadded": {}, "rastp-reference": {"padding": "fixed", "pruning.mode": "reference"},
-    "pool": {"pruning.reduce": "pool"}, "map": {"map.steps": 2}, "stamp": {"pruning.scorer": "rastp", "map.steps": 2}}
+    "padded": {"padding": "fixed"},
+    "unpadded": {},
+    "rastp-reference": {"padding": "fixed", "pruning.mode": "reference"},
+    "pool": {"pruning.reduce": "pool"},
+    "map": {"map.steps": 2},
+    "stamp": {"pruning.scorer": "rastp", "map.steps": 2},
+}
 PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map", "sasrec"))
 DEFAULT_METHODS = "padded unpadded recent random rastp rastp-visible map stamp sasrec"
 PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir", "sids", "arch", "protocol")
 PROTOCOLS = ("continue", "scratch")
-BASE = "base"  # the row of the unpruned model that the others continue, and in front of a pruner's name: that model, pruned so
+# The row of the unpruned model that the others continue, and in front of a pruner's name: that
+# model, pruned so
+BASE = "base"
 
 
-def compare(dataset: str = "planted", preset: str = "quick", methods=DEFAULT_METHODS, seeds: int = 3, output_dir: str = "",
-            sids: str = "", arch: str = "t5", protocol: str = "") -> dict:
-    """Train and test every method with every seed; write `results.json` into `output_dir`; return the results, of which
-    `page.write_page` makes a page.
+def compare(
+    dataset: str = "planted",
+    preset: str = "quick",
+    methods=DEFAULT_METHODS,
+    seeds: int = 3,
+    output_dir: str = "",
+    sids: str = "",
+    arch: str = "t5",
+    protocol: str = "",
+) -> dict:
+    """Train and test every method with every seed; write `results.json` into `output_dir`; return
+    the results, of which `page.write_page` makes a page.
 
-    Args: `dataset`: what `load_catalogue` takes; `preset`: of `TrainConfig`; `methods`: names of `METHODS`, separated by spaces or
-    in a list, or "module:function", a custom scorer (see `saliency.named_scorer`); a pruning method may carry its kept share, as in
-    "rastp@1/2" (default 1/3); `seeds`: how many, from 0 on;
-    `output_dir`: default runs/<dataset>-<preset>; `sids`: a published SID file (default: `sweeps.sid_table`'s choice); `arch`: "t5" or
-    "qwen", decoder-only; `protocol`: "continue" or "scratch" (see the module; default: "continue", but "scratch" for the preset "paper").
-    Raises ValueError naming what is valid before anything is trained.
+    Args: `dataset`: what `load_catalogue` takes; `preset`: of `TrainConfig`; `methods`: names of
+    `METHODS`, separated by spaces or in a list, or "module:function", a custom scorer (see
+    `saliency.named_scorer`); a pruning method may carry its kept share, as in "rastp@1/2" (default
+    1/3); `seeds`: how many, from 0 on; `output_dir`: default runs/<dataset>-<preset>; `sids`: a
+    published SID file (default: `sweeps.sid_table`'s choice); `arch`: "t5" or "qwen", decoder-only;
+    `protocol`: "continue" or "scratch" (see the module; default: "continue", but "scratch" for the
+    preset "paper"). Raises ValueError naming what is valid before anything is trained.
     """
     names = methods.split() if isinstance(methods, str) else list(methods)
     if not names:
         raise ValueError(f"give at least one method, got methods={methods!r}")
     if made := [name for name in names if name.partition("-")[0] == BASE]:
-        raise ValueError(f"methods={methods!r} names {made[0]}, a row that protocol='continue' adds by itself; leave it out")
+        raise ValueError(
+            f"methods={methods!r} names {made[0]}, a row that protocol='continue' adds by itself;"
+            " leave it out"
+        )
     seeds = integer("seeds", seeds)
     one_of("preset", preset, PRESETS)
     protocol = protocol or default_protocol(preset)
     one_of("protocol", protocol, PROTOCOLS)
     if protocol == "continue" and preset not in DENSE:
-        raise ValueError(f"preset={preset!r} trains from scratch, as published: protocol must be 'scratch', got {protocol!r}")
+        raise ValueError(
+            f"preset={preset!r} trains from scratch, as published: protocol must be 'scratch', got"
+            f" {protocol!r}"
+        )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"methods={methods!r} names {', '.join(twice)} twice")
     names = rows_of(names, protocol)
-    runs = [(name, seed) for seed in range(seeds) for name in names]  # seeds outside: a comparison cut short compares
+    # Seeds outside: a comparison cut short compares
+    runs = [(name, seed) for seed in range(seeds) for name in names]
     source = {"file": os.path.abspath(sids)} if sids else {}
     specs = {}
     for name, seed in runs:
-        start = f"{BASE}-seed{seed}" if protocol == "continue" and name not in (BASE, "sasrec") else None
-        specs[f"{name}-seed{seed}"] = spec(dataset, method_config(name, preset, seed, arch, protocol), source, start)
+        start = (
+            f"{BASE}-seed{seed}"
+            if protocol == "continue" and name not in (BASE, "sasrec")
+            else None
+        )
+        specs[f"{name}-seed{seed}"] = spec(
+            dataset, method_config(name, preset, seed, arch, protocol), source, start
+        )
     folder = folder_of(dataset, preset, output_dir, arch, protocol)
     catalogue = load_catalogue(dataset)
-    results = [{"method": name, "seed": seed, **result} for (name, seed), result in zip(runs, run_all(specs, folder))]
-    results = _collect(dataset, preset, names, results, catalogue, *sid_table(catalogue, folder, source), sids, arch, protocol)
+    results = [
+        {"method": name, "seed": seed, **result}
+        for (name, seed), result in zip(runs, run_all(specs, folder))
+    ]
+    results = _collect(
+        dataset,
+        preset,
+        names,
+        results,
+        catalogue,
+        *sid_table(catalogue, folder, source),
+        sids,
+        arch,
+        protocol,
+    )
     write_json(folder / "results.json", results)
     return results
 
 
-def folder_of(dataset: str, preset: str, output_dir: str = "", arch: str = "t5", protocol: str = "") -> pathlib.Path:
-    """Where `compare` keeps its runs and results: `output_dir`, or runs/<dataset>-<preset> with what else is not the default."""
+def folder_of(
+    dataset: str, preset: str, output_dir: str = "", arch: str = "t5", protocol: str = ""
+) -> pathlib.Path:
+    """Where `compare` keeps its runs and results: `output_dir`, or runs/<dataset>-<preset> with
+    what else is not the default.
+    """
     usual = protocol in ("", default_protocol(preset))
-    parts = [pathlib.Path(dataset).name, preset, *([arch] if arch != "t5" else []), *([] if usual else [protocol])]
+    parts = [
+        pathlib.Path(dataset).name,
+        preset,
+        *([arch] if arch != "t5" else []),
+        *([] if usual else [protocol]),
+    ]
     return pathlib.Path(output_dir or f"runs/{'-'.join(parts)}")
 
 
 def default_protocol(preset: str) -> str:
-    """"continue", but "scratch" for a preset that has no dense targets, the published one."""
+    """ "continue", but "scratch" for a preset that has no dense targets, the published one."""
     return "continue" if preset in DENSE else "scratch"
 
 
 def rows_of(methods, protocol: str = "continue") -> list[str]:
-    """The trained rows of a comparison of `methods`, names in a list or separated by spaces: under "continue" with those of the base."""
+    """The trained rows of a comparison of `methods`, names in a list or separated by spaces: under
+    "continue" with those of the base.
+    """
     names = methods.split() if isinstance(methods, str) else list(methods)
     if protocol != "continue" or set(names) == {"sasrec"}:
         return names
@@ -136,40 +200,81 @@ def rows_of(methods, protocol: str = "continue") -> list[str]:
 def describe(name: str) -> str:
     """What a method does, in words, with its kept share."""
     if name == BASE:
-        return "nothing pruned, every item of every history taught: the model that the others continue"
+        return (
+            "nothing pruned, every item of every history taught: the model that the others continue"
+        )
     if name.startswith(f"{BASE}-"):
-        return f"the base, not trained further, which recommends pruned as {name.removeprefix(f'{BASE}-')}"
+        return (
+            "the base, not trained further, which recommends pruned as"
+            f" {name.removeprefix(f'{BASE}-')}"
+        )
     base, _, keep = name.partition("@")
-    return (METHODS | BASELINES).get(base, "custom scorer" * (":" in base)) + (f"; {keep} of them" if keep else "")
+    return (METHODS | BASELINES).get(base, "custom scorer" * (":" in base)) + (
+        f"; {keep} of them" if keep else ""
+    )
 
 
 def unknown_parameters(namespace: dict, valid=PARAMETERS) -> list[str]:
-    """Names in a notebook's namespace that are no parameter of it. papermill takes any name in silence; the notebook asks here."""
+    """Names in a notebook's namespace that are no parameter of it. papermill takes any name in
+    silence; the notebook asks here.
+    """
     given = {name for name in namespace if not name.startswith("_")}
-    return sorted(given - {*valid, "In", "Out", "get_ipython", "exit", "quit", "open", "comparison", "charts", "figures", "page"})
+    return sorted(
+        given
+        - {
+            *valid,
+            "In",
+            "Out",
+            "get_ipython",
+            "exit",
+            "quit",
+            "open",
+            "comparison",
+            "charts",
+            "figures",
+            "page",
+        }
+    )
 
 
 def predicted_and_measured(results: dict) -> pd.DataFrame:
-    """The cost model beside the measurement, a row a method, each number relative to "unpadded" (or the first method with costs)."""
+    """The cost model beside the measurement, a row a method, each number relative to "unpadded" (or
+    the first method with costs).
+    """
     rows = [row for row in results["summary"] if row.get("predicted_flops")]
     base = next((row for row in rows if row["method"] == "unpadded"), rows[0])
-    columns = {"predicted FLOPs ×": "predicted_flops", "measured seconds ×": "seconds_per_1k_windows",
-               "predicted activations ×": "predicted_activation_mb", "measured memory ×": "peak_memory_mb"}
+    columns = {
+        "predicted FLOPs ×": "predicted_flops",
+        "measured seconds ×": "seconds_per_1k_windows",
+        "predicted activations ×": "predicted_activation_mb",
+        "measured memory ×": "peak_memory_mb",
+    }
     # Some systems tell no peak memory: 0, of which there is no ratio.
-    frame = pd.DataFrame({title: [row[field] / base[field] if base[field] else None for row in rows] for title, field in columns.items()},
-                         index=pd.Index([row["method"] for row in rows], name="method"))
+    frame = pd.DataFrame(
+        {
+            title: [row[field] / base[field] if base[field] else None for row in rows]
+            for title, field in columns.items()
+        },
+        index=pd.Index([row["method"] for row in rows], name="method"),
+    )
     frame.insert(0, "MFLOPs per window", [row["predicted_flops"] / 1e6 for row in rows])
     return frame
 
 
 def _prunes(name):
-    """Whether a method prunes in a way that a trained model can take on; the published code's needs a model built for it."""
+    """Whether a method prunes in a way that a trained model can take on; the published code's needs
+    a model built for it.
+    """
     base = name.partition("@")[0]
     return (base in PRUNERS and base not in ("stamp", "rastp-reference")) or ":" in base
 
 
-def method_config(name: str, preset: str, seed: int, arch: str = "t5", protocol: str = "scratch") -> TrainConfig | dict:
-    """The configuration of a method: `preset` and what the method changes of it; of "sasrec" and "base-METHOD" what `sweeps.spec` takes."""
+def method_config(
+    name: str, preset: str, seed: int, arch: str = "t5", protocol: str = "scratch"
+) -> TrainConfig | dict:
+    """The configuration of a method: `preset` and what the method changes of it; of "sasrec" and
+    "base-METHOD" what `sweeps.spec` takes.
+    """
     if name == BASE:
         return config_with(preset, seed, {"arch": arch, "targets": "all"})
     if name.startswith(f"{BASE}-"):
@@ -177,12 +282,20 @@ def method_config(name: str, preset: str, seed: int, arch: str = "t5", protocol:
         return {"recommend": config.beam, "pruning": config.pruning.to_dict()}
     base, at, keep = name.partition("@")
     if base not in METHODS and ":" not in base:
-        raise ValueError(f"method {name!r} is unknown; use some of {' '.join(METHODS)}, or a custom scorer as module:function")
+        raise ValueError(
+            f"method {name!r} is unknown; use some of {' '.join(METHODS)}, or a custom scorer as"
+            " module:function"
+        )
     if at and not ((base in PRUNERS or ":" in base) and re.fullmatch(SHARE, keep)):
-        raise ValueError(f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or rastp@0.5")
+        raise ValueError(
+            f"method {name!r}: only a pruning method takes a kept share, written as in rastp@1/2 or"
+            " rastp@0.5"
+        )
     if base == "sasrec":
         short = {"epochs": 1} if preset == "smoke" else {}
-        return {"sasrec": {"max_items": TrainConfig.preset(preset).max_items, "seed": seed, **short}}
+        return {
+            "sasrec": {"max_items": TrainConfig.preset(preset).max_items, "seed": seed, **short}
+        }
     share = {"pruning.keep": float(fractions.Fraction(keep))} if keep else {}
     settings = {"arch": arch} | SETTINGS.get(base, {"pruning.scorer": base}) | share
     if protocol == "continue":  # told, so that the cost model knows it too
@@ -195,60 +308,130 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch,
     ranks = {name: ranks_of([r for r in runs if r["method"] == name]) for name in names}  # [S, U]
     ranks |= _baselines(catalogue)
     rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
-    rows += [{"method": name, "seed": None, **metrics_of(ranks[name]), **dict.fromkeys(COSTS), "kept_informative": None}
-             for name in ranks if name not in names]
-    # Two seeds of one method leave a single degree of freedom, so there the models on SIDs tell of seeds together, as if seeds moved all of
-    # them alike much. Three speak for their own method.
-    alike = {name: of_method for name, of_method in ranks.items() if name in names and name != "sasrec" and len(of_method) == 2}
+    rows += [
+        {
+            "method": name,
+            "seed": None,
+            **metrics_of(ranks[name]),
+            **dict.fromkeys(COSTS),
+            "kept_informative": None,
+        }
+        for name in ranks
+        if name not in names
+    ]
+    # Two seeds of one method leave a single degree of freedom, so there the models on SIDs tell of
+    # seeds together, as if seeds moved all of them alike much. Three speak for their own method.
+    alike = {
+        name: of_method
+        for name, of_method in ranks.items()
+        if name in names and name != "sasrec" and len(of_method) == 2
+    }
     noise, noise_of_difference = seed_noise(alike.values())
     summary = []
     for name, of_method in ranks.items():
-        entry = {"method": name, "seeds": len(of_method), **metrics_of(of_method, noise if name in alike else None),
-                 "predicted_flops": None, "predicted_activation_mb": None}
-        if isinstance(config := method_config(name, preset, 0, arch, protocol) if name in names else None, TrainConfig):
+        entry = {
+            "method": name,
+            "seeds": len(of_method),
+            **metrics_of(of_method, noise if name in alike else None),
+            "predicted_flops": None,
+            "predicted_activation_mb": None,
+        }
+        if isinstance(
+            config := method_config(name, preset, 0, arch, protocol) if name in names else None,
+            TrainConfig,
+        ):
             config = fitted(config, catalogue)
             windows = training_windows(leave_one_out(catalogue.histories).train, config)
             # As it was trained, for that says how many bytes are kept.
             in_bf16 = any(r["precision"] == "bf16" for r in runs if r["method"] == name)
             predicted = cost(config, table.widths, windows, bf16=in_bf16)
-            entry |= {"predicted_flops": predicted.training, "predicted_activation_mb": predicted.activation_bytes / 2**20}
+            entry |= {
+                "predicted_flops": predicted.training,
+                "predicted_activation_mb": predicted.activation_bytes / 2**20,
+            }
         own = [row for row in rows if row["method"] == name]
         for field in COSTS:
-            entry[field] = None if own[0][field] is None else float(np.median([row[field] for row in own]))
-        entry["kept_informative"] = None if own[0]["kept_informative"] is None else {
-            what: float(np.mean([row["kept_informative"][what] for row in own])) for what in ("precision", "recall")}
+            entry[field] = (
+                None if own[0][field] is None else float(np.median([row[field] for row in own]))
+            )
+        entry["kept_informative"] = (
+            None
+            if own[0]["kept_informative"] is None
+            else {
+                what: float(np.mean([row["kept_informative"][what] for row in own]))
+                for what in ("precision", "recall")
+            }
+        )
         entry["versus_unpadded"] = None
-        against = BASE if name.startswith(f"{BASE}-") else "unpadded"  # a base that is pruned, with the base
+        # A base that is pruned, with the base
+        against = BASE if name.startswith(f"{BASE}-") else "unpadded"
         if against in ranks and name != against:
             # A table has no seeds: there all that moves is the unpruned model.
-            moved = noise_of_difference(2) if name in alike else noise and noise["recall@10"] if name not in names else None
-            test = paired_test(*(per_user(ranks[m])["recall@10"] for m in (name, against)), noise=moved)
-            entry["versus_unpadded"] = {"against": against, "difference": test.difference, "interval": list(test.interval),
-                                        # It knows nothing of other seeds: of several, only the interval is shown.
-                                        "p_value": test.p_value if len(of_method) == len(ranks[against]) == 1 else None}
+            moved = (
+                noise_of_difference(2)
+                if name in alike
+                else noise and noise["recall@10"]
+                if name not in names
+                else None
+            )
+            test = paired_test(
+                *(per_user(ranks[m])["recall@10"] for m in (name, against)), noise=moved
+            )
+            entry["versus_unpadded"] = {
+                "against": against,
+                "difference": test.difference,
+                "interval": list(test.interval),
+                # It knows nothing of other seeds: of several, only the
+                # interval is shown.
+                "p_value": test.p_value if len(of_method) == len(ranks[against]) == 1 else None,
+            }
         summary.append(entry)
     asked = [name for name in names if name.partition("-")[0] != BASE]
-    others = ["Other jobs ran on the machine at the same time: the seconds say little."] if any(r["busy"] for r in runs) else []
+    others = (
+        ["Other jobs ran on the machine at the same time: the seconds say little."]
+        if any(r["busy"] for r in runs)
+        else []
+    )
     if len(devices := sorted({r["device"] for r in runs})) > 1:
-        others.append(f"The runs were made on {' and '.join(devices)}: their seconds do not compare.")
+        others.append(
+            f"The runs were made on {' and '.join(devices)}: their seconds do not compare."
+        )
     return {
-        "dataset": str(dataset), "preset": preset, "arch": arch, "protocol": protocol, "hardware": hardware(), "versions": versions(),
-        "command": f'make reproduce DATASET={shlex.quote(str(dataset))} PRESET={preset} METHODS="{" ".join(asked)}" '
-                   + f"SEEDS={len(runs) // len(names)}"
-                   + f" SIDS={shlex.quote(str(sids))}" * bool(sids) + f" ARCH={arch}" * (arch != "t5")
-                   + f" PROTOCOL={protocol}" * (protocol != default_protocol(preset)),
+        "dataset": str(dataset),
+        "preset": preset,
+        "arch": arch,
+        "protocol": protocol,
+        "hardware": hardware(),
+        "versions": versions(),
+        "command": (
+            f"make reproduce DATASET={shlex.quote(str(dataset))} PRESET={preset}"
+            f' METHODS="{" ".join(asked)}" '
+            + f"SEEDS={len(runs) // len(names)}"
+            + f" SIDS={shlex.quote(str(sids))}" * bool(sids)
+            + f" ARCH={arch}" * (arch != "t5")
+            + f" PROTOCOL={protocol}" * (protocol != default_protocol(preset))
+        ),
         "precision": sorted({r["precision"] for r in runs} - {None}),
         "seed_noise": noise and noise["recall@10"]._asdict(),
-        "users": ranks[names[0]].shape[1], "sids": report, "rows": rows, "summary": summary,
-        "curves": [{"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]],
+        "users": ranks[names[0]].shape[1],
+        "sids": report,
+        "rows": rows,
+        "summary": summary,
+        "curves": [
+            {"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]
+        ],
     } | ({"busy": " ".join(others)} if others else {})
 
 
 def _baselines(catalogue):
     split = leave_one_out(catalogue.histories)
     histories, targets = split.cases("test")
-    lists = {"popularity": Popularity().fit(split.train, catalogue.n_items).recommend(histories, k=10),
-             "neighbours": NeighbourTable().fit(split.train, catalogue.n_items).recommend(histories, k=10)}
+    lists = {
+        "popularity": Popularity().fit(split.train, catalogue.n_items).recommend(histories, k=10),
+        "neighbours": (
+            NeighbourTable().fit(split.train, catalogue.n_items).recommend(histories, k=10)
+        ),
+    }
     if catalogue.truth is not None:
         lists["bayes"] = catalogue.truth.recommend(histories, k=10)
     return {name: rank_of_target(items, targets)[None] for name, items in lists.items()}
@@ -259,16 +442,40 @@ def hardware() -> dict:
     info = pathlib.Path("/proc/cpuinfo")
     name = platform.processor() or platform.machine()
     if info.exists():
-        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
+        name = next(
+            (
+                line.split(":")[1].strip()
+                for line in info.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            name,
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
-    return {"processor": name, "cores": cores, "memory_gb": memory and round(memory, 1), "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if hasattr(os, "sysconf")
+        else None
+    )
+    return {
+        "processor": name,
+        "cores": cores,
+        "memory_gb": memory and round(memory, 1),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 def versions() -> dict:
-    """Versions of this package and its code (a digest, as in the runs' keys), of Python and of what computes."""
+    """Versions of this package and its code (a digest, as in the runs' keys), of Python and of what
+    computes.
+    """
     import sidlab
 
-    return {"sidlab": sidlab.__version__, "code": code_digest()[:12], "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "numpy": np.__version__}
+    return {
+        "sidlab": sidlab.__version__,
+        "code": code_digest()[:12],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }

@@ -1,9 +1,11 @@
-"""What a method costs, from its configuration and the lengths of the histories alone: FLOPs, kept activations, parameters.
+"""What a method costs, from its configuration and the lengths of the histories alone: FLOPs, kept
+activations, parameters.
 
-Histories come in the very batches of training's first epoch, so padding is in the numbers; and as a pruner's number of slots follows from
-lengths and not from scores, they are exact for every scorer. A product [m, k] × [k, n] counts 2mkn; look-ups, norms, softmax,
-dropout, the sums of scoring, sorting, gathering and the optimiser count nothing. The backward pass counts twice the forward (a fused
-attention also repeats its scores there, which is left out).
+Histories come in the very batches of training's first epoch, so padding is in the numbers; and as a
+pruner's number of slots follows from lengths and not from scores, they are exact for every scorer.
+A product [m, k] × [k, n] counts 2mkn; look-ups, norms, softmax, dropout, the sums of scoring,
+sorting, gathering and the optimiser count nothing. The backward pass counts twice the forward (a
+fused attention also repeats its scores there, which is left out).
 """
 
 import dataclasses
@@ -21,11 +23,14 @@ from sidlab.windows import LengthBatches, StratifiedBatches, Stretches, UserBatc
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """`flops`: of a forward pass per window, by part: "encoder" (layers up to the pruner; without one, all), "behind" (layers behind the
-    pruner), "decoder" (self-attention and feed-forward), "cross" (its attention to the history), "heads", "map". `activation_bytes`: what
-    autograd keeps until the backward pass, in the batch that keeps most. `state_bytes`: parameters, gradients and AdamW's two moments in
-    float32 (an upper bound with `muon`, whose matrices have one). `slots`, `kept`: mean encoder slots per window before and behind the
-    pruner. `windows`, `batches`: of an epoch."""
+    """`flops`: of a forward pass per window, by part: "encoder" (layers up to the pruner; without
+    one, all), "behind" (layers behind the pruner), "decoder" (self-attention and feed-forward),
+    "cross" (its attention to the history), "heads", "map". `activation_bytes`: what autograd keeps
+    until the backward pass, in the batch that keeps most. `state_bytes`: parameters, gradients and
+    AdamW's two moments in float32 (an upper bound with `muon`, whose matrices have one). `slots`,
+    `kept`: mean encoder slots per window before and behind the pruner. `windows`, `batches`: of an
+    epoch.
+    """
 
     flops: dict[str, float]
     activation_bytes: int
@@ -35,77 +40,153 @@ class Cost:
     windows: int
     batches: int
 
-    forward = property(lambda self: sum(self.flops.values()), doc="FLOPs of the forward pass per window.")
-    training = property(lambda self: 3 * self.forward, doc="FLOPs per window, backward pass included.")
+    forward = property(
+        lambda self: sum(self.flops.values()), doc="FLOPs of the forward pass per window."
+    )
+    training = property(
+        lambda self: 3 * self.forward, doc="FLOPs per window, backward pass included."
+    )
     state_bytes = property(lambda self: 16 * self.parameters)
 
 
-def cost(config: TrainConfig, widths, windows, *, fused: bool | None = None, bf16: bool | None = None) -> Cost:
+def cost(
+    config: TrainConfig, widths, windows, *, fused: bool | None = None, bf16: bool | None = None
+) -> Cost:
     """The cost of training `config`.
 
-    Args: `widths`: codes per level, as in `SidTable.widths`; `windows`: the `Windows`, or (unless `config.windows` is "contiguous")
-    their lengths alone, int [windows], items of history per window (cut to `max_items`); with `targets="all"` the `Stretches` or their
-    lengths, and all is per target. For the activations: `fused`, whether
-    attention runs in a fused kernel where nothing is scored (as on a GPU; on a processor T5's learned position bias forbids it), and
-    `bf16`, mixed precision. None: `fused` on a GPU; `bf16` as `config.precision` says, of which "auto",
-    measured by training and not here, counts as float32 on a CPU and as what it takes on a GPU
-    (`mode="reference"` is modelled as published, unfused in float32). Raises
-    ValueError where training would (but fewer windows than `accumulation` are a batch each), and for what lengths do not tell: `mass` and
-    `strategy`, by which the model decides what is kept, and the sizes of a `checkpoint`.
+    Args: `widths`: codes per level, as in `SidTable.widths`; `windows`: the `Windows`, or (unless
+    `config.windows` is "contiguous") their lengths alone, int [windows], items of history per
+    window (cut to `max_items`); with `targets="all"` the `Stretches` or their lengths, and all is
+    per target. For the activations: `fused`, whether attention runs in a fused kernel where nothing
+    is scored (as on a GPU; on a processor T5's learned position bias forbids it), and `bf16`, mixed
+    precision. None: `fused` on a GPU; `bf16` as `config.precision` says, of which "auto", measured
+    by training and not here, counts as float32 on a CPU and as what it takes on a GPU
+    (`mode="reference"` is modelled as published, unfused in float32). Raises ValueError where
+    training would (but fewer windows than `accumulation` are a batch each), and for what lengths do
+    not tell: `mass` and `strategy`, by which the model decides what is kept, and the sizes of a
+    `checkpoint`.
     """
     _check_known(config)
     if config.targets == "all":
         return _dense_cost(config, widths, windows, fused, bf16)
     size, shortest, longest = _batches(config, widths, windows)  # [batches] each
-    room = np.full_like(longest, config.max_items) if config.padding == "fixed" else longest  # for so many items
-    slots, p = room * (len(widths) + config.separators), config.pruning
-    # As in `TokenPruner`: from the shape alone, or from the longest history where items or separators count.
-    kept = _kept(config, widths, longest if p is not None and (p.unit == "item" or p.protect_separators) else room)
+    # For so many items
+    room = np.full_like(longest, config.max_items) if config.padding == "fixed" else longest
+    slots = room * (len(widths) + config.separators)
+    p = config.pruning
+    # As in `TokenPruner`: from the shape alone, or from the longest history where items or
+    # separators count.
+    kept = _kept(
+        config,
+        widths,
+        longest if p is not None and (p.unit == "item" or p.protect_separators) else room,
+    )
     if p is not None and p.mode == "reference":
         kept = np.floor(p.keep * slots + 1e-6).astype(np.int64)
-    padded = shortest < room, np.minimum(_kept(config, widths, shortest), shortest * (len(widths) + config.separators)) < kept
+    padded = (
+        shortest < room,
+        np.minimum(_kept(config, widths, shortest), shortest * (len(widths) + config.separators))
+        < kept,
+    )
     fused = torch.cuda.is_available() if fused is None else fused
     bf16 = uses_bf16(config.precision) if bf16 is None else bf16
     activations = _qwen_activations if config.arch == "qwen" else _activations
     memory = size * activations(config, widths, slots, kept, *padded, fused, bf16)
-    flops = {part: _mean(value, size) for part, value in flops_by_part(config, widths, slots, kept).items()}
+    flops = {
+        part: _mean(value, size)
+        for part, value in flops_by_part(config, widths, slots, kept).items()
+    }
     parameters = _parameters(config, widths)
-    activation_bytes = int(memory.max()) + 2 * parameters * bf16  # a copy of the weights is kept with them
-    return Cost(flops, activation_bytes, parameters, _mean(slots, size), _mean(kept, size), int(size.sum()), len(size))
+    # A copy of the weights is kept with them
+    activation_bytes = int(memory.max()) + 2 * parameters * bf16
+    return Cost(
+        flops,
+        activation_bytes,
+        parameters,
+        _mean(slots, size),
+        _mean(kept, size),
+        int(size.sum()),
+        len(size),
+    )
 
 
 def _dense_cost(config, widths, windows, fused, bf16):
     """`cost` where a pass teaches every item of a stretch: all per target."""
-    lengths = windows.lengths if isinstance(windows, Stretches) else np.minimum(np.asarray(windows, np.int64), config.max_items + 1)
-    targets = int((windows.stop - windows.taught).sum()) if isinstance(windows, Stretches) else int((lengths - 1).sum())
+    lengths = (
+        windows.lengths
+        if isinstance(windows, Stretches)
+        else np.minimum(np.asarray(windows, np.int64), config.max_items + 1)
+    )
+    targets = (
+        int((windows.stop - windows.taught).sum())
+        if isinstance(windows, Stretches)
+        else int((lengths - 1).sum())
+    )
     per_item = len(widths) + config.separators
-    ordered, cuts = np.sort(lengths), LengthBatches(lengths, per_item, config.batch_tokens).cuts
-    size, shortest, longest = np.diff(cuts), ordered[cuts[:-1]], ordered[cuts[1:] - 1]  # [batches] each
+    ordered = np.sort(lengths)
+    cuts = LengthBatches(lengths, per_item, config.batch_tokens).cuts
+    size = np.diff(cuts)
+    shortest = ordered[cuts[:-1]]
+    longest = ordered[cuts[1:] - 1]  # [batches] each
     taught = longest - 1
-    # T5 reads all items but the last, beside the targets; a stream holds both, with BOS and without what follows the last code.
-    slots = taught * per_item if config.arch == "t5" else longest * per_item - config.separators - len(widths)
+    # T5 reads all items but the last, beside the targets; a stream holds both, with BOS and without
+    # what follows the last code.
+    slots = (
+        taught * per_item
+        if config.arch == "t5"
+        else longest * per_item - config.separators - len(widths)
+    )
     fused = torch.cuda.is_available() if fused is None else fused
     bf16 = uses_bf16(config.precision) if bf16 is None else bf16
-    activations, padded = _qwen_activations if config.arch == "qwen" else _activations, shortest < longest
+    activations = _qwen_activations if config.arch == "qwen" else _activations
+    padded = shortest < longest
     memory = size * activations(config, widths, slots, slots, padded, padded, fused, bf16, taught)
-    flops = {part: float((size * value).sum()) / targets for part, value in flops_by_part(config, widths, slots, slots, taught).items()}
-    parameters, mean_slots = _parameters(config, widths), float((size * slots).sum()) / targets
-    return Cost(flops, int(memory.max()) + 2 * parameters * bf16, parameters, mean_slots, mean_slots, targets, len(size))
+    flops = {
+        part: float((size * value).sum()) / targets
+        for part, value in flops_by_part(config, widths, slots, slots, taught).items()
+    }
+    parameters = _parameters(config, widths)
+    mean_slots = float((size * slots).sum()) / targets
+    return Cost(
+        flops,
+        int(memory.max()) + 2 * parameters * bf16,
+        parameters,
+        mean_slots,
+        mean_slots,
+        targets,
+        len(size),
+    )
 
 
-def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = None, batch_size: int = 256) -> float:
-    """Forward FLOPs per user of `recommend` for histories of `lengths` items; `beam`: default `config.beam`. An upper bound if the
-    catalogue uses fewer first codes than that. Raises ValueError for a decoder-only model, which this does not cover, and as `cost`."""
+def recommend_flops(
+    config: TrainConfig, widths, lengths, *, beam: int | None = None, batch_size: int = 256
+) -> float:
+    """Forward FLOPs per user of `recommend` for histories of `lengths` items; `beam`: default
+    `config.beam`. An upper bound if the catalogue uses fewer first codes than that. Raises
+    ValueError for a decoder-only model, which this does not cover, and as `cost`.
+    """
     _check_known(config)
     if config.arch != "t5":
         raise ValueError(f'recommend_flops covers arch="t5", got arch={config.arch!r}')
-    parts = np.array_split(np.sort(np.minimum(np.asarray(lengths, np.int64), config.max_items)), -(-len(lengths) // batch_size))
-    size, longest = np.array([len(part) for part in parts]), np.array([part[-1] for part in parts])
-    if config.pruning is not None and config.pruning.mode == "reference":  # `recommend` pads for it, as published
+    parts = np.array_split(
+        np.sort(np.minimum(np.asarray(lengths, np.int64), config.max_items)),
+        -(-len(lengths) // batch_size),
+    )
+    size = np.array([len(part) for part in parts])
+    longest = np.array([part[-1] for part in parts])
+    # `recommend` pads for it, as published
+    if config.pruning is not None and config.pruning.mode == "reference":
         longest = np.full_like(longest, config.max_items)
-    slots, d, inner = longest * (len(widths) + config.separators), config.d_model, config.num_heads * config.d_kv
-    kept = slots if config.pruning is not None and not config.pruning.at_inference else _kept(config, widths, longest)
-    flops, rows = flops_by_part(config, widths, slots, kept), 1
+    slots = longest * (len(widths) + config.separators)
+    d = config.d_model
+    inner = config.num_heads * config.d_kv
+    kept = (
+        slots
+        if config.pruning is not None and not config.pruning.at_inference
+        else _kept(config, widths, longest)
+    )
+    flops = flops_by_part(config, widths, slots, kept)
+    rows = 1
     total = flops["encoder"] + flops["behind"] + config.num_decoder_layers * 4 * kept * d * inner
     for depth, width in enumerate(widths):  # one token a beam; keys and values are in the cache
         layer = _layer(config, 1, depth + 1) + 4 * inner * (d + kept)
@@ -115,36 +196,73 @@ def recommend_flops(config: TrainConfig, widths, lengths, *, beam: int | None = 
 
 
 def _check_known(config):
-    if config.strategy is not None or (config.pruning is not None and config.pruning.mass is not None):
-        raise ValueError("the cost of strategy and mass does not follow from lengths: the model decides what they keep")
+    if config.strategy is not None or (
+        config.pruning is not None and config.pruning.mass is not None
+    ):
+        raise ValueError(
+            "the cost of strategy and mass does not follow from lengths: the model decides what"
+            " they keep"
+        )
     if config.checkpoint is not None:
-        raise ValueError(f"checkpoint={config.checkpoint!r} has sizes of its own, which the configuration does not know")
+        raise ValueError(
+            f"checkpoint={config.checkpoint!r} has sizes of its own, which the configuration does"
+            " not know"
+        )
 
 
 def cost_table(configs: dict[str, TrainConfig], widths, windows, **options) -> pd.DataFrame:
-    """Predicted training cost, a row a named configuration; × is relative to the one named "unpadded". `options` as in `cost`."""
+    """Predicted training cost, a row a named configuration; × is relative to the one named
+    "unpadded". `options` as in `cost`.
+    """
     costs = {name: cost(config, widths, windows, **options) for name, config in configs.items()}
     base = costs["unpadded"]
-    return pd.DataFrame.from_dict({name: {
-        "× FLOPs": c.training / base.training, "× activations": c.activation_bytes / base.activation_bytes,
-        "MFLOPs per window": c.training / 1e6, "activations MB": c.activation_bytes / 2**20, "state MB": c.state_bytes / 2**20,
-        "slots": c.slots, "kept": c.kept} for name, c in costs.items()}, orient="index")
+    return pd.DataFrame.from_dict(
+        {
+            name: {
+                "× FLOPs": c.training / base.training,
+                "× activations": c.activation_bytes / base.activation_bytes,
+                "MFLOPs per window": c.training / 1e6,
+                "activations MB": c.activation_bytes / 2**20,
+                "state MB": c.state_bytes / 2**20,
+                "slots": c.slots,
+                "kept": c.kept,
+            }
+            for name, c in costs.items()
+        },
+        orient="index",
+    )
 
 
 def _batches(config, widths, windows):
-    """Windows in each batch of an epoch, and the items of its shortest and its longest window: int64 [batches] each."""
+    """Windows in each batch of an epoch, and the items of its shortest and its longest window:
+    int64 [batches] each.
+    """
     lengths = windows.lengths if isinstance(windows, Windows) else np.asarray(windows, np.int64)
     if config.windows == "contiguous":
         if not isinstance(windows, Windows):
-            raise ValueError('config.windows="contiguous" draws windows by user: give the Windows, not their lengths')
-        batches = [lengths[batch] for batch in UserBatches(windows, config.accumulation, config.seed)]
+            raise ValueError(
+                'config.windows="contiguous" draws windows by user: give the Windows, not their'
+                " lengths"
+            )
+        batches = [
+            lengths[batch] for batch in UserBatches(windows, config.accumulation, config.seed)
+        ]
         return tuple(np.array([f(batch) for batch in batches]) for f in (len, np.min, np.max))
     if not config.bucketing and config.padding != "fixed":
-        raise ValueError("bucketing=False leaves the padding to chance, so its cost does not follow from lengths")
-    lengths, accumulation = np.minimum(lengths, config.max_items), min(config.accumulation, len(lengths))
-    batches = StratifiedBatches(lengths, len(widths) + config.separators, config.batch_tokens, config.seed, accumulation)
+        raise ValueError(
+            "bucketing=False leaves the padding to chance, so its cost does not follow from lengths"
+        )
+    lengths, accumulation = (
+        np.minimum(lengths, config.max_items),
+        min(config.accumulation, len(lengths)),
+    )
+    batches = StratifiedBatches(
+        lengths, len(widths) + config.separators, config.batch_tokens, config.seed, accumulation
+    )
     lengths = lengths[batches.updates()]  # [windows of an update, updates]
-    ends = [ufunc.reduceat(lengths, batches.cuts[:-1]).ravel() for ufunc in (np.minimum, np.maximum)]
+    ends = [
+        ufunc.reduceat(lengths, batches.cuts[:-1]).ravel() for ufunc in (np.minimum, np.maximum)
+    ]
     return np.repeat(np.diff(batches.cuts), lengths.shape[1]), *ends
 
 
@@ -154,12 +272,19 @@ def _mean(values, size):
 
 def _kept(config, widths, items):
     """How many tokens stay of a history of `items` items: int64, the shape of `items`."""
-    p, codes, separators = config.pruning, items * len(widths), items * config.separators
+    p = config.pruning
+    codes = items * len(widths)
+    separators = items * config.separators
     if p is None:
         return codes + separators
     whole = p.unit == "item"
-    # One token stays on top: of a stream the last one, otherwise the first, which no pooling spares.
-    sink = config.arch == "qwen" and not whole and (p.reduce == "select" or config.completed().layout == "stream")
+    # One token stays on top: of a stream the last one, otherwise the first, which no pooling
+    # spares.
+    sink = (
+        config.arch == "qwen"
+        and not whole
+        and (p.reduce == "select" or config.completed().layout == "stream")
+    )
     count = kept_count(torch.from_numpy(items if whole else codes + separators), p.keep).numpy()
     if p.protect_separators:
         return np.minimum(count * len(widths) if whole else count + sink, codes) + separators
@@ -170,26 +295,45 @@ def _kept(config, widths, items):
 
 def _layer(config, n, keys):
     """FLOPs of n tokens through self-attention with so many keys and feed-forward."""
-    d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
-    if config.arch == "qwen":  # keys and values may have fewer heads; the feed-forward layer is gated
+    d = config.d_model
+    f = config.d_ff
+    inner = config.num_heads * config.d_kv
+    # Keys and values may have fewer heads; the feed-forward layer is gated
+    if config.arch == "qwen":
         return n * (4 * d * (inner + _kv(config)) + 4 * keys * inner + 6 * d * f)
-    return n * (8 * d * inner + 4 * keys * inner + 4 * d * f + 2 * (config.ffn_hidden_layers - 1) * f**2)
+    return n * (
+        8 * d * inner + 4 * keys * inner + 4 * d * f + 2 * (config.ffn_hidden_layers - 1) * f**2
+    )
 
 
 def flops_by_part(config, widths, slots, kept, taught=1):
     """FLOPs of a row by part; `taught`: how many targets it has."""
-    d, inner, levels, layers = config.d_model, config.num_heads * config.d_kv, len(widths) * taught, config.num_decoder_layers
-    p, ahead = config.pruning, _ahead(config, widths)
+    d = config.d_model
+    inner = config.num_heads * config.d_kv
+    levels = len(widths) * taught
+    layers = config.num_decoder_layers
+    p = config.pruning
+    ahead = _ahead(config, widths)
     before = p.after_layer if p is not None else config.num_layers
     if config.arch == "qwen":  # the target's tokens run in the same layers as the history
-        slots_all, kept_all = slots + len(widths), kept + len(widths)
-        return {"encoder": before * _layer(config, slots_all, slots_all),
-                "behind": (config.num_layers - before) * _layer(config, kept_all, kept_all), "decoder": 0 * slots, "cross": 0 * slots,
-                "heads": 2 * d * sum(widths) * taught, "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)) * taught)}
-    return {"encoder": before * _layer(config, slots, slots), "behind": (config.num_layers - before) * _layer(config, kept, kept),
-            "decoder": layers * _layer(config, levels, levels),
-            "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept), "heads": 2 * d * sum(widths) * taught,
-            "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)) * taught)}
+        slots_all = slots + len(widths)
+        kept_all = kept + len(widths)
+        return {
+            "encoder": before * _layer(config, slots_all, slots_all),
+            "behind": (config.num_layers - before) * _layer(config, kept_all, kept_all),
+            "decoder": 0 * slots,
+            "cross": 0 * slots,
+            "heads": 2 * d * sum(widths) * taught,
+            "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)) * taught),
+        }
+    return {
+        "encoder": before * _layer(config, slots, slots),
+        "behind": (config.num_layers - before) * _layer(config, kept, kept),
+        "decoder": layers * _layer(config, levels, levels),
+        "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept),
+        "heads": 2 * d * sum(widths) * taught,
+        "map": 2 * d * (len(ahead) * levels * d + sum(map(sum, ahead)) * taught),
+    }
 
 
 def _kv(config):
@@ -197,85 +341,166 @@ def _kv(config):
 
 
 def _ahead(config, widths):
-    """Widths of the levels that each of MAP's steps predicts; by tokens, step s has no label for the first s levels."""
+    """Widths of the levels that each of MAP's steps predicts; by tokens, step s has no label for
+    the first s levels.
+    """
     steps = range(1, config.map.steps + 1) if config.map is not None else ()
-    return [widths[s if config.map.unit == "token" else 0:] for s in steps]
+    return [widths[s if config.map.unit == "token" else 0 :] for s in steps]
 
 
 def _parameters(config, widths):
-    d, f, heads, steps = config.d_model, config.d_ff, config.num_heads, len(_ahead(config, widths))
+    d = config.d_model
+    f = config.d_ff
+    heads = config.num_heads
+    steps = len(_ahead(config, widths))
     map_head = d * (1 + steps + d) if steps else 0
     tokens = 3 + sum(widths)
-    embeddings = tokens * d * (1 if config.tie_embeddings else 2) + config.level_embeddings * (len(widths) + 2) * d
+    embeddings = (
+        tokens * d * (1 if config.tie_embeddings else 2)
+        + config.level_embeddings * (len(widths) + 2) * d
+    )
     if config.arch == "qwen":
-        attention = 2 * d * (heads * config.d_kv + _kv(config)) + 2 * config.d_kv  # norms of queries and keys
+        # Norms of queries and keys
+        attention = 2 * d * (heads * config.d_kv + _kv(config)) + 2 * config.d_kv
         return config.num_layers * (attention + 3 * d * f + 2 * d) + embeddings + d + map_head
-    attention, ffn = 4 * d * heads * config.d_kv + d, 2 * d * f + (config.ffn_hidden_layers - 1) * f**2 + d  # with their norms
-    layers = config.num_layers * (attention + ffn) + config.num_decoder_layers * (2 * attention + ffn)
-    # And embeddings (the heads may be slices of them), two last norms, 32 position biases a head in each stack, MAP's head.
-    return layers + embeddings + 2 * d + 64 * heads + config.cross_bias * ITEMS_BACK * heads + map_head \
+    attention = 4 * d * heads * config.d_kv + d
+    ffn = 2 * d * f + (config.ffn_hidden_layers - 1) * f**2 + d  # with their norms
+    layers = config.num_layers * (attention + ffn) + config.num_decoder_layers * (
+        2 * attention + ffn
+    )
+    # And embeddings (the heads may be slices of them), two last norms, 32 position biases a head in
+    # each stack, MAP's head.
+    return (
+        layers
+        + embeddings
+        + 2 * d
+        + 64 * heads
+        + config.cross_bias * ITEMS_BACK * heads
+        + map_head
         + config.qk_norm * 2 * config.d_kv * (config.num_layers + 2 * config.num_decoder_layers)
+    )
 
 
 def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16, taught=1):
-    """Bytes that autograd keeps per window. Residuals, norms, softmax and loss are float32, operands of products take `w` bytes.
-    `padded`: a batch has empty slots; without, there is no mask and all its rows share one position bias. `fused` follows the
-    derivative of PyTorch's memory-efficient attention, the one kernel of a GPU that takes a learned bias."""
-    d, f, heads, hidden, decoders = config.d_model, config.d_ff, config.num_heads, config.ffn_hidden_layers, config.num_decoder_layers
-    p, levels, ahead, inner, drop = config.pruning, len(widths) * taught, _ahead(config, widths), heads * config.d_kv, config.dropout > 0
-    w, reference = 2 if bf16 else 4, p is not None and p.mode == "reference"
-    noise = drop * (4 if reference else 1)  # what dropout drew: a byte, or PyTorch's number on a processor
-    outer = noise if config.residual_dropout is None else int(config.residual_dropout > 0)  # of what is not inside a layer
+    """Bytes that autograd keeps per window. Residuals, norms, softmax and loss are float32,
+    operands of products take `w` bytes. `padded`: a batch has empty slots; without, there is no
+    mask and all its rows share one position bias. `fused` follows the derivative of PyTorch's
+    memory-efficient attention, the one kernel of a GPU that takes a learned bias.
+    """
+    d = config.d_model
+    f = config.d_ff
+    heads = config.num_heads
+    hidden = config.ffn_hidden_layers
+    decoders = config.num_decoder_layers
+    p = config.pruning
+    levels = len(widths) * taught
+    ahead = _ahead(config, widths)
+    inner = heads * config.d_kv
+    drop = config.dropout > 0
+    w = 2 if bf16 else 4
+    reference = p is not None and p.mode == "reference"
+    # What dropout drew: a byte, or PyTorch's number on a processor
+    noise = drop * (4 if reference else 1)
+    # Of what is not inside a layer
+    outer = noise if config.residual_dropout is None else int(config.residual_dropout > 0)
 
-    def norm(n, readers=1):  # input, scale, normalised; the result, which mixed precision casts for each product that reads it
+    # Input, scale, normalised; the result, which mixed precision casts for each product that reads
+    # it
+    def norm(n, readers=1):
         return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
 
-    def explicit(n, m, by_row=False, v=w if drop else 4):  # queries, keys, values in v bytes, result; weights, noise, weights as read
+    # Queries, keys, values in v bytes, result; weights, noise, weights as read
+    def explicit(n, m, by_row=False, v=w if drop else 4):
         return inner * (v * (n + 2 * m) + w * n) + heads * n * m * (4 + noise + v * (drop or v < 4))
 
-    def in_kernel(n, m, by_row):  # and one number a query; a bias for every row of the batch, its last axis rounded up to 8
+    # And one number a query; a bias for every row of the batch, its last axis rounded up to 8
+    def in_kernel(n, m, by_row):
         return w * inner * 2 * (n + m) + heads * n * (4 + by_row * w * (-(-m // 8) * 8))
 
-    def layer(n, attention):  # of a hidden layer, the result behind dropout is all; PyTorch keeps that before and the noise
-        return norm(n, 3) + attention + norm(n) + n * (2 * d * outer + f * hidden * (w + reference * drop * (noise + w)))
+    # Of a hidden layer, the result behind dropout is all; PyTorch keeps that before and the noise
+    def layer(n, attention):
+        return (
+            norm(n, 3)
+            + attention
+            + norm(n)
+            + n * (2 * d * outer + f * hidden * (w + reference * drop * (noise + w)))
+        )
 
     plain = in_kernel if fused and not reference else explicit
-    cross = (plain if drop or reference else in_kernel)(levels, kept, padded_behind)  # a processor's kernel takes no learned bias
-    masked = padded & ~np.bool_(reference)  # a mask of one byte; the library's plain attention adds one instead, and keeps none
+    # A processor's kernel takes no learned bias
+    cross = (plain if drop or reference else in_kernel)(levels, kept, padded_behind)
+    # A mask of one byte; the library's plain attention adds one instead, and keeps none
+    masked = padded & ~np.bool_(reference)
     total = slots * d * outer + masked * slots**2  # with the embeddings
-    total = total + (p.after_layer - 1 if p is not None else config.num_layers) * layer(slots, plain(slots, slots, padded))
+    total = total + (p.after_layer - 1 if p is not None else config.num_layers) * layer(
+        slots, plain(slots, slots, padded)
+    )
     if p is not None:
-        behind, moved = config.num_layers - p.after_layer, p.positions == "original" and not reference  # each row its own bias, gathered
-        written_out = p.reduce == "select" and plain is explicit  # on a GPU scores are computed once more, and nothing of them is kept
-        total = total + layer(slots, explicit(slots, slots, v=w) if written_out else plain(slots, slots, padded))
+        behind = config.num_layers - p.after_layer
+        moved = p.positions == "original" and not reference  # each row its own bias, gathered
+        # On a GPU scores are computed once more, and nothing of them is kept
+        written_out = p.reduce == "select" and plain is explicit
+        total = total + layer(
+            slots, explicit(slots, slots, v=w) if written_out else plain(slots, slots, padded)
+        )
         total = total + (p.reduce == "select") * 4 * slots * d
-        total = total + (8 * kept**2 if moved and behind else 0) + (padded_behind & ~np.bool_(reference)) * kept**2
+        total = (
+            total
+            + (8 * kept**2 if moved and behind else 0)
+            + (padded_behind & ~np.bool_(reference)) * kept**2
+        )
         attention = in_kernel if p.positions == "none" and not drop and not reference else plain
         total = total + behind * layer(kept, attention(kept, kept, padded_behind | moved))
-    total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + outer))  # last norm, read by all cross-attention
-    total = total + decoders * (layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * outer)
-    total = total + norm(levels) + levels * d * (2 * outer + (8 + 2 * w * len(ahead) if ahead else 0))
-    return total + 4 * taught * (sum(widths) + sum(map(sum, ahead))) + _embedded(config, slots + levels)
+    # Last norm, read by all cross-attention
+    total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + outer))
+    total = total + decoders * (
+        layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * outer
+    )
+    total = (
+        total + norm(levels) + levels * d * (2 * outer + (8 + 2 * w * len(ahead) if ahead else 0))
+    )
+    return (
+        total
+        + 4 * taught * (sum(widths) + sum(map(sum, ahead)))
+        + _embedded(config, slots + levels)
+    )
 
 
 def _embedded(config, n):
     """Bytes that the levers on embeddings and residuals keep of n tokens."""
-    dropped = (2 * config.num_layers + 1) * bool(config.residual_dropout and config.arch == "qwen")  # a byte each
+    # A byte each
+    dropped = (2 * config.num_layers + 1) * bool(config.residual_dropout and config.arch == "qwen")
     return n * config.d_model * (dropped + 4 * config.embedding_norm)
 
 
 def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused, bf16, taught=1):
-    """As `_activations`, of a decoder-only model. A processor has a fused kernel for it too, unless it drops attention weights."""
-    d, f, heads, dk, levels, p = config.d_model, config.d_ff, config.num_heads, config.d_kv, len(widths), config.pruning
-    w, drop, ahead, inner, kv = 2 if bf16 else 4, config.dropout > 0, _ahead(config, widths), heads * dk, _kv(config)
+    """As `_activations`, of a decoder-only model. A processor has a fused kernel for it too, unless
+    it drops attention weights.
+    """
+    d = config.d_model
+    f = config.d_ff
+    heads = config.num_heads
+    dk = config.d_kv
+    levels = len(widths)
+    p = config.pruning
+    w = 2 if bf16 else 4
+    drop = config.dropout > 0
+    ahead = _ahead(config, widths)
+    inner = heads * dk
+    kv = _kv(config)
 
     def norm(n, readers):
         return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
 
-    def in_kernel(n, masked):  # queries, keys, values, result; one number a query; a mask, and then keys and values for all heads
-        v = w if fused else 4  # a CPU's kernel gets float32 (`cpu_layers.attention`), and its result is read in w bytes
+    # Queries, keys, values, result; one number a query; a mask, and then keys and values for all
+    # heads
+    def in_kernel(n, masked):
+        # A CPU's kernel gets float32 (`cpu_layers.attention`), and its result is read in w bytes
+        v = w if fused else 4
         read = w * inner * (v != w)
-        return n * (v * (2 * inner + 2 * kv) + read + 4 * heads) + masked * n * (v * 2 * (inner - kv) + w * n)
+        return n * (v * (2 * inner + 2 * kv) + read + 4 * heads) + masked * n * (
+            v * 2 * (inner - kv) + w * n
+        )
 
     def explicit(n, masked):  # weights, what dropout drew, weights as read
         return 4 * n * w * inner + heads * n * n * (4 + drop + w * (drop or w < 4)) + masked * n * n
@@ -285,12 +510,15 @@ def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused,
         return norm(n, 3) + rotated + attention + norm(n, 2) + 4 * n * w * f
 
     plain = explicit if drop and not fused else in_kernel
-    n, m = slots + levels, kept + levels
+    n = slots + levels
+    m = kept + levels
     before = p.after_layer if p is not None else config.num_layers
     scores = p is not None and p.reduce == "select"
     total = (before - scores) * layer(n, plain(n, padded))
     if scores:
-        total = total + layer(n, explicit(n, padded) if not fused else in_kernel(n, padded)) + 4 * n * d
+        total = (
+            total + layer(n, explicit(n, padded) if not fused else in_kernel(n, padded)) + 4 * n * d
+        )
     total = total + (config.num_layers - before) * layer(m, plain(m, padded_behind))
     total = total + 8 * config.d_kv * (n + (m if p is not None else 0))  # rotations
     heads_read = (2 * (1 + len(ahead)) if bf16 else 0) + (8 + 2 * w * len(ahead) if ahead else 0)

@@ -1,4 +1,6 @@
-"""One run on any number of processes and machines: `accelerate launch -m sidlab.research.launch --config run.json`."""
+"""One run on any number of processes and machines: `accelerate launch -m sidlab.research.launch
+--config run.json`.
+"""
 
 import argparse
 import datetime
@@ -18,46 +20,92 @@ from sidlab.windows import leave_one_out
 
 
 def launch(arguments) -> None:
-    """`accelerate launch -m sidlab.research.launch --config run.json`: one run on any number of processes and machines.
+    """`accelerate launch -m sidlab.research.launch --config run.json`: one run on any number of
+    processes and machines.
 
-    The file: {"dataset", "output_dir", "preset", "seed", "settings": {name: value, as in `sweep`}, "sids": {name: value, as in
-    `sid_table`}, "start_from": folder of a model to go on from}; only `output_dir` must be there. Writes the model, its table and
-    result.json (configuration, test metrics, costs) into it; a run that was stopped goes on.
+    The file: {"dataset", "output_dir", "preset", "seed", "settings": {name: value, as in `sweep`},
+    "sids": {name: value, as in `sid_table`}, "start_from": folder of a model to go on from}; only
+    `output_dir` must be there. Writes the model, its table and result.json (configuration, test
+    metrics, costs) into it; a run that was stopped goes on.
     """
-    parser = argparse.ArgumentParser("sidlab.research.launch", description=launch.__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "sidlab.research.launch",
+        description=launch.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", required=True, help="the JSON file")
     path = pathlib.Path(parser.parse_args(arguments).config)
     given = json.loads(path.read_text())
-    known = {"dataset": "planted", "output_dir": None, "preset": "quick", "seed": 0, "settings": {}, "sids": {}, "start_from": None}
+    known = {
+        "dataset": "planted",
+        "output_dir": None,
+        "preset": "quick",
+        "seed": 0,
+        "settings": {},
+        "sids": {},
+        "start_from": None,
+    }
     if unknown := given.keys() - known.keys():
         raise ValueError(f"{path}: {sorted(unknown)} are unknown; use {', '.join(known)}")
     if not given.get("output_dir"):
         raise ValueError(f"{path}: output_dir is missing: where checkpoints, model and result go")
-    # The others wait for the first process to make SIDs, which takes longer than the 10 minutes that the library allows.
-    one, state = known | given, PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6))
+    # The others wait for the first process to make SIDs, which takes longer than the 10 minutes
+    # that the library allows.
+    one = known | given
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6))
     check_sids(one["sids"])
-    sids = one["sids"] | {name.removeprefix("sids."): value for name, value in one["settings"].items() if name.startswith("sids.")}
+    sids = one["sids"] | {
+        name.removeprefix("sids."): value
+        for name, value in one["settings"].items()
+        if name.startswith("sids.")
+    }
     check_sids(sids)
-    config = config_with(one["preset"], one["seed"], {k: v for k, v in one["settings"].items() if not k.startswith("sids.")},
-                         continued=one["start_from"] is not None)
-    folder, catalogue = pathlib.Path(one["output_dir"]), load_catalogue(one["dataset"])
+    config = config_with(
+        one["preset"],
+        one["seed"],
+        {k: v for k, v in one["settings"].items() if not k.startswith("sids.")},
+        continued=one["start_from"] is not None,
+    )
+    folder = pathlib.Path(one["output_dir"])
+    catalogue = load_catalogue(one["dataset"])
     with state.main_process_first():  # the others read what it made
         table, _ = sid_table(catalogue, folder, sids)
     config = fitted(config, catalogue)
-    result = train(config, catalogue, table, output_dir=folder / "run", start_from=one["start_from"], progress=state.is_main_process)
+    result = train(
+        config,
+        catalogue,
+        table,
+        output_dir=folder / "run",
+        start_from=one["start_from"],
+        progress=state.is_main_process,
+    )
     gc.collect()  # the trainer's cycles hold the group of processes
-    state.destroy_process_group()  # an interpreter that ends while the group's threads still drop tensors aborts, now and then
+    # An interpreter that ends while the group's threads still drop tensors aborts, now and then
+    state.destroy_process_group()
     if not state.is_main_process:
         return
     histories, targets = leave_one_out(catalogue.histories).cases("test")
-    ranks = evaluate(result.model, histories, targets, beam=config.beam, truth=truth_for(config, catalogue))
+    ranks = evaluate(
+        result.model, histories, targets, beam=config.beam, truth=truth_for(config, catalogue)
+    )
     result.model.save_pretrained(folder)
-    write_json(folder / "result.json", {
-        "config": config.to_dict() | {"precision": result.precision},
-        "processes": state.num_processes, "test": metrics_of(ranks), "validation": result.metrics,
-        **result.timing, **result.tokens, "peak_memory_mb": result.peak_memory, "log": result.log})
-    print(f"recall@10 {metrics_of(ranks)['recall@10']:.4f} on {len(targets)} test users; {folder / 'result.json'}")
+    write_json(
+        folder / "result.json",
+        {
+            "config": config.to_dict() | {"precision": result.precision},
+            "processes": state.num_processes,
+            "test": metrics_of(ranks),
+            "validation": result.metrics,
+            **result.timing,
+            **result.tokens,
+            "peak_memory_mb": result.peak_memory,
+            "log": result.log,
+        },
+    )
+    print(
+        f"recall@10 {metrics_of(ranks)['recall@10']:.4f} on {len(targets)} test users;"
+        f" {folder / 'result.json'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The results page: one self-contained HTML file of a comparison, with figures, tables and how to read them.
+"""The results page: one self-contained HTML file of a comparison, with figures, tables and how to
+read them.
 
 plotly.js is inside, once, so the page needs no network; its tables need no script.
 """
@@ -18,33 +19,55 @@ from sidlab.research.compare import describe, predicted_and_measured
 from sidlab.research.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
 
 GUIDE = {
-    "recall@10": """the share of test users whose next item, which no method saw, is among the ten recommended ones.
-        NDCG@10 also rewards a high place in the list.""",
-    "interval": """with other users and other seeds the mean would have come out a little different; 95 of 100 such
+    "recall@10": (
+        """the share of test users whose next item, which no method saw, is among the ten recommended ones.
+        NDCG@10 also rewards a high place in the list."""
+    ),
+    "interval": (
+        """with other users and other seeds the mean would have come out a little different; 95 of 100 such
         repetitions would land about here. Few seeds say little about how much seeds differ, which makes it wide (of two, the
         models on semantic IDs tell that together, as if seeds moved all alike); one says nothing, and its interval is over users
-        alone. Where two intervals overlap, the difference is the sharper question.""",
-    "difference and p": """each method against `unpadded` on the same users, in recall@10. If the interval holds 0, do
+        alone. Where two intervals overlap, the difference is the sharper question."""
+    ),
+    "difference and p": (
+        """each method against `unpadded` on the same users, in recall@10. If the interval holds 0, do
         not call either better. With one seed there is also p: how often a difference as large would come about by chance,
-        were the two trained models equally good. Of other seeds neither it nor its interval knows anything.""",
-    "padding is not pruning": """a batch is a rectangle, so short histories are filled up with empty slots. `padded`
+        were the two trained models equally good. Of other seeds neither it nor its interval knows anything."""
+    ),
+    "padding is not pruning": (
+        """a batch is a rectangle, so short histories are filled up with empty slots. `padded`
         fills all up to one fixed length, as published; `unpadded` batches histories of one length and needs hardly any
-        filling. It loses nothing, so the time it saves is no merit of pruning: a pruner has to beat `unpadded`.""",
-    "base": """the unpruned model, taught every item of every history, that each method continued for the same few updates.
-        `base-rastp` and the like: that model as it is, pruned only when it recommends, and compared with `base`.""",
-    "real and kept": "real: the share of slots that held a token. Kept: the share of those tokens that pruning left.",
-    "baselines": """`popularity` and `neighbours` are tables that take a second to fit. A model below `neighbours`
+        filling. It loses nothing, so the time it saves is no merit of pruning: a pruner has to beat `unpadded`."""
+    ),
+    "base": (
+        """the unpruned model, taught every item of every history, that each method continued for the same few updates.
+        `base-rastp` and the like: that model as it is, pruned only when it recommends, and compared with `base`."""
+    ),
+    "real and kept": (
+        "real: the share of slots that held a token. Kept: the share of those tokens that pruning"
+        " left."
+    ),
+    "baselines": (
+        """`popularity` and `neighbours` are tables that take a second to fit. A model below `neighbours`
         knows less than which items stand side by side. Items a user has seen may be recommended again, in every row
-        alike.""",
-    "memory": """the peak while training, each run in a process of its own: what was allocated on a GPU; on a processor
-        how far the process grew beyond what it held before.""",
-    "a reading": """STAMP's paper leaves open how many items MAP predicts, with which weight and by what heads. `map`
+        alike."""
+    ),
+    "memory": (
+        """the peak while training, each run in a process of its own: what was allocated on a GPU; on a processor
+        how far the process grew beyond what it held before."""
+    ),
+    "a reading": (
+        """STAMP's paper leaves open how many items MAP predicts, with which weight and by what heads. `map`
         and `stamp` are this kit's reading of it. `rastp` keeps a share of each history's own tokens, where the
-        published code keeps a share of the padded length.""",
+        published code keeps a share of the padded length."""
+    ),
 }
 
 # Results from before there were two have none.
-PROTOCOLS = {"continue": "every method went on from the row base", "scratch": "every method was trained from nothing"}
+PROTOCOLS = {
+    "continue": "every method went on from the row base",
+    "scratch": "every method was trained from nothing",
+}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --soft: #5a5a5a; --paper: #fff; --line: #c9ccd0; --link: #00568a }
@@ -83,14 +106,36 @@ summary { cursor: pointer; padding: .3rem 0; width: max-content }
 def write_page(results: dict, path) -> None:
     """Writes the HTML page of `results` (what results.json holds) to `path`, atomically."""
     name = pathlib.PurePath(results["dataset"]).name
-    guide = "".join(f"<dt>{escaped(term)}</dt><dd>{with_code(meaning)}</dd>\n" for term, meaning in GUIDE.items())
-    tables = [table(results) for table in (_summary_table, _claims_table, _predicted_table, _published_table)]
-    write(path, document(f"Pruning semantic-ID histories: {name}, preset {results['preset']}", "\n".join([
-        _run(results), "<h2>Results</h2>", *tables, "<h2>How to read this</h2>", f"<dl>\n{guide}</dl>", _charts(results)])))
+    guide = "".join(
+        f"<dt>{escaped(term)}</dt><dd>{with_code(meaning)}</dd>\n"
+        for term, meaning in GUIDE.items()
+    )
+    tables = [
+        table(results)
+        for table in (_summary_table, _claims_table, _predicted_table, _published_table)
+    ]
+    write(
+        path,
+        document(
+            f"Pruning semantic-ID histories: {name}, preset {results['preset']}",
+            "\n".join(
+                [
+                    _run(results),
+                    "<h2>Results</h2>",
+                    *tables,
+                    "<h2>How to read this</h2>",
+                    f"<dl>\n{guide}</dl>",
+                    _charts(results),
+                ]
+            ),
+        ),
+    )
 
 
 def document(title: str, body: str, style: str = "", plotly: bool = True) -> str:
-    """One HTML page that needs nothing else; `body` and `style` are HTML and CSS, `plotly`: with its script."""
+    """One HTML page that needs nothing else; `body` and `style` are HTML and CSS, `plotly`: with
+    its script.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -111,22 +156,42 @@ def document(title: str, body: str, style: str = "", plotly: bool = True) -> str
 
 
 def _run(results):
-    hardware, sids = results.get("hardware") or {}, results.get("sids")
-    parts = {"gpu": "{}", "processor": "{}", "cores": "{} cores", "threads": "torch threads: {}",
-             "memory_gb": "{} GB memory"}
+    hardware = results.get("hardware") or {}
+    sids = results.get("sids")
+    parts = {
+        "gpu": "{}",
+        "processor": "{}",
+        "cores": "{} cores",
+        "threads": "torch threads: {}",
+        "memory_gb": "{} GB memory",
+    }
     facts = {
         "Data": results["dataset"],
         "Test users": f"{results['users']:,}" if results.get("users") else None,
-        "Semantic IDs": sids and (f"{sids['n_items']:,} items, {sids['levels']} levels; {sids['collision_rate']:.1%} "
-                                  "of the items shared theirs before collisions were resolved"),
+        "Semantic IDs": (
+            sids
+            and (
+                f"{sids['n_items']:,} items, {sids['levels']} levels; {sids['collision_rate']:.1%} "
+                "of the items shared theirs before collisions were resolved"
+            )
+        ),
         "Preset": results["preset"],
         "Protocol": PROTOCOLS.get(results.get("protocol")),
-        "Hardware": ", ".join(form.format(hardware[part]) for part, form in parts.items() if hardware.get(part)),
-        "Versions": ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items()),
+        "Hardware": ", ".join(
+            form.format(hardware[part]) for part, form in parts.items() if hardware.get(part)
+        ),
+        "Versions": ", ".join(
+            f"{name} {version}" for name, version in (results.get("versions") or {}).items()
+        ),
     }
-    rows = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>\n" for name, value in facts.items() if value)
+    rows = "".join(
+        f"<dt>{name}</dt><dd>{escaped(value)}</dd>\n" for name, value in facts.items() if value
+    )
     command = escaped(results.get("command") or "unknown")
-    smoke = "<p><strong>The preset smoke only shows that everything runs. Its numbers mean nothing.</strong></p>\n"
+    smoke = (
+        "<p><strong>The preset smoke only shows that everything runs. Its numbers mean"
+        " nothing.</strong></p>\n"
+    )
     busy = f"<p><strong>{escaped(results['busy'])}</strong></p>\n" if results.get("busy") else ""
     facts = f"<dl>\n{rows}<dt>Command</dt><dd><code>{command}</code></dd>\n</dl>"
     return smoke * (results["preset"] == "smoke") + busy + facts
@@ -135,20 +200,43 @@ def _run(results):
 def _summary_table(results):
     rows = results["summary"]
     base = figures.reference(results) if figures.with_cost(results) else {"method": "unpadded"}
-    head = ["method", "seeds", *METRICS, "recall@10 against unpadded", "s per 1,000 windows", "peak MB", "real", "kept",
-            "informative tokens kept"]
+    head = [
+        "method",
+        "seeds",
+        *METRICS,
+        "recall@10 against unpadded",
+        "s per 1,000 windows",
+        "peak MB",
+        "real",
+        "kept",
+        "informative tokens kept",
+    ]
     known = any(row.get("kept_informative") for row in rows)
     body = []
     for row in rows:
-        cells = [f"<b>{escaped(row['method'])}</b><small>{escaped(describe(row['method']))}</small>", _number(row.get("seeds"), "d")]
+        cells = [
+            f"<b>{escaped(row['method'])}</b><small>{escaped(describe(row['method']))}</small>",
+            _number(row.get("seeds"), "d"),
+        ]
         cells += [f"{row[metric]:.4f}<small>{span(row, metric)}</small>" for metric in METRICS]
-        cells += [_versus(row.get("versus_unpadded")), _ratio(row, base, COST, "#.3g"),
-                  _ratio(row, base, MEMORY, ",.0f"), _number(row.get("real_token_fraction"), ".0%"),
-                  _number(row.get("kept_token_fraction"), ".0%")]
+        cells += [
+            _versus(row.get("versus_unpadded")),
+            _ratio(row, base, COST, "#.3g"),
+            _ratio(row, base, MEMORY, ",.0f"),
+            _number(row.get("real_token_fraction"), ".0%"),
+            _number(row.get("kept_token_fraction"), ".0%"),
+        ]
         truth = row.get("kept_informative")
-        cells.append(f"{truth['recall']:.0%}<small>precision {truth['precision']:.0%}</small>" if truth else "–")
+        cells.append(
+            f"{truth['recall']:.0%}<small>precision {truth['precision']:.0%}</small>"
+            if truth
+            else "–"
+        )
         body.append(cells if known else cells[:-1])
-    caption = f"Means over seeds with 95 % intervals; medians of costs, and how many times those of {base['method']}"
+    caption = (
+        "Means over seeds with 95 % intervals; medians of costs, and how many times those of"
+        f" {base['method']}"
+    )
     return captioned_table(caption, head if known else head[:-1], body)
 
 
@@ -157,19 +245,35 @@ def _versus(test):
         return "–"
     low, high = (_number(end, "+.4f") for end in test["interval"])
     p = test["p_value"]
-    p = "" if p is None else "<small>p &lt; 0.001</small>" if p < 0.001 else f"<small>p = {p:.3f}</small>"
-    p += f"<small>against {test['against']}</small>" if test.get("against", "unpadded") != "unpadded" else ""
+    p = (
+        ""
+        if p is None
+        else "<small>p &lt; 0.001</small>"
+        if p < 0.001
+        else f"<small>p = {p:.3f}</small>"
+    )
+    p += (
+        f"<small>against {test['against']}</small>"
+        if test.get("against", "unpadded") != "unpadded"
+        else ""
+    )
     return f"{_number(test['difference'], '+.4f')}<small>[{low}, {high}]</small>{p}"
 
 
 def _ratio(row, base, field, spec):
     """A cost, and below it how many times that of the reference it is."""
-    ratio = f"<small>{row[field] / base[field]:.2f}×</small>" if row.get(field) and base.get(field) else ""
+    ratio = (
+        f"<small>{row[field] / base[field]:.2f}×</small>"
+        if row.get(field) and base.get(field)
+        else ""
+    )
     return _number(row.get(field), spec) + ratio
 
 
 def _claims_table(results):
-    """What the papers claim of cost, and what came out here against the padded and the unpadded model."""
+    """What the papers claim of cost, and what came out here against the padded and the unpadded
+    model.
+    """
     rows = {row["method"]: row for row in results["summary"]}
 
     def here(method, base, field):
@@ -180,53 +284,102 @@ def _claims_table(results):
             return f"{theirs / ours:.2f}× speed"
         return f"{abs(1 - ours / theirs):.1%} {'less' if ours < theirs else 'more'}"
 
-    claims = (("rastp", COST, "RASTP: {}× speed".format(RASTP_CLAIMS["speedup"])),
-              ("stamp", COST, "STAMP: {}–{}× speed".format(*STAMP_CLAIMS["speedup"])),
-              ("stamp", MEMORY, "STAMP: {:.1%}–{:.1%} less memory".format(*STAMP_CLAIMS["memory_saved"])))
-    body = [[claim, here(method, "padded", field), here(method, "unpadded", field)]
-            for method, field, claim in claims if rows.get(method, {}).get(field)]
-    caption = ("What the papers claim against their own padded models, and what came out here. What unpadded saves, "
-               "too, is no merit of pruning.")
-    return captioned_table(caption, ["claim", "here, against padded", "here, against unpadded"], body) if body else ""
+    claims = (
+        ("rastp", COST, "RASTP: {}× speed".format(RASTP_CLAIMS["speedup"])),
+        ("stamp", COST, "STAMP: {}–{}× speed".format(*STAMP_CLAIMS["speedup"])),
+        ("stamp", MEMORY, "STAMP: {:.1%}–{:.1%} less memory".format(*STAMP_CLAIMS["memory_saved"])),
+    )
+    body = [
+        [claim, here(method, "padded", field), here(method, "unpadded", field)]
+        for method, field, claim in claims
+        if rows.get(method, {}).get(field)
+    ]
+    caption = (
+        "What the papers claim against their own padded models, and what came out here. What"
+        " unpadded saves, too, is no merit of pruning."
+    )
+    return (
+        captioned_table(caption, ["claim", "here, against padded", "here, against unpadded"], body)
+        if body
+        else ""
+    )
 
 
 def _predicted_table(results):
     if not any(row.get("predicted_flops") for row in results["summary"]):
         return ""
     frame = predicted_and_measured(results)
-    body = [[escaped(name), *(f"{value:.3g}" for value in row)] for name, *row in frame.itertuples()]
+    body = [
+        [escaped(name), *(f"{value:.3g}" for value in row)] for name, *row in frame.itertuples()
+    ]
     caption = "Cost as predicted from configuration and lengths alone, beside what was measured"
     return captioned_table(caption, ["method", *frame.columns], body)
 
 
 def _published_table(results):
     paper = published(results["dataset"])
-    body = [[f"<b>{escaped(row['method'])}</b><small>{escaped(row['source'])}</small>", *(f"{row[m]:.4f}" for m in METRICS)]
-            for row in paper.to_dict("records")]
-    caption = ("Published on this data set, with other preparations of the data and without intervals. Honest "
-               "reproductions of one method differ by more than either pruning paper gains.")
+    body = [
+        [
+            f"<b>{escaped(row['method'])}</b><small>{escaped(row['source'])}</small>",
+            *(f"{row[m]:.4f}" for m in METRICS),
+        ]
+        for row in paper.to_dict("records")
+    ]
+    caption = (
+        "Published on this data set, with other preparations of the data and without intervals."
+        " Honest reproductions of one method differ by more than either pruning paper gains."
+    )
     return captioned_table(caption, ["method", *METRICS], body) if body else ""
 
 
 def _charts(results):
     """The figures for which there are data, each with its numbers as a table."""
-    charts = [_chart(
-        results, "quality", "How good are the recommendations?", figures.quality, _quality_rows,
-        "Marks: the mean over seeds, the bar its 95 % interval; dots: single seeds; hollow circles: published numbers, "
-        "without intervals. The dotted line is unpadded. A number with an arrow lies outside.")]
+    charts = [
+        _chart(
+            results,
+            "quality",
+            "How good are the recommendations?",
+            figures.quality,
+            _quality_rows,
+            "Marks: the mean over seeds, the bar its 95 % interval; dots: single seeds; hollow"
+            " circles: published numbers, without intervals. The dotted line is unpadded. A number"
+            " with an arrow lies outside.",
+        )
+    ]
     if figures.with_cost(results):
-        charts.append(_chart(
-            results, "quality-cost", "What does quality cost?", figures.quality_cost, _cost_rows,
-            "Up is better, left is cheaper. Dotted lines: what is no model on windows of SIDs."))
-        charts.append(_chart(
-            results, "cost", "Time and memory", figures.cost_bars, _cost_rows,
-            "Kept is the share of real tokens. The papers compare with padded models, so their ratios are drawn from "
-            "the bar of padded, if it was run."))
+        charts.append(
+            _chart(
+                results,
+                "quality-cost",
+                "What does quality cost?",
+                figures.quality_cost,
+                _cost_rows,
+                "Up is better, left is cheaper. Dotted lines: what is no model on windows of SIDs.",
+            )
+        )
+        charts.append(
+            _chart(
+                results,
+                "cost",
+                "Time and memory",
+                figures.cost_bars,
+                _cost_rows,
+                "Kept is the share of real tokens. The papers compare with padded models, so their"
+                " ratios are drawn from the bar of padded, if it was run.",
+            )
+        )
     if results.get("curves"):
-        charts.append(_chart(
-            results, "curves", "Learning curves", learning_curves, _curve_rows,
-            "A line per method and seed; a click on a name hides it. The loss is that of the next item alone, without "
-            "the auxiliary part of map and stamp."))
+        charts.append(
+            _chart(
+                results,
+                "curves",
+                "Learning curves",
+                learning_curves,
+                _curve_rows,
+                "A line per method and seed; a click on a name hides it. The loss is that of the"
+                " next item alone, without the auxiliary part of map and stamp.",
+            )
+        )
     return "\n".join(charts)
 
 
@@ -246,19 +399,36 @@ def _chart(results, name, heading, draw, rows, caption):
 
 
 def _quality_rows(results):
-    body = [[escaped(row["method"]), _number(row["seed"], "d"),
-             *(f"{row[metric]:.4f} {span(row, metric)}" for metric in ("recall@10", "ndcg@10"))]
-            for row in results["rows"]]
+    body = [
+        [
+            escaped(row["method"]),
+            _number(row["seed"], "d"),
+            *(f"{row[metric]:.4f} {span(row, metric)}" for metric in ("recall@10", "ndcg@10")),
+        ]
+        for row in results["rows"]
+    ]
     return ["method", "seed", "recall@10", "ndcg@10"], body
 
 
 def _cost_rows(results):
     base = figures.reference(results)
-    head = ["method", "recall@10", f"s per 1,000 windows (× {base['method']})", f"peak MB (× {base['method']})",
-            "kept"]
-    body = [[escaped(row["method"]), f"{row['recall@10']:.4f} {span(row, 'recall@10')}",
-             _ratio(row, base, COST, "#.3g"), _ratio(row, base, MEMORY, ",.0f"),
-             _number(row.get("kept_token_fraction"), ".0%")] for row in results["summary"]]
+    head = [
+        "method",
+        "recall@10",
+        f"s per 1,000 windows (× {base['method']})",
+        f"peak MB (× {base['method']})",
+        "kept",
+    ]
+    body = [
+        [
+            escaped(row["method"]),
+            f"{row['recall@10']:.4f} {span(row, 'recall@10')}",
+            _ratio(row, base, COST, "#.3g"),
+            _ratio(row, base, MEMORY, ",.0f"),
+            _number(row.get("kept_token_fraction"), ".0%"),
+        ]
+        for row in results["summary"]
+    ]
     return head, body
 
 
@@ -278,10 +448,14 @@ def _curve_rows(results):
 
 
 def captioned_table(caption, head, body):
-    """An HTML table. Cells of `body` are HTML, the first of a row its header; `head` and `caption` are plain text."""
+    """An HTML table. Cells of `body` are HTML, the first of a row its header; `head` and `caption`
+    are plain text.
+    """
     top = "".join(f'<th scope="col">{escaped(name)}</th>' for name in head)
-    rows = "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
-                   for first, *cells in body)
+    rows = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
+        for first, *cells in body
+    )
     return f"""<div class="scroll" role="region" tabindex="0" aria-label="{escaped(caption)}">
 <table><caption>{escaped(caption)}</caption>
 <thead><tr>{top}</tr></thead>
@@ -296,7 +470,9 @@ def escaped(value):
 def with_code(text):
     """Escaped, with `backticks` as <code>."""
     parts = escaped(" ".join(text.split())).split("`")
-    return "".join(f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts))
+    return "".join(
+        f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts)
+    )
 
 
 def _number(value, spec):

@@ -1,9 +1,11 @@
-"""The sweeps that the papers plot, and what they leave open: each a grid of settings, a question, and the way to look at the runs.
+"""The sweeps that the papers plot, and what they leave open: each a grid of settings, a question,
+and the way to look at the runs.
 
-A study is run by a notebook of its own (`notebooks/studies/NAME.ipynb`, made by `notebooks/studies.py`): `run` does what is not done
-yet and `summarise` pools the seeds of a setting. Every point has an interval over users and seeds, its cost, and its difference to the
-first setting. How much seeds move a result is estimated from all settings of a study together, since each alone has few seeds. Studies
-in one folder share the settings that they have in common.
+A study is run by a notebook of its own (`notebooks/studies/NAME.ipynb`, made by
+`notebooks/studies.py`): `run` does what is not done yet and `summarise` pools the seeds of a
+setting. Every point has an interval over users and seeds, its cost, and its difference to the first
+setting. How much seeds move a result is estimated from all settings of a study together, since each
+alone has few seeds. Studies in one folder share the settings that they have in common.
 """
 
 import dataclasses
@@ -28,16 +30,21 @@ KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
 LARGE = 5000  # items; 16 codes a level would hardly tell more of them apart
 NOTHING = {}  # pruned; the setting that the others are compared with
 POOL = {2: "pool", 1: "pool after layer 1", 3: "pool after layer 3"}
-FAST = {"d_model": 128, "d_ff": 256, "dropout": 0.1, "max_updates": 400, "eval_every": 40}  # wide enough for mixed precision
+# Wide enough for mixed precision
+FAST = {"d_model": 128, "d_ff": 256, "dropout": 0.1, "max_updates": 400, "eval_every": 40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """`settings`: {label: settings by name, as in `sweeps.sweep`}, the first the one to compare with; `large`: those for catalogues of over
-    `LARGE` items, where others are needed. `x`: a setting or a cost, the axis of the figure; None: the labels. `published`: what the papers
-    say of it, in words, with its source; `values`: {label: recall@5 on Amazon Beauty}, where they give it. `pairs`: what else is compared,
-    from {label: share of the work}: triples of a label, the name of the other side, and that side as {label: weight}. The work is that
-    of the pruned stack, in tokens × layers: those behind the pruner have only what was kept. `quality`: whether recall is looked at."""
+    """`settings`: {label: settings by name, as in `sweeps.sweep`}, the first the one to compare
+    with; `large`: those for catalogues of over `LARGE` items, where others are needed. `x`: a
+    setting or a cost, the axis of the figure; None: the labels. `published`: what the papers say of
+    it, in words, with its source; `values`: {label: recall@5 on Amazon Beauty}, where they give it.
+    `pairs`: what else is compared, from {label: share of the work}: triples of a label, the name of
+    the other side, and that side as {label: weight}. The work is that of the pruned stack, in
+    tokens × layers: those behind the pruner have only what was kept. `quality`: whether recall is
+    looked at.
+    """
 
     title: str
     question: str
@@ -54,168 +61,343 @@ class Study:
         return self.large if self.large is not None and n_items > LARGE else self.settings
 
     def panels(self, gpu: bool) -> list[str]:
-        """What the figure shows: on a processor no memory, which is resident there and hardly repeats."""
+        """What the figure shows: on a processor no memory, which is resident there and hardly
+        repeats.
+        """
         return ["recall@10"] * self.quality + ["seconds_per_1k_windows"] + ["peak_memory_mb"] * gpu
 
 
 def _pruned(keep=1 / 3, **fields):
     """What is the default is left out, so that the same setting has the same name in every study."""
-    return {"pruning.keep": keep} | {f"pruning.{name}": value for name, value in fields.items() if value != getattr(PruningConfig, name)}
+    return {"pruning.keep": keep} | {
+        f"pruning.{name}": value
+        for name, value in fields.items()
+        if value != getattr(PruningConfig, name)
+    }
 
 
 def _sids(levels, widths):
-    return {f"{n} × {width}{', stamp' * stamp}": {"sids.levels": n, "sids.width": width, "sids.collisions": "extend"}
+    return {
+        f"{n} × {width}{', stamp' * stamp}": (
+            {"sids.levels": n, "sids.width": width, "sids.collisions": "extend"}
             | ({"pruning.keep": 1 / 3, "map.steps": 2} if stamp else {})
-            for n in levels for width in widths for stamp in (False, True)}
+        )
+        for n in levels
+        for width in widths
+        for stamp in (False, True)
+    }
 
 
 def _against_random(work):
     """Every scorer against a random third."""
-    return [(label, "random", {"random": 1}) for label in work if label not in ("unpruned", "random") and "random" in work]
+    return [
+        (label, "random", {"random": 1})
+        for label in work
+        if label not in ("unpruned", "random") and "random" in work
+    ]
 
 
 def _finer(work):
     """All SIDs against coarser ones."""
     size = {label: tuple(map(int, label.split(" × "))) for label in work if "stamp" not in label}
-    return [(fine, coarse, {coarse: 1}) for coarse in size for fine in size
-            if coarse != fine and all(a <= b for a, b in zip(size[coarse], size[fine]))]
+    return [
+        (fine, coarse, {coarse: 1})
+        for coarse in size
+        for fine in size
+        if coarse != fine and all(a <= b for a, b in zip(size[coarse], size[fine]))
+    ]
 
 
 def _equal_cost(work):
-    """What adapts against a constant share at equal work: between the two constant ones beside it, in proportion."""
-    constant = sorted((label for label in work if label.startswith(("constant", "unpruned"))), key=work.get)
+    """What adapts against a constant share at equal work: between the two constant ones beside it,
+    in proportion.
+    """
+    constant = sorted(
+        (label for label in work if label.startswith(("constant", "unpruned"))), key=work.get
+    )
     pairs = []
     for label in (one for one in work if one not in constant):
-        beside = [(low, high) for low, high in itertools.pairwise(constant) if work[low] <= work[label] <= work[high]]
+        beside = [
+            (low, high)
+            for low, high in itertools.pairwise(constant)
+            if work[low] <= work[label] <= work[high]
+        ]
         for low, high in beside[:1]:
             part = (work[label] - work[low]) / (work[high] - work[low])
-            pairs.append((label, f"constant, {work[label]:.0%} of the work", {low: 1 - part, high: part}))
+            pairs.append(
+                (label, f"constant, {work[label]:.0%} of the work", {low: 1 - part, high: part})
+            )
     return pairs
 
 
 STUDIES = {
     "strategies": Study(
-        "Which tokens to keep", "A third of the tokens stays. Does it matter which, and is averaging neighbours as good?",
+        "Which tokens to keep",
+        "A third of the tokens stays. Does it matter which, and is averaging neighbours as good?",
         {"unpruned": NOTHING}
-        | {scorer: _pruned(scorer=scorer) for scorer in ("rastp", "rastp-l2", "centrality", "norm", "recent", "random")}
+        | {
+            scorer: _pruned(scorer=scorer)
+            for scorer in ("rastp", "rastp-l2", "centrality", "norm", "recent", "random")
+        }
         | {POOL[layer]: _pruned(after_layer=layer, reduce="pool") for layer in POOL},
-        "RASTP's history holds an unadvertised comparison, on Beauty: nothing pruned, and pooling to a third after layer 1, 2, 3.",
-        values={"unpruned": RASTP_POOLING["none"]} | {POOL[layer]: RASTP_POOLING[layer] for layer in POOL}, pairs=_against_random),
+        "RASTP's history holds an unadvertised comparison, on Beauty: nothing pruned, and pooling"
+        " to a third after layer 1, 2, 3.",
+        values={"unpruned": RASTP_POOLING["none"]}
+        | {POOL[layer]: RASTP_POOLING[layer] for layer in POOL},
+        pairs=_against_random,
+    ),
     "layer-ratio": Study(
-        "Where to prune, and how much", "Earlier and harder is cheaper. From where on does it cost recall?",
-        {"unpruned": NOTHING} | {f"layer {layer}, keep {keep:.2g}": _pruned(after_layer=layer, keep=keep)
-                                 for layer in (1, 2, 3) for keep in KEEPS},
-        "STAMP: up to two thirds can go without a loss, too low a ratio hurts; values and grid are not published. RASTP prunes after layer "
-        "2 of 4 and keeps a third.", x="pruning.keep"),
+        "Where to prune, and how much",
+        "Earlier and harder is cheaper. From where on does it cost recall?",
+        {"unpruned": NOTHING}
+        | {
+            f"layer {layer}, keep {keep:.2g}": _pruned(after_layer=layer, keep=keep)
+            for layer in (1, 2, 3)
+            for keep in KEEPS
+        },
+        "STAMP: up to two thirds can go without a loss, too low a ratio hurts; values and grid are"
+        " not published. RASTP prunes after layer 2 of 4 and keeps a third.",
+        x="pruning.keep",
+    ),
     "efficiency": Study(
-        "What pruning saves", "Seconds and memory against the kept share. The runs are short: quality is not the point.",
-        {"unpruned": {"max_updates": 60}} | {f"keep {keep:.2g}": {"max_updates": 60} | _pruned(keep=keep) for keep in KEEPS},
-        "RASTP: {} times as fast. STAMP: {} to {} times, with {:.1%} to {:.1%} less memory. Both against models that pad.".format(
-            RASTP_CLAIMS["speedup"], *STAMP_CLAIMS["speedup"], *STAMP_CLAIMS["memory_saved"]),
-        x="pruning.keep", quality=False),
+        "What pruning saves",
+        "Seconds and memory against the kept share. The runs are short: quality is not the point.",
+        {"unpruned": {"max_updates": 60}}
+        | {f"keep {keep:.2g}": {"max_updates": 60} | _pruned(keep=keep) for keep in KEEPS},
+        "RASTP: {} times as fast. STAMP: {} to {} times, with {:.1%} to {:.1%} less memory. Both"
+        " against models that pad.".format(
+            RASTP_CLAIMS["speedup"], *STAMP_CLAIMS["speedup"], *STAMP_CLAIMS["memory_saved"]
+        ),
+        x="pruning.keep",
+        quality=False,
+    ),
     "granularity": Study(
-        "The dilution curve", "Finer SIDs make longer histories. Does accuracy rise with them, and does STAMP change that?",
+        "The dilution curve",
+        "Finer SIDs make longer histories. Does accuracy rise with them, and does STAMP change"
+        " that?",
         _sids((2, 3, 4), (8, 16)),
-        "STAMP: accuracy moves non-monotonically with granularity (the Semantic Dilution Effect); its settings and values are not "
-        "published.", x="sids.levels", large=_sids((2, 3, 4), (64, 256)), pairs=_finer),
+        "STAMP: accuracy moves non-monotonically with granularity (the Semantic Dilution Effect);"
+        " its settings and values are not published.",
+        x="sids.levels",
+        large=_sids((2, 3, 4), (64, 256)),
+        pairs=_finer,
+    ),
     "map": Study(
-        "Looking further ahead", "How many steps, with which weight?",
-        {"no MAP": NOTHING} | {f"{steps} step{'s' * (steps > 1)}, weight {weight:g}": {"map.steps": steps, "map.weight": weight}
-                               for steps in (1, 2, 4) for weight in (0.1, 0.3, 1.0)},
-        "STAMP: MAP alone beats the baseline. The number of steps and the weight are not published.", x="map.weight"),
+        "Looking further ahead",
+        "How many steps, with which weight?",
+        {"no MAP": NOTHING}
+        | {
+            f"{steps} step{'s' * (steps > 1)}, weight {weight:g}": {
+                "map.steps": steps,
+                "map.weight": weight,
+            }
+            for steps in (1, 2, 4)
+            for weight in (0.1, 0.3, 1.0)
+        },
+        "STAMP: MAP alone beats the baseline. The number of steps and the weight are not"
+        " published.",
+        x="map.weight",
+    ),
     "strata": Study(
-        "Who loses", "Recall by length of the history and by popularity of the target: who pays for pruning?",
-        {"unpruned": NOTHING, "recent": _pruned(scorer="recent"), "rastp": _pruned(), "stamp": _pruned() | {"map.steps": 2}},
-        "Neither paper reports it. RASTP's published code cuts only histories over ten items, 15 % of Beauty's test users."),
+        "Who loses",
+        "Recall by length of the history and by popularity of the target: who pays for pruning?",
+        {
+            "unpruned": NOTHING,
+            "recent": _pruned(scorer="recent"),
+            "rastp": _pruned(),
+            "stamp": _pruned() | {"map.steps": 2},
+        },
+        "Neither paper reports it. RASTP's published code cuts only histories over ten items, 15 %"
+        " of Beauty's test users.",
+    ),
     "inference": Study(
-        "Pruning in training only", "Whoever prunes only to train faster can keep all tokens when it recommends. Is that better or worse?",
-        {"unpruned": NOTHING} | {f"keep {keep:.2g}, {'always' if always else 'in training only'}": _pruned(keep=keep, at_inference=always)
-                                 for keep in (0.15, 1 / 3) for always in (True, False)},
-        "RASTP's published code prunes at evaluation, too; neither paper compares."),
+        "Pruning in training only",
+        "Whoever prunes only to train faster can keep all tokens when it recommends. Is that better"
+        " or worse?",
+        {"unpruned": NOTHING}
+        | {
+            f"keep {keep:.2g}, {'always' if always else 'in training only'}": _pruned(
+                keep=keep, at_inference=always
+            )
+            for keep in (0.15, 1 / 3)
+            for always in (True, False)
+        },
+        "RASTP's published code prunes at evaluation, too; neither paper compares.",
+    ),
     "fast": Study(
-        "Does speed disturb learning", "Batches of one length, mixed precision, cheap dropout and attention: does any of it cost recall?",
-        {label: FAST | setting for label, setting in {
-            "as it is": NOTHING, "fp32": {"precision": "fp32"}, "the libraries' attention and dropout": {"plain": True},
-            "a third kept": _pruned(), "mixed lengths, padded to the longest": {"bucketing": False},
-            "padded to the fixed number of slots": {"padding": "fixed"}}.items()},
-        "Both papers train in fp32 and pad every history to a fixed number of slots; RASTP prunes for speed."),
+        "Does speed disturb learning",
+        "Batches of one length, mixed precision, cheap dropout and attention: does any of it cost"
+        " recall?",
+        {
+            label: FAST | setting
+            for label, setting in {
+                "as it is": NOTHING,
+                "fp32": {"precision": "fp32"},
+                "the libraries' attention and dropout": {"plain": True},
+                "a third kept": _pruned(),
+                "mixed lengths, padded to the longest": {"bucketing": False},
+                "padded to the fixed number of slots": {"padding": "fixed"},
+            }.items()
+        },
+        "Both papers train in fp32 and pad every history to a fixed number of slots; RASTP prunes"
+        " for speed.",
+    ),
     "adaptive": Study(
-        "Ratios and layers that adapt", "Against constant shares: schedules, a share by row, one guided by the loss, a layer that settled.",
-        {"unpruned": NOTHING, "constant 1/3": _pruned(), "constant 0.2": _pruned(keep=0.2), "constant 0.5": _pruned(keep=0.5)}
-        | {f"{kind}, from {start:g}": _pruned() | {"strategy.kind": kind, "strategy.start": start}
-           for kind, start in (("linear", 0.15), ("cosine", 0.15), ("stage", 0.15), ("stage", 0.6))}
-        | {"mass 0.5": _pruned(keep=1.0, mass=0.5), "loss gap 0.02": _pruned(keep=0.2) | {"strategy.kind": "loss-gap"},
-           "settled layer": _pruned() | {"strategy.kind": "settled-layer"}},
-        "A summary of RASTP claims ratios that change with the stage of learning; its code has none. STAMP names ratios guided by learning "
-        "signals and adaptive layers as future work.", x="kept_token_fraction", pairs=_equal_cost),
+        "Ratios and layers that adapt",
+        "Against constant shares: schedules, a share by row, one guided by the loss, a layer that"
+        " settled.",
+        {
+            "unpruned": NOTHING,
+            "constant 1/3": _pruned(),
+            "constant 0.2": _pruned(keep=0.2),
+            "constant 0.5": _pruned(keep=0.5),
+        }
+        | {
+            f"{kind}, from {start:g}": _pruned() | {"strategy.kind": kind, "strategy.start": start}
+            for kind, start in (("linear", 0.15), ("cosine", 0.15), ("stage", 0.15), ("stage", 0.6))
+        }
+        | {
+            "mass 0.5": _pruned(keep=1.0, mass=0.5),
+            "loss gap 0.02": _pruned(keep=0.2) | {"strategy.kind": "loss-gap"},
+            "settled layer": _pruned() | {"strategy.kind": "settled-layer"},
+        },
+        "A summary of RASTP claims ratios that change with the stage of learning; its code has"
+        " none. STAMP names ratios guided by learning signals and adaptive layers as future work.",
+        x="kept_token_fraction",
+        pairs=_equal_cost,
+    ),
 }
 
 
-def run(name: str, folder, *, dataset: str = "planted", preset: str = "quick", seeds: int = 2, arch: str = "t5", sids: str = "",
-        only: int | None = None) -> pd.DataFrame:
-    """Do the study's runs that `folder` does not hold yet: a row a run, as `sweeps.sweep` gives it, and its "label".
+def run(
+    name: str,
+    folder,
+    *,
+    dataset: str = "planted",
+    preset: str = "quick",
+    seeds: int = 2,
+    arch: str = "t5",
+    sids: str = "",
+    only: int | None = None,
+) -> pd.DataFrame:
+    """Do the study's runs that `folder` does not hold yet: a row a run, as `sweeps.sweep` gives it,
+    and its "label".
 
-    `sids`: a published SID file; `only`: the first settings, for a quick look. Raises ValueError for an unknown study.
+    `sids`: a published SID file; `only`: the first settings, for a quick look. Raises ValueError
+    for an unknown study.
     """
     one_of("study", name, STUDIES)
     if only is not None:
         integer("only", only)
-    shared = ({"arch": arch} if arch != "t5" else {}) | ({"sids.file": str(pathlib.Path(sids).absolute())} if sids else {})
-    settings = dict(list(STUDIES[name].settings_for(load_catalogue(dataset).n_items).items())[:only])
-    frame = sweep([shared | setting for setting in settings.values()], folder, dataset=dataset, preset=preset, seeds=seeds)
+    shared = ({"arch": arch} if arch != "t5" else {}) | (
+        {"sids.file": str(pathlib.Path(sids).absolute())} if sids else {}
+    )
+    settings = dict(
+        list(STUDIES[name].settings_for(load_catalogue(dataset).n_items).items())[:only]
+    )
+    frame = sweep(
+        [shared | setting for setting in settings.values()],
+        folder,
+        dataset=dataset,
+        preset=preset,
+        seeds=seeds,
+    )
     return frame.assign(label=list(settings) * seeds)
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting: its label and settings, "seeds", metrics with intervals over users and seeds, medians of costs, "seconds_range"
-    (seconds per 1,000 windows of the fastest and the slowest seed), and "difference" of recall@10 to the first setting with its interval
-    ("difference_interval") on the same users and seeds. "curve": validation recall@10 by "updates", its "mean", "lowest" and "highest"
-    over seeds; "seconds_to_recall": training seconds until that mean reaches 95 % of the first setting's last (None: never). "sids": their
-    number of codes by level and the share of items whose codes others have, too. "ended": kept share and layer of each seed's best
-    checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and took from its speed, or the runs were made on
-    several devices."""
-    rows, first, aim, devices = [], None, None, set()
+    """A row a setting: its label and settings, "seeds", metrics with intervals over users and
+    seeds, medians of costs, "seconds_range" (seconds per 1,000 windows of the fastest and the
+    slowest seed), and "difference" of recall@10 to the first setting with its interval
+    ("difference_interval") on the same users and seeds. "curve": validation recall@10 by "updates",
+    its "mean", "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that
+    mean reaches 95 % of the first setting's last (None: never). "sids": their number of codes by
+    level and the share of items whose codes others have, too. "ended": kept share and layer of each
+    seed's best checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and took
+    from its speed, or the runs were made on several devices.
+    """
+    rows = []
+    first = None
+    aim = None
+    devices = set()
     noise, noise_of_difference = _noise(frame)
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
         ranks = ranks_of(found)  # [S, U]
         devices |= {one["device"] for one in found}
         hits = _hits(found)
-        length = min(len(one["curve"]["recall@10"]) for one in found)  # a seed may have stopped early
+        # A seed may have stopped early
+        length = min(len(one["curve"]["recall@10"]) for one in found)
         curves = np.array([one["curve"]["recall@10"][:length] for one in found])  # [S, evaluations]
-        curve, steps = curves.mean(axis=0), found[0]["curve"]["eval_step"][:length]
+        curve = curves.mean(axis=0)
+        steps = found[0]["curve"]["eval_step"][:length]
         aim = 0.95 * curve[-1] if aim is None else aim
         reached = np.flatnonzero(curve >= aim)
         updates = steps[reached[0]] if len(reached) else None
         of_runs = ["label", "seed", "file", "kept_informative", *COSTS]
-        row = {"label": label, **runs.iloc[0].drop(of_runs, errors="ignore").to_dict(), "seeds": len(runs),
-               **metrics_of(ranks, noise), **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs},
-               "seconds_range": [float(end) for end in runs["seconds_per_1k_windows"].agg(["min", "max"])]}
+        row = {
+            "label": label,
+            **runs.iloc[0].drop(of_runs, errors="ignore").to_dict(),
+            "seeds": len(runs),
+            **metrics_of(ranks, noise),
+            **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs},
+            "seconds_range": [
+                float(end) for end in runs["seconds_per_1k_windows"].agg(["min", "max"])
+            ],
+        }
         first = hits if first is None else first
         test = paired_test(hits, first, noise=noise_of_difference(2)) if len(rows) else None
         seconds = (runs["train_seconds"] / runs["updates"]).median()
-        row |= {"curve": {"updates": steps, "mean": curve.tolist(), "lowest": curves.min(0).tolist(), "highest": curves.max(0).tolist()},
-                "seconds_to_recall": updates and float(updates * seconds), "difference": test and test.difference,
-                "difference_interval": test and list(test.interval), "sids": found[0]["sids"],
-                "ended": [one.get("ended") for one in found], "busy": any(one["busy"] for one in found)}
+        row |= {
+            "curve": {
+                "updates": steps,
+                "mean": curve.tolist(),
+                "lowest": curves.min(0).tolist(),
+                "highest": curves.max(0).tolist(),
+            },
+            "seconds_to_recall": updates and float(updates * seconds),
+            "difference": test and test.difference,
+            "difference_interval": test and list(test.interval),
+            "sids": found[0]["sids"],
+            "ended": [one.get("ended") for one in found],
+            "busy": any(one["busy"] for one in found),
+        }
         rows.append(row)
     frame = pd.DataFrame(rows)
     return frame.assign(busy=frame["busy"] | (len(devices) > 1))
 
 
 def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """The pairs of a study (its field `pairs`) on the same users and seeds: rows "label", "against", "difference" of recall@10 and
-    "difference_interval". Empty for a study without."""
-    hits, work, rows = {}, {}, []
+    """The pairs of a study (its field `pairs`) on the same users and seeds: rows "label",
+    "against", "difference" of recall@10 and "difference_interval". Empty for a study without.
+    """
+    hits = {}
+    work = {}
+    rows = []
     _, noise_of_difference = _noise(frame)
     for label, runs in frame.groupby("label", sort=False):
         found = _results(runs)
         hits[label] = _hits(found)
-        work[label] = float(np.mean([_work(one["ended"], kept) for one, kept in zip(found, runs["kept_token_fraction"])]))
+        work[label] = float(
+            np.mean(
+                [_work(one["ended"], kept) for one, kept in zip(found, runs["kept_token_fraction"])]
+            )
+        )
     for label, against, other in STUDIES[name].pairs(work):
         squares = 1 + sum(weight**2 for weight in other.values())
-        test = paired_test(hits[label], sum(weight * hits[one] for one, weight in other.items()), noise=noise_of_difference(squares))
-        rows.append({"label": label, "against": against, "difference": test.difference, "difference_interval": list(test.interval)})
+        test = paired_test(
+            hits[label],
+            sum(weight * hits[one] for one, weight in other.items()),
+            noise=noise_of_difference(squares),
+        )
+        rows.append(
+            {
+                "label": label,
+                "against": against,
+                "difference": test.difference,
+                "difference_interval": list(test.interval),
+            }
+        )
     return pd.DataFrame(rows, columns=["label", "against", "difference", "difference_interval"])
 
 
@@ -225,8 +407,12 @@ def _ranks(frame):
 
 
 def _apart(frame):
-    """Without the settings that prune in training only: each is one model with the one that always prunes, and tells no more of seeds."""
-    always = frame[frame["pruning.at_inference"].ne(False)] if "pruning.at_inference" in frame else frame
+    """Without the settings that prune in training only: each is one model with the one that always
+    prunes, and tells no more of seeds.
+    """
+    always = (
+        frame[frame["pruning.at_inference"].ne(False)] if "pruning.at_inference" in frame else frame
+    )
     return always if len(always) else frame
 
 
@@ -251,21 +437,50 @@ def _hits(results):
     return per_user(ranks_of(results))["recall@10"]
 
 
-def save(name: str, frame: pd.DataFrame, folder, *, dataset: str, preset: str, seeds: int, arch: str, sids: str, only: int | None) -> None:
-    """Write NAME-study.json into `folder`: where and how the runs of `frame` were made (arguments as in `run`), and all that is said of
-    them here; "seed_noise": how much seeds move recall@10 (`metrics.SeedNoise`), None of one seed. Copied into results/studies/ it is
-    part of the results' pages."""
+def save(
+    name: str,
+    frame: pd.DataFrame,
+    folder,
+    *,
+    dataset: str,
+    preset: str,
+    seeds: int,
+    arch: str,
+    sids: str,
+    only: int | None,
+) -> None:
+    """Write NAME-study.json into `folder`: where and how the runs of `frame` were made (arguments
+    as in `run`), and all that is said of them here; "seed_noise": how much seeds move recall@10
+    (`metrics.SeedNoise`), None of one seed. Copied into results/studies/ it is part of the results'
+    pages.
+    """
     noise, _ = _noise(frame)
-    parts = {"rows": summarise(frame), "versus": versus(name, frame)} | ({"groups": strata(frame, dataset)} if name == "strata" else {})
-    write_json(pathlib.Path(folder) / f"{name}-study.json", {
-        "study": name, "dataset": str(dataset), "preset": preset, "seeds": int(seeds), "arch": arch, "sids": sids, "only": only or 0,
-        "hardware": hardware(), "versions": versions(), "seed_noise": noise and noise["recall@10"]._asdict(),
-        **{part: json.loads(rows.to_json(orient="records")) for part, rows in parts.items()}})
+    parts = {"rows": summarise(frame), "versus": versus(name, frame)} | (
+        {"groups": strata(frame, dataset)} if name == "strata" else {}
+    )
+    write_json(
+        pathlib.Path(folder) / f"{name}-study.json",
+        {
+            "study": name,
+            "dataset": str(dataset),
+            "preset": preset,
+            "seeds": int(seeds),
+            "arch": arch,
+            "sids": sids,
+            "only": only or 0,
+            "hardware": hardware(),
+            "versions": versions(),
+            "seed_noise": noise and noise["recall@10"]._asdict(),
+            **{part: json.loads(rows.to_json(orient="records")) for part, rows in parts.items()},
+        },
+    )
 
 
 def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """Recall@10 of every setting by third of history length and by popularity of the target: head (the most popular items, which receive a
-    third of all training interactions), middle and tail. Columns "label", "by", "group", "users", "recall@10", its interval."""
+    """Recall@10 of every setting by third of history length and by popularity of the target: head
+    (the most popular items, which receive a third of all training interactions), middle and tail.
+    Columns "label", "by", "group", "users", "recall@10", its interval.
+    """
     catalogue = load_catalogue(dataset)
     split = leave_one_out(catalogue.histories)
     histories, targets = split.cases("test")
@@ -278,15 +493,26 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
     third = np.empty(len(count), np.int64)
     third[order] = np.minimum(before * 3, 2).astype(np.int64)
     of_target = np.array(["head", "middle", "tail"])[third[targets]]
-    rows, of_label, apart = [], _ranks(frame), _apart(frame)["label"].unique()
-    for by, groups, names in (("history length", of_length, ("short", "middle", "long")),
-                              ("target popularity", of_target, ("head", "middle", "tail"))):
+    rows = []
+    of_label = _ranks(frame)
+    apart = _apart(frame)["label"].unique()
+    for by, groups, names in (
+        ("history length", of_length, ("short", "middle", "long")),
+        ("target popularity", of_target, ("head", "middle", "tail")),
+    ):
         for group in names:
             inside = groups == group
             if inside.any():
                 noise, _ = seed_noise([of_label[label][:, inside] for label in apart])
                 for label, ranks in of_label.items():
                     found = metrics_of(ranks[:, inside], noise)
-                    rows.append({"label": label, "by": by, "group": group, "users": int(inside.sum()),
-                                 **{name: found[name] for name in ("recall@10", "recall@10_interval")}})
+                    rows.append(
+                        {
+                            "label": label,
+                            "by": by,
+                            "group": group,
+                            "users": int(inside.sum()),
+                            **{name: found[name] for name in ("recall@10", "recall@10_interval")},
+                        }
+                    )
     return pd.DataFrame(rows)

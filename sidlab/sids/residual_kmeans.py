@@ -1,8 +1,10 @@
-"""Residual k-means: item embeddings → semantic IDs, one k-means per level on what the levels before left over.
+"""Residual k-means: item embeddings → semantic IDs, one k-means per level on what the levels before
+left over.
 
-The SID encoder of RASTP (arXiv 2511.16943) and of GRID, on which it builds: 3 levels of 256 codes over mean-pooled text
-embeddings. The loop over levels is here; the k-means step is `faiss`, started from Ward's hierarchical clustering of a
-sample: random starts often merge two clear clusters and split a third, however many restarts; Ward's start rarely does.
+The SID encoder of RASTP (arXiv 2511.16943) and of GRID, on which it builds: 3 levels of 256 codes
+over mean-pooled text embeddings. The loop over levels is here; the k-means step is `faiss`, started
+from Ward's hierarchical clustering of a sample: random starts often merge two clear clusters and
+split a third, however many restarts; Ward's start rarely does.
 """
 
 import faiss
@@ -13,19 +15,22 @@ from sidlab.sids.encoder import SidEncoder, distinct, nearest, residual_codes
 
 SUBSET = 256  # embeddings per code that a level learns from, faiss's own limit
 WARD_SAMPLE = 2048  # Ward's method takes memory and time quadratic in the sample
-WARD_WIDTH = 512  # with more codes than this the sample is too small for a start, and faiss starts from random items
+# With more codes than this the sample is too small for a start, and faiss starts from random items
+WARD_WIDTH = 512
 
 
 class ResidualKMeans(SidEncoder):
     """fit(embeddings) → self, encode(embeddings) → codes, decode(codes) → embeddings.
 
-    Args: `levels` L; `width`: codes per level, an int or one int per level (`widths` afterwards); `seed`: equal seeds
-    give equal codebooks; `iterations` of k-means per level. Beyond 256 embeddings per code, a level learns from a random
-    subset of that size, so that `fit` needs hardly any memory besides its input, which may be a float32 memory map.
+    Args: `levels` L; `width`: codes per level, an int or one int per level (`widths` afterwards);
+    `seed`: equal seeds give equal codebooks; `iterations` of k-means per level. Beyond 256
+    embeddings per code, a level learns from a random subset of that size, so that `fit` needs
+    hardly any memory besides its input, which may be a float32 memory map.
 
-    After fit: `codebooks_`, L float32 arrays [W_l, d]; an embedding is decoded as the sum of its centroids. Where a level
-    has no more distinct residuals than codes, they become the codebook, and codes left over stand for zero (no
-    refinement); of equal centroids only the first is ever used.
+    After fit: `codebooks_`, L float32 arrays [W_l, d]; an embedding is decoded as the sum of its
+    centroids. Where a level has no more distinct residuals than codes, they become the codebook,
+    and codes left over stand for zero (no refinement); of equal centroids only the first is ever
+    used.
     """
 
     stem = "residual_kmeans"
@@ -51,7 +56,11 @@ class ResidualKMeans(SidEncoder):
 
 def _subset(x, size: int, seed: int) -> np.ndarray:
     """A copy of `size` random rows of `x`, in their order, or of all where it has no more."""
-    return x[np.sort(np.random.default_rng(seed).choice(len(x), size, replace=False))] if len(x) > size else x.copy()
+    return (
+        x[np.sort(np.random.default_rng(seed).choice(len(x), size, replace=False))]
+        if len(x) > size
+        else x.copy()
+    )
 
 
 def _codebook(x, width: int, seed: int, iterations: int) -> np.ndarray:
@@ -72,5 +81,8 @@ def _ward_start(x, width: int, seed: int) -> np.ndarray:
     starts = np.zeros((label.max() + 1, x.shape[1]))
     np.add.at(starts, label, sample)
     starts /= np.bincount(label)[:, None]
-    # Ties (many equal items in the sample) can leave fewer clusters than asked for: any other items start the rest.
-    return np.concatenate([starts, x[rng.choice(len(x), width - len(starts), replace=False)]]).astype(np.float32)
+    # Ties (many equal items in the sample) can leave fewer clusters than asked for: any other items
+    # start the rest.
+    return np.concatenate(
+        [starts, x[rng.choice(len(x), width - len(starts), replace=False)]]
+    ).astype(np.float32)

@@ -1,7 +1,8 @@
-"""SidTable: which item has which semantic ID, and which token ids spell it. Collisions are resolved here, nowhere else.
+"""SidTable: which item has which semantic ID, and which token ids spell it. Collisions are resolved
+here, nowhere else.
 
-Token ids: PAD 0, BOS 1, SEP 2, then the codes level by level: code `c` of level `l` is `offsets[l] + c`. There is no
-EOS, since a SID has a fixed length.
+Token ids: PAD 0, BOS 1, SEP 2, then the codes level by level: code `c` of level `l` is `offsets[l]
++ c`. There is no EOS, since a SID has a fixed length.
 """
 
 import functools
@@ -20,9 +21,12 @@ from sidlab.checks import one_of
 from sidlab.sids.encoder import CHUNK, checked, load_arrays, save_arrays
 from sidlab.sids.trie import Trie, as_codes
 
-PAD, BOS, SEP = 0, 1, 2
+PAD = 0
+BOS = 1
+SEP = 2
 FIRST_CODE = 3  # the token id of code 0 of level 1
-NEIGHBOURS, QUERIES = 10, 2000  # what the report's neighbour_overlap looks at
+NEIGHBOURS = 10
+QUERIES = 2000  # what the report's neighbour_overlap looks at
 
 
 class SidTable:
@@ -36,9 +40,9 @@ class SidTable:
             2305.05065); its width is the largest group. "share" leaves them (as in AL-GR / FORGE): `recommend` lists
             sharers by id with equal scores, and metrics are expectations over a random order among them.
 
-    Attributes: `codes` int64 [n, L'], `widths` (tuple), `levels` L', `base_levels` L, `n_items`, `vocab_size`,
-    `offsets` (tuple: the token id of code 0 of each level), `item_tokens` torch int64 [n + 1, L'] (row = item id, row
-    0 is PAD), `collisions`.
+    Attributes: `codes` int64 [n, L'], `widths` (tuple), `levels` L', `base_levels` L, `n_items`,
+    `vocab_size`, `offsets` (tuple: the token id of code 0 of each level), `item_tokens` torch int64
+    [n + 1, L'] (row = item id, row 0 is PAD), `collisions`.
 
     >>> table = SidTable(np.array([[0, 1], [3, 1], [0, 1]]), width=4)
     >>> table.widths, table.vocab_size
@@ -52,17 +56,27 @@ class SidTable:
     def __init__(self, codes, width=256, collisions: str = "extend"):
         one_of("collisions", collisions, ("extend", "share"))
         base, base_widths = as_codes(codes, width)
-        self.collisions, self.base_levels = collisions, base.shape[1]
-        self._base_trie, self._tries = Trie(base, base_widths), {}
-        self.codes, self.widths = base, base_widths
+        self.collisions = collisions
+        self.base_levels = base.shape[1]
+        self._base_trie = Trie(base, base_widths)
+        self._tries = {}
+        self.codes = base
+        self.widths = base_widths
         largest = self._base_trie.max_items
         if collisions == "extend" and largest > 1:
-            rank = pd.DataFrame(base).groupby(list(range(base.shape[1])), sort=False).cumcount().to_numpy()  # among those with its SID
+            # Among those with its SID
+            rank = (
+                pd.DataFrame(base)
+                .groupby(list(range(base.shape[1])), sort=False)
+                .cumcount()
+                .to_numpy()
+            )
             self.codes = np.concatenate([base, rank[:, None]], axis=1)
             self.widths = (*base_widths, largest)
         self.n_items, self.levels = self.codes.shape
         starts = np.cumsum((FIRST_CODE, *self.widths)).tolist()
-        self.offsets, self.vocab_size = tuple(starts[:-1]), starts[-1]
+        self.offsets = tuple(starts[:-1])
+        self.vocab_size = starts[-1]
         tokens = np.full((self.n_items + 1, self.levels), PAD)
         tokens[1:] = self.codes + np.array(self.offsets)
         self.item_tokens = torch.from_numpy(tokens)
@@ -74,13 +88,17 @@ class SidTable:
 
     @functools.cached_property
     def sid_numbers(self) -> np.ndarray | None:
-        """int64 [n + 1]: the number from 1 of each item's SID, equal for those that share one; item 0 has 0. None where none do."""
+        """int64 [n + 1]: the number from 1 of each item's SID, equal for those that share one; item
+        0 has 0. None where none do.
+        """
         if self.trie.max_items == 1:
             return None
         return np.concatenate([[0], 1 + self.trie.find(self.codes)[0].numpy()])
 
     def trie_on(self, device: torch.device) -> Trie:
-        """`trie` on `device`, moved there once: with a million items that takes longer than a search."""
+        """`trie` on `device`, moved there once: with a million items that takes longer than a
+        search.
+        """
         if device not in self._tries:
             self._tries[device] = self.trie.to(device)
         return self._tries[device]
@@ -89,9 +107,13 @@ class SidTable:
         return self.__dict__ | {"_tries": {}}  # what lies on a device stays there
 
     def items_of(self, codes):
-        """The ids of the items with each SID of `codes` int [..., L']: sorted lists, nested like the leading axes."""
+        """The ids of the items with each SID of `codes` int [..., L']: sorted lists, nested like
+        the leading axes.
+        """
         if np.shape(codes)[-1:] != (self.levels,):
-            raise ValueError(f"codes must have the shape [..., {self.levels}], got {list(np.shape(codes))}")
+            raise ValueError(
+                f"codes must have the shape [..., {self.levels}], got {list(np.shape(codes))}"
+            )
         leaves, found = self.trie.find(codes)
         items, valid = self.trie.leaf_items(leaves)
         return _ragged(items, valid & found.unsqueeze(-1))
@@ -99,22 +121,29 @@ class SidTable:
     def report(self, encoder=None, embeddings=None) -> "SidReport":
         """The quality of the SIDs: a dict of plain values that prints as a table.
 
-        Of the codes as given, before any level was added: `unique_sids`, `collision_rate` (share of the items whose
-        SID another item has too), `largest_group`. `per_level`, a dict for each level: `width`, `used` codes,
-        `utilisation` = used / width, `perplexity` = exp(entropy of the code usage over items), the distinct
-        `prefixes` up to that level, and the `mean_group` and `largest_group` of items that share one. With `embeddings`
-        float [n, d] also `neighbour_overlap`, the share of an item's 10 nearest neighbours (cosine, over at most 2,000
-        items) with its prefix, and `chance_overlap`, that of any other item. With their `encoder`, too,
-        `reconstruction_error` = Σ ‖x − decode(prefix)‖² / Σ ‖x − mean‖², the share of the variance that the codes do
-        not explain: 1 is as good as one code for all, whatever all embeddings have in common. None at the added level
-        and where all embeddings are equal.
+        Of the codes as given, before any level was added: `unique_sids`, `collision_rate` (share of
+        the items whose SID another item has too), `largest_group`. `per_level`, a dict for each
+        level: `width`, `used` codes, `utilisation` = used / width, `perplexity` = exp(entropy of
+        the code usage over items), the distinct `prefixes` up to that level, and the `mean_group`
+        and `largest_group` of items that share one. With `embeddings` float [n, d] also
+        `neighbour_overlap`, the share of an item's 10 nearest neighbours (cosine, over at most
+        2,000 items) with its prefix, and `chance_overlap`, that of any other item. With their
+        `encoder`, too, `reconstruction_error` = Σ ‖x − decode(prefix)‖² / Σ ‖x − mean‖², the share
+        of the variance that the codes do not explain: 1 is as good as one code for all, whatever
+        all embeddings have in common. None at the added level and where all embeddings are equal.
         """
         if encoder is not None and embeddings is None:
-            raise ValueError("an encoder is judged by its embeddings: got encoder without embeddings")
+            raise ValueError(
+                "an encoder is judged by its embeddings: got encoder without embeddings"
+            )
         if embeddings is not None and len(embeddings) != self.n_items:
-            raise ValueError(f"embeddings must have one row per item ({self.n_items}), got {len(embeddings)}")
+            raise ValueError(
+                f"embeddings must have one row per item ({self.n_items}), got {len(embeddings)}"
+            )
         embeddings = None if embeddings is None else checked(embeddings)
-        items, neighbours = _neighbours(embeddings) if embeddings is not None and self.n_items > 1 else (None, None)
+        items, neighbours = (
+            _neighbours(embeddings) if embeddings is not None and self.n_items > 1 else (None, None)
+        )
         variance = None if encoder is None else _variance(embeddings)
         groups = self._base_trie.items_per_node(self.base_levels)
         per_level = []
@@ -133,16 +162,23 @@ class SidTable:
                 "largest_group": int(prefix.max()),
             }
             if items is not None:
-                same = (self.codes[neighbours, :level] == self.codes[items, None, :level]).all(-1)  # [queries, k]
+                # [queries, k]
+                same = (self.codes[neighbours, :level] == self.codes[items, None, :level]).all(-1)
                 row["neighbour_overlap"] = float(same.mean()) if same.size else None
-                row["chance_overlap"] = int((prefix * (prefix - 1)).sum()) / (self.n_items * (self.n_items - 1))
+                row["chance_overlap"] = int((prefix * (prefix - 1)).sum()) / (
+                    self.n_items * (self.n_items - 1)
+                )
             if encoder is not None:
                 row["reconstruction_error"] = None
                 if level <= self.base_levels:
                     error = 0.0
                     for start in range(0, self.n_items, CHUNK):
                         x = np.asarray(embeddings[start : start + CHUNK], np.float64)
-                        error += float(((x - encoder.decode(self.codes[start : start + CHUNK, :level])) ** 2).sum())
+                        error += float(
+                            (
+                                (x - encoder.decode(self.codes[start : start + CHUNK, :level])) ** 2
+                            ).sum()
+                        )
                     row["reconstruction_error"] = error / variance if variance else None
             per_level.append(row)
         return SidReport(
@@ -155,44 +191,65 @@ class SidTable:
         )
 
     def fingerprint(self) -> str:
-        """12 hex digits (SHA-256) that change with the codes, the widths and the way collisions are resolved."""
-        digest = hashlib.sha256(json.dumps([self.codes.shape, self.widths, self.collisions]).encode())
+        """12 hex digits (SHA-256) that change with the codes, the widths and the way collisions are
+        resolved.
+        """
+        digest = hashlib.sha256(
+            json.dumps([self.codes.shape, self.widths, self.collisions]).encode()
+        )
         digest.update(self.codes.astype("<i8").tobytes())
         return digest.hexdigest()[:12]
 
     def save(self, folder) -> None:
         """Writes `sids.safetensors` (`codes` [n, L']) and `sids.json` into `folder`."""
-        meta = {"widths": self.widths, "base_levels": self.base_levels, "collisions": self.collisions,
-                "fingerprint": self.fingerprint()}
+        meta = {
+            "widths": self.widths,
+            "base_levels": self.base_levels,
+            "collisions": self.collisions,
+            "fingerprint": self.fingerprint(),
+        }
         save_arrays(folder, "sids", {"codes": self.codes}, meta)
 
     @classmethod
     def load(cls, folder) -> "SidTable":
-        """The table that `save` wrote into `folder`; ValueError where its two files do not belong together."""
-        arrays, meta = load_arrays(folder, "sids", "widths", "base_levels", "collisions", "fingerprint")
+        """The table that `save` wrote into `folder`; ValueError where its two files do not belong
+        together.
+        """
+        arrays, meta = load_arrays(
+            folder, "sids", "widths", "base_levels", "collisions", "fingerprint"
+        )
         base = meta["base_levels"]
         table = cls(arrays["codes"][:, :base], meta["widths"][:base], meta["collisions"])
         if table.fingerprint() != meta["fingerprint"]:
-            raise ValueError(f"{folder}: sids.safetensors does not match sids.json (fingerprint {table.fingerprint()}, "
-                             f"expected {meta['fingerprint']})")
+            raise ValueError(
+                f"{folder}: sids.safetensors does not match sids.json (fingerprint"
+                f" {table.fingerprint()}, expected {meta['fingerprint']})"
+            )
         return table
 
     @classmethod
     def from_file(cls, path, width=None, collisions: str = "extend") -> "SidTable":
-        """Reads a published table: a line `item_id c1 c2 …` per item, ids 1..n in any order; gzip if named .gz. `width`: 256, or as
-        the highest code needs, up to 65,536.
+        """Reads a published table: a line `item_id c1 c2 …` per item, ids 1..n in any order; gzip
+        if named .gz. `width`: 256, or as the highest code needs, up to 65,536.
 
-        A line that is not of this form, a missing item or a code outside its width is a ValueError that says where.
+        A line that is not of this form, a missing item or a code outside its width is a ValueError
+        that says where.
         """
         path = pathlib.Path(path)
-        rows, levels = {}, None
+        rows = {}
+        levels = None
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            with (gzip.open if path.suffix == ".gz" else open)(
+                path, "rt", encoding="utf-8"
+            ) as file:
                 lines = list(file)
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} can't be read: {error}. It must be text, or gzip if named .gz") from error
+            raise ValueError(
+                f"{path} can't be read: {error}. It must be text, or gzip if named .gz"
+            ) from error
         for number, line in enumerate(lines, start=1):
-            where, got = f"{path}, line {number}", f"got {line.rstrip()!r}"
+            where = f"{path}, line {number}"
+            got = f"got {line.rstrip()!r}"
             try:
                 item, *sid = map(int, line.replace("_", "?").split())  # Python reads 1_2 as 12
             except ValueError:
@@ -201,14 +258,19 @@ class SidTable:
                 raise ValueError(f"{where}: expected a new item id from 1 and its codes, {got}")
             levels = levels or len(sid)
             if len(sid) != levels:
-                raise ValueError(f"{where}: item {item} has {len(sid)} codes, the lines before have {levels}")
+                raise ValueError(
+                    f"{where}: item {item} has {len(sid)} codes, the lines before have {levels}"
+                )
             rows[item] = sid
         if not rows:
             raise ValueError(f"{path}: no items, the file is empty")
         missing = max(rows) - len(rows)
         if missing:
             first = next(item for item in range(1, max(rows)) if item not in rows)
-            raise ValueError(f"{path}: {missing} of the items 1..{max(rows)} are missing, the first is item {first}")
+            raise ValueError(
+                f"{path}: {missing} of the items 1..{max(rows)} are missing, the first is item"
+                f" {first}"
+            )
         codes = np.array([rows[item] for item in range(1, len(rows) + 1)])
         try:
             return cls(codes, width or min(max(256, int(codes.max()) + 1), 2**16), collisions)
@@ -217,15 +279,20 @@ class SidTable:
 
 
 class SidReport(dict):
-    """`SidTable.report()`: a dict that shows itself as a sentence and a table, in a terminal and in a notebook."""
+    """`SidTable.report()`: a dict that shows itself as a sentence and a table, in a terminal and in
+    a notebook.
+    """
 
     def frame(self) -> pd.DataFrame:
         """`per_level` as a data frame, one row per level."""
         return pd.DataFrame(self["per_level"]).set_index("level")
 
     def _summary(self) -> str:
-        return (f"{self['n_items']:,} items, {self['unique_sids']:,} distinct SIDs; {self['collision_rate']:.1%} "
-                f"of the items share theirs, the largest group counts {self['largest_group']}")
+        return (
+            f"{self['n_items']:,} items, {self['unique_sids']:,} distinct SIDs;"
+            f" {self['collision_rate']:.1%} of the items share theirs, the largest group counts"
+            f" {self['largest_group']}"
+        )
 
     def __str__(self) -> str:
         return f"{self._summary()}\n{self.frame().to_string(float_format='{:.3f}'.format)}"
@@ -235,7 +302,9 @@ class SidReport(dict):
 
 
 def _neighbours(embeddings):
-    """At most QUERIES random items with an embedding other than zero: rows [q]; their nearest others by cosine: [q, k]."""
+    """At most QUERIES random items with an embedding other than zero: rows [q]; their nearest
+    others by cosine: [q, k].
+    """
     norm = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = np.asarray(embeddings / np.where(norm > 0, norm, 1), np.float32)
     items = np.random.default_rng(0).permutation(np.flatnonzero(norm))[:QUERIES]
@@ -248,7 +317,8 @@ def _neighbours(embeddings):
 
 def _variance(embeddings) -> float:
     """Σ ‖x − mean‖² over the rows of `embeddings` float32 [n, d], in float64, a chunk at a time."""
-    first = np.asarray(embeddings[0], np.float64)  # taken off before anything is summed: equal rows give exactly 0
+    # Taken off before anything is summed: equal rows give exactly 0
+    first = np.asarray(embeddings[0], np.float64)
     chunks = range(0, len(embeddings), CHUNK)
     mean = sum((embeddings[i : i + CHUNK] - first).sum(axis=0) for i in chunks) / len(embeddings)
     return float(sum(np.square(embeddings[i : i + CHUNK] - first - mean).sum() for i in chunks))

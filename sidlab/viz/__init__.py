@@ -1,4 +1,6 @@
-"""Figures and explorers: pure functions from data to a plotly Figure, and live widgets around them. Names are imported on first use."""
+"""Figures and explorers: pure functions from data to a plotly Figure, and live widgets around them.
+Names are imported on first use.
+"""
 
 import importlib
 

@@ -1,4 +1,6 @@
-"""The attention explorer: who looks at whom in every layer and head, what that makes of each token, and what happens without one."""
+"""The attention explorer: who looks at whom in every layer and head, what that makes of each token,
+and what happens without one.
+"""
 
 import functools
 import html
@@ -17,59 +19,100 @@ from sidlab.saliency import attention_centrality, semantic_saliency
 from sidlab.viz.explorer import HistoryExplorer, moved, within
 from sidlab.viz.pruning import level_names
 
-SHOWN, SEARCHED = 10, 200  # places of the list; how many items are scored, so that one that leaves the list is still found
+SHOWN = 10
+# Places of the list; how many items are scored, so that one that leaves the list is still found
+SEARCHED = 200
 REMOVALS = ("nothing", "this token", "its whole item")
-CELLS, SHADES = 48, 100  # of a small heatmap: cells on a side at most, and how many shades can be told apart at this size
+CELLS = 48
+# Of a small heatmap: cells on a side at most, and how many shades can be told apart at this size
+SHADES = 100
 FAINT = 0.02  # what is looked at less than this gets no line
 
 
 class AttentionExplorer(HistoryExplorer):
-    """Attention, centrality, saliency and importance of one user's tokens, and the recommendations without a chosen one.
-    `AttentionExplorer()` shows the bundled demo.
+    """Attention, centrality, saliency and importance of one user's tokens, and the recommendations
+    without a chosen one. `AttentionExplorer()` shows the bundled demo.
 
-    Args: `model`, `catalogue`, `histories` as in `PruningExplorer`; other arguments set controls: `user` (1 is the first), `layer`
-    (from 1), `head` (from 1; 0 is the mean of all), `token` (its place from 0), `remove` (one of `REMOVALS`). A click on a column of the
-    large heatmap, on a bar or on the end of a line chooses the token, a click on a small heatmap its layer and head.
+    Args: `model`, `catalogue`, `histories` as in `PruningExplorer`; other arguments set controls:
+    `user` (1 is the first), `layer` (from 1), `head` (from 1; 0 is the mean of all), `token` (its
+    place from 0), `remove` (one of `REMOVALS`). A click on a column of the large heatmap, on a bar
+    or on the end of a line chooses the token, a click on a small heatmap its layer and head.
     """
 
     heading = "Which tokens are looked at, and which ones matter?"
     exported = "token"
 
-    def __init__(self, model=None, catalogue=None, *, histories=None, user=1, layer=2, head=0, token=2, remove="this token"):
+    def __init__(
+        self,
+        model=None,
+        catalogue=None,
+        *,
+        histories=None,
+        user=1,
+        layer=2,
+        head=0,
+        token=2,
+        remove="this token",
+    ):
         self.take(model, catalogue, histories)
         within("user", user, 1, len(self.histories))
         within("layer", layer, 1, self.model.config.num_layers)
         within("head", head, 0, self.model.config.num_heads)
         one_of("remove", remove, REMOVALS)
-        self._without, config = functools.lru_cache(256)(self._without), self.model.config
+        self._without = functools.lru_cache(256)(self._without)
+        config = self.model.config
         users = widgets.IntSlider(value=user, min=1, max=len(self.histories), description="user")
         within("token", token, 0, len(self._options(user)) - 1)
-        self._tokens = widgets.SelectionSlider(options=self._options(user), value=token, description="token",
-                                               layout={"width": "700px", "max_width": "97%"})
-        users.observe(self._other_tokens, "value")  # before all other observers, so that these find the tokens of this user
-        super().__init__({
-            "token": self._tokens,
-            "remove": widgets.Dropdown(options=REMOVALS, value=remove, description="remove"),
-            "layer": widgets.IntSlider(value=layer, min=1, max=config.num_layers, description="layer"),
-            "head": widgets.Dropdown(options=[("mean", 0), *((str(h + 1), h + 1) for h in range(config.num_heads))], value=head,
-                                     description="head"),
-            "user": users,
-        }, slow=("user",))
+        self._tokens = widgets.SelectionSlider(
+            options=self._options(user),
+            value=token,
+            description="token",
+            layout={"width": "700px", "max_width": "97%"},
+        )
+        # Before all other observers, so that these find the tokens of this user
+        users.observe(self._other_tokens, "value")
+        super().__init__(
+            {
+                "token": self._tokens,
+                "remove": widgets.Dropdown(options=REMOVALS, value=remove, description="remove"),
+                "layer": widgets.IntSlider(
+                    value=layer, min=1, max=config.num_layers, description="layer"
+                ),
+                "head": widgets.Dropdown(
+                    options=[("mean", 0), *((str(h + 1), h + 1) for h in range(config.num_heads))],
+                    value=head,
+                    description="head",
+                ),
+                "user": users,
+            },
+            slow=("user",),
+        )
 
     def _without(self, user, layer, tokens):
-        """{item: log-probability}, best first, when `tokens` are taken out behind `layer`; no tokens: as it is."""
+        """{item: log-probability}, best first, when `tokens` are taken out behind `layer`; no
+        tokens: as it is.
+        """
         found = min(SEARCHED, self.model.table.n_items)
-        pruned = self._probe(user).prune(PruningConfig(keep=1.0, after_layer=layer), without=tokens, k=found, beam=found)
+        pruned = self._probe(user).prune(
+            PruningConfig(keep=1.0, after_layer=layer), without=tokens, k=found, beam=found
+        )
         return dict(zip(pruned.items.tolist(), pruned.scores.tolist()))
 
     def _options(self, user):
-        probe, levels = self._probe(user), level_names(self.model)
+        probe = self._probe(user)
+        levels = level_names(self.model)
         titles = self.titles(probe.history)
-        return [(f"item {m + 1}, {levels[level]}: {shorten(titles[m])}", place)
-                for place, (m, level) in enumerate(zip(probe.item_index.tolist(), probe.levels.tolist()))]
+        return [
+            (f"item {m + 1}, {levels[level]}: {shorten(titles[m])}", place)
+            for place, (m, level) in enumerate(
+                zip(probe.item_index.tolist(), probe.levels.tolist())
+            )
+        ]
 
     def _other_tokens(self, change):
-        before, token, self._quiet = self._quiet, self._tokens.value, True
+        before = self._quiet
+        token = self._tokens.value
+        self._quiet = True
         try:
             with self._tokens.hold_sync():
                 self._tokens.options = options = self._options(change["new"])
@@ -78,7 +121,9 @@ class AttentionExplorer(HistoryExplorer):
             self._quiet = before
 
     def acted(self, content):
-        """A click on a point x, y of the trace of that number chooses a token, or a layer and a head."""
+        """A click on a point x, y of the trace of that number chooses a token, or a layer and a
+        head.
+        """
         if content["trace"] == 0:
             _, side = _cells(len(self._probe(self.value("user")).tokens))
             self.set(layer=int(content["y"]) // side + 1, head=int(content["x"]) // side + 1)
@@ -87,160 +132,382 @@ class AttentionExplorer(HistoryExplorer):
 
     def _names(self, probe):
         """Of the tokens, as a sentence has them."""
-        levels, titles = level_names(self.model), self.titles(probe.history)
-        return [f"{levels[level]} of item {m + 1} ({shorten(titles[m])})"
-                for m, level in zip(probe.item_index.tolist(), probe.levels.tolist())]
+        levels = level_names(self.model)
+        titles = self.titles(probe.history)
+        return [
+            f"{levels[level]} of item {m + 1} ({shorten(titles[m])})"
+            for m, level in zip(probe.item_index.tolist(), probe.levels.tolist())
+        ]
 
     def removed(self) -> tuple[int, ...]:
         """Places of the tokens that are taken out behind the layer."""
-        item_index, token = self._probe(self.value("user")).item_index, self.value("token")
+        item_index = self._probe(self.value("user")).item_index
+        token = self.value("token")
         whole = np.flatnonzero(item_index.numpy() == int(item_index[token]))
-        return {"nothing": (), "this token": (token,), "its whole item": tuple(whole.tolist())}[self.value("remove")]
+        return {"nothing": (), "this token": (token,), "its whole item": tuple(whole.tolist())}[
+            self.value("remove")
+        ]
 
     def draw(self):
         user, layer, head, token = (self.value(name) for name in ("user", "layer", "head", "token"))
-        probe, removed = self._probe(user), self.removed()
-        before, after = self._without(user, layer, ()), self._without(user, layer, removed)
+        probe = self._probe(user)
+        removed = self.removed()
+        before = self._without(user, layer, ())
+        after = self._without(user, layer, removed)
         scores = factors(probe, layer, head)
         figure = attention_figure(probe, scores, layer, head, token, removed, self._names(probe))
         return figure, self._text(probe, scores, before, after, int(self.histories[user - 1][-1]))
 
     def _text(self, probe, scores, before, after, target):
-        layer, head, token, removed = self.value("layer"), self.value("head"), self.value("token"), self.removed()
-        names, n, heads = [label for label, _ in self._tokens.options], len(probe.tokens), self.model.config.num_heads
-        weights, said = scores["attention"][token], self._names(probe)
-        most = ", ".join(f"{html.escape(said[i])}: {weights[i]:.3f}" for i in np.argsort(-weights, kind="stable")[:3])
+        layer = self.value("layer")
+        head = self.value("head")
+        token = self.value("token")
+        removed = self.removed()
+        names = [label for label, _ in self._tokens.options]
+        n = len(probe.tokens)
+        heads = self.model.config.num_heads
+        weights = scores["attention"][token]
+        said = self._names(probe)
+        most = ", ".join(
+            f"{html.escape(said[i])}: {weights[i]:.3f}"
+            for i in np.argsort(-weights, kind="stable")[:3]
+        )
         scores = {name: values for name, values in scores.items() if name != "attention"}
-        truth = [""] * n if probe.truth is None else [f"{nats:.2g} nats" if nats > 0 else "–" for nats in probe.truth.tolist()]
+        truth = (
+            [""] * n
+            if probe.truth is None
+            else [f"{nats:.2g} nats" if nats > 0 else "–" for nats in probe.truth.tolist()]
+        )
         informative = {"": "", "–": ". As an input it adds nothing to what the others say"}.get(
-            truth[token], f". As an input it is truly <b>informative: {truth[token]}</b>")
-        behind = "the decoder has" if layer == self.model.config.num_layers else f"layer {layer + 1} and all behind it have"
-        facts = ", ".join(f"{name} {values[token]:.3g} (place {1 + int((values > values[token]).sum())} of {n})"
-                          for name, values in scores.items())
-        of_heads = "" if head else f" RASTP sums the heads: {heads} times this centrality, the same order."
-        places = [str(list(found).index(target) + 1) if target in found else f"below {len(found)}" for found in (before, after)]
+            truth[token], f". As an input it is truly <b>informative: {truth[token]}</b>"
+        )
+        behind = (
+            "the decoder has"
+            if layer == self.model.config.num_layers
+            else f"layer {layer + 1} and all behind it have"
+        )
+        facts = ", ".join(
+            f"{name} {values[token]:.3g} (place {1 + int((values > values[token]).sum())} of {n})"
+            for name, values in scores.items()
+        )
+        of_heads = (
+            "" if head else f" RASTP sums the heads: {heads} times this centrality, the same order."
+        )
+        places = [
+            str(list(found).index(target) + 1) if target in found else f"below {len(found)}"
+            for found in (before, after)
+        ]
         change = f"place {places[0]} → {places[1]}"
         if target in before and target in after:
             gain = after[target] - before[target]
-            change = f"log-probability {before[target]:.3f} → {after[target]:.3f} (<b>{gain:+.3f}</b>), {change}"
-        rows = [(name, *(f"{values[i]:.3g}" for values in scores.values()), truth[i]) for i, name in enumerate(names)]
-        looked = [(f"layer {number}", *(names[i] for i in received.argmax(1)))
-                  for number, received in enumerate(probe.attention.sum(2), start=1)]
-        seen = f" Layers up to {layer} have seen it all, {behind} not seen what is removed." if removed else ""
-        return (f"<p><b>{html.escape(names[token])}: {self.value('remove')} removed.</b>{seen}</p>"
-                f"<p>In layer {layer}, {f'head {head}' if head else 'mean of all heads'}: {facts}{informative}.{of_heads}</p>"
-                f"<p>It looks most at {most}. Each small map has a scale of its own: yellow is what its head looks at most.</p>"
-                f"<p>The next item was <b>★ {html.escape(self.titles([target])[0])}</b>: {change}.</p>"
-                + table(("place", "recommended", "probability", "before", "moved"), self._moves(before, after, target))
-                + folded("All tokens as a table", table(("token", *scores, "truth"), rows))
-                + folded("The token that each head looks at most", table(("", *(f"head {h + 1}" for h in range(heads))), looked)))
+            change = (
+                f"log-probability {before[target]:.3f} → {after[target]:.3f} (<b>{gain:+.3f}</b>),"
+                f" {change}"
+            )
+        rows = [
+            (name, *(f"{values[i]:.3g}" for values in scores.values()), truth[i])
+            for i, name in enumerate(names)
+        ]
+        looked = [
+            (f"layer {number}", *(names[i] for i in received.argmax(1)))
+            for number, received in enumerate(probe.attention.sum(2), start=1)
+        ]
+        seen = (
+            f" Layers up to {layer} have seen it all, {behind} not seen what is removed."
+            if removed
+            else ""
+        )
+        return (
+            f"<p><b>{html.escape(names[token])}: {self.value('remove')} removed.</b>{seen}</p><p>In"
+            f" layer {layer}, {f'head {head}' if head else 'mean of all heads'}:"
+            f" {facts}{informative}.{of_heads}</p><p>It looks most at {most}. Each small map has a"
+            " scale of its own: yellow is what its head looks at most.</p><p>The next item was"
+            f" <b>★ {html.escape(self.titles([target])[0])}</b>: {change}.</p>"
+            + table(
+                ("place", "recommended", "probability", "before", "moved"),
+                self._moves(before, after, target),
+            )
+            + folded("All tokens as a table", table(("token", *scores, "truth"), rows))
+            + folded(
+                "The token that each head looks at most",
+                table(("", *(f"head {h + 1}" for h in range(heads))), looked),
+            )
+        )
 
     def _moves(self, before, after, target):
-        """Rows of the list: place, title, probability, what it was before, how many places it rose or fell."""
-        was, rows = {item: place for place, item in enumerate(before, start=1)}, []
+        """Rows of the list: place, title, probability, what it was before, how many places it rose
+        or fell.
+        """
+        was = {item: place for place, item in enumerate(before, start=1)}
+        rows = []
         for place, (item, score) in enumerate(list(after.items())[:SHOWN], start=1):
             title = self.titles([item])[0]
             chances = (f"{np.exp(value):.1%}" for value in (score, before.get(item, -np.inf)))
-            rows.append((place, f"★ {title}" if item == target else title, *chances, moved(was.get(item), place)))
+            rows.append(
+                (
+                    place,
+                    f"★ {title}" if item == target else title,
+                    *chances,
+                    moved(was.get(item), place),
+                )
+            )
         return rows
 
 
 def factors(probe, layer: int, head: int = 0) -> dict[str, np.ndarray]:
-    """Of one `layer` and `head` (both from 1; head 0: the mean of all) of a `Probe`: `attention` float32 [N, N], rows are queries;
-    `centrality`, its column sums, `saliency`, the L1 norm of the state after the layer, and their product `importance`, float32 [N]."""
+    """Of one `layer` and `head` (both from 1; head 0: the mean of all) of a `Probe`: `attention`
+    float32 [N, N], rows are queries; `centrality`, its column sums, `saliency`, the L1 norm of the
+    state after the layer, and their product `importance`, float32 [N].
+    """
     attention = probe.attention[layer - 1]
     attention = attention.mean(0) if head == 0 else attention[head - 1]
     centrality = attention_centrality(attention[None, None], probe.mask)[0]
     saliency = semantic_saliency(probe.hidden[layer])
-    scores = {"attention": attention, "centrality": centrality, "saliency": saliency, "importance": centrality * saliency}
+    scores = {
+        "attention": attention,
+        "centrality": centrality,
+        "saliency": saliency,
+        "importance": centrality * saliency,
+    }
     return {name: values.numpy() for name, values in scores.items()}
 
 
-def attention_figure(probe, scores, layer: int, head: int, token: int, removed=(), names=None) -> go.Figure:
-    """Left, every layer (row) and head (column) small, the shown one framed; right, one large, above it lines from `token` to what it looks
-    at, as thick as the weights, then the sums of the large one's columns, the saliency and the importance of the same tokens.
+def attention_figure(
+    probe, scores, layer: int, head: int, token: int, removed=(), names=None
+) -> go.Figure:
+    """Left, every layer (row) and head (column) small, the shown one framed; right, one large,
+    above it lines from `token` to what it looks at, as thick as the weights, then the sums of the
+    large one's columns, the saliency and the importance of the same tokens.
 
-    Args: `probe`: a `Probe`; `scores`: what `factors` gives for `layer` and `head`; `token` is framed with dots, the `removed` ones
-    (neighbours) with a line; `names` of the tokens, for hover labels. Traces: small heatmaps, large heatmap, bars of centrality,
-    saliency and importance, stars of truly informative tokens, the lines and their ends.
+    Args: `probe`: a `Probe`; `scores`: what `factors` gives for `layer` and `head`; `token` is
+    framed with dots, the `removed` ones (neighbours) with a line; `names` of the tokens, for hover
+    labels. Traces: small heatmaps, large heatmap, bars of centrality, saliency and importance,
+    stars of truly informative tokens, the lines and their ends.
     """
-    n, (n_layers, n_heads), small = len(probe.tokens), probe.attention.shape[:2], small_multiples(probe.attention)
+    n = len(probe.tokens)
+    n_layers, n_heads = probe.attention.shape[:2]
+    small = small_multiples(probe.attention)
     step, side = _cells(n)
     names = [html.escape(name) for name in names or [f"token {i}" for i in range(n)]]
     heat = {"type": "heatmap", "colorscale": SCALE, "zmin": 0}
-    traces = [heat | {"z": small, "zmax": SHADES, "showscale": False,
-                      "hovertemplate": "%{y} looks at %{x}: %{z} % of this map's yellow<extra></extra>"},
-              heat | {"z": scores["attention"].astype(float).round(4), "zmax": float(np.quantile(scores["attention"], 0.995)),
-                      "xaxis": "x2", "yaxis": "y2",
-                      "colorbar": {"title": "weight", "len": 0.5, "y": 0, "yanchor": "bottom", "thickness": 14},
-                      "hovertemplate": "%{y} looks at %{x}: %{z:.3f}<extra></extra>"}]
+    traces = [
+        heat
+        | {
+            "z": small,
+            "zmax": SHADES,
+            "showscale": False,
+            "hovertemplate": "%{y} looks at %{x}: %{z} % of this map's yellow<extra></extra>",
+        },
+        heat
+        | {
+            "z": scores["attention"].astype(float).round(4),
+            "zmax": float(np.quantile(scores["attention"], 0.995)),
+            "xaxis": "x2",
+            "yaxis": "y2",
+            "colorbar": {
+                "title": "weight",
+                "len": 0.5,
+                "y": 0,
+                "yanchor": "bottom",
+                "thickness": 14,
+            },
+            "hovertemplate": "%{y} looks at %{x}: %{z:.3f}<extra></extra>",
+        },
+    ]
     bars = ("centrality", "saliency", "importance")
     for number, name in enumerate(bars, start=3):
-        traces.append({"type": "bar", "x": np.arange(n), "y": scores[name], "marker": {"color": BLUE, "line": {"width": 0}},
-                       "showlegend": False, "hovertemplate": f"%{{x}}<br>{name} %{{y:.4g}}<extra></extra>",
-                       "xaxis": "x2", "yaxis": f"y{number}"})
-    informative = np.flatnonzero(probe.truth.numpy() > 0) if probe.truth is not None else np.empty(0, int)
-    traces.append({"type": "scatter", "x": informative, "y": np.full(len(informative), 1.13 * float(scores["importance"].max())),
-                   "mode": "markers", "name": "truly informative", "hoverinfo": "skip", "xaxis": "x2", "yaxis": "y5",
-                   "marker": {"symbol": "star", "size": 8, "color": ORANGE, "line": {"width": 0.8, "color": "#222222"}}})
+        traces.append(
+            {
+                "type": "bar",
+                "x": np.arange(n),
+                "y": scores[name],
+                "marker": {"color": BLUE, "line": {"width": 0}},
+                "showlegend": False,
+                "hovertemplate": f"%{{x}}<br>{name} %{{y:.4g}}<extra></extra>",
+                "xaxis": "x2",
+                "yaxis": f"y{number}",
+            }
+        )
+    informative = (
+        np.flatnonzero(probe.truth.numpy() > 0) if probe.truth is not None else np.empty(0, int)
+    )
+    traces.append(
+        {
+            "type": "scatter",
+            "x": informative,
+            "y": np.full(len(informative), 1.13 * float(scores["importance"].max())),
+            "mode": "markers",
+            "name": "truly informative",
+            "hoverinfo": "skip",
+            "xaxis": "x2",
+            "yaxis": "y5",
+            "marker": {
+                "symbol": "star",
+                "size": 8,
+                "color": ORANGE,
+                "line": {"width": 0.8, "color": "#222222"},
+            },
+        }
+    )
     traces += _lines(scores["attention"][token], token, names[token])
 
     # The layout at once: make_subplots and update_layout take longer than the model.
     bare = {"showgrid": False, "zeroline": False}
     per_item = int((probe.item_index == 0).sum())
-    # Hover labels are aliases of the tokens' places, written "+3" so that no tick is taken for one. A tick that stands on a token would
-    # lend it its own text: all stand a little beside.
+    # Hover labels are aliases of the tokens' places, written "+3" so that no tick is taken for one.
+    # A tick that stands on a token would lend it its own text: all stand a little beside.
     hover = {"hoverformat": "+d", "labelalias": {f"+{i}": name for i, name in enumerate(names)}}
-    items = bare | hover | {"tickvals": (per_item * np.arange(len(probe.history)) + (per_item - 1) / 2 + 0.1).tolist(),
-                            "ticktext": [str(m + 1) for m in range(len(probe.history))]}
+    items = (
+        bare
+        | hover
+        | {
+            "tickvals": (
+                (per_item * np.arange(len(probe.history)) + (per_item - 1) / 2 + 0.1).tolist()
+            ),
+            "ticktext": [str(m + 1) for m in range(len(probe.history))],
+        }
+    )
     cells = [name if step == 1 else f"{name} and the next" for name in names[::step]]
-    tiles = [{"hoverformat": "+d", "ticks": "", "tickvals": [side * (t + 0.5) - 0.4 for t in range(count)],
-              "ticktext": [f"{what} {t + 1}" for t in range(count)],
-              "labelalias": {f"+{side * t + i}": form.format(name, t + 1) for t in range(count) for i, name in enumerate(cells)}}
-             for what, count, form in (("head", n_heads, "{} in head {}"), ("layer", n_layers, "layer {1}: {0}"))]
-    title = {"xref": "x2 domain", "yref": "paper", "x": 0, "xanchor": "left", "yanchor": "bottom", "showarrow": False, "font": {"size": 12}}
+    tiles = [
+        {
+            "hoverformat": "+d",
+            "ticks": "",
+            "tickvals": [side * (t + 0.5) - 0.4 for t in range(count)],
+            "ticktext": [f"{what} {t + 1}" for t in range(count)],
+            "labelalias": {
+                f"+{side * t + i}": form.format(name, t + 1)
+                for t in range(count)
+                for i, name in enumerate(cells)
+            },
+        }
+        for what, count, form in (
+            ("head", n_heads, "{} in head {}"),
+            ("layer", n_layers, "layer {1}: {0}"),
+        )
+    ]
+    title = {
+        "xref": "x2 domain",
+        "yref": "paper",
+        "x": 0,
+        "xanchor": "left",
+        "yanchor": "bottom",
+        "showarrow": False,
+        "font": {"size": 12},
+    }
     layout = {
-        "template": template(), "height": 720, "bargap": 0.25, "margin": {"l": 20, "r": 20, "t": 50, "b": 55}, "uirevision": "same",
+        "template": template(),
+        "height": 720,
+        "bargap": 0.25,
+        "margin": {"l": 20, "r": 20, "t": 50, "b": 55},
+        "uirevision": "same",
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
-        "xaxis": bare | tiles[0] | {"domain": [0, 0.4], "range": [-0.5, side * n_heads - 0.5], "side": "top", "anchor": "y"},
-        "yaxis": bare | tiles[1] | {"domain": [0, 1], "range": [side * n_layers - 0.5, -0.5], "tickangle": -90, "anchor": "x"},
-        "xaxis2": items | {"domain": [0.48, 1], "range": [-0.5, n - 0.5], "title": {"text": "rows look at columns; items, oldest first"},
-                           "anchor": "y2"},
+        "xaxis": (
+            bare
+            | tiles[0]
+            | {
+                "domain": [0, 0.4],
+                "range": [-0.5, side * n_heads - 0.5],
+                "side": "top",
+                "anchor": "y",
+            }
+        ),
+        "yaxis": (
+            bare
+            | tiles[1]
+            | {
+                "domain": [0, 1],
+                "range": [side * n_layers - 0.5, -0.5],
+                "tickangle": -90,
+                "anchor": "x",
+            }
+        ),
+        "xaxis2": (
+            items
+            | {
+                "domain": [0.48, 1],
+                "range": [-0.5, n - 0.5],
+                "title": {"text": "rows look at columns; items, oldest first"},
+                "anchor": "y2",
+            }
+        ),
         "yaxis2": items | {"domain": [0, 0.5], "range": [n - 0.5, -0.5], "anchor": "x2"},
-        "yaxis6": {"domain": [0.505, 0.64], "range": [-0.04, 1.04], "visible": False, "anchor": "x2"},
+        "yaxis6": {
+            "domain": [0.505, 0.64],
+            "range": [-0.04, 1.04],
+            "visible": False,
+            "anchor": "x2",
+        },
         # Titles above and not beside: beside there is the other heatmap.
         "annotations": [title | {"text": "what the chosen token looks at", "y": 0.64}],
     }
     for number, name in enumerate(bars, start=3):
         low = 0.685 + 0.11 * (number - 3)
-        layout[f"yaxis{number}"] = {"domain": [low, low + 0.075], "range": [0, 1.25 * float(scores[name].max())], "nticks": 3,
-                                    "anchor": "x2"}
+        layout[f"yaxis{number}"] = {
+            "domain": [low, low + 0.075],
+            "range": [0, 1.25 * float(scores[name].max())],
+            "nticks": 3,
+            "anchor": "x2",
+        }
         layout["annotations"].append(title | {"text": name, "y": low + 0.075})
     edges = [f"M{side * h - 0.5},-0.5V{side * n_layers - 0.5}" for h in range(1, n_heads)]
     edges += [f"M-0.5,{side * v - 0.5}H{side * n_heads - 0.5}" for v in range(1, n_layers)]
     first, last = (1, n_heads) if head == 0 else (head, head)
     low, high = (min(removed), max(removed)) if removed else (token, token)
-    frame, columns = {"type": "rect", "line": {"color": VERMILLION, "width": 2}}, {"xref": "x2", "yref": "paper", "y0": 0, "y1": 1}
+    frame = {"type": "rect", "line": {"color": VERMILLION, "width": 2}}
+    columns = {"xref": "x2", "yref": "paper", "y0": 0, "y1": 1}
     layout["shapes"] = [
         {"type": "path", "path": "".join(edges), "line": {"color": GREY, "width": 2}},
-        frame | {"x0": side * (first - 1) - 0.5, "x1": side * last - 0.5, "y0": side * (layer - 1) - 0.5, "y1": side * layer - 0.5},
-        frame | columns | {"x0": token - 0.5, "x1": token + 0.5, "line": {"color": VERMILLION, "width": 2, "dash": "dot"}},
-        frame | columns | {"x0": low - 0.5, "x1": high + 0.5, "visible": bool(removed)}]
+        frame
+        | {
+            "x0": side * (first - 1) - 0.5,
+            "x1": side * last - 0.5,
+            "y0": side * (layer - 1) - 0.5,
+            "y1": side * layer - 0.5,
+        },
+        frame
+        | columns
+        | {
+            "x0": token - 0.5,
+            "x1": token + 0.5,
+            "line": {"color": VERMILLION, "width": 2, "dash": "dot"},
+        },
+        frame | columns | {"x0": low - 0.5, "x1": high + 0.5, "visible": bool(removed)},
+    ]
     return go.Figure(traces, layout)
 
 
 def _lines(weights, token, name):
-    """A band from the token on top to each that it looks at, as broad as the weight (the broadest: one token), and a mark at its end."""
+    """A band from the token on top to each that it looks at, as broad as the weight (the broadest:
+    one token), and a mark at its end.
+    """
     seen = np.flatnonzero(weights >= FAINT)
     half = 0.5 * weights[seen] / weights.max()
-    corners = np.stack([token - half, seen - half, seen + half, token + half, np.full(len(seen), np.nan)], axis=1)
+    corners = np.stack(
+        [token - half, seen - half, seen + half, token + half, np.full(len(seen), np.nan)], axis=1
+    )
     x = [None if np.isnan(value) else round(value, 3) for value in corners.ravel().tolist()]
     place = {"type": "scatter", "showlegend": False, "xaxis": "x2", "yaxis": "y6"}
-    return [place | {"x": x, "y": [1, 0, 0, 1, None] * len(seen), "mode": "lines", "fill": "toself", "hoverinfo": "skip",
-                     "fillcolor": "rgba(213,94,0,0.55)", "line": {"color": VERMILLION, "width": 0.6}},
-            place | {"x": seen, "y": np.zeros(len(seen)), "mode": "markers", "marker": {"color": VERMILLION, "size": 5},
-                     "customdata": weights[seen].astype(float).round(4),
-                     "hovertemplate": f"{name} looks at %{{x}}: %{{customdata:.3f}}<extra></extra>"}]
+    return [
+        place
+        | {
+            "x": x,
+            "y": [1, 0, 0, 1, None] * len(seen),
+            "mode": "lines",
+            "fill": "toself",
+            "hoverinfo": "skip",
+            "fillcolor": "rgba(213,94,0,0.55)",
+            "line": {"color": VERMILLION, "width": 0.6},
+        },
+        place
+        | {
+            "x": seen,
+            "y": np.zeros(len(seen)),
+            "mode": "markers",
+            "marker": {"color": VERMILLION, "size": 5},
+            "customdata": weights[seen].astype(float).round(4),
+            "hovertemplate": f"{name} looks at %{{x}}: %{{customdata:.3f}}<extra></extra>",
+        },
+    ]
 
 
 def _cells(n):
@@ -250,10 +517,13 @@ def _cells(n):
 
 
 def small_multiples(attention) -> np.ndarray:
-    """Attention [layers, H, N, N] side by side as uint8 [layers · n, H · n], n ≤ CELLS: of more tokens neighbours share a cell, that of the
-    strongest. SHADES stands for the 98 % quantile of the layer and head, and above: each has a scale of its own, or heads that spread
-    their attention would be black beside those that look at one token."""
+    """Attention [layers, H, N, N] side by side as uint8 [layers · n, H · n], n ≤ CELLS: of more
+    tokens neighbours share a cell, that of the strongest. SHADES stands for the 98 % quantile of
+    the layer and head, and above: each has a scale of its own, or heads that spread their attention
+    would be black beside those that look at one token.
+    """
     tops = attention.flatten(2).quantile(0.98, dim=2).clamp(min=1e-9)[..., None, None]
     shades = SHADES * (attention / tops).clamp(max=1)
     shades = max_pool2d(shades, _cells(shades.shape[-1])[0], ceil_mode=True).byte()
-    return shades.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [layers, n, H, n] → [layers · n, H · n]
+    # [layers, n, H, n] → [layers · n, H · n]
+    return shades.transpose(1, 2).flatten(2).flatten(0, 1).numpy()

@@ -38,10 +38,10 @@ class PruningExplorer(HistoryExplorer):
     """Prune one user's history live. `PruningExplorer()` shows the bundled demo.
 
     Args: `model`, `catalogue`: a `SidT5` with its table and the catalogue it was trained on
-    (default: `sidlab.course.demo.load()`); `histories`: which to choose from (default: the catalogue's
-    first 50); the last item of each is the one to be found; `scorers`: {name: callable} that join
-    the menu; `simple`: only kept share, scorer and user are shown; other arguments set controls:
-    `user` (1 is the first), `keep`, `layer`, `scorer`, `unit`, `positions`, `protect`.
+    (default: `sidlab.course.demo.load()`); `histories`: which to choose from (default: the
+    catalogue's first 50); the last item of each is the one to be found; `scorers`: {name: callable}
+    that join the menu; `simple`: only kept share, scorer and user are shown; other arguments set
+    controls: `user` (1 is the first), `keep`, `layer`, `scorer`, `unit`, `positions`, `protect`.
     Moving `keep` selects anew and runs the layers after the pruner and the decoder; the layers
     before it run once per user.
     """
@@ -81,11 +81,10 @@ class PruningExplorer(HistoryExplorer):
             functools.lru_cache(256)(self._score),
             functools.lru_cache(64)(self._recall),
         )
-        self._by_hand, self._rule = (
-            None,
-            {},
-        )  # (user, tokens) while one prunes by hand; what the rule scored
-        names, last = list(self._scorers), self.model.config.num_layers
+        self._by_hand = None
+        self._rule = {}  # (user, tokens) while one prunes by hand; what the rule scored
+        names = list(self._scorers)
+        last = self.model.config.num_layers
         for name, value, valid in (
             ("scorer", scorer, names),
             ("unit", unit, UNITS),
@@ -158,7 +157,8 @@ class PruningExplorer(HistoryExplorer):
         """Show three controls, and the others in a row that a checkbox shows and hides (simple:
         not at all)."""
         row, *rest = self.children
-        shown, hidden = row.children[:3], row.children[3:]
+        shown = row.children[:3]
+        hidden = row.children[3:]
         more = widgets.Checkbox(
             value=unfolded,
             description="more controls",
@@ -256,8 +256,11 @@ class PruningExplorer(HistoryExplorer):
           keeps, its `share` of the tokens, over how many `users`; `text` to copy; and the `number`
           of rules scored. {} before the first.
         """
-        user, hand, pruning = self.value("user"), self.hand(), self.pruning()
-        probe, before = self._probe(user), self._full(user)
+        user = self.value("user")
+        hand = self.hand()
+        pruning = self.pruning()
+        probe = self._probe(user)
+        before = self._full(user)
         target = int(self.histories[user - 1][-1])
         if hand is None:
             self.pruned = chosen = probe.prune(pruning)
@@ -310,9 +313,12 @@ class PruningExplorer(HistoryExplorer):
         }
 
     def _tokens(self, probe, importance, kept):
-        levels, offsets = level_names(self.model), self.model.table.offsets
+        levels = level_names(self.model)
+        offsets = self.model.table.offsets
         titles = [_cut(title, 32) for title in self.titles(probe.history)]
-        item, level, n = probe.item_index.tolist(), probe.levels.tolist(), len(kept)
+        item = probe.item_index.tolist()
+        level = probe.levels.tolist()
+        n = len(kept)
         place = np.empty(n, int)
         place[np.argsort(-importance, kind="stable")] = np.arange(1, n + 1)
         fact = [f"importance {value:.3g} (place {p} of {n})" for value, p in zip(importance, place)]
@@ -323,7 +329,8 @@ class PruningExplorer(HistoryExplorer):
         finite = np.nan_to_num(
             importance.astype(float), neginf=importance[np.isfinite(importance)].min(initial=0)
         )
-        low, high = min(0.0, finite.min()), finite.max()
+        low = min(0.0, finite.min())
+        high = finite.max()
         scaled = (finite - low) / (high - low) if high > low else np.zeros(n)
         return {
             "item": item,
@@ -357,7 +364,8 @@ class PruningExplorer(HistoryExplorer):
         )
 
     def _meter(self, probe, kept, pruning):
-        ours, theirs = self._cost(len(probe.history), pruning), self._cost(len(probe.history), None)
+        ours = self._cost(len(probe.history), pruning)
+        theirs = self._cost(len(probe.history), None)
         rows = (
             ("tokens after the pruner", "{}", kept, len(probe.tokens)),
             ("MFLOPs to train on it", "{:.1f}", ours.training / 1e6, theirs.training / 1e6),
@@ -402,7 +410,8 @@ class PruningExplorer(HistoryExplorer):
     def _score(self, user, pruning, without=()):
         """(place, log-probability) of the next item: its place in the list, 0 where it is missing,
         and None where it is not among the first `SEARCHED`."""
-        probe, target = self._probe(user), int(self.histories[user - 1][-1])
+        probe = self._probe(user)
+        target = int(self.histories[user - 1][-1])
         items = probe.prune(pruning, without=without).items.numpy()
         place = rank_of_target(items[None], [target])[0]
         found = min(SEARCHED, self.model.table.n_items)
@@ -426,7 +435,9 @@ class PruningExplorer(HistoryExplorer):
             [name, str(place or "–"), "–" if score is None else f"{score:.2f}"]
             for name, (place, score) in scores.items()
         ]
-        mine, level, worse = scores["you"][1], [], []
+        mine = scores["you"][1]
+        level = []
+        worse = []
         for name in names if mine is not None else ():
             theirs = scores[name][1]
             if theirs is None or theirs < mine - 5e-3:
@@ -458,10 +469,8 @@ class PruningExplorer(HistoryExplorer):
             positions=positions,
             scorer=as_many(keep_rule(levels, newest), None if scorer == "rule" else scorer),
         )
-        histories, targets = (
-            [history[:-1] for history in self._crowd],
-            np.array([history[-1] for history in self._crowd]),
-        )
+        histories = [history[:-1] for history in self._crowd]
+        targets = np.array([history[-1] for history in self._crowd])
         before = self.model.pruning
         self.model.set_pruning(pruning)
         try:
@@ -483,7 +492,8 @@ class PruningExplorer(HistoryExplorer):
                 f"levels must hold at least one of 0..{len(names) - 1}, got {list(levels)}"
             )
         newest = integer("newest", newest)
-        layer, positions = self.value("layer"), self.value("positions")
+        layer = self.value("layer")
+        positions = self.value("positions")
         scored = {
             name: self._recall(name, levels, newest, layer, positions)
             for name in ("rule", "rastp", "random", "recent")
@@ -580,17 +590,21 @@ def _without_tags(text):
 def pruning_svg(state: dict) -> str:
     """A picture of `PruningExplorer.state`, SVG on white: the tokens, those that are kept, the
     list."""
-    tokens, levels, titles = state["tokens"], len(state["levels"]), state["items"]["title"]
+    tokens = state["tokens"]
+    levels = len(state["levels"])
+    titles = state["items"]["title"]
     informative = tokens["informative"] or [0] * len(tokens["kept"])
     # As large as it goes in few lines.
     size = 22 if len(titles) <= 10 else 15
-    step, wide = size + 2, (size + 2) * levels + 8
+    step = size + 2
+    wide = (size + 2) * levels + 8
     in_line = max(1, 580 // wide)
     parts = []
 
     def box(token, left, top):
         """One token: 40 pixels high, its bar as high as it is important, its code below."""
-        kept, scaled = tokens["kept"][token], tokens["scaled"][token]
+        kept = tokens["kept"][token]
+        scaled = tokens["scaled"][token]
         color, dash = (BLUE, "") if kept else (GREY, ' stroke-dasharray="3 2"')
         parts.append(
             f'<rect class="{"kept" if kept else "pruned"}" x="{left}" y="{top}" width="{size}" '
@@ -630,7 +644,8 @@ def pruning_svg(state: dict) -> str:
         11,
     )
     for item, title in enumerate(titles):
-        left, top = 10 + wide * (item % in_line), 66 + 76 * (item // in_line)
+        left = 10 + wide * (item % in_line)
+        top = 66 + 76 * (item // in_line)
         lines = textwrap.wrap(
             f"{item + 1}. {title}", max(8, int(wide / 6)), max_lines=2, placeholder="…"
         )

@@ -1,4 +1,6 @@
-"""The seven quirks of RASTP's published code as switches: what each does to a few histories, computed live on a small model."""
+"""The seven quirks of RASTP's published code as switches: what each does to a few histories,
+computed live on a small model.
+"""
 
 import copy
 import functools
@@ -21,16 +23,23 @@ from sidlab.viz.explorer import Explorer, demo_or
 from sidlab.viz.pruning import level_names
 from sidlab.windows import history_tokens, pad_histories
 
-AFTER, DROPOUT, DRAWS = 2, 0.15, 12  # pruned behind this encoder layer; RASTP's dropout; so many draws of it
+AFTER = 2
+DROPOUT = 0.15
+DRAWS = 12  # pruned behind this encoder layer; RASTP's dropout; so many draws of it
 LENGTHS = (10, 6, 4, 2)  # items of the histories; all are padded to the first
 MODES = ("reference", "corrected")
-KEPT, PRUNED, FILLED, EMPTY = 1.0, 0.6, 0.3, 0.0  # what becomes of a slot, as numbers for a colour
+KEPT = 1.0
+PRUNED = 0.6
+FILLED = 0.3
+EMPTY = 0.0  # what becomes of a slot, as numbers for a colour
 SYMBOLS = {KEPT: "●", PRUNED: "×", FILLED: "○", EMPTY: "·"}
 
 
 class Evidence(NamedTuple):
-    """What a quirk does in one mode. `z` float [rows, columns], a picture, NaN where blank; `rows`: their names; `columns`: what they are;
-    `legend`: {fate: meaning} where z holds fates, else what its numbers are; `bars`: {name: number}, of what `measure` says."""
+    """What a quirk does in one mode. `z` float [rows, columns], a picture, NaN where blank; `rows`:
+    their names; `columns`: what they are; `legend`: {fate: meaning} where z holds fates, else what
+    its numbers are; `bars`: {name: number}, of what `measure` says.
+    """
 
     z: np.ndarray
     rows: list[str]
@@ -41,34 +50,55 @@ class Evidence(NamedTuple):
 
 
 class Subject:
-    """The longest history of `catalogue`, cut to its last 10, 6, 4 and 2 items and padded to 10, in copies of `model` that keep a third
-    behind the second encoder layer: "reference", "corrected", and "items" (corrected, by whole items).
+    """The longest history of `catalogue`, cut to its last 10, 6, 4 and 2 items and padded to 10, in
+    copies of `model` that keep a third behind the second encoder layer: "reference", "corrected",
+    and "items" (corrected, by whole items).
 
-    `right`, `left` int64 [4, N]: the tokens, padded on that side; `real` bool [4, N], of `right`."""
+    `right`, `left` int64 [4, N]: the tokens, padded on that side; `real` bool [4, N], of `right`.
+    """
 
     def __init__(self, model, catalogue):
-        longest, slots = max(catalogue.histories, key=len), LENGTHS[0]
+        longest = max(catalogue.histories, key=len)
+        slots = LENGTHS[0]
         if model.config.num_layers <= AFTER or len(longest) <= slots:
-            raise ValueError(f"model must have more than {AFTER} encoder layers and catalogue a history of more than {slots} items, got "
-                             f"{model.config.num_layers} layers and at most {len(longest)} items")
+            raise ValueError(
+                f"model must have more than {AFTER} encoder layers and catalogue a history of more"
+                f" than {slots} items, got {model.config.num_layers} layers and at most"
+                f" {len(longest)} items"
+            )
         items = pad_histories([longest[:-1][-n:] for n in LENGTHS], slots, model.table.n_items)
         self.right = history_tokens(items, model.table, model.config.separators)
         self.left = torch.stack([row.roll(int((row == 0).sum())) for row in self.right])
         self.real = self.right != 0
         self.labels = model.table.item_tokens[[int(longest[-1])] * len(LENGTHS)]  # the next item
-        third = {"reference": PruningConfig(mode="reference"), "corrected": PruningConfig(), "items": PruningConfig(unit="item")}
+        third = {
+            "reference": PruningConfig(mode="reference"),
+            "corrected": PruningConfig(),
+            "items": PruningConfig(unit="item"),
+        }
         self.models = {name: self._copy(model, pruning, slots) for name, pruning in third.items()}
 
     @staticmethod
     def _copy(model, pruning, slots):
         config = copy.deepcopy(model.config)
-        config.pruning, config.max_items, config.dropout_rate, config.map = pruning.to_dict(), slots, DROPOUT, None
+        config.pruning = pruning.to_dict()
+        config.max_items = slots
+        config.dropout_rate = DROPOUT
+        config.map = None
         out = SidT5(config, model.table)
-        out.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("map_head.")})
+        out.load_state_dict(
+            {
+                name: value
+                for name, value in model.state_dict().items()
+                if not name.startswith("map_head.")
+            }
+        )
         return out.eval()
 
     def encode(self, mode, tokens=None):
-        """The encoder's output and bool [4, N], which slots got through the pruner, padding included."""
+        """The encoder's output and bool [4, N], which slots got through the pruner, padding
+        included.
+        """
         tokens = self.right if tokens is None else tokens
         with torch.no_grad():
             out = self.models[mode].encoder(input_ids=tokens, attention_mask=(tokens != 0).long())
@@ -79,7 +109,10 @@ class Subject:
         """Log-probability of the next item's SID: float32 [4]."""
         tokens = self.right if tokens is None else tokens
         with torch.no_grad():
-            logits = self.models[mode](input_ids=tokens, attention_mask=(tokens != 0).long(), labels=self.labels).logits  # [4, L, V]
+            # [4, L, V]
+            logits = self.models[mode](
+                input_ids=tokens, attention_mask=(tokens != 0).long(), labels=self.labels
+            ).logits
         return logits.log_softmax(-1).gather(-1, self.labels.unsqueeze(-1)).sum((1, 2))
 
 
@@ -88,36 +121,78 @@ def padded_length(subject: Subject, mode: str) -> Evidence:
     _, kept = subject.encode(mode)
     z = np.where(subject.real, np.where(kept, KEPT, PRUNED), np.where(kept, FILLED, EMPTY))
     share = (kept & subject.real).sum(1) / subject.real.sum(1)
-    legend = {KEPT: "real, kept", PRUNED: "real, pruned", FILLED: "padding, kept", EMPTY: "padding, dropped"}
-    return Evidence(z, _names(), "slot", legend, dict(zip(_names(), share.tolist())), "share of its real tokens that a history keeps")
+    legend = {
+        KEPT: "real, kept",
+        PRUNED: "real, pruned",
+        FILLED: "padding, kept",
+        EMPTY: "padding, dropped",
+    }
+    return Evidence(
+        z,
+        _names(),
+        "slot",
+        legend,
+        dict(zip(_names(), share.tolist())),
+        "share of its real tokens that a history keeps",
+    )
 
 
 def positions(subject: Subject, mode: str) -> Evidence:
     """Row 2: no position bias behind the pruner. What does it change if kept tokens swap places?"""
-    model, seen = subject.models[mode], {}
-    with model.encoder.block[AFTER].register_forward_pre_hook(lambda block, args: seen.update(bias=args[2][0])):
+    model = subject.models[mode]
+    seen = {}
+    with model.encoder.block[AFTER].register_forward_pre_hook(
+        lambda block, args: seen.update(bias=args[2][0])
+    ):
         before = subject.log_p(mode)
     n = len(seen["bias"][0])
-    order, bars = list(range(n)), {}
-    orders = {"last two": [*order[:-2], n - 1, n - 2], "the ends": [n - 1, *order[1:-1], 0], "all": order[::-1]}
+    order = list(range(n))
+    bars = {}
+    orders = {
+        "last two": [*order[:-2], n - 1, n - 2],
+        "the ends": [n - 1, *order[1:-1], 0],
+        "all": order[::-1],
+    }
     for name, order in orders.items():
-        with model.encoder.block[AFTER].register_forward_pre_hook(lambda block, args, order=order: (args[0][:, order], *args[1:])):
+        with model.encoder.block[AFTER].register_forward_pre_hook(
+            lambda block, args, order=order: (args[0][:, order], *args[1:])
+        ):
             bars[name] = float((subject.log_p(mode) - before)[0].abs())
     places = [f"kept token {i}" for i in range(1, n + 1)]
-    return Evidence(seen["bias"].mean(0).numpy(), places, "kept token looked at", "position bias, mean over heads", bars,
-                    "change of log p(next item) if kept tokens swap places")
+    return Evidence(
+        seen["bias"].mean(0).numpy(),
+        places,
+        "kept token looked at",
+        "position bias, mean over heads",
+        bars,
+        "change of log p(next item) if kept tokens swap places",
+    )
 
 
 def mask_of_the_first(subject: Subject, mode: str) -> Evidence:
-    """Row 3: the decoder gets the mask of the first K slots, which is wrong where padding stands on the left."""
+    """Row 3: the decoder gets the mask of the first K slots, which is wrong where padding stands on
+    the left.
+    """
     out, _ = subject.encode(mode, subject.left)
     used = torch.ones_like(out.positions) if mode == "reference" else out.attention_mask
-    real, seen = subject.left.gather(1, out.positions) * used != 0, out.attention_mask == 1
+    real = subject.left.gather(1, out.positions) * used != 0
+    seen = out.attention_mask == 1
     z = np.where(real, np.where(seen, KEPT, PRUNED), np.where(seen, FILLED, EMPTY))
-    legend = {KEPT: "real, seen by the decoder", PRUNED: "real, hidden from it", FILLED: "padding, seen", EMPTY: "padding, hidden"}
+    legend = {
+        KEPT: "real, seen by the decoder",
+        PRUNED: "real, hidden from it",
+        FILLED: "padding, seen",
+        EMPTY: "padding, hidden",
+    }
     change = (subject.log_p(mode) - subject.log_p(mode, subject.left)).abs()
-    return Evidence(z, _names(), "kept slot, padding on the left", legend, dict(zip(_names(), change.tolist())),
-                    "change of log p(next item) from right to left padding")
+    return Evidence(
+        z,
+        _names(),
+        "kept slot, padding on the left",
+        legend,
+        dict(zip(_names(), change.tolist())),
+        "change of log p(next item) from right to left padding",
+    )
 
 
 def padded_votes(subject: Subject, mode: str) -> Evidence:
@@ -128,49 +203,85 @@ def padded_votes(subject: Subject, mode: str) -> Evidence:
         kwargs["record"]["keep_attention"] = True
         record.update(of_layer=kwargs["record"])
 
-    with subject.models[mode].encoder.block[AFTER - 1].register_forward_pre_hook(keep_attention, with_kwargs=True):
+    with (
+        subject.models[mode]
+        .encoder.block[AFTER - 1]
+        .register_forward_pre_hook(keep_attention, with_kwargs=True)
+    ):
         out, _ = subject.encode(mode)
     attention = record["of_layer"]["attention"].sum(1)  # [4, N, N]
-    votes, counted = attention.sum(2), out.centrality.sum(1)
-    shown, row = attention[2].clone(), subject.real[2]
+    votes = attention.sum(2)
+    counted = out.centrality.sum(1)
+    shown = attention[2].clone()
+    row = subject.real[2]
     if mode == "corrected":
         shown[~row] = torch.nan
     from_padding = 1 - ((votes * subject.real).sum(1) / counted).clamp(max=1)
-    queries = [f"{'token' if real else 'padding'} {i}" for i, real in enumerate(row.tolist(), start=1)]
-    return Evidence(shown[:, row].numpy(), queries, f"token looked at, in the history of {LENGTHS[2]} items",
-                    "attention that is counted, summed over heads", dict(zip(_names(), from_padding.tolist())),
-                    "share of the votes that padded queries cast")
+    queries = [
+        f"{'token' if real else 'padding'} {i}" for i, real in enumerate(row.tolist(), start=1)
+    ]
+    return Evidence(
+        shown[:, row].numpy(),
+        queries,
+        f"token looked at, in the history of {LENGTHS[2]} items",
+        "attention that is counted, summed over heads",
+        dict(zip(_names(), from_padding.tolist())),
+        "share of the votes that padded queries cast",
+    )
 
 
 def noisy_scores(subject: Subject, mode: str) -> Evidence:
     """Row 5: scores come from the attention behind its dropout. How much do two draws agree?"""
-    model, (_, clean) = subject.models[mode], subject.encode(mode)
+    model = subject.models[mode]
+    _, clean = subject.encode(mode)
     chosen = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for name, part in (("attention", model.encoder.block[AFTER - 1].layer[0].SelfAttention), ("everywhere", model)):
+        for name, part in (
+            ("attention", model.encoder.block[AFTER - 1].layer[0].SelfAttention),
+            ("everywhere", model),
+        ):
             part.train()
-            chosen[name] = torch.stack([subject.encode(mode)[1][0] for _ in range(DRAWS)]).float()  # [draws, N]
+            # [draws, N]
+            chosen[name] = torch.stack([subject.encode(mode)[1][0] for _ in range(DRAWS)]).float()
             model.eval()
-    kept, bars = chosen["attention"], {}
+    kept = chosen["attention"]
+    bars = {}
     for name, draws in chosen.items():
-        together = draws @ draws.T / draws.sum(1)  # share of one draw's tokens that the other has, too
+        # Share of one draw's tokens that the other has, too
+        together = draws @ draws.T / draws.sum(1)
         bars[name] = float((together.sum() - DRAWS) / (DRAWS * (DRAWS - 1)))
     z = np.where(torch.cat([clean[:1], kept.bool()]), KEPT, EMPTY)
     names = ["no dropout", *(f"draw {i}" for i in range(1, DRAWS + 1))]
-    return Evidence(z, names, f"token of the history of {LENGTHS[0]} items", {KEPT: "kept", EMPTY: "pruned"}, bars,
-                    "share of kept tokens that two draws have in common; dropout in this attention, or everywhere")
+    return Evidence(
+        z,
+        names,
+        f"token of the history of {LENGTHS[0]} items",
+        {KEPT: "kept", EMPTY: "pruned"},
+        bars,
+        "share of kept tokens that two draws have in common; dropout in this attention, or"
+        " everywhere",
+    )
 
 
 def separators_compete(subject: Subject, mode: str) -> Evidence:
-    """Row 6: separators and codes compete, so items are cut apart. Corrected here by scoring whole items."""
+    """Row 6: separators and codes compete, so items are cut apart. Corrected here by scoring whole
+    items.
+    """
     _, kept = subject.encode("items" if mode == "corrected" else mode)
     cells = kept[0].view(LENGTHS[0], -1)  # [items, tokens an item]
     names = level_names(subject.models[mode])
-    whole, none = cells.all(1), ~cells.any(1)
+    whole = cells.all(1)
+    none = ~cells.any(1)
     bars = {"kept whole": whole, "cut apart": ~whole & ~none, "dropped": none}
-    return Evidence(np.where(cells.T, KEPT, EMPTY), names, "item of the history, oldest first", {KEPT: "kept", EMPTY: "pruned"},
-                    {name: float(of.sum()) for name, of in bars.items()}, f"of {LENGTHS[0]} items")
+    return Evidence(
+        np.where(cells.T, KEPT, EMPTY),
+        names,
+        "item of the history, oldest first",
+        {KEPT: "kept", EMPTY: "pruned"},
+        {name: float(of.sum()) for name, of in bars.items()},
+        f"of {LENGTHS[0]} items",
+    )
 
 
 class _Fused(TorchFunctionMode):
@@ -185,22 +296,44 @@ class _Fused(TorchFunctionMode):
 
 def attention_kernels(subject: Subject, mode: str) -> Evidence:
     """Row 7: attention weights are asked of every layer, so that no layer's attention can be fused."""
-    model, fused = subject.models[mode], {}
-    modules = {f"encoder, layer {i}": block.layer[0].SelfAttention for i, block in enumerate(model.encoder.block, start=1)}
-    modules |= {f"decoder, layer {i}, own tokens": block.layer[0].SelfAttention for i, block in enumerate(model.decoder.block, start=1)}
-    modules |= {f"decoder, layer {i}, history": block.layer[1].EncDecAttention for i, block in enumerate(model.decoder.block, start=1)}
+    model = subject.models[mode]
+    fused = {}
+    modules = {
+        f"encoder, layer {i}": block.layer[0].SelfAttention
+        for i, block in enumerate(model.encoder.block, start=1)
+    }
+    modules |= {
+        f"decoder, layer {i}, own tokens": block.layer[0].SelfAttention
+        for i, block in enumerate(model.decoder.block, start=1)
+    }
+    modules |= {
+        f"decoder, layer {i}, history": block.layer[1].EncDecAttention
+        for i, block in enumerate(model.decoder.block, start=1)
+    }
     with _Fused() as counter:
         hooks = []
         for name, module in modules.items():
-            hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: fused.update({name: -counter.calls})))
-            hooks.append(module.register_forward_hook(
-                lambda module, args, out, name=name: fused.update({name: fused[name] + counter.calls})))
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda module, args, name=name: fused.update({name: -counter.calls})
+                )
+            )
+            hooks.append(
+                module.register_forward_hook(
+                    lambda module, args, out, name=name: fused.update(
+                        {name: fused[name] + counter.calls}
+                    )
+                )
+            )
         subject.log_p(mode)
     for hook in hooks:
         hook.remove()
     plain = {name: not calls for name, calls in fused.items()}
     z = np.array([[PRUNED if plain[name] else KEPT] for name in modules])
-    bars = {where: float(sum(plain[name] for name in modules if name.startswith(where))) for where in ("encoder", "decoder")}
+    bars = {
+        where: float(sum(plain[name] for name in modules if name.startswith(where)))
+        for where in ("encoder", "decoder")
+    }
     legend = {KEPT: "asks for the fused kernel", PRUNED: "writes its weights out"}
     return Evidence(z, list(modules), "", legend, bars, "attentions that write their weights out")
 
@@ -209,70 +342,135 @@ def _names():
     return [f"{n} items" for n in LENGTHS]
 
 
-# (name, the evidence; the published code …, so …; the corrected code …), in the order of the table in the notebook
+# (name, the evidence; the published code …, so …; the corrected code …), in the order of the table
+# in the notebook
 QUIRKS = (
-    ("1 a share of the padded length", padded_length, "keeps a third of the padded length, whatever the history's own length",
-     "histories that fit into the kept slots lose nothing, and in short ones most of what is pruned is padding",
-     "keeps a third of each history's own tokens"),
-    ("2 positions are lost", positions, "drops the position bias behind the pruner, for only the first layer owns one",
-     "the layers behind the pruner cannot tell in which order the kept tokens came",
-     "gathers the bias at the kept tokens' original places"),
-    ("3 the mask of the first slots", mask_of_the_first, "hands the unpruned mask on to the decoder, cut to the first K slots",
-     "the decoder looks at the wrong slots where padding stands on the left (on the right, as in the published code, it is harmless)",
-     "hands on the mask of the kept tokens"),
-    ("4 padding votes", padded_votes, "lets padded queries vote on which tokens are central",
-     "in a short history most of the votes come from padding", "counts the votes of real queries only"),
-    ("5 dropout in the scores", noisy_scores, "scores with the attention behind its dropout while training",
-     "which tokens are kept is partly chance (dropout elsewhere shakes the choice as well, in both codes)",
-     "scores with the clean attention"),
-    ("6 separators compete", separators_compete, "scores separators like codes", "items are cut apart: some tokens stay, others go",
-     "scores whole items here (another way: protect the separators)"),
-    ("7 no fused attention", attention_kernels, "asks every layer of encoder and decoder for its attention weights",
-     "no layer can use a fused kernel, which never writes the weights out; that costs memory and time on a GPU",
-     "asks the scoring layer alone"),
+    (
+        "1 a share of the padded length",
+        padded_length,
+        "keeps a third of the padded length, whatever the history's own length",
+        (
+            "histories that fit into the kept slots lose nothing, and in short ones most of what is"
+            " pruned is padding"
+        ),
+        "keeps a third of each history's own tokens",
+    ),
+    (
+        "2 positions are lost",
+        positions,
+        "drops the position bias behind the pruner, for only the first layer owns one",
+        "the layers behind the pruner cannot tell in which order the kept tokens came",
+        "gathers the bias at the kept tokens' original places",
+    ),
+    (
+        "3 the mask of the first slots",
+        mask_of_the_first,
+        "hands the unpruned mask on to the decoder, cut to the first K slots",
+        (
+            "the decoder looks at the wrong slots where padding stands on the left (on the right,"
+            " as in the published code, it is harmless)"
+        ),
+        "hands on the mask of the kept tokens",
+    ),
+    (
+        "4 padding votes",
+        padded_votes,
+        "lets padded queries vote on which tokens are central",
+        "in a short history most of the votes come from padding",
+        "counts the votes of real queries only",
+    ),
+    (
+        "5 dropout in the scores",
+        noisy_scores,
+        "scores with the attention behind its dropout while training",
+        (
+            "which tokens are kept is partly chance (dropout elsewhere shakes the choice as well,"
+            " in both codes)"
+        ),
+        "scores with the clean attention",
+    ),
+    (
+        "6 separators compete",
+        separators_compete,
+        "scores separators like codes",
+        "items are cut apart: some tokens stay, others go",
+        "scores whole items here (another way: protect the separators)",
+    ),
+    (
+        "7 no fused attention",
+        attention_kernels,
+        "asks every layer of encoder and decoder for its attention weights",
+        (
+            "no layer can use a fused kernel, which never writes the weights out; that costs memory"
+            " and time on a GPU"
+        ),
+        "asks the scoring layer alone",
+    ),
 )
 
 
 class QuirkExplorer(Explorer):
-    """Each quirk of RASTP's published code, switched on ("reference") and off ("corrected"), with what it does.
+    """Each quirk of RASTP's published code, switched on ("reference") and off ("corrected"), with
+    what it does.
 
-    Args: `model`, `catalogue`: a `SidT5` with its table, of three encoder layers or more, and the catalogue that it was trained on
-    (default: the bundled demo); `quirk` 1..7 and `mode` set controls.
+    Args: `model`, `catalogue`: a `SidT5` with its table, of three encoder layers or more, and the
+    catalogue that it was trained on (default: the bundled demo); `quirk` 1..7 and `mode` set
+    controls.
     """
 
     heading = "What does the published code really do?"
     exported = "quirk"
 
     def __init__(self, model=None, catalogue=None, *, quirk=1, mode="reference"):
-        self.subject, self.evidence = Subject(*demo_or(model, catalogue)), functools.lru_cache(len(QUIRKS))(self.evidence)
+        self.subject, self.evidence = (
+            Subject(*demo_or(model, catalogue)),
+            functools.lru_cache(len(QUIRKS))(self.evidence),
+        )
         options = [(name, number) for number, (name, *_) in enumerate(QUIRKS, start=1)]
-        super().__init__({
-            "quirk": widgets.Dropdown(options=options, value=quirk, description="quirk"),
-            "mode": widgets.ToggleButtons(options=MODES, value=mode, description="the code"),
-        }, slow=("quirk",))
+        super().__init__(
+            {
+                "quirk": widgets.Dropdown(options=options, value=quirk, description="quirk"),
+                "mode": widgets.ToggleButtons(options=MODES, value=mode, description="the code"),
+            },
+            slow=("quirk",),
+        )
 
     def evidence(self, quirk: int) -> dict[str, Evidence]:
         """What quirk 1..7 does in either mode."""
         return {mode: QUIRKS[quirk - 1][1](self.subject, mode) for mode in MODES}
 
     def draw(self):
-        quirk, mode = self.value("quirk"), self.value("mode")
+        quirk = self.value("quirk")
+        mode = self.value("mode")
         evidence = self.evidence(quirk)
         return quirk_figure(evidence, mode), self._text(QUIRKS[quirk - 1], evidence, mode)
 
     def _text(self, quirk, evidence, mode):
         _, _, published, consequence, corrected = quirk
         shown = evidence[mode]
-        bars = table((shown.measure, *MODES), [(name, *(_number(evidence[m].bars[name]) for m in MODES)) for name in shown.bars])
+        bars = table(
+            (shown.measure, *MODES),
+            [(name, *(_number(evidence[m].bars[name]) for m in MODES)) for name in shown.bars],
+        )
         named = list(zip(shown.rows, shown.z))
         if isinstance(shown.legend, dict):
             head = ("", *shown.legend.values())
-            rows = [(name, *(int((row == fate).sum()) for fate in shown.legend)) for name, row in named]
+            rows = [
+                (name, *(int((row == fate).sum()) for fate in shown.legend)) for name, row in named
+            ]
         else:
             head = ("", "least", "mean", "most")
-            rows = [(name, *(f"{f(row):.3f}" for f in (np.min, np.mean, np.max))) for name, row in named if np.isfinite(row).all()]
-        return (f"<p><b>The published code {published}.</b> So {consequence}. The corrected code {corrected}.</p>{bars}"
-                f"<p>The picture ({mode}): {html.escape(_key(shown.legend))}.</p>" + folded("The picture as a table", table(head, rows)))
+            rows = [
+                (name, *(f"{f(row):.3f}" for f in (np.min, np.mean, np.max)))
+                for name, row in named
+                if np.isfinite(row).all()
+            ]
+        return (
+            f"<p><b>The published code {published}.</b> So {consequence}. The corrected code"
+            f" {corrected}.</p>{bars}<p>The picture ({mode}):"
+            f" {html.escape(_key(shown.legend))}.</p>"
+            + folded("The picture as a table", table(head, rows))
+        )
 
 
 def _number(value):
@@ -281,40 +479,131 @@ def _number(value):
 
 def _key(legend, between="; "):
     """What a picture's numbers or symbols mean."""
-    return legend if isinstance(legend, str) else between.join(f"{SYMBOLS[fate]} {meaning}" for fate, meaning in legend.items())
+    return (
+        legend
+        if isinstance(legend, str)
+        else between.join(f"{SYMBOLS[fate]} {meaning}" for fate, meaning in legend.items())
+    )
 
 
 def quirk_figure(evidence: dict[str, Evidence], mode: str) -> go.Figure:
-    """The picture of one mode beside the bars of both, those of `mode` framed. `evidence`: {mode: `Evidence`}."""
-    shown, fates = evidence[mode], isinstance(evidence[mode].legend, dict)
+    """The picture of one mode beside the bars of both, those of `mode` framed. `evidence`: {mode:
+    `Evidence`}.
+    """
+    shown = evidence[mode]
+    fates = isinstance(evidence[mode].legend, dict)
     known = np.concatenate([e.z.ravel() for e in evidence.values()])
-    ends = (EMPTY, KEPT) if fates else (float(np.nanmin(known)), float(np.nanmax(known)))  # one scale for both modes
-    symbols = [[SYMBOLS[float(v)] for v in row] for row in shown.z] if fates else [[""] * shown.z.shape[1]] * len(shown.z)
+    # One scale for both modes
+    ends = (EMPTY, KEPT) if fates else (float(np.nanmin(known)), float(np.nanmax(known)))
+    symbols = (
+        [[SYMBOLS[float(v)] for v in row] for row in shown.z]
+        if fates
+        else [[""] * shown.z.shape[1]] * len(shown.z)
+    )
     hover = "%{y}, %{x}: %{text}<extra></extra>" if fates else "%{y}, %{x}: %{z:.3f}<extra></extra>"
     z = np.where(np.isnan(shown.z), None, shown.z)  # NaN is no JSON
-    picture = go.Heatmap(z=z, x=list(range(1, shown.z.shape[1] + 1)), y=list(range(len(shown.rows))), text=symbols,
-                         texttemplate="%{text}", zmin=ends[0], zmax=ends[1], colorscale=SCALE, showscale=not fates,
-                         colorbar={"x": 0.51, "thickness": 12}, xgap=1, ygap=1, hoverongaps=False, hovertemplate=hover)
+    picture = go.Heatmap(
+        z=z,
+        x=list(range(1, shown.z.shape[1] + 1)),
+        y=list(range(len(shown.rows))),
+        text=symbols,
+        texttemplate="%{text}",
+        zmin=ends[0],
+        zmax=ends[1],
+        colorscale=SCALE,
+        showscale=not fates,
+        colorbar={"x": 0.51, "thickness": 12},
+        xgap=1,
+        ygap=1,
+        hoverongaps=False,
+        hovertemplate=hover,
+    )
     bars = []
     for name, color, shape in zip(MODES, (VERMILLION, BLUE), ("/", "")):
         values = list(evidence[name].bars.values())
-        look = {"color": color, "pattern": {"shape": shape, "solidity": 0.4}, "line": {"color": color, "width": 1 + 3 * (name == mode)}}
-        groups = ["<br>".join(textwrap.wrap(group, 6, break_long_words=False)) for group in evidence[name].bars]
-        bars.append(go.Bar(y=groups, x=values, name=name, marker=look, xaxis="x2", yaxis="y2", orientation="h",
-                           textposition="outside", text=[f"{round(v, 3):.2g}" for v in values], cliponaxis=False,
-                           constraintext="none", textfont_size=11,
-                           hovertemplate=f"{name}, %{{y}}: %{{x:.4f}}<extra></extra>"))
-    top, names = 1.25 * max(max(e.bars.values()) for e in evidence.values()), shown.rows
+        look = {
+            "color": color,
+            "pattern": {"shape": shape, "solidity": 0.4},
+            "line": {"color": color, "width": 1 + 3 * (name == mode)},
+        }
+        groups = [
+            "<br>".join(textwrap.wrap(group, 6, break_long_words=False))
+            for group in evidence[name].bars
+        ]
+        bars.append(
+            go.Bar(
+                y=groups,
+                x=values,
+                name=name,
+                marker=look,
+                xaxis="x2",
+                yaxis="y2",
+                orientation="h",
+                textposition="outside",
+                text=[f"{round(v, 3):.2g}" for v in values],
+                cliponaxis=False,
+                constraintext="none",
+                textfont_size=11,
+                hovertemplate=f"{name}, %{{y}}: %{{x:.4f}}<extra></extra>",
+            )
+        )
+    top = 1.25 * max(max(e.bars.values()) for e in evidence.values())
+    names = shown.rows
     every = list(range(0, len(names), 1 if len(names) <= DRAWS + 1 else 4))
-    bare, outside = {"showgrid": False, "zeroline": False}, {"xref": "paper", "yref": "paper", "yanchor": "bottom", "showarrow": False}
-    key = {"text": f"<b>{mode} code</b><br>" + _key(shown.legend, "<br>"), "x": 0, "y": 1.02, "xanchor": "left", "align": "left"}
-    measure = {"text": "<br>".join(textwrap.wrap(shown.measure, 32)), "x": 0.85, "y": 1.1, "xanchor": "center"}
-    layout = {"template": template(), "height": 450, "margin": {"l": 20, "r": 20, "t": 100, "b": 40}, "barmode": "group",
-              "legend": {"x": 0.85, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "orientation": "h", "traceorder": "normal"},
-              "annotations": [outside | key, outside | measure],
-              "xaxis": bare | {"domain": [0, 0.6 if fates else 0.5], "anchor": "y", "title": {"text": shown.columns},
-                               "visible": shown.z.shape[1] > 1},
-              "yaxis": bare | {"anchor": "x", "tickvals": every, "ticktext": [names[i] for i in every], "range": [len(names) - 0.5, -0.5]},
-              "xaxis2": {"domain": [0.72, 1], "anchor": "y2", "range": [0, top or 1], "tickangle": 0, "nticks": 4},
-              "yaxis2": {"anchor": "x2", "autorange": "reversed", "showgrid": False}}
+    bare = {"showgrid": False, "zeroline": False}
+    outside = {"xref": "paper", "yref": "paper", "yanchor": "bottom", "showarrow": False}
+    key = {
+        "text": f"<b>{mode} code</b><br>" + _key(shown.legend, "<br>"),
+        "x": 0,
+        "y": 1.02,
+        "xanchor": "left",
+        "align": "left",
+    }
+    measure = {
+        "text": "<br>".join(textwrap.wrap(shown.measure, 32)),
+        "x": 0.85,
+        "y": 1.1,
+        "xanchor": "center",
+    }
+    layout = {
+        "template": template(),
+        "height": 450,
+        "margin": {"l": 20, "r": 20, "t": 100, "b": 40},
+        "barmode": "group",
+        "legend": {
+            "x": 0.85,
+            "xanchor": "center",
+            "y": 1.0,
+            "yanchor": "bottom",
+            "orientation": "h",
+            "traceorder": "normal",
+        },
+        "annotations": [outside | key, outside | measure],
+        "xaxis": (
+            bare
+            | {
+                "domain": [0, 0.6 if fates else 0.5],
+                "anchor": "y",
+                "title": {"text": shown.columns},
+                "visible": shown.z.shape[1] > 1,
+            }
+        ),
+        "yaxis": (
+            bare
+            | {
+                "anchor": "x",
+                "tickvals": every,
+                "ticktext": [names[i] for i in every],
+                "range": [len(names) - 0.5, -0.5],
+            }
+        ),
+        "xaxis2": {
+            "domain": [0.72, 1],
+            "anchor": "y2",
+            "range": [0, top or 1],
+            "tickangle": 0,
+            "nticks": 4,
+        },
+        "yaxis2": {"anchor": "x2", "autorange": "reversed", "showgrid": False},
+    }
     return go.Figure([picture, *bars], layout)

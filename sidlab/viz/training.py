@@ -68,9 +68,13 @@ class TrainingMonitor(Explorer):
     def __init__(self, configs: dict[str, TrainConfig], catalogue, table, *, start_from=None):
         if not configs:
             raise ValueError("configs must hold at least one run {name: TrainConfig}")
-        self.catalogue, self.table, self.start_from = catalogue, table, start_from
+        self.catalogue = catalogue
+        self.table = table
+        self.start_from = start_from
         self._runs = {name: _Run(name, config) for name, config in configs.items()}
-        self._begun, self._drawing, self._drawn = False, threading.RLock(), -PAUSE
+        self._begun = False
+        self._drawing = threading.RLock()
+        self._drawn = -PAUSE
         self._measure()
         super().__init__({})
         self.start_button = widgets.Button(icon="play", tooltip="train what is not done yet")
@@ -130,7 +134,8 @@ class TrainingMonitor(Explorer):
             if not runs:
                 return
             self._begun = True
-            before, TrainingMonitor._last = TrainingMonitor._last, self
+            before = TrainingMonitor._last
+            TrainingMonitor._last = self
             if before is not None and before is not self:
                 before._want(before._runs.values(), False)
             fresh = [run for run in runs if run.thread is None]
@@ -190,15 +195,24 @@ class TrainingMonitor(Explorer):
         _turns.take(run)
         try:
             self._hold(run)
-            run.state, run.since = "training", clock()
-            run.result = train(run.config, self.catalogue, self.table, start_from=self.start_from,
-                               progress=False, callbacks=[_Watch(self, run)])
+            run.state = "training"
+            run.since = clock()
+            run.result = train(
+                run.config,
+                self.catalogue,
+                self.table,
+                start_from=self.start_from,
+                progress=False,
+                callbacks=[_Watch(self, run)],
+            )
             run.state = "done"
         except Exception as error:  # noqa: BLE001 `wait` raises it, and the reader sees it
-            run.state, run.error = "failed", error
+            run.state = "failed"
+            run.error = error
         finally:
             with _turns.changed:
-                run.wanted, run.thread = False, None
+                run.wanted = False
+                run.thread = None
             try:
                 self._tell()
             finally:
@@ -212,7 +226,9 @@ class TrainingMonitor(Explorer):
             _turns.give(run, again=True)
             _turns.take(run)
         self._hold(run, so_far)
-        run.state, run.result, run.since = "training", None, clock()
+        run.state = "training"
+        run.result = None
+        run.since = clock()
 
     def _hold(self, run, so_far=None):
         """Return at once or, if the run is to pause, when it is to go on."""
@@ -261,23 +277,35 @@ class TrainingMonitor(Explorer):
     def _figure(self, until=float("inf")):
         """The curves up to one update; all runs have theirs, if empty. The axes are those of the
         whole training from the start, and give way only to what lies outside."""
-        runs, curves = self._runs.values(), []
+        runs = self._runs.values()
+        curves = []
         for run in runs:
             loss, recall = run.until(until)
             # One without a point yet has its name in the legend all the same.
             recall = recall or [(None, None)]
-            curves.append({
-                "method": run.name, "seed": run.config.seed,
-                "step": [step for step, _ in loss], "loss": [value for _, value in loss],
-                "eval_step": [step for step, _ in recall],
-                "recall@10": [value for _, value in recall],
-            })
+            curves.append(
+                {
+                    "method": run.name,
+                    "seed": run.config.seed,
+                    "step": [step for step, _ in loss],
+                    "loss": [value for _, value in loss],
+                    "eval_step": [step for step, _ in recall],
+                    "recall@10": [value for _, value in recall],
+                }
+            )
         figure = learning_curves({"curves": curves})
         for name, value in self.rulers.items():
             look = MARKS[name]
-            figure.add_hline(value, line_color=look.color, line_dash=look.dash, line_width=1.5,
-                             annotation_text=f"{RULERS[name]} {value:.3f}",
-                             annotation_position="top left", row=1, col=1)
+            figure.add_hline(
+                value,
+                line_color=look.color,
+                line_dash=look.dash,
+                line_width=1.5,
+                annotation_text=f"{RULERS[name]} {value:.3f}",
+                annotation_position="top left",
+                row=1,
+                col=1,
+            )
         best = max([*self.rulers.values(), *(value for run in runs for _, value in run.recall)])
         worst = max([self._guess, *(value for run in runs for _, value in run.loss)])
         last = max(1, *(run.planned for run in runs))
@@ -287,7 +315,8 @@ class TrainingMonitor(Explorer):
         return figure.update_layout(height=420, uirevision="same", margin_b=90)
 
     def _text(self, until=float("inf")):
-        rows, curves = [], {}
+        rows = []
+        curves = {}
         for run in self._runs.values():
             loss, recall = run.until(until)
             curves[run.name] = dict(recall)
@@ -300,8 +329,13 @@ class TrainingMonitor(Explorer):
         out += ", ".join(f"{RULERS[name]} {value:.4f}" for name, value in self.rulers.items())
         out += ".</p>"
         if places := sorted({step for curve in curves.values() for step in curve}):
-            rows = [(step, *(f"{curve[step]:.4f}" if step in curve else "–"
-                             for curve in curves.values())) for step in places]
+            rows = [
+                (
+                    step,
+                    *(f"{curve[step]:.4f}" if step in curve else "–" for curve in curves.values()),
+                )
+                for step in places
+            ]
             out += "<p>Validation recall@10 after so many updates:</p>"
             out += html_table(("update", *curves), rows)
         return out
@@ -338,19 +372,30 @@ class _Run:
     says whether it is to train, `planned` is its number of updates if nothing stops it early."""
 
     def __init__(self, name, config):
-        self.name, self.config = name, config
-        self.thread, self.wanted, self.planned = None, False, 0
+        self.name = name
+        self.config = config
+        self.thread = None
+        self.wanted = False
+        self.planned = 0
         self.clear()
 
     def clear(self):
-        self.state, self.result, self.error, self.kept = "waiting", None, None, None
-        self.step, self.spent, self.since, self.seconds = 0, 0.0, 0.0, 0.0
-        self.loss, self.recall = [], []
+        self.state = "waiting"
+        self.result = None
+        self.error = None
+        self.kept = None
+        self.step = 0
+        self.spent = 0.0
+        self.since = 0.0
+        self.seconds = 0.0
+        self.loss = []
+        self.recall = []
 
     def until(self, update):
         """Loss and recall up to an update."""
-        return [[point for point in curve if point[0] <= update]
-                for curve in (self.loss, self.recall)]
+        return [
+            [point for point in curve if point[0] <= update] for curve in (self.loss, self.recall)
+        ]
 
     def says(self):
         """Text and icon of its button."""
@@ -371,7 +416,8 @@ class _Turns:
 
     def __init__(self):
         self.changed = threading.Condition()  # guards the queue and `_Run.wanted`
-        self.holder, self.queue = None, []
+        self.holder = None
+        self.queue = []
 
     def has(self, run):
         return run is self.holder or run in self.queue
@@ -437,7 +483,8 @@ class _Watch(TrainerCallback):
     """Carries a run's numbers to the monitor, and passes the turn on."""
 
     def __init__(self, monitor, run):
-        self.monitor, self.run = monitor, run
+        self.monitor = monitor
+        self.run = run
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.run.planned = state.max_steps
