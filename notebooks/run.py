@@ -246,9 +246,8 @@ def _errors_of_text(text):
     if TRACEBACK in text:
         return [f"shows a traceback: {text.strip().splitlines()[-1]}"]
     if found := ALERT.search(text):
-        return [
-            f"shows an alert: {re.sub('<[^>]*>', '', text[found.start() :].partition('>')[2])[:200]}"
-        ]
+        alert = text[found.start() :].partition(">")[2]
+        return [f"shows an alert: {re.sub('<[^>]*>', '', alert)[:200]}"]
     return []
 
 

@@ -46,7 +46,8 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% block html_head_css %}
 <style>
 :root { color-scheme: light dark }
-body.jp-Notebook { max-width: 1200px; margin: 0 auto; padding: 1rem; background: var(--jp-layout-color0) }
+body.jp-Notebook { max-width: 1200px; margin: 0 auto; padding: 1rem; \
+background: var(--jp-layout-color0) }
 .jp-InputPrompt, .jp-OutputPrompt { display: none }
 iframe { border: 1px solid var(--jp-border-color1) }
 @media (prefers-color-scheme: dark) { {{ resources.dark }} }
@@ -60,7 +61,8 @@ SCRIPT = """const looks = %s, dark = matchMedia("(prefers-color-scheme: dark)"),
 const look = () => looks[dark.matches ? 1 : 0];
 function show(id, figure) {
   shown.push(id);
-  Plotly.newPlot(id, {...figure, layout: {...figure.layout, template: look()}, config: {responsive: true, displayModeBar: false}});
+  Plotly.newPlot(id, {...figure, layout: {...figure.layout, template: look()}, \
+config: {responsive: true, displayModeBar: false}});
 }
 dark.addEventListener("change", () => shown.forEach(id => Plotly.relayout(id, {template: look()})));
 """
@@ -255,10 +257,8 @@ def widget_html(name, models, number):
         return f"<p><button disabled>{label}</button></p>"
     if value is None:
         return ""
-    return (
-        f"<p>{label}"
-        f" {html.escape(' to '.join(map(str, value)) if isinstance(value, list) else str(value))}</p>"
-    )
+    shown = " to ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"<p>{label} {html.escape(shown)}</p>"
 
 
 if __name__ == "__main__":

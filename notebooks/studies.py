@@ -4,7 +4,8 @@ notebooks/studies.py
 Each is run by papermill, with any data set, preset and number of seeds; what is done is kept in
 `output_dir` and not done again:
 
-    papermill notebooks/studies/layer-ratio.ipynb runs/layer-ratio.ipynb --cwd . -k python3 -p dataset planted -p preset quick -p seeds 2
+    papermill notebooks/studies/layer-ratio.ipynb runs/layer-ratio.ipynb --cwd . -k python3 \\
+        -p dataset planted -p preset quick -p seeds 2
 """
 
 import pathlib
@@ -30,14 +31,18 @@ from sidlab.research import compare as comparison
 from sidlab.research import studies
 
 valid = ("dataset", "preset", "seeds", "arch", "sids", "output_dir", "only")
-if unknown := comparison.unknown_parameters(globals(), {{*valid, "os", "pathlib", "studies", "valid"}}):
+if unknown := comparison.unknown_parameters(\
+globals(), {{*valid, "os", "pathlib", "studies", "valid"}}):
     raise ValueError(f"unknown parameter {{', '.join(unknown)}}; use {{', '.join(valid)}}")
 if pathlib.Path.cwd().parts[-2:] == ("notebooks", "studies"):
     os.chdir("../..")  # opened in JupyterLab: paths mean what they mean on the command line
 
 study = studies.STUDIES[{name!r}]
-folder = output_dir or f"runs/studies/{{pathlib.Path(dataset).name}}-{{preset}}" + (f"-{{arch}}" if arch != "t5" else "")"""
-RUN = """runs = studies.run({name!r}, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only or None)
+folder = output_dir or f"runs/studies/{{pathlib.Path(dataset).name}}-{{preset}}"\
+ + (f"-{{arch}}" if arch != "t5" else "")"""
+RUN = """runs = studies.run(\
+{name!r}, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, \
+only=only or None)
 rows = studies.summarise(runs)"""
 QUALITY = """import pandas as pd
 
@@ -47,9 +52,11 @@ def ends(interval, form):
 
 
 quality = pd.DataFrame({
-    "setting": rows["label"], "recall@5": rows["recall@5"], "published (Beauty)": rows["label"].map(study.values),
+    "setting": rows["label"], "recall@5": rows["recall@5"], \
+"published (Beauty)": rows["label"].map(study.values),
     "recall@10": rows["recall@10"], "95 %": [ends(i, ".4f") for i in rows["recall@10_interval"]],
-    "against the first": rows["difference"], "95 % of that": [ends(i, "+.4f") for i in rows["difference_interval"]],
+    "against the first": rows["difference"], \
+"95 % of that": [ends(i, "+.4f") for i in rows["difference_interval"]],
     "codes a level": [" · ".join(map(str, one["widths"])) for one in rows["sids"]],
     "share their codes": [one["collision_rate"] for one in rows["sids"]]}).set_index("setting")
 quality.dropna(axis="columns", how="all").style.format(
@@ -61,11 +68,13 @@ pd.DataFrame({
     "s to 95 % of the first's recall": rows["seconds_to_recall"], "peak MB": rows["peak_memory_mb"],
     "real slots": rows["real_token_fraction"], "kept in training": rows["kept_token_fraction"],
     "updates": rows["updates"]}).set_index("setting").style.format({
-        "s per 1,000 windows": "{:.3f}", "s to 95 % of the first's recall": "{:.0f}", "peak MB": "{:.0f}", "real slots": "{:.1%}",
+        "s per 1,000 windows": "{:.3f}", "s to 95 % of the first's recall": "{:.0f}", \
+"peak MB": "{:.0f}", "real slots": "{:.1%}",
         "kept in training": "{:.1%}", "updates": "{:.0f}"}, na_rep="–")"""
 VERSUS = """versus = studies.versus({name!r}, runs)
 versus.assign(difference=versus["difference"].map("{{:+.4f}}".format), difference_interval=[
-    ends(interval, "+.4f") for interval in versus["difference_interval"]]).set_index(["label", "against"])"""
+    ends(interval, "+.4f") for interval in versus["difference_interval"]])\
+.set_index(["label", "against"])"""
 ENDED = """for row in rows.to_dict("records"):
     for end in row["ended"] if row.get("strategy.kind") in ("loss-gap", "settled-layer") else ():
         agreement = "".join(f", {r:.2f}" for r in end["agreement"] or ())
@@ -85,7 +94,8 @@ strata_figure(groups)"""
 CURVES = """from sidlab.research.study_figures import curves_figure
 
 curves_figure(rows)"""
-SAVE = """studies.save({name!r}, runs, folder, dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only)"""
+SAVE = """studies.save({name!r}, runs, folder, \
+dataset=dataset, preset=preset, seeds=seeds, arch=arch, sids=sids, only=only)"""
 ASIDE = {
     "strategies": "What a scorer is worth: against a random third, on the same users and seeds.",
     "granularity": "Finer SIDs against coarser ones, on the same users and seeds.",

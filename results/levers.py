@@ -1,7 +1,8 @@
 """What makes a model work: one change at a time from the preset `long` with dense targets, short
 runs, judged by all validation users.
 
-    python results/levers.py ../shared/data/amazon-beauty [--arch qwen t5] [--epochs 4] [--sids FILE]
+    python results/levers.py ../shared/data/amazon-beauty [--arch qwen t5]
+        [--epochs 4] [--sids FILE]
 
 Test users are not looked at. A row is written as soon as its run ends, and is not run again:
 results/levers.json.

@@ -1,7 +1,8 @@
 """Models of published quality on real data: the preset `long` with dense targets, on test users,
 every item ranked, nothing excluded.
 
-    python results/mature.py ../shared/data/amazon-beauty [--arch qwen] [--seeds 3] [--sids FILE] [--folder runs/mature]
+    python results/mature.py ../shared/data/amazon-beauty [--arch qwen]
+        [--seeds 3] [--sids FILE] [--folder runs/mature]
 
 Test users are scored once a run. Resumable; writes results/mature-<data set>-<architecture>.json
 with the ranks of every run.

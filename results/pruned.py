@@ -1,7 +1,8 @@
 """What a model that works gives up for free: pruned when it recommends, after layer 2, and nothing
 trained; on all test users.
 
-    python results/pruned.py MODEL ../shared/data/amazon-beauty [--keep 1/3 1/2] [--scorers rastp rastp-visible recent random]
+    python results/pruned.py MODEL ../shared/data/amazon-beauty [--keep 1/3 1/2]
+        [--scorers rastp rastp-visible recent random]
 
 MODEL: a folder that results/mature.py left, runs/mature/runs/NAME. Writes results/pruned-<data
 set>-<architecture>.json with all ranks; what is there of the same model is not done again.

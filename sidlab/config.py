@@ -26,7 +26,7 @@ SCHEDULERS = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything a training run depends on besides the data; `preset` gives whole configurations."""
+    """Everything a training run depends on but the data; `preset` gives whole configurations."""
 
     # --- The model
     arch: str = "t5"  # "t5" (`SidT5`) or "qwen" (`SidQwen`, decoder-only)

@@ -4,11 +4,11 @@ STAMP (arXiv 2604.05329) says: several future steps, through a shared projection
 inference. The details below are our reading; the number of steps and the weight are not published.
 With `h_t` the state that predicts target token t,
 
-    h_t^(s) = h_t + P(RMSNorm(h_t) + e_s)        s = 1..S, one projection P for all steps, one embedding e_s a step
+    h_t^(s) = h_t + P(RMSNorm(h_t) + e_s)        s = 1..S
 
-goes through the model's own output head. Its label is the same level of the s-th item after the
-target (`unit="item"`), or the token s places on within the target (`unit="token"`). The loss is the
-weighted mean of the steps' cross-entropies.
+(one projection P for all steps, one embedding e_s a step) goes through the model's own output head.
+Its label is the same level of the s-th item after the target (`unit="item"`), or the token s places
+on within the target (`unit="token"`). The loss is the weighted mean of the steps' cross-entropies.
 """
 
 import dataclasses

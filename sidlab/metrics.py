@@ -252,7 +252,7 @@ def paired_test(
 
 
 def _expected(ranks, k, gain):
-    """The mean of gain(place), 0 beyond k, over the places that the target may have: float64 [U]."""
+    """The mean of gain(place), 0 beyond k, over the places the target may have: float64 [U]."""
     ranks = np.asarray(ranks)
     first, sharers = (
         (ranks["rank"], ranks["sharers"])

@@ -3,13 +3,14 @@
 RASTP (arXiv 2511.16943) and STAMP's SAP (arXiv 2604.05329) score token i after one encoder layer by
 
     importance(i) = attention centrality(i) × semantic saliency(i)
-    centrality(i) = Σ_heads Σ_queries A[head, query, i]        (how much attention it receives, `attention_centrality`)
+    centrality(i) = Σ_heads Σ_queries A[head, query, i]        (`attention_centrality`)
     saliency(i)   = ‖hidden state of i‖₁                        (`semantic_saliency`)
 
-Unlike the published code, only real queries vote and the attention is the clean one (before
-dropout). A scorer is any callable from `Signals` to a float tensor [B, N]; `SCORERS` holds the
-named ones, and "module:function" names one of your own. Everything here runs under `no_grad`: which
-tokens are kept is a choice, not something gradients flow through.
+Centrality is how much attention a token receives. Unlike the published code, only real queries vote
+and the attention is the clean one (before dropout). A scorer is any callable from `Signals` to a
+float tensor [B, N]; `SCORERS` holds the named ones, and "module:function" names one of your own.
+Everything here runs under `no_grad`: which tokens are kept is a choice, not something gradients
+flow through.
 """
 
 import contextlib
@@ -71,7 +72,7 @@ def attention_centrality(attention: Tensor, mask: Tensor, padding_votes: bool = 
 
 @torch.no_grad()
 def semantic_saliency(hidden: Tensor, p: float = 1) -> Tensor:
-    """The p-norm of each hidden state: float [B, N, d] → float32 [B, N] (RASTP, S_sem, with p = 1)."""
+    """The p-norm of each hidden state: float [B, N, d] → float32 [B, N] (RASTP: S_sem, p = 1)."""
     return torch.linalg.vector_norm(hidden, ord=p, dim=-1, dtype=torch.float32)
 
 

@@ -286,7 +286,7 @@ class StratifiedBatches(torch.utils.data.Sampler):
         return self.accumulation * (len(self.lengths) // self.size)
 
     def updates(self) -> np.ndarray:
-        """The epoch's windows, int64 [size, updates]: a column an update, by length unless `mixed`."""
+        """An epoch's windows, int64 [size, updates]: a column each, by length unless `mixed`."""
         rng = np.random.default_rng((self.seed, self.epoch))
         windows = len(self.lengths)
         order = rng.permutation(windows)

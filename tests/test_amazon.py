@@ -31,9 +31,18 @@ def own_cache(monkeypatch, tmp_path):
 
 def review(user, asin, day=0):
     return json.dumps(
-        {"reviewerID": user, "asin": asin, "reviewerName": 'O\'Neill "x"', "helpful": [0, 1], "reviewText": "ok\n", "overall": 5.0,
-         "summary": "é", "unixReviewTime": day * DAY, "reviewTime": "01 30, 2014"}
-    )  # fmt: skip
+        {
+            "reviewerID": user,
+            "asin": asin,
+            "reviewerName": 'O\'Neill "x"',
+            "helpful": [0, 1],
+            "reviewText": "ok\n",
+            "overall": 5.0,
+            "summary": "é",
+            "unixReviewTime": day * DAY,
+            "reviewTime": "01 30, 2014",
+        }
+    )
 
 
 def metadata(asin, **fields):
@@ -105,9 +114,11 @@ def test_histories_are_in_time_with_ties_as_in_the_file_and_items_numbered_as_me
 
 def test_texts_are_python_literals_with_entities_decoded_and_missing_parts_left_out(tmp_path):
     meta = [
-        r"""{'asin': 'i0', 'title': 'Caf\xe9 \u2013 "Cr&egrave;me" &amp;  brush\n', 'price': 9.99, 'brand': "L'Or&#233;al",
-            'categories': [['Beauty', 'Tools &amp; Accessories'], ['Home']], 'related': {'also_viewed': ['i1']}}""".replace(
-            "\n", ""
+        (
+            r"""{'asin': 'i0', 'title': 'Caf\xe9 \u2013 "Cr&egrave;me" &amp;  brush\n', """
+            r"""'price': 9.99, 'brand': "L'Or&#233;al", """
+            r"""'categories': [['Beauty', 'Tools &amp; Accessories'], ['Home']], """
+            r"""'related': {'also_viewed': ['i1']}}"""
         ),
         '{"brand": "", "title": "O\'Neill", u"asin": u"i1", "categories": [[]]}',
         "{'asin': 'i2', 'price': 12, 'title': None, 'categories': []}",
@@ -191,9 +202,16 @@ def test_dirty_lines_are_counted_named_and_skipped_or_stop_the_reader(tmp_path, 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("title", 5), ("brand", ["x"]), ("price", "9"), ("categories", "Beauty"), ("categories", ["A"]), ("categories", [["A", 5]]),
-     ("categories", {"A": 1})],
-)  # fmt: skip
+    [
+        ("title", 5),
+        ("brand", ["x"]),
+        ("price", "9"),
+        ("categories", "Beauty"),
+        ("categories", ["A"]),
+        ("categories", [["A", 5]]),
+        ("categories", {"A": 1}),
+    ],
+)
 def test_a_field_of_the_wrong_type_is_left_out(tmp_path, field, value):
     rest = {"title": "T", "brand": "B", "price": 1.5, "categories": [["C"]]} | {field: value}
     folder = write(tmp_path / "dirty", meta=[*META[:4], metadata("i4", **rest)])

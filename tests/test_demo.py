@@ -1,4 +1,4 @@
-"""The bundled demo model: small, loads from the package alone, and good enough to show something."""
+"""The bundled demo model: small, loads from the package alone, good enough to show something."""
 
 import pytest
 

@@ -248,16 +248,26 @@ from triton.compiler import ASTSource
 from sidlab.fast import kernels
 
 made = []
-for number, width, block, everything, chip in (("bf16", 64, 64, True, 80), ("fp32", 256, 16, False, 90)):
+for number, width, block, everything, chip in (
+    ("bf16", 64, 64, True, 80),
+    ("fp32", 256, 16, False, 90),
+):
     types = dict.fromkeys(("query", "key"), "*" + number) | {"mask": "*i64"}
     types |= dict.fromkeys(("lse", "bias", "received"), "*fp32") | {"scaling": "fp32"}
-    fixed = dict(GROUP=2, CAUSAL=everything, WIDTH=width - 3, BLOCK=block, BLOCK_WIDTH=width, PRECISION="ieee")
+    fixed = dict(GROUP=2, CAUSAL=everything, PRECISION="ieee")
+    fixed |= dict(WIDTH=width - 3, BLOCK=block, BLOCK_WIDTH=width)
     fixed |= {} if everything else dict.fromkeys(("bias", "mask"))
     for kernel in (kernels._column_sums_kernel, kernels._log_sum_exp_kernel):
         names = kernel.arg_names
-        signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
-        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in fixed.items() if name in names})
-        binary = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_stages": 2})
+        signature = {
+            name: "constexpr" if name in fixed else types.get(name, "i32") for name in names
+        }
+        constants = {
+            (names.index(name),): value for name, value in fixed.items() if name in names
+        }
+        source = ASTSource(kernel, signature, constants)
+        target = GPUTarget("cuda", chip, 32)
+        binary = triton.compile(source, target=target, options={"num_stages": 2})
         made.append([len(binary.asm["cubin"]), binary.metadata.shared])
 print(json.dumps(made))
 """

@@ -52,7 +52,8 @@ each_notebook = pytest.mark.parametrize(
 
 SAMPLE = '''# %% [markdown]
 # # 0. Sample
-# See [the code](../sidlab/pruning.py), [here](#part) and [the paper](https://arxiv.org/abs/2511.16943); `[no](link.md)`, 5 $.
+# See [the code](../sidlab/pruning.py), [here](#part) and [the paper]\
+(https://arxiv.org/abs/2511.16943); `[no](link.md)`, 5 $.
 
 # %% tags=["parameters"]
 share = 0.5  # kept
@@ -106,7 +107,7 @@ def links(notebook):
     return found
 
 
-# --- the committed course -------------------------------------------------------------------------------------------
+# --- the committed course -------------------------------------------------------------------------
 
 
 def test_the_course_is_complete():
@@ -410,7 +411,7 @@ def test_settings_fit_the_notebooks(name):
         assert setting["expect"], f"{stem}: nothing is expected of its metrics"
 
 
-# --- build.py -------------------------------------------------------------------------------------------------------
+# --- build.py -------------------------------------------------------------------------------------
 
 
 def test_build_makes_stub_solution_and_navigation(tmp_path):
@@ -572,11 +573,11 @@ def test_code_in_markdown_is_neither_latex_nor_link(tmp_path):
     assert not errors and "[x](y.md)" in made["solutions/00_sample.ipynb"]
 
 
-# --- run.py ---------------------------------------------------------------------------------------------------------
+# --- run.py ---------------------------------------------------------------------------------------
 
 
 def test_run_judges_what_happens_in_the_kernel(tmp_path):
-    """Three notebooks run for real: one is good, one hides an error in a widget, one does not end."""
+    """Three notebooks run for real: one is good, one hides an error, one does not end."""
     write_source(tmp_path / "source", "00_good")
     made, _ = build.build(tmp_path / "source")
     hidden = (
@@ -698,7 +699,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
         run.check_settings([path], {"00_sample": {"parameters": {"shore": 1}}})
 
 
-# --- site.py --------------------------------------------------------------------------------------------------------
+# --- site.py --------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The choice of precision: the answer from passes of known length, and nothing else changed by it."""
+"""The choice of precision: the answer from passes of known length, and nothing else changes."""
 
 import json
 import random

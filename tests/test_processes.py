@@ -166,8 +166,10 @@ import json, sys
 import sidlab
 from sidlab.research.runs import config_with
 catalogue = sidlab.load_catalogue("planted", n_users=200)
-table = sidlab.SidTable(catalogue.truth.tree, tuple(catalogue.truth.tree.max(axis=0) + 1), collisions="extend")
-settings = {"accumulation": 2, "max_updates": 8, "eval_every": 4, "pruning.keep": 0.5, "strategy.start": 0.2, "strategy.every": 4}
+tree = catalogue.truth.tree
+table = sidlab.SidTable(tree, tuple(tree.max(axis=0) + 1), collisions="extend")
+settings = {"accumulation": 2, "max_updates": 8, "eval_every": 4}
+settings |= {"pruning.keep": 0.5, "strategy.start": 0.2, "strategy.every": 4}
 result = sidlab.train(config_with("smoke", 0, settings), catalogue, table, progress=False)
 from accelerate import PartialState
 weights = float(sum(p.double().abs().sum() for p in result.model.parameters()))

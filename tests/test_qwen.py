@@ -324,7 +324,7 @@ def test_causal_attention_favours_early_tokens_and_visible_does_so_less():
 
 
 def test_kept_tokens_keep_the_rotation_of_their_places():
-    """Behind the pruner the model is the library's own layers on the kept states at their places."""
+    """After the pruner the model is the library's own layers on the kept states at their places."""
     model = build(PruningConfig(after_layer=2, keep=0.4))
     tokens = batch([HISTORIES[0]])
     tail = model.shifted(LABELS[:1])

@@ -77,7 +77,8 @@ exit 1
 b = a + 1
 c = b
 ```
-[file](docs/a.md#part) ![picture](<b.png>) <img src="c.svg"> [out](https://example.org/d) [here](#sample)
+[file](docs/a.md#part) ![picture](<b.png>) <img src="c.svg"> \
+[out](https://example.org/d) [here](#sample)
 """
 
 

@@ -71,7 +71,7 @@ def make(*arguments):
     return run("make", "-n", *arguments)
 
 
-# --- pins ---------------------------------------------------------------------------------------------------------
+# --- pins -----------------------------------------------------------------------------------------
 
 
 def test_every_constraint_is_one_exact_public_version():
@@ -166,7 +166,7 @@ def test_every_import_at_module_level_is_declared():
     assert not undeclared, f"imported, but no dependency in pyproject.toml: {sorted(undeclared)}"
 
 
-# --- one torch index, one Python ------------------------------------------------------------------------------------
+# --- one torch index, one Python ------------------------------------------------------------------
 
 
 def test_one_torch_index_everywhere():
@@ -195,7 +195,7 @@ def test_python_versions_agree():
     assert pip_lines("binder/environment.yml")[1] == [], "packages are installed by postBuild"
 
 
-# --- Binder ----------------------------------------------------------------------------------------------------------
+# --- Binder ---------------------------------------------------------------------------------------
 
 
 def test_postbuild_stops_at_the_first_error():
@@ -225,7 +225,7 @@ def test_repo2docker_accepts_the_folder_and_takes_binder():
     assert dockerfile.index("COPY --chown=0:0 src/ ") < dockerfile.index("RUN ./binder/postBuild")
 
 
-# --- make ------------------------------------------------------------------------------------------------------------
+# --- make -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["reproduce", "setup", "test"])
@@ -265,7 +265,7 @@ def test_make_clean_spares_runs_and_sources():
     assert "runs" not in done.stdout and "pip" not in done.stdout
 
 
-# --- import ----------------------------------------------------------------------------------------------------------
+# --- import ---------------------------------------------------------------------------------------
 
 
 def in_a_new_python(code):

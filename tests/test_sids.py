@@ -54,7 +54,7 @@ def embeddings_of(n=60, dim=5, seed=0):
     return np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
 
 
-# --- all encoders ----------------------------------------------------------------------------------------------
+# --- all encoders ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", ENCODERS)
@@ -220,7 +220,7 @@ def test_a_missing_or_damaged_file_is_named(cls, tmp_path):
                 cls.load(tmp_path)
 
 
-# --- residual k-means ------------------------------------------------------------------------------------------
+# --- residual k-means -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -292,7 +292,7 @@ def test_many_equal_embeddings_among_few_others_do_not_break_the_start():
     assert len(np.unique(codes[:5000], axis=0)) == 1 and np.isfinite(encoder.decode(codes)).all()
 
 
-# --- RQ-VAE ----------------------------------------------------------------------------------------------------
+# --- RQ-VAE ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +370,7 @@ def test_an_rqvae_without_layers_or_steps_is_refused(change):
         RQVAE(**change)
 
 
-# --- OPQ -------------------------------------------------------------------------------------------------------
+# --- OPQ ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dim", "levels", "padded"), [(12, 4, 12), (10, 4, 12), (5, 8, 8)])
@@ -421,7 +421,7 @@ def test_opq_needs_one_power_of_two(width):
         OPQ(levels=2, width=width)
 
 
-# --- the table -------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 # Groups: items 1 3 5, items 2 6, item 4
 CODES = np.array([[0, 1], [2, 1], [0, 1], [0, 0], [0, 1], [2, 1]])
@@ -686,7 +686,7 @@ def test_table_errors_say_what_is_wrong():
         SidTable(CODES).items_of([0, 1])
 
 
-# --- published tables ------------------------------------------------------------------------------------------
+# --- published tables -----------------------------------------------------------------------------
 
 
 def test_a_published_table_is_read_in_any_order(tmp_path):

@@ -1,4 +1,4 @@
-"""Sweeps: names of settings, child processes, resuming, what is refused before anything is trained."""
+"""Sweeps: names of settings, child processes, resuming, what is refused before training."""
 
 import concurrent.futures
 import dataclasses

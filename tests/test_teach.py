@@ -27,7 +27,7 @@ def fresh(monkeypatch):
     teach.reset()
 
 
-# --- checks: independent solutions ----------------------------------------------------------------------------------
+# --- checks: independent solutions ----------------------------------------------------------------
 
 
 def residual_codes(x, codebooks):
@@ -429,7 +429,7 @@ def test_a_check_shows_itself_escaped_and_in_words():
     assert "is there a <code>return</code>?" in teach.check("a<b", lambda: None)._repr_html_()
 
 
-# --- predictions ----------------------------------------------------------------------------------------------------
+# --- predictions ----------------------------------------------------------------------------------
 
 
 def labels(widget):
@@ -762,7 +762,7 @@ def test_wrong_predictions_say_what_would_be_right(truth, options, message):
         teach.predict("?", truth, **options)
 
 
-# --- quiz and record ------------------------------------------------------------------------------------------------
+# --- quiz and record ------------------------------------------------------------------------------
 
 
 def test_quiz_checks_itself():

@@ -18,7 +18,8 @@ class Board:
     table, best first.
 
     >>> board = Board("runs/capstone/board.json")  # doctest: +SKIP
-    >>> board.add("mine", "demo, keep 1/6", {"recall@10": 0.5, "low": 0.47, "high": 0.53})  # doctest: +SKIP
+    >>> measured = {"recall@10": 0.5, "low": 0.47, "high": 0.53}
+    >>> board.add("mine", "demo, keep 1/6", measured)  # doctest: +SKIP
     """
 
     def __init__(self, path):

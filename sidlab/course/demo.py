@@ -1,9 +1,10 @@
 """The bundled demo: a small model trained on the planted world, so that the first explorer stands
 without any training.
 
-    python -m sidlab.course.demo      trains it anew (minutes on two cores) and writes it into the package; `make demo-model`
+    python -m sidlab.course.demo
 
-In every update another scorer keeps another share of the tokens behind another layer, so each
+trains it anew (minutes on two cores) and writes it into the package; so does `make demo-model`. In
+every update another scorer keeps another share of the tokens behind another layer, so each
 position of an explorer's sliders finds a model that has seen the like. It trains on ten times the
 users that `load` shows, in the same world.
 """
@@ -47,7 +48,7 @@ def load() -> Demo:
 
 
 class AnyPruning(TrainerCallback):
-    """Draws a new `PruningConfig` before every update; checkpoints are judged by the default one."""
+    """Draws a `PruningConfig` before every update; checkpoints are judged by the default one."""
 
     def __init__(self, seed: int = 0):
         self.rng = np.random.default_rng(seed)

@@ -55,15 +55,18 @@ register(
     [(_numpy.normal(size=(30, 4)).astype(np.float32) * 2, _books)],
     residual_codes,
     {
-        "Every level quantises the same vector: subtract the chosen codebook row, so that the next level sees what is left.": lambda x, books: (
-            _by_level(x, books, lambda x, left, chosen: left)
-        ),
-        "Each level subtracts from the original vector: subtract from what the levels before have left.": lambda x, books: (
-            _by_level(x, books, lambda x, left, chosen: x - chosen)
-        ),
-        "This takes the row with the largest dot product, which favours long rows: take the one at the smallest distance.": lambda x, books: (
-            _by_level(x, books, key=lambda left, book: -left @ book.T)
-        ),
+        (
+            "Every level quantises the same vector: subtract the chosen codebook row, so that the"
+            " next level sees what is left."
+        ): lambda x, books: _by_level(x, books, lambda x, left, chosen: left),
+        (
+            "Each level subtracts from the original vector: subtract from what the levels before"
+            " have left."
+        ): lambda x, books: _by_level(x, books, lambda x, left, chosen: x - chosen),
+        (
+            "This takes the row with the largest dot product, which favours long rows: take the"
+            " one at the smallest distance."
+        ): lambda x, books: _by_level(x, books, key=lambda left, book: -left @ book.T),
     },
 )
 
@@ -79,9 +82,10 @@ register(
         "collision_rate"
     ],
     {
-        "This is 1 - distinct / items: it leaves the first item of each group out, but that one shares its SID as well.": (
-            lambda codes: 1 - len(_groups(codes)) / len(codes)
-        ),
+        (
+            "This is 1 - distinct / items: it leaves the first item of each group out, but that"
+            " one shares its SID as well."
+        ): (lambda codes: 1 - len(_groups(codes)) / len(codes)),
         "This is the share of the distinct SIDs that are shared: count items, not SIDs.": (
             lambda codes: (_groups(codes) > 1).mean()
         ),
@@ -123,9 +127,10 @@ register(
             _entropy,
             lambda codes, width: _entropy(codes, width, np.log2),
         ),
-        "This is the utilisation, used codes / width: it does not see how evenly the codes are used.": (
-            lambda codes, width: len(np.unique(codes)) / width
-        ),
+        (
+            "This is the utilisation, used codes / width: it does not see how evenly the codes are"
+            " used."
+        ): (lambda codes, width: len(np.unique(codes)) / width),
         "This is the number of used codes: it does not see how evenly they are used.": (
             lambda codes, width: len(np.unique(codes))
         ),
@@ -138,13 +143,19 @@ register(
     [(_attention, _mask)],
     attention_centrality,
     {
-        "This sums over the keys, which is attention given: rows are queries, so sum over them for the attention received.": (
+        (
+            "This sums over the keys, which is attention given: rows are queries, so sum over them"
+            " for the attention received."
+        ): (
             lambda attention, mask: attention.sum((1, 3)),
             lambda attention, mask: attention.sum((1, 3)) * mask,
             lambda attention, mask: attention.mean((1, 3)),
             lambda attention, mask: attention.mean((1, 3)) * mask,
         ),
-        "Padding votes: leave padded queries out of the sum, or most of the attention comes from them in a short history.": (
+        (
+            "Padding votes: leave padded queries out of the sum, or most of the attention comes"
+            " from them in a short history."
+        ): (
             lambda attention, mask: attention.sum((1, 2)),
             lambda attention, mask: attention.mean(1).sum(1),
         ),
@@ -226,17 +237,19 @@ register(
     ],
     lambda n, keep: int(kept_count(torch.tensor(n), keep)),
     {
-        "This rounds down (floor): a share is rounded up (ceil), so that a short history keeps a token.": _share_of(
-            math.floor
-        ),
+        (
+            "This rounds down (floor): a share is rounded up (ceil), so that a short history keeps"
+            " a token."
+        ): _share_of(math.floor),
         "This rounds to the nearest: round up (ceil).": _share_of(round),
         "An empty history has nothing to keep: n = 0 gives 0.": (
             lambda n, keep: max(1, math.ceil(n * keep - 1e-6)),
             lambda n, keep: max(1, math.ceil(n * keep)),
         ),
-        "In floating point 0.07 · 100 is 7.000000000000001, and ceil makes 8 of it: subtract 1e-6 before rounding up.": lambda n, keep: (
-            math.ceil(n * keep)
-        ),
+        (
+            "In floating point 0.07 · 100 is 7.000000000000001, and ceil makes 8 of it: subtract"
+            " 1e-6 before rounding up."
+        ): lambda n, keep: math.ceil(n * keep),
         "This is what is pruned: keep is the kept fraction.": (
             lambda n, keep: n - int(kept_count(torch.tensor(n), keep))
         ),
@@ -267,13 +280,18 @@ register(
         row.nonzero().flatten().tolist() for row in TokenPruner(keep).choose(mask, importance)
     ],
     {
-        "The positions stand in order of importance: sort them ascending, or the kept tokens change their order.": lambda importance, mask, keep: (
-            _best_first(importance, _counts(mask, keep))
-        ),
-        "The positions are lost: 0, 1, 2 … count the kept tokens; give the places that they had in the full row.": lambda importance, mask, keep: [
-            list(range(count)) for count in _counts(mask, keep)
-        ],
-        "This keeps a share of the padded length: keep a share of each row's own real tokens, mask.sum(1).": (
+        (
+            "The positions stand in order of importance: sort them ascending, or the kept tokens"
+            " change their order."
+        ): lambda importance, mask, keep: _best_first(importance, _counts(mask, keep)),
+        (
+            "The positions are lost: 0, 1, 2 … count the kept tokens; give the places that they"
+            " had in the full row."
+        ): lambda importance, mask, keep: [list(range(count)) for count in _counts(mask, keep)],
+        (
+            "This keeps a share of the padded length: keep a share of each row's own real tokens,"
+            " mask.sum(1)."
+        ): (
             _padded_share,
             lambda *a: [[p for p in row if real[p]] for row, real in zip(_padded_share(*a), a[1])],
         ),
@@ -317,9 +335,10 @@ register(
         "The labels begin one too late: step 1 predicts the item right after the target.": (
             lambda items, target, steps: _after(items, target, steps, shift=1)
         ),
-        "Steps beyond the training part are left out: give None for each, so that there are always S labels.": lambda items, target, steps: (
-            items[target + 1 : target + 1 + steps]
-        ),
+        (
+            "Steps beyond the training part are left out: give None for each, so that there are"
+            " always S labels."
+        ): lambda items, target, steps: items[target + 1 : target + 1 + steps],
         "Steps beyond the training part repeat its last item: they have no label, so give None.": (
             lambda items, target, steps: _after(items, target, steps, absent=items[-1])
         ),
@@ -353,7 +372,10 @@ register(
     ],
     map_loss,
     {
-        "0 · NaN is NaN, so multiplying by a mask does not hide what stands there: choose with torch.where.": (
+        (
+            "0 · NaN is NaN, so multiplying by a mask does not hide what stands there: choose with"
+            " torch.where."
+        ): (
             lambda losses, labels: (
                 (
                     (losses * (labels != -100)).sum((0, 2))
@@ -362,7 +384,10 @@ register(
                 / (_step_counts(losses, labels) > 0).sum().clamp_min(1)
             )
         ),
-        "This averages over all labels at once, so that later steps, which have fewer, weigh less: average each step, then the steps.": (
+        (
+            "This averages over all labels at once, so that later steps, which have fewer, weigh"
+            " less: average each step, then the steps."
+        ): (
             lambda *a: _step_sums(*a).sum() / _step_counts(*a).sum(),
             lambda *a: _step_sums(*a).sum() / _step_counts(*a).sum().clamp_min(1),
         ),
@@ -372,9 +397,10 @@ register(
         "Places without a label (-100) count like the others: leave them out.": (
             lambda losses, labels: losses.mean()
         ),
-        "A step without labels counts as a loss of 0: divide by the number of steps that have labels.": (
-            lambda *a: _step_means(*a).nan_to_num().mean()
-        ),
+        (
+            "A step without labels counts as a loss of 0: divide by the number of steps that have"
+            " labels."
+        ): (lambda *a: _step_means(*a).nan_to_num().mean()),
         "A step without labels gives 0 / 0 = NaN: leave such steps out.": (
             lambda *a: _step_means(*a).mean()
         ),
@@ -397,15 +423,17 @@ register(
     [(_hidden, torch.tensor([[1, 4, 7, 8], [1, 2, 3, 5], [2, 5, 6, 7]]))],
     _gather,
     {
-        "These are the first K tokens: the positions are lost; take the tokens that stand at them.": lambda hidden, positions: (
-            hidden[:, : positions.shape[1]]
-        ),
+        (
+            "These are the first K tokens: the positions are lost; take the tokens that stand at"
+            " them."
+        ): lambda hidden, positions: hidden[:, : positions.shape[1]],
         "Every row takes the tokens at the first row's positions: each row has its own.": (
             lambda hidden, positions: hidden[:, positions[0]]
         ),
-        "hidden[:, positions] takes every row's positions in every row, [B, B, K, d]: index the batch axis as well, or use gather.": lambda hidden, positions: (
-            hidden[:, positions]
-        ),
+        (
+            "hidden[:, positions] takes every row's positions in every row, [B, B, K, d]: index"
+            " the batch axis as well, or use gather."
+        ): lambda hidden, positions: hidden[:, positions],
         "The positions are read as if they counted from 1: they count from 0.": (
             lambda hidden, positions: _gather(hidden, (positions - 1).clamp_min(0))
         ),
@@ -451,9 +479,10 @@ register(
             message: _mean_at(lambda ranks: 1 / np.log2(1 + ranks), hit)
             for message, hit in _wrong_hits.items()
         },
-        "The discount is log2(2 + rank), as if ranks counted from 0: rank 1 is the top, so log2(1 + rank).": _mean_at(
-            lambda ranks: 1 / np.log2(2 + ranks)
-        ),
+        (
+            "The discount is log2(2 + rank), as if ranks counted from 0: rank 1 is the top, so"
+            " log2(1 + rank)."
+        ): _mean_at(lambda ranks: 1 / np.log2(2 + ranks)),
         "The discount uses the natural logarithm: use log2, so that the top gives 1.": _mean_at(
             lambda ranks: 1 / np.log(1 + ranks)
         ),
@@ -471,9 +500,10 @@ register(
     [([3, 10, 30, 45], 30, 4), ([1, 2, 3], 20, 5)],
     lambda lengths, max_items, tokens: float(np.minimum(lengths, max_items).mean() / max_items),
     {
-        "Histories longer than max_items are counted whole: only their last max_items items get slots.": (
-            lambda lengths, max_items, tokens: np.mean(lengths) / max_items
-        ),
+        (
+            "Histories longer than max_items are counted whole: only their last max_items items"
+            " get slots."
+        ): (lambda lengths, max_items, tokens: np.mean(lengths) / max_items),
         "This pads to the longest history: every history is padded to max_items.": (
             lambda lengths, max_items, tokens: (
                 np.minimum(lengths, max_items).mean() / max(np.minimum(lengths, max_items))
@@ -501,11 +531,17 @@ register(
     [(150, 128), (50, 64)],
     lambda n, d: 4 * n * n * d,
     {
-        "This is too small: there are two products of n · n · d (scores, and the weighted sum), and a multiply-add counts 2.": (
+        (
+            "This is too small: there are two products of n · n · d (scores, and the weighted"
+            " sum), and a multiply-add counts 2."
+        ): (
             lambda n, d: 2 * n * n * d,
             lambda n, d: n * n * d,
         ),
-        "This counts the projections, which are linear in n: scores and weighted sum alone are asked.": (
+        (
+            "This counts the projections, which are linear in n: scores and weighted sum alone are"
+            " asked."
+        ): (
             lambda n, d: 8 * n * d * d,
             lambda n, d: 4 * n * n * d + 8 * n * d * d,
         ),
@@ -522,12 +558,14 @@ register(
         "The feed-forward layer is forgotten: it is linear in n, too, 4 · n · d · f.": (
             lambda d, f: 2 * d
         ),
-        "The projections are four products of n · d · d, so 8 · n · d²: divided by 4 · n · d that is 2 · d.": (
-            lambda d, f: d + f
-        ),
-        "The feed-forward layer has two products of n · d · f, so 4 · n · d · f: divided by 4 · n · d that is f.": (
-            lambda d, f: 2 * d + 2 * f
-        ),
+        (
+            "The projections are four products of n · d · d, so 8 · n · d²: divided by 4 · n · d"
+            " that is 2 · d."
+        ): (lambda d, f: d + f),
+        (
+            "The feed-forward layer has two products of n · d · f, so 4 · n · d · f: divided by 4"
+            " · n · d that is f."
+        ): (lambda d, f: 2 * d + 2 * f),
     },
 )
 
@@ -543,8 +581,11 @@ register(
     [([5, 8, 14, 45], 1 / 3), ([3, 12, 30], 0.2), ([3, 12, 30], 0.25)],
     _lost,
     {
-        "This keeps a share of each history's own tokens: the published rule takes it of all 150 slots.": lambda lengths, keep: (
-            _lost(lengths, keep, lambda keep, real: math.ceil(keep * real - 1e-6))
+        (
+            "This keeps a share of each history's own tokens: the published rule takes it of all"
+            " 150 slots."
+        ): lambda lengths, keep: _lost(
+            lengths, keep, lambda keep, real: math.ceil(keep * real - 1e-6)
         ),
         "Longer histories are cut to 30 items first.": lambda lengths, keep: _lost(
             lengths, keep, most=10**6
@@ -601,9 +642,10 @@ register(
         "This is rastp with its separators: nothing is ruled out.": lambda signals: _codes_only(
             signals, level=9
         ),
-        "This rules out the last code, not the separator: levels count from 0, and the separator has the highest.": lambda signals: (
-            _codes_only(signals, level=2)
-        ),
+        (
+            "This rules out the last code, not the separator: levels count from 0, and the"
+            " separator has the highest."
+        ): lambda signals: _codes_only(signals, level=2),
         "This takes the Euclidean norm; RASTP's size is the L1 norm, abs().sum(-1).": (
             lambda signals: _codes_only(signals, lambda hidden: hidden.norm(dim=-1))
         ),
@@ -688,17 +730,24 @@ register(
         "This is b − a: the difference is asked for as a − b.": lambda a, b, users: _interval(
             (b - a)[users].mean(1)
         ),
-        "This subtracts the ends of two separate intervals: subtract user by user first, then resample.": (
+        (
+            "This subtracts the ends of two separate intervals: subtract user by user first, then"
+            " resample."
+        ): (
             lambda a, b, users: _interval(a[users].mean(1)) - _interval(b[users].mean(1)),
             lambda a, b, users: _interval(a[users].mean(1)) - _interval(b[users].mean(1))[::-1],
         ),
-        "These are the quantiles of single users' differences: take the mean of each resample first.": (
+        (
+            "These are the quantiles of single users' differences: take the mean of each resample"
+            " first."
+        ): (
             lambda a, b, users: _interval((a - b)[users]),
             lambda a, b, users: _interval(a - b),
         ),
-        "The mean is over the resamples, one for each user: take it over the users of a resample, axis 1.": lambda a, b, users: (
-            _interval((a - b)[users].mean(0))
-        ),
+        (
+            "The mean is over the resamples, one for each user: take it over the users of a"
+            " resample, axis 1."
+        ): lambda a, b, users: _interval((a - b)[users].mean(0)),
         "These are the 5 % and 95 % quantiles, which hold 90 %: take 2.5 % and 97.5 %.": (
             lambda a, b, users: _interval((a - b)[users].mean(1), (0.05, 0.95))
         ),

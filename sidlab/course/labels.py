@@ -4,7 +4,7 @@ import anywidget
 
 
 class Labels(anywidget.AnyWidget):
-    """Gives slider handles their visible label as a name for assistive technology. Shows nothing."""
+    """Gives slider handles their visible label as a name for assistive technology. Not shown."""
 
     _esm = """
     export default { render({ el }) {
@@ -13,8 +13,9 @@ class Labels(anywidget.AnyWidget):
         if (!explorer) return;
         for (const handle of explorer.querySelectorAll(".noUi-handle")) {
           const row = handle.closest(".widget-inline-hbox");
-          handle.setAttribute("aria-label", row?.querySelector(".widget-label")?.textContent ?? "");
-          handle.setAttribute("aria-valuetext", row?.querySelector(".widget-readout")?.textContent ?? "");
+          const text = (part) => row?.querySelector(part)?.textContent ?? "";
+          handle.setAttribute("aria-label", text(".widget-label"));
+          handle.setAttribute("aria-valuetext", text(".widget-readout"));
         }
       };
       const timer = setInterval(name, 500);

@@ -1,10 +1,14 @@
 """Predict before you see, check what you wrote: what the notebooks ask of a learner, and how they
 answer.
 
-    teach.predict("How many of 30 tokens …?", truth=10, range=(0, 30))      a guess first, then the truth and a calibration score
-    teach.check("centrality_of", centrality_of)                             one's own function against the package's
+    teach.predict("How many of 30 tokens …?", truth=10, range=(0, 30))
+    teach.check("centrality_of", centrality_of)
     teach.quiz(teach.Question("What is …?", ["this", "that"], 0, "Because …"))
-    teach.record({"recall@10": 0.31})                                       numbers that a run of the notebooks asserts on
+    teach.record({"recall@10": 0.31})
+
+`predict` asks for a guess first and then shows the truth and a calibration score; `check` compares
+one's own function with the package's; `record` keeps numbers that a run of the notebooks asserts
+on.
 
 With $SIDLAB_UNATTENDED set, predictions commit their default as soon as they are made. What is
 asked and answered is kept for the session, so that a cell that is run again shows the answer it
@@ -107,7 +111,8 @@ class _Button(widgets.Button):
 # done with stays enabled for the browser: a disabled one loses the focus, and with it the keys of
 # the notebook.
 _STYLE = """<style>.sidlab-choices .widget-radio-box label
-{ height: auto; display: flex; flex-direction: row-reverse; justify-content: flex-end; align-items: flex-start }
+{ height: auto; display: flex; flex-direction: row-reverse; justify-content: flex-end; \
+align-items: flex-start }
 .sidlab-choices .widget-radio-box input { flex: none }
 .sidlab-question .jp-RenderedHTML td { max-width: 30rem; overflow-wrap: break-word }
 .sidlab-question > .widget-html, .sidlab-choices .widget-radio-box label { overflow-wrap: anywhere }

@@ -1,9 +1,11 @@
 """AL-GR / FORGE (Taobao; arXiv 2509.20904): histories as text with semantic IDs inside, three
 levels of 8,192 codes.
 
-    rows          system, user, answer (commas; tabs in the sample, with an id in front): an instruction; a sentence that holds the
-                  history, oldest first, as C{a}C{b}C{c} an item; the next item's SID
-    item table    base62_string, codebook_lv1, codebook_lv2, codebook_lv3: an item and its codes, each from 0
+    rows          system, user, answer (commas; tabs in the sample, with an id in front): an
+                  instruction; a sentence that holds the history, oldest first, as C{a}C{b}C{c} an
+                  item; the next item's SID
+    item table    base62_string, codebook_lv1, codebook_lv2, codebook_lv3: an item and its codes,
+                  each from 0
     raw rows      user_history, target_item: item ids, separated by semicolons
 
 In the text level l's codes begin at 8,192 · (l − 1); here, as everywhere in this package, each

@@ -21,15 +21,15 @@ from sidlab.data.text import text_embeddings
 # item in a training history has the same first code and the same first two (chance is below 1 % and
 # 0.3 %).
 #
-#     title, brand, categories, rest │ Beauty                            │ Scientific
-#                                    │ collide  near   next 1   next 2   │ collide  near   next 1   next 2
-#     all as one text                │  36.1 %  90.7 %  12.5 %  3.2 %    │  46.8 %  79.3 %  12.9 %  7.7 %
-#     1     1     1     1            │  62.6 %  95.0 %  12.2 %  4.2 %    │  55.5 %  86.7 %  14.8 %  8.8 %
-#     1     0.5   0.5   0.5          │  38.7 %  92.6 %  12.4 %  3.3 %    │  47.3 %  84.6 %  14.7 %  8.7 %
-#     1     0.5   0.25  0.25         │  35.2 %  87.6 %  14.6 %  3.2 %    │  48.4 %  81.9 %  14.5 %  9.6 %
-#     1     0.25  0.25  0.25         │  30.1 %  84.8 %  13.4 %  2.6 %    │  43.3 %  80.0 %  14.6 %  8.8 %
-#     1     0.1   0.1   0.1          │  26.8 %  79.5 %  12.5 %  2.3 %    │  38.2 %  76.3 %  14.1 %  7.8 %
-#     1     0     0     0            │  23.9 %  72.8 %  10.2 %  2.3 %    │  36.4 %  73.7 %  13.8 %  7.2 %
+#   title, brand, category, rest │ Beauty                          │ Scientific
+#                                │ collide    near  next 1  next 2 │ collide    near  next 1  next 2
+#   all as one text              │  36.1 %  90.7 %  12.5 %   3.2 % │  46.8 %  79.3 %  12.9 %   7.7 %
+#   1     1     1     1          │  62.6 %  95.0 %  12.2 %   4.2 % │  55.5 %  86.7 %  14.8 %   8.8 %
+#   1     0.5   0.5   0.5        │  38.7 %  92.6 %  12.4 %   3.3 % │  47.3 %  84.6 %  14.7 %   8.7 %
+#   1     0.5   0.25  0.25       │  35.2 %  87.6 %  14.6 %   3.2 % │  48.4 %  81.9 %  14.5 %   9.6 %
+#   1     0.25  0.25  0.25       │  30.1 %  84.8 %  13.4 %   2.6 % │  43.3 %  80.0 %  14.6 %   8.8 %
+#   1     0.1   0.1   0.1        │  26.8 %  79.5 %  12.5 %   2.3 % │  38.2 %  76.3 %  14.1 %   7.8 %
+#   1     0     0     0          │  23.9 %  72.8 %  10.2 %   2.3 % │  36.4 %  73.7 %  13.8 %   7.2 %
 #
 # A quarter each: no row has both fewer collisions and next items that are found more often by the
 # first code, on both.
@@ -42,15 +42,16 @@ class Catalogue:
     """Items and histories, checked when built.
 
     items: one row per item: `item_id` (1..n in order), `title`, `brand`, `text` (str or None),
-    `categories` (list of
-        str, root first). Row 0 is item 1.
-    histories: one int64 array of item ids per user, oldest first, never empty. user_ids: one unique
-    str per history. truth: what a synthetic world knows about itself; None for real data. dirty:
-    what the reader had to skip or repair, `{kind: {"count": int, "first": "file line n: what"}}`.
+        `categories` (list of str, root first). Row 0 is item 1.
+    histories: one int64 array of item ids per user, oldest first, never empty.
+    user_ids: one unique str per history.
+    truth: what a synthetic world knows about itself; None for real data.
+    dirty: what the reader had to skip or repair,
+        `{kind: {"count": int, "first": "file line n: what"}}`.
     embeddings: float32 [n_items, d], row 0 is item 1. Where none are given, they are computed from
-    `text` when first
-        read (`sidlab.data.text`), with `text_encoder` if that is given; ValueError then, if no item has a text. In
-        `dataclasses.replace` give `embeddings=None`, or what was computed counts as given.
+        `text` when first read (`sidlab.data.text`), with `text_encoder` if that is given;
+        ValueError then, if no item has a text. In `dataclasses.replace` give `embeddings=None`, or
+        what was computed counts as given.
     """
 
     name: str

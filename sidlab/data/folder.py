@@ -1,16 +1,19 @@
 """The open folder format: bring your own data as two text files.
 
-    items.jsonl(.gz)     one JSON object a line: item_id 1, 2, 3 …, optional title, brand, text (str), categories (list)
+    items.jsonl(.gz)     one JSON object a line: item_id 1, 2, 3 …, optional title, brand, text
+                         (str), categories (list)
     sequences.txt(.gz)   one user a line: user_id item item item …, oldest first
     embeddings.npy       optional: float [n_items, d], row 0 is item 1
 
 Other fields of an item are ignored. Real files have dirty lines: these are counted by kind and the
 first of each kind is named with file and line; what happens to it depends on what it breaks:
 
-    unparsable JSON, not an object, item_id missing, duplicate item_id   the line is skipped
-    a field of the wrong type                                            the item stays, without the field
-    item_id out of order                                                 the item is put in its place
-    a non-integer id, an unknown item, an empty sequence, a known user   the whole sequence is skipped
+    unparsable JSON, not an object,
+    item_id missing, duplicate item_id        the line is skipped
+    a field of the wrong type                 the item stays, without the field
+    item_id out of order                      the item is put in its place
+    a non-integer id, an unknown item,
+    an empty sequence, a known user           the whole sequence is skipped
 
 Ids are positions, so a gap that is left in the item ids is an error.
 """

@@ -16,14 +16,14 @@ def load_catalogue(
     """A catalogue by name or from a folder.
 
     name_or_folder: "planted" (the synthetic world; `options` go to `planted_catalogue`), a folder
-    in the open format
-        (`sidlab.data.folder`) or with the raw files of one Amazon category (`sidlab.data.amazon`), or the name of such a
-        folder inside the folder that the environment variable SIDLAB_DATA points to, e.g. "amazon-beauty". Otherwise
-        "amazon-2014-beauty", "-sports", "-toys" or another category, "amazon-2014-Office_Products", is downloaded once.
+        in the open format (`sidlab.data.folder`) or with the raw files of one Amazon category
+        (`sidlab.data.amazon`), or the name of such a folder inside the folder that the environment
+        variable SIDLAB_DATA points to, e.g. "amazon-beauty". Otherwise "amazon-2014-beauty",
+        "-sports", "-toys" or another category, "amazon-2014-Office_Products", is downloaded once.
     embeddings: float32 [n_items, d], row 0 is item 1; instead of the folder's embeddings.npy or the
-    text embeddings. text_encoder: name or local folder of a Hugging Face model that embeds the
-    texts (`sidlab.data.text`), instead of TF-IDF
-        and of the folder's embeddings.npy.
+        text embeddings.
+    text_encoder: name or local folder of a Hugging Face model that embeds the texts
+        (`sidlab.data.text`), instead of TF-IDF and of the folder's embeddings.npy.
     on_dirty: "warn" counts, skips and reports dirty lines, "raise" stops at the first (ValueError).
     """
     if text_encoder is not None:

@@ -1,4 +1,4 @@
-"""Text to vectors: without a network by TF-IDF and a truncated SVD, or by any Hugging Face encoder."""
+"""Text to vectors: offline by TF-IDF and a truncated SVD, or by any Hugging Face encoder."""
 
 import contextlib
 import hashlib

@@ -10,7 +10,7 @@ import pandas as pd
 
 
 class Popularity:
-    """The most popular items of the training part, the same for everybody; ties: the lower item id."""
+    """The most popular items of the training part, the same for all; ties: the lower item id."""
 
     def fit(self, train_histories, n_items: int):
         """train_histories: int64 arrays of item ids, each user's part for training

@@ -1,8 +1,8 @@
 """What the two papers claim, and what came out here: `make paper` runs the comparisons and writes
 the claims page from their files.
 
-    python -m sidlab.research.claims DATASET … [--preset paper] [--seeds 3] [--arch t5 qwen] [--methods "unpadded rastp"]
-                            [--sids FILE] [--output runs/paper] [--evidence results]
+    python -m sidlab.research.claims DATASET … [--preset paper] [--seeds 3] [--arch t5 qwen]
+        [--methods "unpadded rastp"] [--sids FILE] [--output runs/paper] [--evidence results]
 
 A claim is judged by rules alone, from every results.json, study.json and benchmark below `--output`
 and `--evidence`; nothing is typed in. A saving is confirmed where ours is at least the published
@@ -112,9 +112,9 @@ def _found(results, verdict, figures):
     names = ("dataset", "preset", "seeds", "arch", "sids")
     parameters = " ".join(f"-p {name} {results[name]}" for name in names if results.get(name))
     study = results.get("study")
-    command = (
-        results.get("command")
-        or f"papermill notebooks/studies/{study}.ipynb runs/{study}.ipynb --cwd . -k python3 {parameters}"
+    command = results.get("command") or (
+        f"papermill notebooks/studies/{study}.ipynb runs/{study}.ipynb"
+        f" --cwd . -k python3 {parameters}"
     )
     return {
         "verdict": verdict,

@@ -83,7 +83,8 @@ def sweep(
     learning curve too. The same table grows in `folder/rows.csv` (that of the latest sweep there)
     while it runs. Raises ValueError before anything is trained.
 
-    >>> sweep({"pruning.keep": [1/3, 2/3], "pruning.after_layer": [1, 2, 3]}, "runs/layers")  # doctest: +SKIP
+    >>> grid = {"pruning.keep": [1 / 3, 2 / 3], "pruning.after_layer": [1, 2, 3]}
+    >>> sweep(grid, "runs/layers")  # doctest: +SKIP
     """
     for name, values in grid.items() if isinstance(grid, dict) else ():
         if isinstance(values, str) or not np.iterable(values):
@@ -302,7 +303,7 @@ def run_all(specs: dict[str, dict], folder):
 
 
 def _in_one_precision(one, catalogue, table, folder):
-    """A spec with "fp32" or "bf16" in place of "auto", the same for all of a size (see `run_all`)."""
+    """A spec with "fp32" or "bf16" for "auto", the same for all of a size (see `run_all`)."""
     if one["config"].get("precision") != "auto":
         return one
     precision = unmeasured("cuda" if torch.cuda.is_available() else "cpu")
@@ -426,7 +427,7 @@ def _run_sasrec(one, catalogue, folder, path):
 
 
 def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
-    """`config` without slots that no history can fill; they would be padding that nobody would add."""
+    """`config` without slots that no history can fill: padding that nobody would add."""
     return dataclasses.replace(
         config, max_items=min(config.max_items, max(len(h) for h in catalogue.histories) - 1)
     )

@@ -68,7 +68,7 @@ class Study:
 
 
 def _pruned(keep=1 / 3, **fields):
-    """What is the default is left out, so that the same setting has the same name in every study."""
+    """Defaults are left out, so that the same setting has the same name in every study."""
     return {"pruning.keep": keep} | {
         f"pruning.{name}": value
         for name, value in fields.items()

@@ -262,7 +262,7 @@ def curves_figure(rows: pd.DataFrame) -> go.Figure:
 
 
 def _line(row, x):
-    """What tells the line of a point from others: its label without the part that is on the axis."""
+    """What tells the line of a point from others: its label without what is on the axis."""
     label = row["label"]
     if x == "sids.levels":
         return label.partition(" ")[2]  # "3 × 64, stamp"

@@ -136,7 +136,8 @@ def write_page(results: dict, path, studies=()) -> None:
         captioned_table("Every row that was measured.", HEAD, _cells(rows)),
     )
     body = f"""<p>{html.escape(setting)}.
-Ratios are of medians of runs that take turns in one process; intervals are 95 % of a bootstrap over rounds. Each
+Ratios are of medians of runs that take turns in one process; \
+intervals are 95 % of a bootstrap over rounds. Each
 step of the waterfall changes one thing. FLOPs come from the cost model, not from the clock.</p>
 <figure class="chart">{_chart(figure(results))}</figure>
 <h2>Targets</h2>{tables[0]}

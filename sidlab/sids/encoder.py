@@ -135,7 +135,8 @@ class SidEncoder:
             if hasattr(self, "dead_codes_")
             else ""
         )
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())}){dead}"
+        values = ", ".join(f"{name}={value}" for name, value in shown.items())
+        return f"{type(self).__name__}({values}){dead}"
 
     def _fitted(self) -> None:
         if not hasattr(self, "codebooks_"):

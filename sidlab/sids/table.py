@@ -35,10 +35,11 @@ class SidTable:
     Args:
         codes: int [n, L], row 0 is item 1, each in 0..width-1.
         width: codes per level, an int or one int per level.
-        collisions: what to do with items that share a SID. "extend" adds one level to every item if any two collide:
-            0 for the first of a group by item id, 1.. for the others (the de-duplication digit of TIGER, arXiv
-            2305.05065); its width is the largest group. "share" leaves them (as in AL-GR / FORGE): `recommend` lists
-            sharers by id with equal scores, and metrics are expectations over a random order among them.
+        collisions: what to do with items that share a SID. "extend" adds one level to every item
+            if any two collide: 0 for the first of a group by item id, 1.. for the others (the
+            de-duplication digit of TIGER, arXiv 2305.05065); its width is the largest group.
+            "share" leaves them (as in AL-GR / FORGE): `recommend` lists sharers by id with equal
+            scores, and metrics are expectations over a random order among them.
 
     Attributes: `codes` int64 [n, L'], `widths` (tuple), `levels` L', `base_levels` L, `n_items`,
     `vocab_size`, `offsets` (tuple: the token id of code 0 of each level), `item_tokens` torch int64

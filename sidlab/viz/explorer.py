@@ -202,7 +202,7 @@ class Explorer(widgets.VBox):
         return chart_state(self.figure, text)
 
     def acted(self, content: dict) -> None:
-        """What a view says. Charts: {"trace": number, "x": …, "y": …} of a point that was clicked."""
+        """What a view says. Charts: {"trace": number, "x": …, "y": …} of the clicked point."""
 
     def _heard(self, content):
         try:
@@ -447,12 +447,14 @@ PAGE = """<!DOCTYPE html>
 <title>%(title)s</title>
 <style>
 :root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; margin: 1rem; color: #222; background: #fff }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; \
+margin: 1rem; color: #222; background: #fff }
 label { font-weight: 600 }
 input[type=range] { width: min(30rem, 60%%); vertical-align: middle }
 .sidlab-text { overflow-x: auto; overflow-wrap: break-word }
 table { border-collapse: collapse }
-th, td { max-width: 30rem; overflow-wrap: break-word; padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #8886 }
+th, td { max-width: 30rem; overflow-wrap: break-word; padding: .15rem .6rem; text-align: left; \
+border-bottom: 1px solid #8886 }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #14171a } }
 </style>
 %(library)s
@@ -461,13 +463,15 @@ th, td { max-width: 30rem; overflow-wrap: break-word; padding: .15rem .6rem; tex
 <main>
 <h1>%(title)s</h1>
 <p><label for="control">%(label)s</label>
-<input id="control" type="range" min="0" max="%(last)d" step="1" value="%(first)d"> <output id="value" for="control"></output></p>
+<input id="control" type="range" min="0" max="%(last)d" step="1" value="%(first)d"> \
+<output id="value" for="control"></output></p>
 <div id="view" class="sidlab-view"></div>
 </main>
 <script>
 %(script)s
 const frames = %(frames)s, env = %(env)s;
-const control = document.getElementById("control"), dark = matchMedia("(prefers-color-scheme: dark)");
+const control = document.getElementById("control"), \
+dark = matchMedia("(prefers-color-scheme: dark)");
 env.plotly = Promise.resolve(globalThis.Plotly);
 env.reduced = matchMedia("(prefers-reduced-motion: reduce)").matches;
 env.act = () => {};

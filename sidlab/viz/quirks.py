@@ -295,7 +295,7 @@ class _Fused(TorchFunctionMode):
 
 
 def attention_kernels(subject: Subject, mode: str) -> Evidence:
-    """Row 7: attention weights are asked of every layer, so that no layer's attention can be fused."""
+    """Row 7: attention weights are asked of every layer, so no layer's attention can be fused."""
     model = subject.models[mode]
     fused = {}
     modules = {
