@@ -16,7 +16,7 @@ import sidlab
 from sidlab.files import write
 from sidlab.metrics import METRICS, ranks_of
 from sidlab.research.compare import hardware, versions
-from sidlab.research.runs import metrics_of
+from sidlab.research.summary import metrics_of
 
 HERE = pathlib.Path(__file__).parent
 

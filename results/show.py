@@ -41,13 +41,11 @@ Made by `python results/show.py` from the files in this folder; commands are run
 
 R, N: recall and NDCG at 5 or 10. A window is a history with the item that follows. Of a third a little more is kept, since each history's
 share is rounded up. `bayes` is the best list for one who knows the planted world; the other methods are in the [README](../README.md).
-Memory is told of GPUs: on a processor it is that of the process, and repeats badly. Behind ± stands how far one seed moves recall@10, a
-standard deviation estimated from all models on SIDs, or all settings of a study, together: intervals rest on it, those of differences
-on the part of it that is not common to all. Where it is missing, several seeds speak for their own model alone, which makes intervals
-wider.
+Memory is told of GPUs: on a CPU it is that of the process, and repeats badly. Intervals are 95 % over test users: they are about the
+trained models at hand, not about other seeds.
 """
 OLDER = """**Older models.** All comparisons and studies below were trained before dense targets and equal weights, with the presets of that
-time (on Beauty, SIDs of the kit's own are older, too). Their unpruned models are far from published quality, so they say little about what
+time (on Beauty, SIDs of the kit's own are older, too). Their intervals hold an estimate of what seeds do, pooled over methods. Their unpruned models are far from published quality, so they say little about what
 pruning costs a model that works; they will be run anew.
 """
 STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 95 %; preset `{}`, {}:
@@ -85,8 +83,7 @@ def section() -> str:
         for results in comparisons
         if _name(results).startswith("amazon-beauty")
     ]
-    head = f"""Test recall@10 of the unpruned model, the changes to it with their 95 % intervals (over users, and over seeds where there are
-several: one seed says nothing of the next, two say little), and how many times as fast `rastp` trains; `planted` is synthetic. What an
+    head = f"""Test recall@10 of the unpruned model, the changes to it with their 95 % intervals, and how many times as fast `rastp` trains; `planted` is synthetic. What an
 item-to-item table reaches is beside it. –: not run, or timed beside other jobs; \\*: see its note in results/README.md. Published
 unpruned models of this kind (TIGER) reach {theirs.min():.4f} to {theirs.max():.4f} on Beauty, those here {min(ours):.4f} to
 {max(ours):.4f}: what pruning costs a fully trained model stays open. Every table, command and machine, and a verdict on each claim of
@@ -142,12 +139,7 @@ def _differences(comparisons):
             f"{rows['unpadded']['recall@10']:.4f}",
         ]
         for name in names:
-            test = rows.get(name, {}).get("versus_unpadded")
-            cells.append(
-                "{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"])
-                if test
-                else "–"
-            )
+            cells.append(_change(rows.get(name, {})))
         cells += [
             f"{rows[name]['recall@10']:.4f}" if name in rows else "–"
             for name in ("neighbours", "sasrec")
@@ -215,7 +207,7 @@ def _comparison(results):
         ]
         rows.append("| " + " | ".join([row["method"], *quality, *costs]) + " |")
     updates = max((row["updates"] for row in results["rows"] if row.get("updates")), default=0)
-    seeds = _seeds(max(row["seeds"] for row in results["summary"]), results)
+    seeds = _count(max(row["seeds"] for row in results["summary"]), "seed")
     setting = (
         f"**{_name(results)}, preset `{results['preset']}`**: {results['users']:,} test users,"
         f" {seeds}, at most {updates:,} updates; {_machine(results['hardware'])}, torch"
@@ -267,12 +259,6 @@ def _machine(hardware):
         f"{hardware['processor']}, {_count(hardware['threads'], 'thread')},"
         f" {hardware['gpu'] or 'no GPU'}"
     )
-
-
-def _seeds(n, results):
-    """How many, and how far one of them moves recall@10."""
-    noise = results.get("seed_noise")
-    return _count(n, "seed") + (f" (± {noise['deviation']:.2g})" if noise else "")
 
 
 def _count(n, noun):
@@ -432,7 +418,7 @@ def _continued():
         names = [
             name
             for name in rows
-            if "versus_unpadded" in rows[name]
+            if rows[name]["difference"] is not None
             and not name.startswith("base")
             and rows[name]["train_seconds"]
         ]
@@ -463,10 +449,9 @@ def _continued():
 
 
 def _change(row):
-    test = row["versus_unpadded"]
-    return (
-        "{:+.4f} [{:+.4f}, {:+.4f}]".format(test["difference"], *test["interval"]) if test else "–"
-    )
+    if row.get("difference") is None:
+        return "–"
+    return f"{row['difference']:+.4f} {_span(row['difference_interval'])}"
 
 
 def _scale(scale):
@@ -572,7 +557,7 @@ def _studies(studies):
     lines = [STUDIES_HEAD.format(first["preset"], _machine(first["hardware"]))]
     for study in studies:
         say = SENTENCES[study["study"]]
-        seeds = _seeds(study["seeds"], study)
+        seeds = _count(study["seeds"], "seed")
         labels = {row["label"] for row in study["rows"]}
         missing = (
             [label for label in STUDIES[study["study"]].settings if label not in labels]

@@ -12,9 +12,9 @@ are their expectation over all orders of such a group. Both kinds can be sliced,
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
 SHARED = np.dtype([("rank", np.int64), ("sharers", np.int64)])
+FEW_SEEDS = 5  # of fewer no interval over seeds is told
 _CELLS = 2**22  # random numbers held at a time: 32 MB
 
 
@@ -112,121 +112,73 @@ def summary(ranks) -> dict:
     return {name: float(values.mean()) for name, values in per_user(ranks).items()}
 
 
-class SeedNoise(NamedTuple):
-    """How much a mean over users moves from seed to seed."""
-
-    deviation: float  # standard, of one seed
-    freedom: float  # the degrees of freedom that it was estimated with
-
-
-def pooled_seed_noise(means) -> tuple[SeedNoise, SeedNoise]:
-    """What several settings tell together of seeds, of which there are few: two seeds of one
-    setting leave a single degree of freedom.
-
-    `means`: [K, S], a mean over users for each of K settings and S > 1 seeds, the same ones for
-    all. It is assumed that seeds move all settings alike much, by a part that settings share and
-    one that is each one's own (two-way analysis of variance without replication).
-    Returns the noise of a setting (freedom by Satterthwaite 1946), and that of what settings do not
-    share: a difference of two has √2 times that. Of one setting there is nothing of the latter.
-    Differences are exact; a setting's own 95 % interval holds in 88 to 93 % of cases only where two
-    or three seeds move all settings together by much more than each alone. ValueError for other
-    shapes.
-    """
-    means = np.asarray(means, np.float64)
-    if means.ndim != 2 or means.shape[0] < 1 or means.shape[1] < 2:
-        raise ValueError(
-            f"means must be [K, S] with at least one setting and two seeds, got shape {means.shape}"
-        )
-    n_settings, n_seeds = means.shape
-    of_seed = means.mean(axis=0) - means.mean()
-    own = means - means.mean(axis=1, keepdims=True) - of_seed
-    shared = (of_seed**2).sum() / (n_seeds - 1)
-    freedom = (n_settings - 1) * (n_seeds - 1)
-    own = (own**2).sum() / freedom if freedom else 0.0
-    part = own * (1 - 1 / n_settings)
-    spread = shared**2 / (n_seeds - 1) + (part**2 / freedom if freedom else 0.0)
-    both = (shared + part) ** 2 / spread if spread else n_seeds - 1
-    return SeedNoise((shared + part) ** 0.5, both), SeedNoise(own**0.5, freedom)
-
-
 def bootstrap_interval(
-    values,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-    noise: SeedNoise | None = None,
+    values, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """(low, high): percentile bootstrap interval of the mean of `values` [U] or [S, U] (Efron and
-    Tibshirani 1993).
+    """(low, high): percentile bootstrap interval, over users, of the mean of `values` [U] or [S, U]
+    (Efron and Tibshirani 1993).
 
-    Users are drawn with replacement. With S > 1 (rows of the same users) another seed is another
-    model: each draw is moved by Student's t with S − 1 degrees of freedom times the standard error
-    over seeds. Drawing a handful of seeds with replacement instead shows too little of their spread
-    (of three, hardly more than a third of the width). That spread holds the noise of user and seed
-    together, so it is taken off the draws of users, of which there are many; taken off the few
-    seeds, it would often leave nothing of their spread. `noise`: what other settings tell of seeds,
-    too (`pooled_seed_noise`); by default these rows alone tell it. Ranking metrics take few
-    different values, so one multinomial draw of how often each occurs stands for drawing U users:
-    the same distribution, in bounded memory.
+    Of several seeds (rows of the same users) each user's mean over seeds counts. So the interval
+    says how the mean of these trained models would move with other users; how other seeds would
+    move it, `seed_interval` says. Ranking metrics take few different values, so one multinomial
+    draw of how often each occurs stands for drawing U users: the same distribution, in bounded
+    memory.
     """
-    values = _checked_values(values, "values")
+    values = _checked_values(values, "values").mean(axis=0)
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(
             f"level must be in (0, 1) and resamples at least 1, got {level} and {resamples}"
         )
-    if noise is not None and noise.freedom <= 0:
-        raise ValueError(
-            f"noise has no degree of freedom: of one setting there is no difference, got {noise}"
-        )
     rng = np.random.default_rng(seed)
-    n_seeds, n_users = values.shape
-    distinct, counts = np.unique(values, axis=1, return_counts=True)  # [S, D], [D]
+    distinct, counts = np.unique(values, return_counts=True)  # [D]
     means = []
     chunk = max(1, _CELLS // len(counts))
     for start in range(0, resamples, chunk):
-        # [size, D]
-        users = rng.multinomial(n_users, counts / n_users, size=min(chunk, resamples - start))
-        means.append(users @ distinct.mean(axis=0) / n_users)
-    means = np.concatenate(means)
-    if n_seeds > 1:
-        places = (rng.permutation(resamples) + 0.5) / resamples  # evenly, for the tails are long
-        noise = noise or SeedNoise(values.mean(axis=1).std(ddof=1), n_seeds - 1)
-        middle = values.mean()
-        means = middle + (means - middle) * _share_of_users(values)
-        means += stdtrit(noise.freedom, places) * noise.deviation / n_seeds**0.5
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        size = min(chunk, resamples - start)
+        users = rng.multinomial(len(values), counts / len(values), size=size)  # [size, D]
+        means.append(users @ distinct / len(values))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _share_of_users(values):
-    """What of the spread of users' means in `values` [S, U] is not noise of user and seed together,
-    as a share of standard deviations.
+def seed_interval(of_seed, level: float = 0.95) -> tuple[float, float] | None:
+    """(low, high): Student's t interval of the mean of `of_seed` [S], a number a seed: a metric, or
+    the difference of two methods with the same seed (then it is that of the paired t-test).
+
+    It says how other seeds would move the mean, on these users. None below `FEW_SEEDS`: so few say
+    too little about their own spread, and are shown one by one instead.
     """
-    n_seeds = len(values)
-    of_user = values.mean(axis=0)
-    noise = values - values.mean(axis=1, keepdims=True) - of_user + values.mean()
-    noise = (noise**2).sum() / (n_seeds - 1) / n_seeds
-    spread = ((of_user - of_user.mean()) ** 2).sum()
-    return max(0.0, 1 - noise / spread) ** 0.5 if spread else 0.0
+    of_seed = np.asarray(of_seed, np.float64)
+    if of_seed.ndim != 1 or not np.isfinite(of_seed).all():
+        raise ValueError(f"of_seed must be finite numbers [S], got shape {of_seed.shape}")
+    if len(of_seed) < FEW_SEEDS:
+        return None
+    if np.ptp(of_seed) == 0:  # no spread, of which SciPy makes NaN
+        return float(of_seed[0]), float(of_seed[0])
+    from scipy import stats  # takes half a second, and those who only recommend never need it
+
+    low, high = stats.ttest_1samp(of_seed, 0).confidence_interval(level)
+    return float(low), float(high)
 
 
 class PairedTest(NamedTuple):
-    difference: float
-    interval: tuple[float, float]
-    p_value: float
+    """How two methods differ on the same users."""
+
+    difference: float  # mean of a − b
+    interval: tuple[float, float]  # 95 %, over users: other users, these trained models
+    p_value: float  # two-sided, over users
+    by_seed: tuple[float, ...]  # the difference with each seed
+    seed_interval: tuple[float, float] | None  # 95 %, over seeds; None below `FEW_SEEDS`
 
 
-def paired_test(
-    a, b, resamples: int = 10000, seed: int = 0, noise: SeedNoise | None = None
-) -> PairedTest:
+def paired_test(a, b, resamples: int = 10000, seed: int = 0) -> PairedTest:
     """Do two methods differ on the same users? Per-user values `a`, `b`: [U] or [S, U] (same users,
     same seeds).
 
-    difference: mean of a − b. interval: its 95 % bootstrap interval over users (and seeds; `noise`:
-    that of the difference, as in `bootstrap_interval`). p_value: two-sided sign-flip permutation
-    test on the per-user differences, averaged over seeds first: (1 + flips at least as extreme) /
-    (1 + resamples). It asks about these trained models; only the interval asks about other seeds,
-    so it can include 0 where p is small.
+    The interval over users is `bootstrap_interval` of the differences. The p-value is that of a
+    sign-flip permutation test on them, averaged over seeds first: (1 + flips at least as extreme) /
+    (1 + resamples). Both ask about these trained models; only `seed_interval`, of paired
+    differences by seed, asks about others. Raises ValueError if users or seeds do not match.
     """
     a = _checked_values(a, "a")
     b = _checked_values(b, "b")
@@ -235,7 +187,8 @@ def paired_test(
             f"a and b must hold the same users (and seeds), got [S, U] = {a.shape} and {b.shape}"
         )
     differences = a - b  # [S, U]
-    interval = bootstrap_interval(differences, resamples=resamples, seed=seed, noise=noise)
+    by_seed = differences.mean(axis=1)
+    interval = bootstrap_interval(differences, resamples=resamples, seed=seed)
     # [D]: flips leave sizes alone
     sizes, counts = np.unique(np.abs(differences.mean(axis=0)), return_counts=True)
     sizes, counts = sizes[sizes > 0], counts[sizes > 0]
@@ -248,7 +201,14 @@ def paired_test(
         # [size, D]
         positive = rng.binomial(counts, 0.5, size=(min(chunk, resamples - start), len(counts)))
         extreme += int((np.abs((2 * positive - counts) @ sizes) >= observed - slack).sum())
-    return PairedTest(float(differences.mean()), interval, (1 + extreme) / (1 + resamples))
+    p_value = (1 + extreme) / (1 + resamples)
+    return PairedTest(
+        float(differences.mean()),
+        interval,
+        p_value,
+        tuple(by_seed.tolist()),
+        seed_interval(by_seed),
+    )
 
 
 def _expected(ranks, k, gain):

@@ -115,103 +115,32 @@ def test_interval_over_users_agrees_with_scipy(values):
     )
 
 
-@pytest.mark.parametrize("n_seeds", [2, 3, 10])
-def test_interval_over_seeds_alone_is_students(n_seeds):
-    of_seed = np.random.default_rng(n_seeds).normal(0.3, 0.05, n_seeds)
-    expected = scipy.stats.t.interval(0.95, n_seeds - 1, of_seed.mean(), scipy.stats.sem(of_seed))
-    found = metrics.bootstrap_interval(np.repeat(of_seed[:, None], 40, axis=1), resamples=100_000)
-    assert found == pytest.approx(expected, abs=0.04 * (expected[1] - expected[0]))
+def test_interval_over_users_is_that_of_their_means_over_seeds():
+    values = np.random.default_rng(0).normal(size=(3, 200)) + np.array([[0.0], [5.0], [-5.0]])
+    found = metrics.bootstrap_interval(values)
+    expected = metrics.bootstrap_interval(values.mean(axis=0))
+    assert found == expected, "how far seeds are apart is not said here"
 
 
-@pytest.mark.parametrize("n_seeds", [2, 3, 5])
-@pytest.mark.parametrize(
-    "of_users, of_seeds, of_both",
-    [(0.3, 0.04, 0.1), (0.3, 0.0, 0.3), (0.0, 0.06, 0.3), (0.0, 0.0, 0.3)],
-    ids=["all differ", "users and noise", "seeds and noise, as in differences", "only noise"],
-)
-def test_interval_over_seeds_and_users_holds_the_mean_as_often_as_it_says(
-    n_seeds, of_users, of_seeds, of_both
-):
-    rng = np.random.default_rng(0)
-    held = 0
-    for _ in range(400):
-        users = rng.normal(0, of_users, 100)
-        seeds = rng.normal(0, of_seeds, (n_seeds, 1))
-        low, high = metrics.bootstrap_interval(
-            users + seeds + rng.normal(0, of_both, (n_seeds, 100))
-        )
-        held += low <= 0 <= high
-    assert held >= 0.92 * 400, held / 400  # of two seeds it may hold more
+@pytest.mark.parametrize("n_seeds", [5, 10])
+def test_interval_over_seeds_is_that_of_the_paired_t_test(n_seeds):
+    a, b = np.random.default_rng(n_seeds).normal(0.3, 0.05, (2, n_seeds))
+    expected = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert metrics.seed_interval(a - b) == pytest.approx(tuple(expected))
+    assert metrics.seed_interval((a - b)[:4]) is None, "so few are shown one by one"
+    assert metrics.seed_interval(np.full(n_seeds, 0.25)) == (0.25, 0.25)
 
 
-def two_way_noise(rng, n_settings, n_seeds, shared, own):
-    return rng.normal(0, shared, (1, n_seeds)) + rng.normal(0, own, (n_settings, n_seeds))
-
-
-def test_noise_of_one_setting_and_of_two_is_that_of_students_tests():
-    rng = np.random.default_rng(0)
-    one = rng.normal(0.3, 0.05, (1, 4))
-    both, _ = metrics.pooled_seed_noise(one)
-    assert both == pytest.approx((one.std(ddof=1), 3))
-    two = rng.normal(0.3, 0.05, (2, 4))
-    _, own = metrics.pooled_seed_noise(two)
-    assert own == pytest.approx(((two[0] - two[1]).std(ddof=1) / 2**0.5, 3))
-
-
-@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 10**6))
-def test_pooled_noise_is_the_mean_variance_and_the_residual_of_least_squares(
-    n_settings, n_seeds, seed
-):
-    means = (
-        two_way_noise(np.random.default_rng(seed), n_settings, n_seeds, 0.02, 0.03)
-        + np.arange(n_settings)[:, None]
-    )
-    both, own = metrics.pooled_seed_noise(means)
-    assert both.deviation == pytest.approx(means.var(axis=1, ddof=1).mean() ** 0.5)
-    assert n_seeds - 1 - 1e-9 <= both.freedom <= n_settings * (n_seeds - 1) + 1e-9
-    setting, of_seed = np.indices(means.shape).reshape(2, -1)
-    design = np.hstack([np.eye(n_settings)[setting], np.eye(n_seeds)[of_seed]])
-    left = means.ravel() - design @ np.linalg.lstsq(design, means.ravel(), rcond=None)[0]
-    assert own == pytest.approx(
-        ((left @ left / own.freedom) ** 0.5, len(left) - np.linalg.matrix_rank(design))
-    )
-    moved = metrics.pooled_seed_noise(
-        means + np.random.default_rng(seed).normal(0, 1, (1, n_seeds))
-    )[1]
-    assert moved == pytest.approx(own), "what all settings share is in no difference"
-
-
-def test_equal_seeds_have_no_noise():
-    both, own = metrics.pooled_seed_noise(np.full((3, 2), 0.25))
-    assert both == (0, 1) and own == (0, 2)
-    values = np.tile(some_values(200), (2, 1))
-    assert metrics.bootstrap_interval(values, noise=both) == metrics.bootstrap_interval(values)
-
-
-@pytest.mark.parametrize(
-    "shared, own, least", [(0.0, 0.03, 0.93), (0.03, 0.03, 0.92), (0.1, 0.01, 0.88)]
-)
-def test_intervals_with_pooled_noise_hold_the_mean_as_often_as_they_say(shared, own, least):
-    """`least`, for a setting's own: where seeds move all settings together, two of them tell too
-    little.
-    """
-    rng = np.random.default_rng(1)
-    held = np.zeros(2)
-    widths = np.zeros((2, 2))
-    for _ in range(400):
-        seeds = two_way_noise(rng, 12, 2, shared, own)
-        # Two of the settings: [2, S, U]
-        values = rng.normal(0, 0.2, 100) + seeds[:2, :, None] + rng.normal(0, 0.2, (2, 2, 100))
-        means = np.vstack([values.mean(axis=2), seeds[2:] + rng.normal(0, 0.02, (10, 2))])
-        both, noise = metrics.pooled_seed_noise(means)
-        noise = metrics.SeedNoise(2**0.5 * noise.deviation, noise.freedom)
-        for place, (of, told) in enumerate([(values[0], both), (values[0] - values[1], noise)]):
-            pooled = metrics.bootstrap_interval(of, noise=told)
-            alone = metrics.bootstrap_interval(of)
-            held[place] += pooled[0] <= 0 <= pooled[1]
-            widths[place] += pooled[1] - pooled[0], alone[1] - alone[0]
-    assert held[0] >= least * 400 and 0.93 * 400 <= held[1] <= 0.98 * 400, held / 400
-    assert widths[1, 0] < widths[1, 1] / 2  # of two seeds alone a difference is hardly known
+@given(st.floats(0, 0.1), st.floats(0, 1), st.integers(0, 10**6))
+def test_seeds_that_differ_much_widen_the_interval_over_seeds_alone(apart, of_users, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(0, of_users, 60) + apart * np.arange(5.0)[:, None]
+    test = metrics.paired_test(values, np.zeros(60), resamples=100)
+    low, high = test.seed_interval
+    # Student's t of 0, apart, …, 4 · apart, whoever the users are.
+    half = scipy.stats.t.ppf(0.975, 4) * apart * np.arange(5).std(ddof=1) / 5**0.5
+    assert (high - low) / 2 == pytest.approx(half, abs=1e-6)
+    assert test.by_seed == pytest.approx(values.mean(axis=1).tolist())
 
 
 def test_memory_chunks_do_not_change_the_interval(monkeypatch):
@@ -259,12 +188,15 @@ def test_paired_test_over_seeds():
     assert metrics.paired_test(a, b[0]).difference == pytest.approx(a.mean() - b[0].mean()), (
         "a baseline has one seed"
     )
-    one_seed_off = b + np.array([[3.0], [0.0], [0.0]])  # all of the difference comes from one seed
-    found = metrics.paired_test(one_seed_off, b)
-    assert found.p_value < 0.001 and found.interval[0] <= 0 < found.interval[1], (
-        "the interval doubts the seeds"
-    )
-    assert metrics.paired_test(a, a) == (0.0, (0.0, 0.0), 1.0)
+    assert over_seeds.by_seed == pytest.approx((a - b).mean(axis=1).tolist())
+    assert over_seeds.seed_interval is None, "three seeds say too little of their spread"
+    one_seed_off = np.vstack([b, b[:2]])
+    one_seed_off[0] += 3.0  # all of the difference comes from one seed
+    found = metrics.paired_test(one_seed_off, np.vstack([b, b[:2]]))
+    assert found.p_value < 0.001 and found.interval[0] > 0, "these models differ"
+    low, high = found.seed_interval
+    assert low <= 0 < high, "others may not"
+    assert metrics.paired_test(a, a) == (0.0, (0.0, 0.0), 1.0, (0.0, 0.0, 0.0), None)
 
 
 def test_p_values_are_uniform_when_nothing_differs():
@@ -291,14 +223,8 @@ def test_p_values_are_uniform_when_nothing_differs():
         (lambda: metrics.bootstrap_interval([1, np.nan]), "finite"),
         (lambda: metrics.bootstrap_interval(np.ones((2, 2, 2))), "shape"),
         (lambda: metrics.bootstrap_interval([1.0], level=95), "level"),
-        (lambda: metrics.pooled_seed_noise([[0.1], [0.2]]), "two seeds"),
-        (
-            lambda: metrics.bootstrap_interval(
-                [[0.1], [0.2]], noise=metrics.pooled_seed_noise([[0.1, 0.2]])[1]
-            ),
-            "no degree of freedom",
-        ),
-        (lambda: metrics.pooled_seed_noise([0.1, 0.2]), "shape"),
+        (lambda: metrics.seed_interval([[0.1], [0.2]]), "shape"),
+        (lambda: metrics.seed_interval([0.1, np.nan]), "finite"),
         (lambda: metrics.paired_test([1, 2], [1, 2, 3]), "same users"),
         (lambda: metrics.paired_test(np.ones((2, 3)), np.ones((3, 3))), "seeds"),
     ],

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend, score_items
-from sidlab.research.runs import metrics_of
+from sidlab.research.summary import metrics_of
 from sidlab.sids import encoder as encoder_module
 from sidlab.sids import residual_kmeans, rqvae
 from sidlab.sids import table as table_module

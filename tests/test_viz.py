@@ -135,8 +135,8 @@ def _fake(dataset):
         change = means["recall@10"] - 0.065
         versus = {
             "difference": change,
-            "interval": [change - 0.003, change + 0.003],
-            "p_value": float(rng.random()),
+            "difference_interval": [change - 0.003, change + 0.003],
+            "against": "unpadded",
         }
         summary.append(
             {
@@ -145,7 +145,7 @@ def _fake(dataset):
                 **means,
                 **costs,
                 "kept_informative": truth,
-                "versus_unpadded": None if method == "unpadded" else versus,
+                **(dict.fromkeys(versus) if method == "unpadded" else versus),
             }
         )
         rows += mine
@@ -493,7 +493,7 @@ def test_page_of_partial_results(tmp_path, methods, charts):
         results["command"],
     )
     for row in results["summary"]:
-        row["versus_unpadded"] = row["recall@10_interval"] = None
+        row["difference"] = row["recall@10_interval"] = None
     write_page(results, tmp_path / "index.html")
     assert len(Page(tmp_path / "index.html").attributes("figure")) == max(charts - 1, 1)
 

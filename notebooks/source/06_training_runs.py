@@ -325,7 +325,7 @@ assert {"unpruned", "rastp"} <= results.keys(), "stopped too early to compare: p
 ranks |= {name: evaluate(result.model, histories, targets) for name, result in results.items()}
 
 # %%
-from sidlab.research.runs import metrics_of
+from sidlab.research.summary import metrics_of
 from sidlab.research.figures import quality
 
 summary = [{"method": name, **metrics_of(of)} for name, of in ranks.items()]
@@ -409,12 +409,12 @@ pd.DataFrame(rows, columns=["", "recall@10", "from", "to", "p"]).set_index("").r
 # | you want to say | you need |
 # |---|---|
 # | this model beats that model on users like these | one run of each, paired on the same users |
-# | this *method* beats that method | several seeds of each, an interval over users **and** seeds |
+# | this *method* beats that method | five seeds or more of each: an interval over seeds, and one over users |
 # | this method is better in general | several data sets as well |
 # | this method is cheaper | both costs measured the same way, on a machine with nothing else to do |
 #
-# `bootstrap_interval` and `paired_test` take `[seeds, users]` as well. Three numbers say little about a spread, so the interval over three
-# seeds is wide. `make reproduce` in a terminal does this notebook's comparison for eight methods and three seeds.
+# `paired_test` takes `[seeds, users]` as well, and gives each seed's difference. Three numbers say too little about their own spread for an
+# interval; from five on it gives one. `make reproduce` in a terminal does this notebook's comparison for eight methods and three seeds.
 #
 # **Try it:** `seed = 1` in the parameters cell, and run the notebook again. Which rows of the last table keep their sign?
 #

@@ -7,11 +7,12 @@ the claims page from their files.
 A claim is judged by rules alone, from every results.json, study.json and benchmark below `--output`
 and `--evidence`; nothing is typed in. A saving is confirmed where ours is at least the published
 one over the whole of its spread (`_faster`), and not where all of it is less; pruned and unpruned
-model pad alike, so that padding saved is not pruning's. Quality counts as lost where the interval
-of the difference lies below 0, and as kept where it does not and lies above −5 % of the unpruned
-recall@10; else the interval is too wide to say. One seed decides nothing about quality, nor does a
-model that is far from the published one (`MATURE`). RASTP is judged by encoders with decoders, the
-only models that it had. Without a DATASET nothing is run.
+model pad alike, so that padding saved is not pruning's. Quality counts as kept where the difference to the unpruned model is above
+−5 % of its recall@10, as lost where it is below, and as better or worse where it is above or below
+0; all other findings are undecided (`_test`). What decides is tested at 5 %, corrected for the
+number of tests that a claim takes (false discovery rate). One seed decides nothing about quality,
+nor does a model that is far from the published one (`MATURE`). RASTP is judged by encoders with
+decoders, the only models that it had. Without a DATASET nothing is run.
 """
 
 import argparse
@@ -20,15 +21,19 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
+import numpy as np
+from scipy import stats
+
 from sidlab.files import reading, write_json
 from sidlab.metrics import METRICS
 from sidlab.research.claims_page import write_claims
 from sidlab.research.compare import DEFAULT_METHODS, compare
 from sidlab.research.page import write_page
-from sidlab.research.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, published
+from sidlab.research.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, data_name, published
 
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
 MARGIN = 0.05  # of the unpruned recall
+LEVEL = 0.05  # of the tests of one claim together
 # Of the lowest recall@10 published of an unpruned TIGER: what reaches less can't say what pruning
 # costs
 MATURE = 0.9
@@ -43,7 +48,7 @@ UNTESTABLE = "not testable here"
 @dataclasses.dataclass(frozen=True)
 class Claim:
     """`check` yields the findings in one file of results (`_found`); `missing` says why there may
-    be none.
+    be none. A finding with "p" gets its verdict once all tests of the claim are known (`judge`).
     """
 
     paper: str
@@ -101,7 +106,7 @@ def _found(results, verdict, figures):
             "where": where,
             "command": results["command"],
         }
-    data = _name(results["dataset"])
+    data = data_name(results["dataset"])
     # Of older files: from scratch
     continued = "continued from one model, " if results.get("protocol") == "continue" else ""
     where = (
@@ -125,30 +130,43 @@ def _found(results, verdict, figures):
     }
 
 
-def _quality(results, verdict, figures):
-    """As `_found`, but one seed decides nothing, nor does an unpruned model (a study's first
-    setting) that is not trained enough.
+def _quality(results, row, bound, base, verdicts, figures):
+    """A finding about a difference of recall@10: `verdicts` are what it says above and below
+    `bound`. One seed decides nothing, nor does an unpruned model, of recall@10 `base`, that is not
+    trained enough.
     """
-    base = (results["rows"][0] if "study" in results else _rows(results)["unpadded"])["recall@10"]
     theirs = published(results["dataset"]).query("method == 'TIGER'")["recall@10"].min()
     if base < MATURE * theirs:  # NaN, where nothing is published, is never more
-        return _found(
-            results,
-            UNDECIDED,
-            f"{figures} (not trained enough: {base:.4f} unpruned, published {theirs:.4f})",
-        )
+        figures += f" (not trained enough: {base:.4f} unpruned, published {theirs:.4f})"
+        return _found(results, UNDECIDED, figures)
     if _seeds(results) < 2:
         return _found(results, UNDECIDED, f"{figures} (of other seeds it says nothing)")
-    return _found(results, verdict, figures)
+    above = row["difference"] > bound
+    found = _found(results, verdicts[0] if above else verdicts[1], figures)
+    return found | {"p": _test(row, bound)}
+
+
+def _test(row, bound):
+    """Two-sided p-value of the difference of `row` being `bound`: the larger of that over users, by
+    the width of their interval, and that over seeds. Of fewer than five seeds there is none over
+    seeds; there all of them must lie on one side.
+    """
+    low, high = row["difference_interval"]
+    deviation = (high - low) / 2 / stats.norm.ppf(0.975)
+    distance = abs(row["difference"] - bound)
+    if distance == 0:
+        return 1.0
+    p = 2 * stats.norm.sf(distance / deviation) if deviation else 0.0
+    of_seed = np.array(row.get("difference_by_seed") or [row["difference"]])
+    if row.get("difference_seed_interval"):
+        of_seeds = stats.ttest_1samp(of_seed, bound).pvalue if np.ptp(of_seed) else 0.0
+        return float(max(p, of_seeds))
+    return float(p) if len(set(of_seed > bound)) == 1 else 1.0
 
 
 def _t5(check):
     """The check, of models with an encoder alone."""
     return lambda results: check(results) if results.get("arch", "t5") == "t5" else iter(())
-
-
-def _sides(interval):
-    return CONFIRMED if interval[0] > 0 else REFUTED if interval[1] < 0 else UNDECIDED
 
 
 def _faster(pairs, least):
@@ -236,27 +254,25 @@ def _less_memory(method, base, least):
     return check
 
 
-def _against(verdict, *methods):
-    """`verdict`: of the interval of a difference to the unpruned recall@10, and that."""
+def _against(margin, *methods):
+    """Recall@10 of the methods is above that of the unpruned model less `margin`, a share of it."""
 
     def check(results):
         rows = _rows(results)
         for method in methods:
-            test = rows.get(method, {}).get("versus_unpadded")
-            if test:
+            row = rows.get(method, {})
+            if row.get("difference") is not None:
                 base = rows["unpadded"]["recall@10"]
                 yield _quality(
                     results,
-                    verdict(test["interval"], base),
-                    f"{method} − unpadded, recall@10: "
-                    f"{_signed(test['difference'])} {_span(test['interval'])}, of {base:.4f}",
+                    row,
+                    -margin * base,
+                    base,
+                    (CONFIRMED, REFUTED),
+                    f"{method} − unpadded, recall@10: {_difference(row)}, of {base:.4f}",
                 )
 
     return check
-
-
-def _not_worse(interval, base):
-    return REFUTED if interval[1] < 0 else CONFIRMED if interval[0] >= -MARGIN * base else UNDECIDED
 
 
 def _study(name):
@@ -274,27 +290,27 @@ def _study(name):
 
 @_study("layer-ratio")
 def _too_low_hurts(results, rows):
+    base = rows["unpruned"]["recall@10"]
     for label, row in rows.items():
         if label.endswith("keep 0.1"):
-            kept = _not_worse(row["difference_interval"], rows["unpruned"]["recall@10"])
-            verdict = {CONFIRMED: REFUTED, REFUTED: CONFIRMED}.get(kept, kept)
-            yield _quality(results, verdict, f"{label} − unpruned, recall@10: {_difference(row)}")
+            figures = f"{label} − unpruned, recall@10: {_difference(row)}, of {base:.4f}"
+            yield _quality(results, row, -MARGIN * base, base, (REFUTED, CONFIRMED), figures)
 
 
 @_study("layer-ratio")
 def _two_thirds_go(results, rows):
-    """Behind some layer: STAMP doesn't say which. That with the best recall on validation users is
+    """After some layer: STAMP doesn't say which. That with the best recall on validation users is
     judged.
     """
+    base = rows["unpruned"]["recall@10"]
     third = [row for label, row in rows.items() if label.endswith("keep 0.33")]
     if third:
         best = max(third, key=lambda row: max(row["curve"]["mean"]))
-        verdict = _not_worse(best["difference_interval"], rows["unpruned"]["recall@10"])
-        yield _quality(
-            results,
-            verdict,
-            f"{best['label']} (the best of {len(third)} layers) − unpruned: {_difference(best)}",
+        figures = (
+            f"{best['label']} (the best of {len(third)} layers) − unpruned: {_difference(best)}, of"
+            f" {base:.4f}"
         )
+        yield _quality(results, best, -MARGIN * base, base, (CONFIRMED, REFUTED), figures)
 
 
 @_study("granularity")
@@ -302,56 +318,57 @@ def _dilution(results, rows):
     pairs = results.get("versus", ())
     if not pairs:
         return
-    worse, better = (
-        [pair for pair in pairs if _sides(pair["difference_interval"]) == verdict]
-        for verdict in (REFUTED, CONFIRMED)
-    )
+    clear = stats.false_discovery_control([_test(pair, 0) for pair in pairs]) < LEVEL
+    better = [pair for pair, sure in zip(pairs, clear) if sure and pair["difference"] > 0]
+    worse = [pair for pair, sure in zip(pairs, clear) if sure and pair["difference"] < 0]
     examples = "; ".join(
         f"{pair['label']} − {pair['against']} codes {_difference(pair)}"
         for pair in (*worse[:1], *better[:1])
     )
-    verdict = (
-        CONFIRMED
-        if worse and better
-        else REFUTED
-        if len(pairs) in (len(worse), len(better))
-        else UNDECIDED
-    )
-    yield _quality(
-        results,
-        verdict,
+    figures = (
         f"of {len(pairs)} pairs of settings the finer one is clearly worse in {len(worse)} and"
-        f" clearly better in {len(better)}: {examples}",
+        f" clearly better in {len(better)}: {examples}"
     )
+    one_sided = len(pairs) in (len(worse), len(better))
+    verdict = CONFIRMED if worse and better else REFUTED if one_sided else UNDECIDED
+    # Its tests are corrected already: there is none left to correct.
+    found = _quality(results, pairs[0], 0, _first(rows)["recall@10"], (verdict, verdict), figures)
+    found.pop("p", None)
+    yield found
+
+
+def _first(rows):
+    return next(iter(rows.values()))
+
+
+def _pairs(results, rows, wanted, title):
+    """The pairs of a study whose label is `wanted`: better than the other side."""
+    for pair in results.get("versus", ()):
+        if wanted(pair["label"]):
+            figures = f"{title(pair)}, recall@10: {_difference(pair)}"
+            base = _first(rows)["recall@10"]
+            yield _quality(results, pair, 0, base, (CONFIRMED, REFUTED), figures)
 
 
 @_study("strategies")
 def _choice_matters(results, rows):
-    for pair in results.get("versus", ()):
-        if pair["label"] == "rastp":
-            yield _quality(
-                results,
-                _sides(pair["difference_interval"]),
-                f"keeping a third by rastp − at random, recall@10: {_difference(pair)}",
-            )
+    title = "keeping a third by rastp − at random"
+    yield from _pairs(results, rows, lambda label: label == "rastp", lambda pair: title)
 
 
 @_study("adaptive")
 def _stages_help(results, rows):
-    for pair in results.get("versus", ()):
-        row = rows[pair["label"]]
-        # Aggressive early, as claimed
-        if row.get("strategy.kind") == "stage" and row["strategy.start"] < row["pruning.keep"]:
-            yield _quality(
-                results,
-                _sides(pair["difference_interval"]),
-                f"{pair['label']} − {pair['against']}, recall@10: {_difference(pair)}",
-            )
+    def claimed(label):
+        """Aggressive early, as claimed."""
+        row = rows[label]
+        return row.get("strategy.kind") == "stage" and row["strategy.start"] < row["pruning.keep"]
+
+    yield from _pairs(results, rows, claimed, lambda pair: f"{pair['label']} − {pair['against']}")
 
 
 def _decoder_only(results):
     if results.get("arch") == "qwen":
-        yield from _against(_not_worse, "rastp", "stamp")(results)
+        yield from _against(MARGIN, "rastp", "stamp")(results)
         yield from _faster(
             [("rastp", "unpadded"), ("stamp", "unpadded")], STAMP_CLAIMS["speedup"][0]
         )(results)
@@ -374,7 +391,7 @@ CLAIMS = (
     Claim(
         "RASTP",
         "Quality is kept or slightly better.",
-        _t5(_against(_not_worse, "rastp", "rastp-reference")),
+        _t5(_against(MARGIN, "rastp", "rastp-reference")),
         "needs `unpadded` and `rastp`",
     ),
     Claim(
@@ -405,13 +422,13 @@ CLAIMS = (
     Claim(
         "STAMP",
         "Quality is kept or better.",
-        _against(_not_worse, "stamp"),
+        _against(MARGIN, "stamp"),
         "needs `unpadded` and `stamp`",
     ),
     Claim(
         "STAMP",
         "MAP alone beats the baseline.",
-        _against(lambda interval, base: _sides(interval), "map"),
+        _against(0, "map"),
         "needs `unpadded` and `map`",
     ),
     Claim(
@@ -458,6 +475,7 @@ def judge(files: list[dict]) -> list[dict]:
             if results.get("preset") != "smoke"
             for finding in claim.check(results)
         ]
+        _correct(findings)
         of_data = {
             data: _verdict(finding["verdict"] for finding in findings if finding["data"] == data)
             for data in dict.fromkeys(finding["data"] for finding in findings)
@@ -478,6 +496,16 @@ def judge(files: list[dict]) -> list[dict]:
     return out
 
 
+def _correct(findings):
+    """Undecided is every test that does not hold once it is corrected for how many there are."""
+    tests = [finding for finding in findings if "p" in finding]
+    if tests:
+        for finding, p in zip(tests, stats.false_discovery_control([one["p"] for one in tests])):
+            finding["p"] = float(p)
+            if p >= LEVEL:
+                finding["verdict"] = UNDECIDED
+
+
 def _verdict(verdicts):
     found = set(verdicts)
     decided = found - {UNDECIDED} or found
@@ -486,8 +514,8 @@ def _verdict(verdicts):
 
 def evidence(*folders) -> list[dict]:
     """All results of comparisons, studies and whole benchmarks below the folders, loaded; of equal
-    commands the one found last, of equal studies the one with most seeds. Not what was run for a
-    quick look.
+    commands on equal machines the one found last, of equal studies the one with most seeds. Not
+    what was run for a quick look.
     """
     found = {}
     for folder in folders:
@@ -501,12 +529,9 @@ def evidence(*folders) -> list[dict]:
                     continue
                 look = content.get("only") or "--quick" in content.get("command", "")
                 if content.keys() & {"summary", "study", "targets"} and not look:
-                    key = content.get("command") or str(
-                        [
-                            content.get(k) or ""
-                            for k in ("study", "dataset", "preset", "arch", "sids")
-                        ]
-                    )
+                    names = ("study", "dataset", "preset", "arch", "sids")
+                    key = content.get("command") or str([content.get(k) or "" for k in names])
+                    key += str(content["hardware"]) if "hardware" in content else ""
                     if key not in found or _seeds(content) >= _seeds(found[key]):
                         found[key] = content
     return list(found.values())
@@ -517,11 +542,11 @@ def beside_published(files: list[dict]) -> list[dict]:
     "source", metrics, "METRIC_interval"}.
     """
     rows = []
-    run = [_name(results["dataset"]) for results in files if "summary" in results]
+    run = [data_name(results["dataset"]) for results in files if "summary" in results]
     for name in dict.fromkeys([*run, *PUBLISHED]):
         rows += [{"dataset": name, **row} for row in published(name).to_dict("records")]
         for results in files:
-            if "summary" in results and _name(results["dataset"]) == name:
+            if "summary" in results and data_name(results["dataset"]) == name:
                 source = f"here: {results.get('arch', 't5')}, preset {results['preset']}"
                 fields = [*METRICS, *(f"{metric}_interval" for metric in METRICS)]
                 rows += [
@@ -561,7 +586,7 @@ def main(arguments=None) -> None:
             ]
             if arch == "qwen" and args.methods == METHODS:
                 methods.append("rastp-visible")
-            folder = output / f"{_name(dataset)}-{args.preset}-{arch}"
+            folder = output / f"{data_name(dataset)}-{args.preset}-{arch}"
             results = compare(
                 dataset, args.preset, methods, args.seeds, str(folder), args.sids, arch=arch
             )
@@ -574,7 +599,7 @@ def main(arguments=None) -> None:
     for claim in claims:
         own = "; ".join(
             f"{name}: {claim['verdicts'][name]}"
-            for name in map(_name, args.datasets)
+            for name in map(data_name, args.datasets)
             if name in claim["verdicts"]
         )
         print(f"{claim['verdict']:18} {claim['paper']}: {claim['claim']}{own and f' ({own})'}")
@@ -584,10 +609,6 @@ def main(arguments=None) -> None:
             " the other files."
         )
     print(f"{len(files)} files of evidence; {output / 'index.html'}")
-
-
-def _name(dataset):
-    return pathlib.PurePath(dataset).name
 
 
 def _difference(row):

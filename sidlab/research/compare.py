@@ -27,21 +27,19 @@ import transformers
 from sidlab.checks import SHARE, integer, one_of
 from sidlab.config import DENSE, PRESETS, ROWS, TrainConfig
 from sidlab.data.load import load_catalogue
-from sidlab.metrics import paired_test, per_user, rank_of_target, ranks_of
+from sidlab.metrics import rank_of_target, stored
 from sidlab.research.baselines import NeighbourTable, Popularity
 from sidlab.research.cost import cost
 from sidlab.research.runs import (
-    COSTS,
     code_digest,
     config_with,
     fitted,
-    metrics_of,
     run_all,
-    seed_noise,
     sid_table,
     spec,
     write_json,
 )
+from sidlab.research.summary import COSTS, Run, metrics_of, summarise
 from sidlab.windows import leave_one_out, training_windows
 
 METHODS = {
@@ -305,87 +303,34 @@ def method_config(
 
 
 def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch, protocol):
-    ranks = {name: ranks_of([r for r in runs if r["method"] == name]) for name in names}  # [S, U]
-    ranks |= _baselines(catalogue)
     rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
+    baselines = _baselines(catalogue)
+    nothing = dict.fromkeys([*COSTS, "kept_informative"])
     rows += [
-        {
-            "method": name,
-            "seed": None,
-            **metrics_of(ranks[name]),
-            **dict.fromkeys(COSTS),
-            "kept_informative": None,
-        }
-        for name in ranks
-        if name not in names
+        {"method": name, "seed": None, **metrics_of(ranks), **nothing}
+        for name, ranks in baselines.items()
     ]
-    # Two seeds of one method leave a single degree of freedom, so there the models on SIDs tell of
-    # seeds together, as if seeds moved all of them alike much. Three speak for their own method.
-    alike = {
-        name: of_method
-        for name, of_method in ranks.items()
-        if name in names and name != "sasrec" and len(of_method) == 2
-    }
-    noise, noise_of_difference = seed_noise(alike.values())
-    summary = []
-    for name, of_method in ranks.items():
-        entry = {
-            "method": name,
-            "seeds": len(of_method),
-            **metrics_of(of_method, noise if name in alike else None),
-            "predicted_flops": None,
-            "predicted_activation_mb": None,
-        }
-        if isinstance(
-            config := method_config(name, preset, 0, arch, protocol) if name in names else None,
-            TrainConfig,
-        ):
+
+    def against(name):
+        """Of a base that is pruned, the base; of all others the unpruned model."""
+        other = BASE if name.startswith(f"{BASE}-") else "unpadded"
+        return other if other in names and other != name else None
+
+    known = [Run(r["method"], r["seed"], r) for r in sorted(runs, key=lambda r: r["seed"])]
+    known += [Run(name, None, stored(ranks)) for name, ranks in baselines.items()]
+    summary = [{"method": row.pop("label"), **row} for row in summarise(known, against)]
+    for entry in summary:
+        name = entry["method"]
+        config = method_config(name, preset, 0, arch, protocol) if name in names else None
+        predicted = None
+        if isinstance(config, TrainConfig):
             config = fitted(config, catalogue)
             windows = training_windows(leave_one_out(catalogue.histories).train, config)
             # As it was trained, for that says how many bytes are kept.
             in_bf16 = any(r["precision"] == "bf16" for r in runs if r["method"] == name)
             predicted = cost(config, table.widths, windows, bf16=in_bf16)
-            entry |= {
-                "predicted_flops": predicted.training,
-                "predicted_activation_mb": predicted.activation_bytes / 2**20,
-            }
-        own = [row for row in rows if row["method"] == name]
-        for field in COSTS:
-            entry[field] = (
-                None if own[0][field] is None else float(np.median([row[field] for row in own]))
-            )
-        entry["kept_informative"] = (
-            None
-            if own[0]["kept_informative"] is None
-            else {
-                what: float(np.mean([row["kept_informative"][what] for row in own]))
-                for what in ("precision", "recall")
-            }
-        )
-        entry["versus_unpadded"] = None
-        # A base that is pruned, with the base
-        against = BASE if name.startswith(f"{BASE}-") else "unpadded"
-        if against in ranks and name != against:
-            # A table has no seeds: there all that moves is the unpruned model.
-            moved = (
-                noise_of_difference(2)
-                if name in alike
-                else noise and noise["recall@10"]
-                if name not in names
-                else None
-            )
-            test = paired_test(
-                *(per_user(ranks[m])["recall@10"] for m in (name, against)), noise=moved
-            )
-            entry["versus_unpadded"] = {
-                "against": against,
-                "difference": test.difference,
-                "interval": list(test.interval),
-                # It knows nothing of other seeds: of several, only the
-                # interval is shown.
-                "p_value": test.p_value if len(of_method) == len(ranks[against]) == 1 else None,
-            }
-        summary.append(entry)
+        entry["predicted_flops"] = predicted and predicted.training
+        entry["predicted_activation_mb"] = predicted and predicted.activation_bytes / 2**20
     asked = [name for name in names if name.partition("-")[0] != BASE]
     others = (
         ["Other jobs ran on the machine at the same time: the seconds say little."]
@@ -412,8 +357,7 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch,
             + f" PROTOCOL={protocol}" * (protocol != default_protocol(preset))
         ),
         "precision": sorted({r["precision"] for r in runs} - {None}),
-        "seed_noise": noise and noise["recall@10"]._asdict(),
-        "users": ranks[names[0]].shape[1],
+        "users": len(runs[0]["ranks"]),
         "sids": report,
         "rows": rows,
         "summary": summary,
@@ -434,7 +378,7 @@ def _baselines(catalogue):
     }
     if catalogue.truth is not None:
         lists["bayes"] = catalogue.truth.recommend(histories, k=10)
-    return {name: rank_of_target(items, targets)[None] for name, items in lists.items()}
+    return {name: rank_of_target(items, targets) for name, items in lists.items()}
 
 
 def hardware() -> dict:

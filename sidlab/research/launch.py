@@ -14,7 +14,8 @@ from accelerate import PartialState
 
 from sidlab.data.load import load_catalogue
 from sidlab.files import write_json
-from sidlab.research.runs import check_sids, config_with, fitted, metrics_of, sid_table, truth_for
+from sidlab.research.runs import check_sids, config_with, fitted, sid_table, truth_for
+from sidlab.research.summary import metrics_of
 from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out
 

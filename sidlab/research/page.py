@@ -24,15 +24,13 @@ GUIDE = {
         NDCG@10 also rewards a high place in the list."""
     ),
     "interval": (
-        """with other users and other seeds the mean would have come out a little different; 95 of 100 such
-        repetitions would land about here. Few seeds say little about how much seeds differ, which makes it wide (of two, the
-        models on semantic IDs tell that together, as if seeds moved all alike); one says nothing, and its interval is over users
-        alone. Where two intervals overlap, the difference is the sharper question."""
+        """with other users the mean would have come out a little different; 95 of 100 such repetitions would land about
+        here. It is about the trained models at hand. How other seeds would move it, the seeds themselves show, and from five
+        on an interval over seeds. Where two intervals overlap, the difference is the sharper question."""
     ),
-    "difference and p": (
-        """each method against `unpadded` on the same users, in recall@10. If the interval holds 0, do
-        not call either better. With one seed there is also p: how often a difference as large would come about by chance,
-        were the two trained models equally good. Of other seeds neither it nor its interval knows anything."""
+    "difference": (
+        """each method against `unpadded` on the same users and seeds, in recall@10. If an interval holds 0, or seeds lie
+        on both sides of it, do not call either better."""
     ),
     "padding is not pruning": (
         """a batch is a rectangle, so short histories are filled up with empty slots. `padded`
@@ -220,7 +218,7 @@ def _summary_table(results):
         ]
         cells += [f"{row[metric]:.4f}<small>{span(row, metric)}</small>" for metric in METRICS]
         cells += [
-            _versus(row.get("versus_unpadded")),
+            _versus(row),
             _ratio(row, base, COST, "#.3g"),
             _ratio(row, base, MEMORY, ",.0f"),
             _number(row.get("real_token_fraction"), ".0%"),
@@ -234,30 +232,25 @@ def _summary_table(results):
         )
         body.append(cells if known else cells[:-1])
     caption = (
-        "Means over seeds with 95 % intervals; medians of costs, and how many times those of"
+        "Means over seeds with 95 % intervals over users; medians of costs, and how many times those of"
         f" {base['method']}"
     )
     return captioned_table(caption, head if known else head[:-1], body)
 
 
-def _versus(test):
-    if not test:
+def _versus(row):
+    """The difference to the other side, its interval over users, and what seeds say of it."""
+    if row.get("difference") is None:
         return "–"
-    low, high = (_number(end, "+.4f") for end in test["interval"])
-    p = test["p_value"]
-    p = (
-        ""
-        if p is None
-        else "<small>p &lt; 0.001</small>"
-        if p < 0.001
-        else f"<small>p = {p:.3f}</small>"
-    )
-    p += (
-        f"<small>against {test['against']}</small>"
-        if test.get("against", "unpadded") != "unpadded"
-        else ""
-    )
-    return f"{_number(test['difference'], '+.4f')}<small>[{low}, {high}]</small>{p}"
+    lines = ["[{:+.4f}, {:+.4f}]".format(*row["difference_interval"])]
+    of_seed = row.get("difference_by_seed") or ()
+    if row.get("difference_seed_interval"):
+        lines.append("seeds [{:+.4f}, {:+.4f}]".format(*row["difference_seed_interval"]))
+    elif len(of_seed) > 1:
+        lines.append("seeds " + ", ".join(f"{value:+.4f}" for value in of_seed))
+    if row["against"] != "unpadded":
+        lines.append(f"against {row['against']}")
+    return f"{row['difference']:+.4f}" + "".join(f"<small>{line}</small>" for line in lines)
 
 
 def _ratio(row, base, field, spec):

@@ -14,7 +14,6 @@ from sidlab.metrics import METRICS
 _TIGER = "paper (arXiv 2305.05065)"
 _BASE = "RASTP's baseline (arXiv 2511.16943)"
 _RASTP = "paper (arXiv 2511.16943)"
-_GENREC = "GenRec, no de-duplication"
 _CORNAC = "cornac, Sentence-T5 base"
 
 # data set → rows of (method, source, recall@5, recall@10, ndcg@5, ndcg@10)
@@ -23,7 +22,6 @@ _ROWS = {
         ("TIGER", _TIGER, 0.0454, 0.0648, 0.0321, 0.0384),
         ("TIGER", _BASE, 0.0426, 0.0645, 0.0282, 0.0353),
         ("RASTP", _RASTP, 0.0441, 0.0656, 0.0289, 0.0358),
-        ("TIGER", _GENREC, 0.0465, 0.0721, 0.0297, 0.0378),
         ("TIGER", _CORNAC, 0.0419, 0.0634, 0.0270, 0.0338),
         ("TIGER", "cornac, Sentence-T5 XXL", 0.0419, 0.0660, 0.0266, 0.0344),
         ("TIGER", "cornac, OpenAI embeddings", 0.0405, 0.0678, 0.0265, 0.0353),
@@ -35,14 +33,12 @@ _ROWS = {
         ("TIGER", _TIGER, 0.0264, 0.0400, 0.0181, 0.0225),
         ("TIGER", _BASE, 0.0196, 0.0289, 0.0128, 0.0158),
         ("RASTP", _RASTP, 0.0187, 0.0278, 0.0123, 0.0153),
-        ("TIGER", _GENREC, 0.0266, 0.0414, 0.0176, 0.0224),
         ("TIGER", _CORNAC, 0.0240, 0.0394, 0.0155, 0.0204),
     ),
     "amazon-toys": (
         ("TIGER", _TIGER, 0.0521, 0.0712, 0.0371, 0.0432),
         ("TIGER", _BASE, 0.0345, 0.0499, 0.0238, 0.0287),
         ("RASTP", _RASTP, 0.0351, 0.0504, 0.0240, 0.0289),
-        ("TIGER", _GENREC, 0.0420, 0.0647, 0.0280, 0.0350),
         ("TIGER", _CORNAC, 0.0362, 0.0583, 0.0237, 0.0308),
     ),
 }
@@ -63,11 +59,16 @@ STAMP_CLAIMS = {
 RASTP_POOLING = {"none": 0.0427, 1: 0.0374, 2: 0.0400, 3: 0.0385}
 
 
+def data_name(dataset: str) -> str:
+    """The name of a data set without its folder and year: "amazon-2014-beauty" is "amazon-beauty"."""
+    return pathlib.PurePath(dataset).name.replace("-2014-", "-")
+
+
 def published(dataset: str) -> pd.DataFrame:
     """Published test results on `dataset` ("amazon-beauty", "amazon-sports", "amazon-toys", also
     with the year, or a folder of that name).
 
     Columns: method, source, recall@5, recall@10, ndcg@5, ndcg@10. Empty for any other data set.
     """
-    rows = _ROWS.get(pathlib.PurePath(dataset).name.replace("-2014-", "-"), ())
+    rows = _ROWS.get(data_name(dataset), ())
     return pd.DataFrame(rows, columns=["method", "source", *METRICS])

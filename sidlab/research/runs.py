@@ -36,32 +36,15 @@ from sidlab.decoding import encode_histories
 from sidlab.fast.meter import Meter, device_name
 from sidlab.fast.precision import sizes, unmeasured
 from sidlab.files import read_json, write, write_json
-from sidlab.metrics import (
-    METRICS,
-    SeedNoise,
-    bootstrap_interval,
-    per_user,
-    pooled_seed_noise,
-    rank_of_target,
-    stored,
-)
+from sidlab.metrics import rank_of_target, stored
 from sidlab.pruning import PruningConfig
 from sidlab.research import sasrec
+from sidlab.research.summary import COSTS, metrics_of
 from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.table import SidTable
 from sidlab.training import evaluate, load_model, measured_precision, train, weights_digest
 from sidlab.windows import leave_one_out, training_windows, truth_tokens
 
-COSTS = (
-    "train_seconds",
-    "seconds_per_1k_windows",
-    "real_token_fraction",
-    "kept_token_fraction",
-    "peak_memory_mb",
-    "evaluation_seconds",
-    "windows",
-    "updates",
-)
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
 # Rooms that no run goes through: they come after training.
 BESIDE = ("research", "course", "figures", "viz")
@@ -551,39 +534,6 @@ def kept_informative(model, truth, histories, batch_size: int = 256) -> dict:
         informative_total = informative_total + informative.sum().item()
         both += (informative.gather(1, out.positions.cpu()) & kept).sum().item()
     return {"precision": both / max(kept_total, 1), "recall": both / max(informative_total, 1)}
-
-
-def metrics_of(ranks, noise: dict | None = None) -> dict:
-    """Recall and NDCG at 5 and 10 of ranks [U] (or [S, U], one row a seed), each with its interval.
-    `noise`: that of seeds, by name of the metric, where other settings tell of it.
-    """
-    out = {}
-    for name, values in per_user(ranks).items():
-        out[name] = float(values.mean())
-        interval = bootstrap_interval(values, noise=noise and noise[name])
-        # Of two seeds it may reach beyond
-        out[f"{name}_interval"] = np.clip(interval, 0, 1).tolist()
-    return out
-
-
-def seed_noise(ranks):
-    """What all settings, each with its ranks [S, U], tell together of seeds (`pooled_seed_noise`):
-    {metric: `SeedNoise` of a setting}, and a function that gives that of a difference of recall@10
-    in which settings have weights whose squares add up to its argument. Of one seed, or one
-    setting: None each.
-    """
-    ranks = list(ranks)
-    if len(ranks) < 2 or min(map(len, ranks)) < 2:
-        return None, lambda squares: None
-    means = [
-        {name: values.mean(axis=1) for name, values in per_user(of_setting).items()}
-        for of_setting in ranks
-    ]
-    found = {name: pooled_seed_noise([one[name] for one in means]) for name in METRICS}
-    own = found["recall@10"][1]
-    return {name: both for name, (both, _) in found.items()}, lambda squares: SeedNoise(
-        own.deviation * squares**0.5, own.freedom
-    )
 
 
 def say(text: str) -> None:

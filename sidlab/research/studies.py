@@ -2,10 +2,9 @@
 and the way to look at the runs.
 
 A study is run by a notebook of its own (`notebooks/studies/NAME.ipynb`, made by
-`notebooks/studies.py`): `run` does what is not done yet and `summarise` pools the seeds of a
-setting. Every point has an interval over users and seeds, its cost, and its difference to the first
-setting. How much seeds move a result is estimated from all settings of a study together, since each
-alone has few seeds. Studies in one folder share the settings that they have in common.
+`notebooks/studies.py`): `run` does what is not done yet and `summarise` makes a row a setting, with
+intervals, its cost, and its difference to the first setting. Studies in one folder share the
+settings that they have in common.
 """
 
 import dataclasses
@@ -19,11 +18,14 @@ import pandas as pd
 
 from sidlab.checks import integer, one_of
 from sidlab.data.load import load_catalogue
-from sidlab.metrics import paired_test, per_user, ranks_of
+from sidlab.files import read_json, write_json
+from sidlab.metrics import ranks_of
 from sidlab.pruning import PruningConfig
 from sidlab.research.compare import hardware, versions
 from sidlab.research.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
-from sidlab.research.runs import COSTS, metrics_of, seed_noise, sweep, write_json
+from sidlab.research.runs import sweep
+from sidlab.research.summary import COSTS, Run, difference, hits, metrics_of
+from sidlab.research.summary import summarise as summarise_runs
 from sidlab.windows import leave_one_out
 
 KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
@@ -306,26 +308,25 @@ def run(
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting: its label and settings, "seeds", metrics with intervals over users and
-    seeds, medians of costs, "seconds_range" (seconds per 1,000 windows of the fastest and the
-    slowest seed), and "difference" of recall@10 to the first setting with its interval
-    ("difference_interval") on the same users and seeds. "curve": validation recall@10 by "updates",
-    its "mean", "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that
-    mean reaches 95 % of the first setting's last (None: never). "sids": their number of codes by
-    level and the share of items whose codes others have, too. "ended": kept share and layer of each
-    seed's best checkpoint, which a strategy chose. "busy": whether other jobs ran beside, and took
-    from its speed, or the runs were made on several devices.
+    """A row a setting: what `summary.summarise` says of its runs, the difference being that to the
+    first setting, and the setting itself. "curve": validation recall@10 by "updates", its "mean",
+    "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that mean reaches
+    95 % of the first setting's last (None: never). "sids": their number of codes by level and the
+    share of items whose codes others have, too. "ended": kept share and layer of each seed's best
+    checkpoint, which a strategy chose. "busy" also where the runs were made on several devices.
     """
+    runs = [
+        Run(row["label"], row["seed"], read_json(row["file"])) for row in frame.to_dict("records")
+    ]
+    devices = {run.result["device"] for run in runs}
+    first = frame["label"].iloc[0]
+    of_runs = ["label", "seed", "file", "kept_informative", *COSTS]
+    settings = frame.drop(columns=of_runs, errors="ignore").assign(label=frame["label"])
+    settings = settings.drop_duplicates("label").set_index("label").to_dict("index")
     rows = []
-    first = None
     aim = None
-    devices = set()
-    noise, noise_of_difference = _noise(frame)
-    for label, runs in frame.groupby("label", sort=False):
-        found = _results(runs)
-        ranks = ranks_of(found)  # [S, U]
-        devices |= {one["device"] for one in found}
-        hits = _hits(found)
+    for row in summarise_runs(runs, lambda label: None if label == first else first):
+        found = [run.result for run in runs if run.label == row["label"]]
         # A seed may have stopped early
         length = min(len(one["curve"]["recall@10"]) for one in found)
         curves = np.array([one["curve"]["recall@10"][:length] for one in found])  # [S, evaluations]
@@ -333,92 +334,49 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         steps = found[0]["curve"]["eval_step"][:length]
         aim = 0.95 * curve[-1] if aim is None else aim
         reached = np.flatnonzero(curve >= aim)
-        updates = steps[reached[0]] if len(reached) else None
-        of_runs = ["label", "seed", "file", "kept_informative", *COSTS]
-        row = {
-            "label": label,
-            **runs.iloc[0].drop(of_runs, errors="ignore").to_dict(),
-            "seeds": len(runs),
-            **metrics_of(ranks, noise),
-            **{cost: float(runs[cost].median()) for cost in COSTS if cost in runs},
-            "seconds_range": [
-                float(end) for end in runs["seconds_per_1k_windows"].agg(["min", "max"])
-            ],
-        }
-        first = hits if first is None else first
-        test = paired_test(hits, first, noise=noise_of_difference(2)) if len(rows) else None
-        seconds = (runs["train_seconds"] / runs["updates"]).median()
-        row |= {
-            "curve": {
-                "updates": steps,
-                "mean": curve.tolist(),
-                "lowest": curves.min(0).tolist(),
-                "highest": curves.max(0).tolist(),
-            },
-            "seconds_to_recall": updates and float(updates * seconds),
-            "difference": test and test.difference,
-            "difference_interval": test and list(test.interval),
-            "sids": found[0]["sids"],
-            "ended": [one.get("ended") for one in found],
-            "busy": any(one["busy"] for one in found),
-        }
-        rows.append(row)
-    frame = pd.DataFrame(rows)
-    return frame.assign(busy=frame["busy"] | (len(devices) > 1))
+        seconds = np.median([one["row"]["train_seconds"] / one["row"]["updates"] for one in found])
+        rows.append(
+            {
+                "label": row["label"],
+                **settings[row["label"]],
+                **row,
+                "curve": {
+                    "updates": steps,
+                    "mean": curve.tolist(),
+                    "lowest": curves.min(0).tolist(),
+                    "highest": curves.max(0).tolist(),
+                },
+                "seconds_to_recall": float(steps[reached[0]] * seconds) if len(reached) else None,
+                "sids": found[0]["sids"],
+                "ended": [one.get("ended") for one in found],
+                "busy": row["busy"] or len(devices) > 1,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def versus(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """The pairs of a study (its field `pairs`) on the same users and seeds: rows "label",
-    "against", "difference" of recall@10 and "difference_interval". Empty for a study without.
+    "against", and what `summary.difference` says of recall@10. Empty for a study without.
     """
-    hits = {}
+    found = {}
     work = {}
-    rows = []
-    _, noise_of_difference = _noise(frame)
     for label, runs in frame.groupby("label", sort=False):
-        found = _results(runs)
-        hits[label] = _hits(found)
-        work[label] = float(
-            np.mean(
-                [_work(one["ended"], kept) for one, kept in zip(found, runs["kept_token_fraction"])]
-            )
-        )
+        results = _results(runs)
+        found[label] = hits(ranks_of(results))
+        works = [
+            _work(one["ended"], kept) for one, kept in zip(results, runs["kept_token_fraction"])
+        ]
+        work[label] = float(np.mean(works))
+    rows = []
     for label, against, other in STUDIES[name].pairs(work):
-        squares = 1 + sum(weight**2 for weight in other.values())
-        test = paired_test(
-            hits[label],
-            sum(weight * hits[one] for one, weight in other.items()),
-            noise=noise_of_difference(squares),
-        )
-        rows.append(
-            {
-                "label": label,
-                "against": against,
-                "difference": test.difference,
-                "difference_interval": list(test.interval),
-            }
-        )
-    return pd.DataFrame(rows, columns=["label", "against", "difference", "difference_interval"])
+        mixed = sum(weight * found[one] for one, weight in other.items())
+        rows.append({"label": label, "against": against, **difference(found[label], mixed)})
+    return pd.DataFrame(rows, columns=["label", "against", *difference(None, None)])
 
 
-def _ranks(frame):
-    """{label: ranks of its runs [S, U]}."""
-    return {label: ranks_of(_results(runs)) for label, runs in frame.groupby("label", sort=False)}
-
-
-def _apart(frame):
-    """Without the settings that prune in training only: each is one model with the one that always
-    prunes, and tells no more of seeds.
-    """
-    always = (
-        frame[frame["pruning.at_inference"].ne(False)] if "pruning.at_inference" in frame else frame
-    )
-    return always if len(always) else frame
-
-
-def _noise(frame):
-    """`seed_noise` of a study's runs."""
-    return seed_noise(_ranks(_apart(frame)).values())
+def _results(runs):
+    return [read_json(file) for file in runs["file"]]
 
 
 def _work(ended, kept):
@@ -426,15 +384,6 @@ def _work(ended, kept):
         return 1.0
     in_front = ended["after_layer"] / ended["layers"]
     return in_front + (1 - in_front) * kept
-
-
-def _results(runs):
-    return [json.loads(pathlib.Path(file).read_text()) for file in runs["file"]]
-
-
-def _hits(results):
-    """Whether each user's item is among ten: [S, U]."""
-    return per_user(ranks_of(results))["recall@10"]
 
 
 def save(
@@ -450,11 +399,9 @@ def save(
     only: int | None,
 ) -> None:
     """Write NAME-study.json into `folder`: where and how the runs of `frame` were made (arguments
-    as in `run`), and all that is said of them here; "seed_noise": how much seeds move recall@10
-    (`metrics.SeedNoise`), None of one seed. Copied into results/studies/ it is part of the results'
-    pages.
+    as in `run`), and all that is said of them here. Copied into results/studies/ it is part of the
+    results' pages.
     """
-    noise, _ = _noise(frame)
     parts = {"rows": summarise(frame), "versus": versus(name, frame)} | (
         {"groups": strata(frame, dataset)} if name == "strata" else {}
     )
@@ -470,7 +417,6 @@ def save(
             "only": only or 0,
             "hardware": hardware(),
             "versions": versions(),
-            "seed_noise": noise and noise["recall@10"]._asdict(),
             **{part: json.loads(rows.to_json(orient="records")) for part, rows in parts.items()},
         },
     )
@@ -494,8 +440,9 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
     third[order] = np.minimum(before * 3, 2).astype(np.int64)
     of_target = np.array(["head", "middle", "tail"])[third[targets]]
     rows = []
-    of_label = _ranks(frame)
-    apart = _apart(frame)["label"].unique()
+    of_label = {
+        label: ranks_of(_results(runs)) for label, runs in frame.groupby("label", sort=False)
+    }
     for by, groups, names in (
         ("history length", of_length, ("short", "middle", "long")),
         ("target popularity", of_target, ("head", "middle", "tail")),
@@ -503,9 +450,8 @@ def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
         for group in names:
             inside = groups == group
             if inside.any():
-                noise, _ = seed_noise([of_label[label][:, inside] for label in apart])
                 for label, ranks in of_label.items():
-                    found = metrics_of(ranks[:, inside], noise)
+                    found = metrics_of(ranks[:, inside])
                     rows.append(
                         {
                             "label": label,

@@ -37,7 +37,7 @@ PANELS = {
 
 def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS)) -> go.Figure:
     """Test recall@10 with its 95 % interval, seconds per 1,000 training windows and peak memory of
-    every setting of `rows` (what `studies.summarise` gives). `x`: the column on the axis, a line
+    every setting of `rows` (what `studies.summarise` gives), single seeds as dots. `x`: the column on the axis, a line
     for each number of the other setting; None: settings by name, one below the other, and no
     memory. `panels`: which of `PANELS`, where there is an x. The first setting is the dotted line
     and its band.
@@ -64,6 +64,10 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS))
             row=1,
             col=1,
         )
+        dots = [
+            (value, place + 0.25) for place, row in enumerate(records) for value in _of_seeds(row)
+        ]
+        _add_seeds(figure, dots, 1)
         figure.add_bar(
             x=[row[COST] for row in records],
             y=places,
@@ -118,6 +122,9 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS))
                 row=1,
                 col=place,
             )
+    if "recall@10" in panels:
+        dots = [(row[x], value) for row in points for value in _of_seeds(row)]
+        _add_seeds(figure, dots, 1 + list(panels).index("recall@10"))
     of_settings = (
         sorted(set(places)) if x in ("sids.levels", "pruning.keep", "map.weight") else None
     )
@@ -259,6 +266,28 @@ def curves_figure(rows: pd.DataFrame) -> go.Figure:
     return figure.update_layout(
         template=template(), height=440, legend={"orientation": "h", "y": -0.2, "yanchor": "top"}
     )
+
+
+def _add_seeds(figure, dots, column):
+    """Single seeds, (x, y) each, as small dots."""
+    if dots:
+        figure.add_scatter(
+            x=[x for x, _ in dots],
+            y=[y for _, y in dots],
+            name="single seeds",
+            mode="markers",
+            marker_size=4,
+            marker_color=GREY,
+            hoverinfo="x+y",
+            row=1,
+            col=column,
+        )
+
+
+def _of_seeds(row):
+    """Recall@10 of each seed, where there are several. Older files do not hold it."""
+    of_seed = row.get("recall@10_by_seed")
+    return of_seed if isinstance(of_seed, list) and len(of_seed) > 1 else []
 
 
 def _line(row, x):
