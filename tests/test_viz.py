@@ -213,12 +213,13 @@ def test_published_rows_equal_the_notes_they_are_from():
         ]
         if first in ("Beauty", "Sports", "Toys"):  # × and ✓ of RASTP's table
             found[f"amazon-{first.lower()}"] += numbers
-        elif len(numbers) == 3 and numbers[0]:  # reproductions, in the order R@5, N@5, R@10, N@10
+        # Reproductions, in the order R@5, N@5, R@10, N@10; validation metrics are none
+        elif len(numbers) == 3 and numbers[0] and "*validation*" not in first:
             for name, row in zip(AMAZON, numbers):
                 found[name] += [[row[0], row[2], row[1], row[3]]] if row else []
     for name, rows in found.items():
         ours = papers.published(name)[list(METRICS)].to_numpy().tolist()
-        assert len(rows) >= 6 and {tuple(row) for row in rows} == {tuple(row) for row in ours}
+        assert len(rows) >= 5 and {tuple(row) for row in rows} == {tuple(row) for row in ours}
 
 
 # Looks
