@@ -14,7 +14,7 @@ from sidlab.figures.tables import folded, table
 from sidlab.pruning import PruningConfig
 from sidlab.viz.attention_figure import attention_figure, cells_of, factors
 from sidlab.viz.explorer import HistoryExplorer, moved, within
-from sidlab.viz.pruning import level_names
+from sidlab.viz.pruning_game import level_names
 
 SHOWN = 10
 # Places of the list; how many items are scored, so that one that leaves the list is still found

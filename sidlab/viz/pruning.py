@@ -18,9 +18,10 @@ from sidlab.metrics import rank_of_target
 from sidlab.pruning import POSITIONS, UNITS, PruningConfig
 from sidlab.research.cost import cost
 from sidlab.saliency import SCORERS
-from sidlab.viz.explorer import HistoryExplorer, View, moved, within
+from sidlab.viz.explorer import HistoryExplorer, moved, within
 from sidlab.viz.pruning_game import beaten, level_names, play_rule
 from sidlab.viz.pruning_svg import pruning_svg, without_tags
+from sidlab.viz.view import View
 
 RIVALS = ("rastp", "random", "recent", "oracle")  # whom the reader plays against
 CROWD = 200  # how many users a rule is scored over
