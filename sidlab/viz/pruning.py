@@ -73,16 +73,12 @@ class PruningExplorer(HistoryExplorer):
         without = {"rastp-visible"} if self.model.config.encoder_mask == "full" else set()
         without |= {"oracle"} if self.catalogue.truth is None else set()
         self._scorers = {name: name for name in SCORERS if name not in without} | (scorers or {})
-        self._full, self._cost = (
-            functools.lru_cache(8)(self._full),
-            functools.lru_cache(512)(self._cost),
-        )
-        self._score, self._recall = (
-            functools.lru_cache(256)(self._score),
-            functools.lru_cache(64)(self._recall),
-        )
-        self._by_hand = None
-        self._rule = {}  # (user, tokens) while one prunes by hand; what the rule scored
+        self._full = functools.lru_cache(8)(self._full)
+        self._cost = functools.lru_cache(512)(self._cost)
+        self._score = functools.lru_cache(256)(self._score)
+        self._play = functools.lru_cache(64)(self._play)
+        self._by_hand = None  # (user, tokens) while one prunes by hand
+        self._rule = {}  # what the rule scored
         names = list(self._scorers)
         last = self.model.config.num_layers
         for name, value, valid in (
@@ -405,10 +401,14 @@ class PruningExplorer(HistoryExplorer):
             self.controls[name].disabled = self._by_hand is not None
         if "rule" in content:
             number = self._rule.get("number", 0) + 1
-            settings = {"layer": self.value("layer"), "positions": self.value("positions")}
-            found = play_rule(self.model, self._crowd, **content["rule"], **settings)
+            levels = tuple(content["rule"]["levels"])
+            newest = content["rule"]["newest"]
+            found = self._play(levels, newest, self.value("layer"), self.value("positions"))
             self._rule = found | {"number": number}
         self.refresh()
+
+    def _play(self, levels, newest, layer, positions):
+        return play_rule(self.model, self._crowd, levels, newest, layer, positions)
 
     def _score(self, user, pruning, without=()):
         """(place, log-probability) of the next item: its place in the list, 0 where it is missing,
