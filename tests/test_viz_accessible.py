@@ -14,7 +14,7 @@ from conftest import ROOT
 from sidlab import SidTable, TrainConfig, load_catalogue, viz
 from sidlab.course.labels import Labels
 from sidlab.figures import theme
-from sidlab.viz.explorer import ChartView
+from sidlab.viz.view import ChartView
 
 # Widgets that ipywidgets draws as native, focusable inputs or, sliders, as handles that take the
 # arrow keys.

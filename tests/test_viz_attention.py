@@ -15,7 +15,8 @@ from sidlab.course import demo
 from sidlab.course.probe import Probe
 from sidlab.decoding import score_items
 from sidlab.viz import AttentionExplorer
-from sidlab.viz.attention import FAINT, SHADES, SHOWN, factors, small_multiples
+from sidlab.viz.attention import SHOWN
+from sidlab.viz.attention_figure import FAINT, SHADES, factors, small_multiples
 
 SMALL, LARGE, CENTRALITY, SALIENCY, IMPORTANCE, STARS, LINES, ENDS = range(8)
 

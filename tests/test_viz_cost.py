@@ -27,14 +27,12 @@ from sidlab.research.calibration import (
 )
 from sidlab.research.cost import cost, recommend_flops
 from sidlab.viz import CostCalculator, PaddingExplorer
-from sidlab.viz.cost import (
+from sidlab.viz.cost import PRESETS, expected_prefixes, table_bytes
+from sidlab.viz.padding import (
     ON_BEAUTY,
-    PRESETS,
     WIDTHS,
-    expected_prefixes,
     five_core_lengths,
     padding_rows,
-    table_bytes,
     windows_of_batches,
 )
 from sidlab.windows import Windows, leave_one_out
@@ -84,7 +82,7 @@ def test_lengths_have_the_asked_mean_and_five_items_at_least():
 
 @pytest.mark.parametrize("which, kind", [("prefixes", "prefixes"), ("published", "contiguous")])
 def test_windows_are_counted_as_the_library_cuts_them(monkeypatch, which, kind):
-    monkeypatch.setattr("sidlab.viz.cost.LIMIT", 10**9)
+    monkeypatch.setattr("sidlab.viz.padding.LIMIT", 10**9)
     split = leave_one_out([np.ones(n, np.int64) for n in LENGTHS])
     expected = np.bincount(Windows(split.train, 30, kind).lengths, minlength=31)[1:]
     found = windows_of_batches(LENGTHS, which)

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from plotly.subplots import make_subplots
 
 from sidlab.figures import theme
-from sidlab.viz.explorer import Explorer, State, chart_state, write_frames
+from sidlab.viz.explorer import Explorer, chart_state
+from sidlab.viz.export import write_frames
+from sidlab.viz.view import State
 
 
 class Squares(Explorer):

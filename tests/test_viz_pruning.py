@@ -21,7 +21,8 @@ from sidlab.decoding import encode_histories, score_items
 from sidlab.pruning import PruningConfig
 from sidlab.training import build_model
 from sidlab.viz import PruningExplorer
-from sidlab.viz.pruning import PruningView, hover, pruning_svg
+from sidlab.viz.pruning import PruningView
+from sidlab.viz.pruning_svg import hover, pruning_svg
 
 LEVELS = 4  # three codes and a separator
 SVG = "{http://www.w3.org/2000/svg}"

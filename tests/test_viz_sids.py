@@ -17,7 +17,13 @@ from sidlab.data.planted import planted_catalogue
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
 from sidlab.viz import SidExplorer
-from sidlab.viz.sids import AXES, SYMBOLS, main_plane, prefix_nodes, typical_words
+from sidlab.viz.sid_figure import (
+    AXES,
+    SYMBOLS,
+    main_plane,
+    prefix_nodes,
+    typical_words,
+)
 
 WORLD = planted_catalogue(20, seed=3)
 SETTINGS = (

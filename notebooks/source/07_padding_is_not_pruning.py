@@ -46,7 +46,7 @@ torch.set_num_threads(1)  # steps as small as ours gain little from more, and th
 # sets have many short histories and few long ones. The function below draws lengths of that *shape* (a power law from 5 items on, an approximation, not the data).
 
 # %%
-from sidlab.viz.cost import five_core_lengths
+from sidlab.viz.padding import five_core_lengths
 
 lengths = five_core_lengths(mean_items)
 test_items = np.minimum(lengths - 1, 30)  # of a test history: all but the last item, at most 30
@@ -371,7 +371,7 @@ teach.quiz(
 # * RASTP: [arXiv 2511.16943](https://arxiv.org/abs/2511.16943), its code: Yuzt-zju/RASTP on GitHub; STAMP: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329);
 #   TIGER, whose model it prunes: [arXiv 2305.05065](https://arxiv.org/abs/2305.05065)
 # * Code: [both pruning rules](../sidlab/pruning.py), [where `mode="reference"` sits in T5](../sidlab/models/t5.py), [batches without padding](../sidlab/windows.py),
-#   [the explorers](../sidlab/viz/cost.py) and [the quirks](../sidlab/viz/quirks.py), [a test of each quirk](../tests/test_reference.py)
+#   [the explorer](../sidlab/viz/padding.py) and [the quirks](../sidlab/viz/quirks.py), [a test of each quirk](../tests/test_reference.py)
 
 # %% tags=["record"]
 record = {

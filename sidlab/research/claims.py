@@ -7,12 +7,12 @@ the claims page from their files.
 A claim is judged by rules alone, from every results.json, study.json and benchmark below `--output`
 and `--evidence`; nothing is typed in. A saving is confirmed where ours is at least the published
 one over the whole of its spread (`_faster`), and not where all of it is less; pruned and unpruned
-model pad alike, so that padding saved is not pruning's. Quality counts as kept where the difference to the unpruned model is above
-−5 % of its recall@10, as lost where it is below, and as better or worse where it is above or below
-0; all other findings are undecided (`_test`). What decides is tested at 5 %, corrected for the
-number of tests that a claim takes (false discovery rate). One seed decides nothing about quality,
-nor does a model that is far from the published one (`MATURE`). RASTP is judged by encoders with
-decoders, the only models that it had. Without a DATASET nothing is run.
+model pad alike, so that padding saved is not pruning's. Quality counts as kept where the difference
+to the unpruned model is above −5 % of its recall@10, as lost where it is below, and as better or
+worse where it is above or below 0; all other findings are undecided (`_test`). What decides is
+tested at 5 %, corrected for the number of tests that a claim takes (false discovery rate). One seed
+decides nothing about quality, nor does a model that is far from the published one (`MATURE`). RASTP
+is judged by encoders with decoders, the only models that it had. Without a DATASET nothing is run.
 """
 
 import argparse

@@ -60,7 +60,8 @@ RASTP_POOLING = {"none": 0.0427, 1: 0.0374, 2: 0.0400, 3: 0.0385}
 
 
 def data_name(dataset: str) -> str:
-    """The name of a data set without its folder and year: "amazon-2014-beauty" is "amazon-beauty"."""
+    """The name of a data set without its folder and year: "amazon-2014-beauty" is "amazon-beauty".
+    """
     return pathlib.PurePath(dataset).name.replace("-2014-", "-")
 
 

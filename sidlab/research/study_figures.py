@@ -37,10 +37,10 @@ PANELS = {
 
 def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS)) -> go.Figure:
     """Test recall@10 with its 95 % interval, seconds per 1,000 training windows and peak memory of
-    every setting of `rows` (what `studies.summarise` gives), single seeds as dots. `x`: the column on the axis, a line
-    for each number of the other setting; None: settings by name, one below the other, and no
-    memory. `panels`: which of `PANELS`, where there is an x. The first setting is the dotted line
-    and its band.
+    every setting of `rows` (what `studies.summarise` gives), single seeds as dots. `x`: the column
+    on the axis, a line for each number of the other setting; None: settings by name, one below the
+    other, and no memory. `panels`: which of `PANELS`, where there is an x. The first setting is the
+    dotted line and its band.
     """
     records = rows.to_dict("records")
     first = records[0]

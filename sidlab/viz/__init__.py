@@ -14,7 +14,7 @@ _HOME = {
     "DilutionExplorer": "recorded",
     "MapExplorer": "recorded",
     "CostCalculator": "cost",
-    "PaddingExplorer": "cost",
+    "PaddingExplorer": "padding",
     "QuirkExplorer": "quirks",
 }
 

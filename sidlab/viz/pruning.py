@@ -7,25 +7,25 @@ by hand, or make a rule of levels and recency, and be scored against the scorers
 
 import functools
 import html
-import textwrap
 
 import ipywidgets as widgets
 import numpy as np
-import torch
 
 from sidlab.checks import integer, one_of
 from sidlab.config import TrainConfig
-from sidlab.figures.theme import BLUE, GREY, ORANGE
-from sidlab.metrics import rank_of_target, recall_at
-from sidlab.pruning import POSITIONS, UNITS, PruningConfig, highest
+from sidlab.figures.charts import shorten
+from sidlab.metrics import rank_of_target
+from sidlab.pruning import POSITIONS, UNITS, PruningConfig
 from sidlab.research.cost import cost
-from sidlab.saliency import SCORERS, token_importance
-from sidlab.viz.explorer import HistoryExplorer, View, moved, within
+from sidlab.saliency import SCORERS
+from sidlab.viz.explorer import HistoryExplorer, moved, within
+from sidlab.viz.pruning_game import beaten, level_names, play_rule
+from sidlab.viz.pruning_svg import pruning_svg, without_tags
+from sidlab.viz.view import View
 
 RIVALS = ("rastp", "random", "recent", "oracle")  # whom the reader plays against
 CROWD = 200  # how many users a rule is scored over
 SEARCHED = 200  # how many items are scored: one that leaves the list still has a log-probability
-PLACES = 10  # of the list
 
 
 class PruningView(View):
@@ -73,16 +73,12 @@ class PruningExplorer(HistoryExplorer):
         without = {"rastp-visible"} if self.model.config.encoder_mask == "full" else set()
         without |= {"oracle"} if self.catalogue.truth is None else set()
         self._scorers = {name: name for name in SCORERS if name not in without} | (scorers or {})
-        self._full, self._cost = (
-            functools.lru_cache(8)(self._full),
-            functools.lru_cache(512)(self._cost),
-        )
-        self._score, self._recall = (
-            functools.lru_cache(256)(self._score),
-            functools.lru_cache(64)(self._recall),
-        )
-        self._by_hand = None
-        self._rule = {}  # (user, tokens) while one prunes by hand; what the rule scored
+        self._full = functools.lru_cache(8)(self._full)
+        self._cost = functools.lru_cache(512)(self._cost)
+        self._score = functools.lru_cache(256)(self._score)
+        self._play = functools.lru_cache(64)(self._play)
+        self._by_hand = None  # (user, tokens) while one prunes by hand
+        self._rule = {}  # what the rule scored
         names = list(self._scorers)
         last = self.model.config.num_layers
         for name, value, valid in (
@@ -280,7 +276,7 @@ class PruningExplorer(HistoryExplorer):
         )
         return {
             "text": text,
-            "label": html.unescape(_without_tags(text)),
+            "label": html.unescape(without_tags(text)),
             "layer": layer,
             "layers": self.model.config.num_layers,
             "levels": level_names(self.model),
@@ -315,7 +311,7 @@ class PruningExplorer(HistoryExplorer):
     def _tokens(self, probe, importance, kept):
         levels = level_names(self.model)
         offsets = self.model.table.offsets
-        titles = [_cut(title, 32) for title in self.titles(probe.history)]
+        titles = [shorten(title, 32) for title in self.titles(probe.history)]
         item = probe.item_index.tolist()
         level = probe.levels.tolist()
         n = len(kept)
@@ -359,7 +355,7 @@ class PruningExplorer(HistoryExplorer):
             )
         return (
             f"<p><b>{kept.sum()} of {len(kept)} tokens kept.</b>{truth}</p><p>The next item was "
-            f"<b>★ {html.escape(_cut(self.titles([target])[0], 60))}</b>: "
+            f"<b>★ {html.escape(shorten(self.titles([target])[0], 60))}</b>: "
             f"{found[1]} (unpruned: {found[0]}).</p>"
         )
 
@@ -404,8 +400,15 @@ class PruningExplorer(HistoryExplorer):
         for name in ("keep", "scorer", "unit", "protect"):
             self.controls[name].disabled = self._by_hand is not None
         if "rule" in content:
-            self._rule = self._ruled(**content["rule"])
+            number = self._rule.get("number", 0) + 1
+            levels = tuple(content["rule"]["levels"])
+            newest = content["rule"]["newest"]
+            found = self._play(levels, newest, self.value("layer"), self.value("positions"))
+            self._rule = found | {"number": number}
         self.refresh()
+
+    def _play(self, levels, newest, layer, positions):
+        return play_rule(self.model, self._crowd, levels, newest, layer, positions)
 
     def _score(self, user, pruning, without=()):
         """(place, log-probability) of the next item: its place in the list, 0 where it is missing,
@@ -435,18 +438,7 @@ class PruningExplorer(HistoryExplorer):
             [name, str(place or "–"), "–" if score is None else f"{score:.2f}"]
             for name, (place, score) in scores.items()
         ]
-        mine = scores["you"][1]
-        level = []
-        worse = []
-        for name in names if mine is not None else ():
-            theirs = scores[name][1]
-            if theirs is None or theirs < mine - 5e-3:
-                worse.append(name)
-            elif theirs < mine + 5e-3:
-                level.append(name)
-        verdict = [f"Better than {', '.join(worse)}." if worse else "Better than none so far."]
-        verdict += [f"Level with {', '.join(level)}."] if level else []
-        verdict = " ".join(verdict)
+        verdict = beaten(scores)
         said = "; ".join(f"{name} {place} ({score})" for name, place, score in rows)
         text = (
             f"sidlab: I kept {kept} of user {user}'s {n} tokens by hand, after layer "
@@ -454,77 +446,6 @@ class PruningExplorer(HistoryExplorer):
             f"Place (log-probability) of the next item: {said}."
         )
         return {"on": True, "pruned": list(hand), "rows": rows, "text": text, "verdict": verdict}
-
-    def _recall(self, scorer, levels, newest, layer, positions):
-        """(recall@10, kept tokens) of many users when `scorer` keeps as many tokens of each as the
-        rule does. "rule": the rule itself, of which alone the tokens are counted; None: nothing is
-        pruned."""
-        from sidlab.decoding import encode_histories
-        from sidlab.training import evaluate
-
-        pruning = scorer and PruningConfig(
-            after_layer=layer,
-            keep=1.0,
-            mass=1.0,
-            positions=positions,
-            scorer=as_many(keep_rule(levels, newest), None if scorer == "rule" else scorer),
-        )
-        histories = [history[:-1] for history in self._crowd]
-        targets = np.array([history[-1] for history in self._crowd])
-        before = self.model.pruning
-        self.model.set_pruning(pruning)
-        try:
-            recall = float(recall_at(evaluate(self.model, histories, targets), PLACES).mean())
-            kept = 0
-            if scorer == "rule":
-                with torch.no_grad():
-                    kept = int(encode_histories(self.model, histories).attention_mask.sum())
-        finally:
-            self.model.set_pruning(before)
-        return recall, kept
-
-    def _ruled(self, levels, newest):
-        """What `state()["rule"]` says of this rule."""
-        names = level_names(self.model)
-        levels = tuple(sorted({integer("levels", level, 0) for level in levels}))
-        if not levels or levels[-1] >= len(names):
-            raise ValueError(
-                f"levels must hold at least one of 0..{len(names) - 1}, got {list(levels)}"
-            )
-        newest = integer("newest", newest)
-        layer = self.value("layer")
-        positions = self.value("positions")
-        scored = {
-            name: self._recall(name, levels, newest, layer, positions)
-            for name in ("rule", "rastp", "random", "recent")
-        }
-        unpruned, _ = self._recall(None, (), 1, layer, positions)
-        total = sum(
-            min(len(history) - 1, self.model.config.max_items) for history in self._crowd
-        ) * len(names)
-        share = scored["rule"][1] / total
-        rows = [
-            ["your rule" if name == "rule" else name, f"{recall:.3f}"]
-            for name, (recall, _) in scored.items()
-        ]
-        rows.append(["nothing pruned", f"{unpruned:.3f}"])
-        kinds = ", ".join(names[level] for level in levels)
-        what = f"keep {kinds} of the newest {newest} item{'s' * (newest > 1)}"
-        said = ", ".join(f"{name} {recall}" for name, recall in rows)
-        text = (
-            f"sidlab: {what} ({share:.0%} of the tokens, after layer {layer}). "
-            f"recall@10 of {len(self._crowd)} users: {said}."
-        )
-        return {
-            "levels": list(levels),
-            "newest": newest,
-            "rows": rows,
-            "text": text,
-            "what": what,
-            "share": f"{share:.0%}",
-            "users": len(self._crowd),
-            "number": self._rule.get("number", 0) + 1,
-        }
 
     def frames(self, values=None):
         """As in `Explorer`; nobody hears what is played on an exported page."""
@@ -534,185 +455,6 @@ class PruningExplorer(HistoryExplorer):
         return {"image/svg+xml": pruning_svg(self.content), "text/plain": self.content["label"]}
 
 
-def keep_rule(levels, newest: int):
-    """A scorer (see `saliency`): 1 for tokens of these `levels` (from 0) in the `newest` items,
-    else 0."""
-    wanted = torch.tensor(levels)
-
-    def scorer(signals):
-        real = signals.mask.bool()
-        last = signals.item_index.masked_fill(~real, -1).amax(1, keepdim=True)  # [B, 1]
-        chosen = (
-            torch.isin(signals.levels, wanted.to(signals.levels.device))
-            & (last - signals.item_index < newest)
-            & real
-        )
-        return chosen.float()
-
-    return scorer
-
-
-def as_many(rule, scorer=None):
-    """A scorer: 1 for as many tokens of each row as `rule` gives, those that `scorer` finds most
-    important (None: the rule's own), else 0. With keep=1 and mass=1 exactly these are kept."""
-
-    def chosen(signals):
-        ones = rule(signals)
-        return (
-            ones
-            if scorer is None
-            else highest(token_importance(signals, scorer), ones.sum(1).long()).float()
-        )
-
-    return chosen
-
-
 def _cells(weights) -> str:
     """Weights in 0..1, any shape, as `state` describes."""
     return "".join(map(chr, (np.rint(10_000 * weights.astype(float)).astype(int) + 35).ravel()))
-
-
-def _cut(title, width):
-    return title if len(title) <= width else title[: width - 1] + "…"
-
-
-def _without_tags(text):
-    return " ".join(
-        text.replace("</p><p>", " ")
-        .replace("<p>", "")
-        .replace("</p>", "")
-        .replace("<b>", "")
-        .replace("</b>", "")
-        .split()
-    )
-
-
-def pruning_svg(state: dict) -> str:
-    """A picture of `PruningExplorer.state`, SVG on white: the tokens, those that are kept, the
-    list."""
-    tokens = state["tokens"]
-    levels = len(state["levels"])
-    titles = state["items"]["title"]
-    informative = tokens["informative"] or [0] * len(tokens["kept"])
-    # As large as it goes in few lines.
-    size = 22 if len(titles) <= 10 else 15
-    step = size + 2
-    wide = (size + 2) * levels + 8
-    in_line = max(1, 580 // wide)
-    parts = []
-
-    def box(token, left, top):
-        """One token: 40 pixels high, its bar as high as it is important, its code below."""
-        kept = tokens["kept"][token]
-        scaled = tokens["scaled"][token]
-        color, dash = (BLUE, "") if kept else (GREY, ' stroke-dasharray="3 2"')
-        parts.append(
-            f'<rect class="{"kept" if kept else "pruned"}" x="{left}" y="{top}" width="{size}" '
-            f'height="40" rx="2" fill="{"#fff" if kept else "url(#sidlab-pruned)"}" '
-            f'stroke="{color}" stroke-width="1.5"{dash}>'
-            f"<title>{_escaped(hover(state, token))}</title></rect>"
-        )
-        high = round(22 * scaled, 1)
-        parts.append(
-            f'<path d="M{left + 3} {top + 25}v-{high}h{size - 6}v{high}z" fill="{color}"/>'
-        )
-        if kept:
-            parts.append(f'<path d="M{left} {top + 25}h{size}v15h-{size}z" fill="{color}"/>')
-        _write(
-            parts,
-            left + size / 2,
-            top + 36,
-            tokens["code"][token],
-            10,
-            "#fff" if kept else "#222",
-            "middle",
-        )
-        if informative[token]:
-            parts.append(
-                f'<circle cx="{left + size - 4}" cy="{top + 5}" r="3.5" '
-                f'fill="{ORANGE}" stroke="#222"/>'
-            )
-
-    _write(parts, 10, 20, state["label"].partition(". The next")[0] + ".", 13)
-    _write(parts, 10, 38, "The next" + state["label"].partition(". The next")[2], 13)
-    _write(
-        parts,
-        10,
-        58,
-        f"All tokens, as the layers up to {state['layer']} read them. "
-        "Bar: importance; hatched: pruned; dot: truly informative.",
-        11,
-    )
-    for item, title in enumerate(titles):
-        left = 10 + wide * (item % in_line)
-        top = 66 + 76 * (item // in_line)
-        lines = textwrap.wrap(
-            f"{item + 1}. {title}", max(8, int(wide / 6)), max_lines=2, placeholder="…"
-        )
-        for number, line in enumerate(lines):
-            _write(parts, left, top + 10 + 12 * number, line, 10)
-        for token in (token for token, of in enumerate(tokens["item"]) if of == item):
-            box(token, left + step * tokens["level"][token], top + 27)
-    bottom = 66 + 76 * -(-len(titles) // in_line)
-
-    kept = [token for token, flag in enumerate(tokens["kept"]) if flag]
-    _write(
-        parts,
-        10,
-        bottom + 14,
-        f"After layer {state['layer']} {len(kept)} of {len(tokens['kept'])} tokens are left.",
-        11,
-    )
-    in_row = 580 // step
-    for place, token in enumerate(kept):
-        box(token, 10 + step * (place % in_row), bottom + 20 + 46 * (place // in_row))
-    bottom += 24 + 46 * -(-len(kept) // in_row)
-
-    for place, (item, title, move) in enumerate(
-        zip(state["list"]["after"], state["list"]["title"], state["list"]["moved"]), start=1
-    ):
-        target = item == state["target"]["item"]
-        top = 58 + 22 * place
-        if target:
-            parts.append(
-                f'<path d="M606 {top - 15}h284v21h-284z" fill="{ORANGE}" fill-opacity="0.25"/>'
-            )
-        _write(parts, 628, top, str(place), 12, "#595959", "end")
-        _write(parts, 636, top, _cut(f"{'★ ' * target}{title}", 34), 12)
-        _write(parts, 886, top, move, 12, "#595959", "end")
-    _write(parts, 610, 58, "recommended", 11)
-    height = max(bottom, 70 + 22 * len(state["list"]["after"]))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height}" width="900" '
-        f'height="{height}" role="img" aria-label="{_escaped(state["label"])}" '
-        'font-family="system-ui, sans-serif" style="max-width: 100%; height: auto">'
-        '<defs><pattern id="sidlab-pruned" width="5" height="5" patternUnits="userSpaceOnUse" '
-        'patternTransform="rotate(45)">'
-        f'<path d="M0 0h5v5h-5z" fill="#fff"/><path d="M0 0v5" stroke="{GREY}"/></pattern></defs>'
-        f'<path d="M0 0h900v{height}h-900z" fill="#fff"/>{"".join(parts)}</svg>'
-    )
-
-
-def hover(state: dict, token: int) -> str:
-    """What is said of a token, as `pruning.js` says it."""
-    tokens = state["tokens"]
-    kept = "kept" if tokens["kept"][token] else "pruned"
-    return f"{tokens['name'][token]}: code {tokens['code'][token]}, {kept}, {tokens['fact'][token]}"
-
-
-def _write(parts, x, y, text, size, color="#222", anchor="start"):
-    parts.append(
-        f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}">'
-        f"{_escaped(text)}</text>"
-    )
-
-
-def _escaped(text):
-    """For XML, which knows no control characters."""
-    return html.escape("".join(letter for letter in text if letter.isprintable()))
-
-
-def level_names(model):
-    return [f"level {v + 1}" for v in range(model.table.levels)] + [
-        "separator"
-    ] * model.config.separators

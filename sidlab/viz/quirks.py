@@ -20,7 +20,7 @@ from sidlab.figures.theme import BLUE, SCALE, VERMILLION, template
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.viz.explorer import Explorer, demo_or
-from sidlab.viz.pruning import level_names
+from sidlab.viz.pruning_game import level_names
 from sidlab.windows import history_tokens, pad_histories
 
 AFTER = 2

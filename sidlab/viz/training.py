@@ -3,7 +3,7 @@
 Every run has a thread of its own, in which `train` is one call, and one thread trains at a time:
 it has the turn for a few updates, then the next one has it. A run that is paused is a thread that
 gets no turn. What PyTorch and the libraries keep for the whole process goes with the turn
-(`_Turns`), so a run gives bit for bit what `train` alone gives. But code that draws random numbers
+(`Turns`), so a run gives bit for bit what `train` alone gives. But code that draws random numbers
 in the notebook meanwhile draws them from the run whose turn it is.
 
 The threads draw the picture too: ipykernel takes widget messages from any thread.
@@ -12,16 +12,12 @@ The threads draw the picture too: ipykernel takes widget messages from any threa
 import contextlib
 import dataclasses
 import os
-import random
 import threading
 import time
 
 import ipywidgets as widgets
 import numpy as np
-import torch
-from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from sidlab.checks import one_of
 from sidlab.config import TrainConfig
@@ -32,6 +28,7 @@ from sidlab.figures.theme import MARKS
 from sidlab.research.baselines import Popularity
 from sidlab.training import TrainResult, planned_updates, result_so_far, train, validation_cases
 from sidlab.viz.explorer import Explorer, alert, chart_state, write_frames
+from sidlab.viz.turns import Turns
 from sidlab.windows import leave_one_out
 
 PAUSE = 0.5  # seconds between two pictures
@@ -406,77 +403,7 @@ class _Run:
         return f"{'Resume' if self.state == 'paused' else 'Start'} {self.name}", "play"
 
 
-class _Turns:
-    """Whose turn it is: one thread of all monitors trains at a time, in the order of a queue.
-
-    With the turn goes what a process has once and a run takes for its own: the random state, how
-    loud Hugging Face's libraries are, and what accelerate remembers about precision and batches.
-    Afterwards all that is as it was before the turn.
-    """
-
-    def __init__(self):
-        self.changed = threading.Condition()  # guards the queue and `_Run.wanted`
-        self.holder = None
-        self.queue = []
-
-    def has(self, run):
-        return run is self.holder or run in self.queue
-
-    def queue_up(self, run):
-        """Let a run in that waits for the turn or soon will, unless it is there already."""
-        with self.changed:
-            if not self.has(run):
-                self.queue.append(run)
-            self.changed.notify_all()
-
-    def take(self, run):
-        """Wait until the run is first in the queue, and until the one before it is through."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.holder is None and self.queue[:1] == [run])
-            self.holder = self.queue.pop(0)
-        self.outside = _process()
-        if run.kept is not None:
-            _restore(run.kept)
-
-    def give(self, run, again=False):
-        """End the run's turn. `again`: it queues up for another one, as does one that is wanted
-        again by now."""
-        run.kept = _process()
-        _restore(self.outside)
-        with self.changed:
-            self.holder = None
-            if again or run.wanted:
-                self.queue.append(run)
-            self.changed.notify_all()
-
-
-_turns = _Turns()
-_OF_ACCELERATE = (AcceleratorState, GradientState)
-
-
-def _process():
-    """What the process has once: see `_Turns`."""
-    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    of_accelerate = [dict(of._shared_state) for of in _OF_ACCELERATE]
-    bars = logging.is_progress_bar_enabled()
-    return numbers, on_gpu, logging.get_verbosity(), bars, of_accelerate
-
-
-def _restore(kept):
-    (python, numpy, on_cpu), on_gpu, verbosity, bars, of_accelerate = kept
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(on_cpu)
-    if on_gpu is not None:
-        torch.cuda.set_rng_state(on_gpu)
-    logging.set_verbosity(verbosity)
-    if bars != logging.is_progress_bar_enabled():
-        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
-    for of, content in zip(_OF_ACCELERATE, of_accelerate):
-        of._shared_state.update(content)
-        for name in of._shared_state.keys() - content.keys():
-            del of._shared_state[name]
+_turns = Turns()
 
 
 class _Watch(TrainerCallback):
