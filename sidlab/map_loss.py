@@ -24,14 +24,12 @@ UNITS = ("item", "token")
 
 @dataclasses.dataclass(frozen=True)
 class MapConfig:
-    """`steps`: how many steps ahead (S). `weight` of the auxiliary loss beside the main one.
-    `unit`: "item" or "token". `decay`: step s weighs decay^(s−1).
-    """
+    """How far MAP looks ahead, and how much that counts."""
 
-    steps: int = 2
-    weight: float = 0.3
-    unit: str = "item"
-    decay: float = 1.0
+    steps: int = 2  # S, how many steps ahead
+    weight: float = 0.3  # of the auxiliary loss beside the main one
+    unit: str = "item"  # what a step is: the next "item", or the next "token" of the target
+    decay: float = 1.0  # step s weighs decay^(s−1)
 
     def __post_init__(self):
         plain(self)

@@ -40,31 +40,24 @@ class Pruned(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PruningConfig:
-    """What to prune, where and by which score.
+    """What to prune, where and by which score."""
 
-    `after_layer`: counted from 1; pruning happens behind this layer and scores come from it.
-    `keep`: the kept fraction, in (0, 1]. `scorer`: a name in `saliency.SCORERS`, "module:function",
-    or a callable (which a model is saved without). `unit`: "token" or "item" (whole items).
-    `protect_separators`: keep every separator, on top. `positions`: position information behind the
-    pruner: "original" (places in the full history), "compact" (places among the kept) or "none" (as
-    the published code does by accident). `at_inference`: prune there too, as the published code
-    does. `reduce`: "select" tokens, or "pool": average neighbours down to the kept share, which
-    needs no scorer. `mass`: of each row only the smallest set of tokens that holds this share of
-    the row's importance, `keep` being the most (so a share by row; for scores that are not
-    negative, with unit="token"). `mode`: "corrected", or "reference": what the published code does
-    (see `reference_choice` and the docstring of `models.t5`), for histories padded to a fixed
-    length.
-    """
-
-    after_layer: int = 2
-    keep: float = 1 / 3
+    after_layer: int = 2  # counted from 1; the scores come from this layer, too
+    keep: float = 1 / 3  # the kept share of each row's own tokens, in (0, 1]
+    # A name in `saliency.SCORERS`, "module:function", or a callable (which no model is saved with)
     scorer: str | Callable = "rastp"
-    unit: str = "token"
-    protect_separators: bool = False
+    unit: str = "token"  # or "item": whole items stay or go
+    protect_separators: bool = False  # every separator stays, on top of the share
+    # Which place a kept token has for later layers: "original", that in the full history;
+    # "compact", that among the kept; "none", as in the published code by accident
     positions: str = "original"
-    at_inference: bool = True
-    reduce: str = "select"
+    at_inference: bool = True  # prune when recommending, too, as the published code does
+    reduce: str = "select"  # or "pool": average neighbours down to the share, which needs no scorer
+    # Of each row only the smallest set of tokens that holds this share of the row's importance;
+    # `keep` is then the most. For scores that are not negative, with unit="token"
     mass: float | None = None
+    # "corrected", or "reference": what the published code does, for histories padded to a fixed
+    # length (see `reference_choice` and the docstring of `models.t5`)
     mode: str = "corrected"
 
     def __post_init__(self):

@@ -42,17 +42,19 @@ SHARES = (0.1, 0.2, 1 / 3, 0.5, 0.7, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """`kind`: one of `KINDS`. `start`: the kept share at first, and `until`, the share of the
-    updates after which `keep` is reached (schedules). `bound` (loss-gap), in nats per token.
-    `threshold` (settled-layer), a correlation. `every`: updates between two looks at the probe, a
-    divisor of `eval_every`, so that a resumed run decides as one that was not interrupted.
-    """
+    """How pruning changes while a model trains."""
 
-    kind: str = "cosine"
-    start: float = 0.15
-    until: float = 0.5
-    bound: float = 0.02
-    threshold: float = 0.9
+    kind: str = "cosine"  # one of `KINDS`
+    # --- Schedules
+    start: float = 0.15  # the kept share at first
+    until: float = 0.5  # the share of the updates after which `keep` is reached
+    # --- "loss-gap"
+    bound: float = 0.02  # nats per token that the loss may be above the unpruned one
+    # --- "settled-layer"
+    threshold: float = 0.9  # Spearman's correlation from which on a ranking has settled
+    # --- Both of these
+    # Updates between two looks at the probe: a divisor of `eval_every`, so that a resumed run
+    # decides as one that was not interrupted
     every: int = 50
 
     def __post_init__(self):

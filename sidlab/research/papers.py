@@ -60,8 +60,7 @@ RASTP_POOLING = {"none": 0.0427, 1: 0.0374, 2: 0.0400, 3: 0.0385}
 
 
 def data_name(dataset: str) -> str:
-    """The name of a data set without its folder and year: "amazon-2014-beauty" is "amazon-beauty".
-    """
+    """A data set's name without folder and year: of "x/amazon-2014-beauty" "amazon-beauty"."""
     return pathlib.PurePath(dataset).name.replace("-2014-", "-")
 
 
