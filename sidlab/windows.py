@@ -460,7 +460,7 @@ def truth_tokens(values: np.ndarray, levels: int, separators: bool, shape) -> Te
     return full
 
 
-def tell_padding(batch: dict) -> dict:
+def add_padding_flag(batch: dict) -> dict:
     """`batch` with "padded", whether any slot is empty: asked here, on the processor, because a GPU
     would have to be waited for.
     """

@@ -83,6 +83,7 @@ class Subject:
         config = copy.deepcopy(model.config)
         config.pruning = pruning.to_dict()
         config.max_items = slots
+        config.padded_items = None
         config.dropout_rate = DROPOUT
         config.map = None
         out = SidT5(config, model.table)
