@@ -96,9 +96,9 @@ class Published:
         return x + self.drop(out)
 
     def embed(self, sids, side):
-        """`sids`: the codes of each history, int64 [n, L]. Codes are shifted by level, then padded with
-        0, which by now is the first level's code 0; a separator follows every item, a padded one,
-        too. Returns float [B, N, d] and the mask [B, N].
+        """`sids`: the codes of each history, int64 [n, L]. Codes are shifted by level, then padded
+        with 0, which by now is the first level's code 0; a separator follows every item, a padded
+        one, too. Returns float [B, N, d] and the mask [B, N].
         """
         rows = []
         masks = []
@@ -161,8 +161,8 @@ def hidden_from(mask):
 
 
 def published_case(seed, after_layer, side, dropout=0.0):
-    """The kit's model and the published one with the same weights; random histories and targets for
-    both: (the kit's model, its inputs, the published model, its embedded histories and mask, codes).
+    """The kit's model and the published one with the same weights, random histories and targets:
+    (the kit's model, its inputs, the published one, its embedded histories and mask, the codes).
     """
     model = build(
         PruningConfig(mode="reference", after_layer=after_layer),

@@ -236,9 +236,7 @@ class PrunedEncoder(PrunedStack, T5Stack):
             pruned = self.select(hidden, centrality, input_ids, truth, out)
         # What the decoder gets; the published code gathers its mask for the encoder's layers alone
         out.attention_mask = (
-            tokens[:, : pruned.mask.shape[1]].long()
-            if pruning.mode == "reference"
-            else pruned.mask
+            tokens[:, : pruned.mask.shape[1]].long() if pruning.mode == "reference" else pruned.mask
         )
         out.positions = pruned.positions
         seen = pruned.mask if self.padded_behind(padded) else None

@@ -81,8 +81,6 @@ def cost(
         widths,
         longest if p is not None and (p.unit == "item" or p.protect_separators) else room,
     )
-    if p is not None and p.mode == "reference":
-        kept = np.floor(p.keep * slots + 1e-6).astype(np.int64)
     padded = (
         shortest < room,
         np.minimum(_kept(config, widths, shortest), shortest * (len(widths) + config.separators))
@@ -282,6 +280,8 @@ def _kept(config, widths, items):
     separators = items * config.separators
     if p is None:
         return codes + separators
+    if p.mode == "reference":
+        return np.floor(p.keep * (codes + separators) + 1e-6).astype(np.int64)
     whole = p.unit == "item"
     # One token stays on top: of a stream the last one, otherwise the first, which no pooling
     # spares.
