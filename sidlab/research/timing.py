@@ -107,6 +107,7 @@ def stock_model(table, config: TrainConfig):
         num_decoder_layers=config.num_decoder_layers,
         dropout_rate=config.dropout,
         vocab_size=table.vocab_size,
+        tie_word_embeddings=config.tie_embeddings,
     )
     model = T5ForConditionalGeneration(
         T5Config(
