@@ -350,7 +350,8 @@ class UserBatches(torch.utils.data.Sampler):
     An update's windows are dealt to its `accumulation` batches by length: its gradient stays the
     same, and it needs hardly any padding. Users that fill no whole update wait for another epoch's
     shuffle. (The published code draws with replacement, so that of 512 windows about 412 are
-    distinct, and its loss is the mean of its batches' means.) ValueError where an update could have fewer windows than batches.
+    distinct, and its loss is the mean of its batches' means.) ValueError where an update could have
+    fewer windows than batches.
     """
 
     def __init__(

@@ -117,6 +117,8 @@ def stock_model(table, config: TrainConfig):
     model.config.update(
         dict(ffn_hidden_layers=config.ffn_hidden_layers, ffn=config.ffn, residual_dropout=None)
     )
+    if not config.tie_embeddings:  # the library ties its head whatever its configuration says
+        model.lm_head = torch.nn.Linear(config.d_model, table.vocab_size, bias=False)
     for block in (*model.encoder.block, *model.decoder.block):
         block.layer[-1].DenseReluDense = DeepFeedForward(model.config)
     return model
