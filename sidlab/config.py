@@ -74,8 +74,8 @@ class TrainConfig:
     residual_dropout: float | None = None
     label_smoothing: float = 0.0  # of the training loss, over the codes of a level
     weight_decay: float = 1e-4  # with `muon`, of the matrices alone
-    # Decay is part of every parameter's gradient (Adam with L2, as published). AdamW's is apart from
-    # the gradient, and spares norms and biases.
+    # Decay is part of every parameter's gradient (Adam with L2, as published). AdamW keeps it apart
+    # from the gradient, and spares norms and biases.
     coupled_decay: bool = False
 
     # --- Pruning and supervision

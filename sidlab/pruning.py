@@ -264,8 +264,8 @@ def reference_choice(hidden: Tensor, mask: Tensor, importance: Tensor, keep: flo
     the row's length.
 
     Arguments as in `TokenPruner.forward`; among padding, which scores nothing, which slots stay is
-    `torch.topk`'s choice. `mask` of the result is that of the kept slots, as the encoder layers after
-    the pruner get it there. The decoder gets that of the first K slots instead: the same with
+    `torch.topk`'s choice. `mask` of the result is that of the kept slots, as the encoder layers
+    after the pruner get it there. The decoder gets that of the first K slots instead: the same with
     padding on the right, wrong with padding on the left (`models.t5`). `positions` are not zeroed
     where the mask is 0.
     """
