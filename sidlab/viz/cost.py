@@ -21,8 +21,8 @@ from sidlab.research.calibration import Speed, calibrate, one_batch, plain_confi
 from sidlab.research.cost import flops_by_part, recommend_flops
 from sidlab.viz.explorer import Explorer
 
-# RASTP's: items of history, for the target counts among the 30 that 150 slots hold; tokens an item (4
-# codes and a separator)
+# RASTP's: items of history, for the target counts among the 30 that 150 slots hold; tokens an item
+# (4 codes and a separator)
 MAX_ITEMS = 29
 TOKENS = 5
 SLOTS = (MAX_ITEMS + 1) * TOKENS
