@@ -35,6 +35,9 @@ class TrainConfig:
     num_heads: int = 6
     d_ff: int = 1024  # of the hidden layer of a feed-forward layer
     ffn_hidden_layers: int = 2  # T5: hidden layers of a feed-forward layer, two in RASTP's model
+    # T5: "t5", or "published", as in RASTP's model: with biases, and dropout after the last hidden
+    # layer alone and twice on the output
+    ffn: str = "t5"
     num_layers: int = 4  # of the encoder, or all of a decoder-only model
     num_decoder_layers: int = 4  # T5
     num_kv_heads: int | None = None  # decoder-only: heads of keys and values; None: `num_heads`
@@ -71,6 +74,9 @@ class TrainConfig:
     residual_dropout: float | None = None
     label_smoothing: float = 0.0  # of the training loss, over the codes of a level
     weight_decay: float = 1e-4  # with `muon`, of the matrices alone
+    # Decay is part of every parameter's gradient (Adam with L2, as published). AdamW keeps it apart
+    # from the gradient, and spares norms and biases.
+    coupled_decay: bool = False
 
     # --- Pruning and supervision
     pruning: PruningConfig | None = None
@@ -85,8 +91,11 @@ class TrainConfig:
     # `accumulation` batches (`windows.StratifiedBatches`). "contiguous": drawn as published
     # (`windows.UserBatches`), where `batch_tokens` means nothing.
     windows: str = "prefixes"
-    # To the batch's longest; "fixed": to `max_items`, the published way, in the same batches
+    # To the batch's longest; "fixed": to `padded_items`, the published way, in the same batches
     padding: str = "batch"
+    # With padding="fixed", at least `max_items`; None: `max_items`. As published, one more: there
+    # the target's item has a place, too.
+    padded_items: int | None = None
     # Windows of similar length share a batch; False: any, then padded to the longest
     bucketing: bool = True
     batch_tokens: int = 1024  # history slots of a batch, on average
@@ -130,6 +139,7 @@ class TrainConfig:
             ("padding", ("batch", "fixed")),
             ("precision", ("auto", "fp32", "bf16")),
             ("schedule", SCHEDULERS),
+            ("ffn", sid_t5.FEED_FORWARDS),
         ):
             one_of(name, getattr(self, name), valid)
         self._check_targets()
@@ -167,6 +177,11 @@ class TrainConfig:
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}"
+            )
+        if self.padded_items is not None and self.padded_items < self.max_items:
+            raise ValueError(
+                f"padded_items={self.padded_items} is less than max_items={self.max_items}; use as"
+                " many or more, or None"
             )
         if (
             self.pruning is not None
@@ -218,12 +233,17 @@ class TrainConfig:
     def _check_levers(self):
         """What would change nothing is refused."""
         if self.arch == "qwen":
-            for name in ("cross_bias", "qk_norm", "position_init"):
+            for name in ("cross_bias", "qk_norm", "position_init", "ffn"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} belongs to arch='t5', got arch='qwen';"
                         " leave it out"
                     )
+        if self.coupled_decay and self.muon is not None:
+            raise ValueError(
+                f"coupled_decay=True belongs to Adam, and muon={self.muon} has a decay of its own;"
+                " leave one of them out"
+            )
         if self.average_last and self.strategy is not None:
             raise ValueError(
                 f"average_last={self.average_last} needs a model that stays the same, and"
@@ -264,7 +284,14 @@ class TrainConfig:
     def preset(cls, name: str, *, continued: bool = False, **overrides) -> "TrainConfig":
         """ "smoke" (seconds, only shows that everything runs), "quick" (a minute on one core),
         "long" (for real data, some ten minutes a run on one core), "gpu" (the paper's sizes) or
-        "paper" (RASTP's configuration as far as it is published), with any field overridden.
+        "paper" (RASTP's configuration as far as it is published), with any field overridden; with
+        `max_items` and without `padded_items`, histories are padded to that.
+
+        "paper" differs from the published code in this: a group's 512 windows are drawn without
+        replacement (there with, so that about 412 are distinct); every target of an update weighs
+        the same (there the loss is the mean of its batches' means); token embeddings start as
+        `embedding_init` says (there from N(0, 1)); the search walks valid SIDs alone. It pads and
+        prunes as published with padding="fixed" and PruningConfig(mode="reference").
 
         All but "paper" differ by `arch` and by stage: with `targets="all"` batches hold whole
         stretches, `continued` is for going on from a model that was taught so
@@ -273,6 +300,8 @@ class TrainConfig:
         one_of("preset", name, PRESETS)
         arch = overrides.get("arch", "t5")
         fields = PRESETS[name] | OF_ARCH.get((name, arch), {})
+        if "max_items" in overrides and "padded_items" not in overrides:
+            fields |= dict(padded_items=None)
         if overrides.get("targets") == "all":
             fields |= DENSE.get(name, {})
         if overrides.get("checkpoint") is not None:
@@ -399,8 +428,12 @@ PRESETS = {
         )
     ),
     "paper": dict(
+        max_items=29,
+        padded_items=30,
+        tie_embeddings=False,
         windows="contiguous",
         accumulation=16,
+        coupled_decay=True,
         schedule="constant",
         warmup=0.0,
         eval_every=100,
@@ -417,6 +450,7 @@ OF_ARCH = {
     ("long", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=384),
     ("gpu", "t5"): RECIPE_OF["t5"] | dict(d_ff=1024, level_embeddings=True, residual_dropout=0.1),
     ("gpu", "qwen"): RECIPE_OF["qwen"] | dict(d_ff=1024),
+    ("paper", "t5"): dict(ffn="published"),
 }
 DENSE = {
     "smoke": dict(batch_tokens=1024, accumulation=1),

@@ -103,9 +103,8 @@ def _inputs(model, histories, truth):
     # The published code prunes a share of the padded length, so the padding has to be the published
     # one.
     fixed = config.pruning is not None and config.pruning["mode"] == "reference"
-    padded = pad_histories(
-        histories, config.max_items, table.n_items, slots=config.max_items if fixed else None
-    )
+    slots = (config.padded_items or config.max_items) if fixed else None
+    padded = pad_histories(histories, config.max_items, table.n_items, slots)
     tokens = history_tokens(padded, table, config.separators)
     extra = {}
     if truth is not None:

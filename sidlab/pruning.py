@@ -256,20 +256,19 @@ def reference_choice(hidden: Tensor, mask: Tensor, importance: Tensor, keep: flo
     """What the published code keeps: floor(keep · N) of all N slots, padding among them, whatever
     the row's length.
 
-    Arguments as in `TokenPruner.forward`. `mask` of the result is that of the first K slots, not of
-    the kept ones: the same with padding on the right, wrong with padding on the left. `positions`
-    are not zeroed where the mask is 0.
+    Arguments as in `TokenPruner.forward`; among padding, which scores nothing, which slots stay is
+    `torch.topk`'s choice. `mask` of the result is that of the kept slots, as the encoder layers
+    after the pruner get it there. The decoder gets that of the first K slots instead: the same with
+    padding on the right, wrong with padding on the left (`models.t5`). `positions` are not zeroed
+    where the mask is 0.
     """
     slots = math.floor(keep * mask.shape[1] + 1e-6)
     if slots < 1:
         raise ValueError(f"keep={keep:.4g} of {mask.shape[1]} slots leaves none")
-    # [B, K]
-    positions = (
-        torch.argsort(importance, dim=1, descending=True, stable=True)[:, :slots].sort(1).values
-    )
+    positions = importance.topk(slots, dim=1).indices.sort(1).values  # [B, K]
     # [B, K, d]
     gathered = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-    return Pruned(gathered, mask[:, :slots].long(), positions, importance)
+    return Pruned(gathered, mask.gather(1, positions).long(), positions, importance)
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor, keep: float) -> Pruned:

@@ -94,14 +94,14 @@ def _random(signals: Signals) -> Tensor:
     # Drawn by position in the history, so that padding on either side draws the same numbers.
     positions = _need(signals, "random", "positions")
     if signals.seed is not None:
-        return (scramble(scramble(signals.seed)[:, None] + positions) & (2**24 - 1)) / 2**24
+        return (splitmix64(splitmix64(signals.seed)[:, None] + positions) & (2**24 - 1)) / 2**24
     generator = signals.generator
     device = generator.device if generator is not None else positions.device
     draw = torch.rand(positions.shape, generator=generator, device=device).to(positions.device)
     return draw.gather(1, positions.clamp_min(0))
 
 
-def scramble(x: Tensor) -> Tensor:
+def splitmix64(x: Tensor) -> Tensor:
     """A hash of int64, any shape: equal numbers give equal results on every device, others
     unrelated ones (splitmix64's finaliser).
     """

@@ -59,8 +59,8 @@ from sidlab.windows import (
     Stretches,
     UserBatches,
     Windows,
+    add_padding_flag,
     leave_one_out,
-    tell_padding,
     training_windows,
 )
 
@@ -191,6 +191,7 @@ MUST_MATCH = (
     "num_layers",
     "num_decoder_layers",
     "ffn_hidden_layers",
+    "ffn",
     "hidden_size",
     "head_dim",
     "num_attention_heads",
@@ -219,6 +220,8 @@ def _t5(config, table, shared):
             num_heads=config.num_heads,
             d_ff=config.d_ff,
             ffn_hidden_layers=config.ffn_hidden_layers,
+            ffn=config.ffn,
+            padded_items=config.padded_items,
             num_layers=config.num_layers,
             num_decoder_layers=config.num_decoder_layers,
             dropout_rate=config.dropout,
@@ -371,7 +374,7 @@ def train(
             # The Trainer asks for the latter; `evaluate` uses `cases`
             train_dataset=windows,
             eval_dataset=windows,
-            data_collator=lambda indices: tell_padding(collator(indices)),
+            data_collator=lambda indices: add_padding_flag(collator(indices)),
             batches=batches,
             cases=validation_cases(split, config),
             beam=config.beam,
@@ -384,16 +387,7 @@ def train(
                 if config.average_last == 0
                 else updates - math.ceil(config.average_last * updates)
             ),
-            optimizers=(
-                (
-                    None
-                    if config.muon is None
-                    else MuonAdamW(
-                        model, config.muon, config.learning_rate, config.weight_decay, config.beta2
-                    )
-                ),
-                None,
-            ),
+            optimizers=(_optimiser(config, model), None),
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
@@ -481,7 +475,7 @@ def _collator(config, table, windows, truth=None):
         windows,
         table,
         separators=config.separators,
-        max_items=config.max_items,
+        max_items=config.padded_items or config.max_items,
         fixed_slots=config.padding == "fixed",
         map_config=config.map,
         truth=truth,
@@ -553,7 +547,7 @@ def measured_precision(config: TrainConfig, table: SidTable, windows: Windows | 
 
 def _timed_passes(config, table, windows, indices):
     """A function for `faster_precision`, of a fresh model and a batch on the CPU."""
-    batch = tell_padding(_collator(config, table, windows)(indices))
+    batch = add_padding_flag(_collator(config, table, windows)(indices))
     # Its weights are drawn.
     with kept_random_state():
         model = build_model(config, table).train()
@@ -677,6 +671,23 @@ def _average_as(model, checkpoint):
     """The weights that were evaluated when `checkpoint` was written, where averaging had begun."""
     if (average := pathlib.Path(checkpoint, AVERAGE)).exists():
         model.load_state_dict(load_file(average), strict=False)
+
+
+def _optimiser(config, model):
+    """None: the Trainer's own AdamW."""
+    if config.muon is not None:
+        return MuonAdamW(
+            model, config.muon, config.learning_rate, config.weight_decay, config.beta2
+        )
+    if config.coupled_decay:
+        return torch.optim.Adam(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    return None
 
 
 def _arguments(config, folder, updates, processes, *, keep, progress):

@@ -349,7 +349,9 @@ class UserBatches(torch.utils.data.Sampler):
 
     An update's windows are dealt to its `accumulation` batches by length: its gradient stays the
     same, and it needs hardly any padding. Users that fill no whole update wait for another epoch's
-    shuffle. ValueError where an update could have fewer windows than batches.
+    shuffle. (The published code draws with replacement, so that of 512 windows about 412 are
+    distinct, and its loss is the mean of its batches' means.) ValueError where an update could have
+    fewer windows than batches.
     """
 
     def __init__(
@@ -460,7 +462,7 @@ def truth_tokens(values: np.ndarray, levels: int, separators: bool, shape) -> Te
     return full
 
 
-def tell_padding(batch: dict) -> dict:
+def add_padding_flag(batch: dict) -> dict:
     """`batch` with "padded", whether any slot is empty: asked here, on the processor, because a GPU
     would have to be waited for.
     """

@@ -4,6 +4,7 @@ import pytest
 
 import sidlab
 from sidlab.course import demo
+from sidlab.files import read_json
 from sidlab.metrics import rank_of_target, recall_at
 from sidlab.pruning import PruningConfig
 from sidlab.research.baselines import Popularity
@@ -50,6 +51,14 @@ def test_it_recommends_far_better_than_popular_items(bundled, cases, keep, share
         bundled.model.set_pruning(None)
     assert ours > popular + 0.2
     assert ours > share_of_bayes * bundled.catalogue.truth.bayes_recall(histories, 10).mean()
+
+
+def test_a_folder_from_before_new_fields_has_what_was_then(bundled):
+    stored = read_json(demo.FOLDER / "config.json")
+    assert not {"ffn", "padded_items"} & stored.keys()
+    config = bundled.model.config
+    assert (config.ffn, config.padded_items) == ("t5", None)
+    assert not [name for name, _ in bundled.model.named_parameters() if name.endswith("bias")]
 
 
 def test_build_makes_a_folder_that_loads(tmp_path, monkeypatch):

@@ -35,6 +35,17 @@ def finished(tmp_path_factory):
     return folder, sweeps.sweep(GRID, folder, preset="smoke", seeds=1)
 
 
+def test_no_slots_are_kept_that_no_history_can_fill():
+    def sizes(longest, **changes):
+        catalogue = types.SimpleNamespace(histories=[np.ones(3), np.ones(longest)])
+        found = sweeps.fitted(TrainConfig.preset("paper", **changes), catalogue)
+        return found.max_items, found.padded_items
+
+    assert sizes(40) == sizes(30) == (29, 30)
+    assert sizes(12) == (11, 12)
+    assert sizes(12, max_items=20) == (11, None)
+
+
 def test_a_row_a_run_with_its_settings(finished):
     folder, frame = finished
     assert len(frame) == 3 and frame["seed"].tolist() == [0, 0, 0]

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from sidlab import training
 from sidlab.config import PRESETS, TrainConfig
 from sidlab.data.planted import planted_catalogue
-from sidlab.decoding import recommend, score_items
+from sidlab.decoding import encode_histories, recommend, score_items
 from sidlab.fast import meter as meter_module
 from sidlab.fast.meter import Meter
 from sidlab.map_loss import MapConfig
@@ -639,16 +639,90 @@ def test_an_own_scorer_is_named_and_used():
     assert result.model.encoder.pruning.scorer is oldest
 
 
+def test_preset_paper_is_the_published_model():
+    published = TrainConfig.preset(
+        "paper", padding="fixed", pruning=PruningConfig(mode="reference")
+    )
+    assert (published.max_items, published.padded_items) == (29, 30)
+    model = build_model(published, TABLE)
+    feed_forward = model.encoder.block[0].layer[-1].DenseReluDense
+    assert [tuple(p.shape) for p in feed_forward.parameters()] == [
+        (1024, 128),
+        (1024,),
+        (128, 1024),
+        (128,),
+        (1024, 1024),
+        (1024,),
+    ]
+    assert model.lm_head.weight.data_ptr() != model.shared.weight.data_ptr()
+    # A history fills 29 items at most, and is padded to 30
+    collate = training._collator(published, TABLE, Windows([np.ones(40, np.int64)], 29))
+    mask = collate([0, 38])["attention_mask"]
+    per_item = TABLE.levels + 1
+    assert mask.shape[1] == 30 * per_item and mask.sum(1).tolist() == [per_item, 29 * per_item]
+    recommended = encode_histories(model, [np.ones(40, np.int64)])
+    assert recommended.importance.shape[1] == 30 * per_item
+    assert recommended.importance.isfinite().sum() == 29 * per_item
+    # The other presets have none of it
+    for name in ("smoke", "quick", "long", "gpu"):
+        other = TrainConfig.preset(name)
+        assert (other.padded_items, other.ffn, other.coupled_decay) == (None, "t5", False)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_coupled_decay_is_part_of_the_gradient(coupled):
+    """Two updates by hand of all parameters, from the gradients that the trainer had."""
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            gradients.append([p.grad.clone() for p in model.parameters()])
+
+    gradients = []
+    options = dict(
+        coupled_decay=coupled,
+        weight_decay=0.5,
+        learning_rate=0.01,
+        schedule="constant",
+        warmup=0.0,
+        max_updates=2,
+        eval_every=2,
+        max_grad_norm=0.0,
+    )
+    result = run(callbacks=[Gradients()], **options)
+    weights = [p.detach().double() for p in build_model(config(**options), TABLE).parameters()]
+    for index, expected in enumerate(weights):
+        first = torch.zeros_like(expected)
+        second = torch.zeros_like(expected)
+        for step in (1, 2):
+            slope = gradients[step - 1][index].double() + 0.5 * expected
+            first = 0.9 * first + 0.1 * slope
+            second = 0.999 * second + 0.001 * slope**2
+            rate = 0.01 * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+            expected = expected - rate * first / (second.sqrt() + 1e-8 * (1 - 0.999**step) ** 0.5)
+        weights[index] = expected
+    found = [p.detach().double() for p in result.model.parameters()]
+    off = max(float((one - other).abs().max()) for one, other in zip(found, weights))
+    assert (off < 1e-5) == coupled
+
+
+def test_a_killed_run_with_coupled_decay_goes_on_as_if_nothing_had_happened(tmp_path):
+    options = dict(coupled_decay=True, ffn="published", ffn_hidden_layers=2)
+    expected = run(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", [Stop(5)], **options)
+    assert_same(run(tmp_path / "cut", **options), expected)
+
+
 def test_the_oracle_is_given_the_truth():
     result = run(max_updates=1, pruning=PruningConfig(scorer="oracle"))
     assert result.metrics and result.log[0]["loss"] > 0
 
 
 def test_presets_take_changes():
-    assert (
-        TrainConfig.preset("paper").ffn_hidden_layers == 2
-        and TrainConfig.preset("paper", seed=4).seed == 4
-    )
+    assert TrainConfig.preset("paper", seed=4).seed == 4
+    # Fewer items: padded to them, unless the caller says otherwise
+    assert TrainConfig.preset("paper", max_items=10).padded_items is None
+    assert TrainConfig.preset("paper", max_items=10, padded_items=20).padded_items == 20
     assert (
         TrainConfig.preset("quick", pruning=PruningConfig(after_layer=3)).pruning.after_layer == 3
     )
@@ -714,6 +788,10 @@ def test_presets_take_changes():
             for value in (np.nan, np.inf)
         ),
         (lambda: config(seed=-1), "seed must be at least 0, got -1"),
+        (lambda: config(padded_items=5), "padded_items=5 is less than max_items=6"),
+        (lambda: config(ffn="deep"), "ffn='deep' is unknown; use one of 't5', 'published'"),
+        (lambda: config(arch="qwen", ffn="published"), "ffn='published' belongs to arch='t5'"),
+        (lambda: config(coupled_decay=True, muon=0.01), "muon=0.01 has a decay of its own"),
         (lambda: config(arch="qwen", d_kv=15), 'd_kv=15 must be even with arch="qwen"'),
         (lambda: config(num_heads=4, num_kv_heads=3), "num_kv_heads=3 must divide num_heads=4"),
         (lambda: PruningConfig(keep="1/3"), r"must lie in \(0, 1\], got '1/3'"),

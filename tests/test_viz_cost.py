@@ -84,17 +84,17 @@ def test_lengths_have_the_asked_mean_and_five_items_at_least():
 def test_windows_are_counted_as_the_library_cuts_them(monkeypatch, which, kind):
     monkeypatch.setattr("sidlab.viz.padding.LIMIT", 10**9)
     split = leave_one_out([np.ones(n, np.int64) for n in LENGTHS])
-    expected = np.bincount(Windows(split.train, 30, kind).lengths, minlength=31)[1:]
+    expected = np.bincount(Windows(split.train, 29, kind).lengths, minlength=30)[1:]
     found = windows_of_batches(LENGTHS, which)
     assert len(found) == 5 and found.sum(0).tolist() == expected.tolist()
 
 
 def test_windows_of_the_test_and_of_a_limited_batch():
     split = leave_one_out([np.ones(n, np.int64) for n in LENGTHS])
-    sizes = [min(len(h), 30) for h in split.cases("test")[0]]
+    sizes = [min(len(h), 29) for h in split.cases("test")[0]]
     assert (
         windows_of_batches(LENGTHS, "test").sum(0).tolist()
-        == np.bincount(sizes, minlength=31)[1:].tolist()
+        == np.bincount(sizes, minlength=30)[1:].tolist()
     )
     drawn = windows_of_batches(LENGTHS, "published")
     assert drawn.sum(1).max() == 512 and drawn.min() >= 0
@@ -108,8 +108,8 @@ def test_windows_of_the_test_and_of_a_limited_batch():
 
 @pytest.mark.parametrize("keep", [0.1, 1 / 3, 0.62, 1.0])
 def test_slots_are_what_the_pruners_keep_and_flops_what_the_cost_model_says(keep):
-    items = RNG.integers(1, 31, 64)  # the windows of two batches
-    batches = np.array([np.bincount(part, minlength=31)[1:] for part in (items[:32], items[32:])])
+    items = RNG.integers(1, 30, 64)  # the windows of two batches
+    batches = np.array([np.bincount(part, minlength=30)[1:] for part in (items[:32], items[32:])])
     mask = (torch.arange(150) < 5 * torch.from_numpy(items)[:, None]).long()
     importance = torch.rand(mask.shape).masked_fill(mask == 0, -torch.inf)
     published = reference_choice(torch.zeros(64, 150, 1), mask, importance, keep)
@@ -135,7 +135,7 @@ def test_slots_are_what_the_pruners_keep_and_flops_what_the_cost_model_says(keep
         config = TrainConfig.preset("paper", windows="prefixes", **changes)
         return np.mean([cost(config, WIDTHS, [n]).training for n in lengths])
 
-    full = flops([30])
+    full = flops([1], padding="fixed")
     reference = PruningConfig(keep=keep, mode="reference")
     expected = [
         full,
@@ -178,7 +178,7 @@ def test_padding_explorer_shows_its_rows():
     assert [float(cells[row["name"].replace("'", "&#x27;")][5]) for row in rows] == [
         round(row["flops"], 2) for row in rows
     ]
-    lost = np.mean(np.minimum(LENGTHS - 1, 30) > 15)  # 75 slots are 15 items
+    lost = np.mean(np.minimum(LENGTHS - 1, 29) > 15)  # 75 slots are 15 items
     assert f"{lost:.0%} of the histories lose a real token" in explorer.text
     assert "approximation" not in explorer.text and "approximation" in PaddingExplorer().text
     looks = {(trace.marker.pattern.shape, trace.marker.color) for trace in fates}

@@ -537,7 +537,7 @@ print(
 )
 
 # %% [markdown]
-# Most votes come from positions that hold nothing, and the shorter the history, the more of them: the published code always pads to 30 items. Without padded voters,
+# Most votes come from positions that hold no item (to the published code they look like code 0 of the first level, and the separator), and the shorter the history, the more of them: the published code always pads to 30 items. Without padded voters,
 # `clean` is what the probe found for the history alone. [Notebook 7](07_padding_is_not_pruning.ipynb) is about padding.
 #
 # **The front seat.** In a decoder-only model, such as STAMP's Qwen, a token is seen by itself and the tokens *behind* it alone. The first token of a history of n has n voters, the last

@@ -42,14 +42,15 @@ torch.set_num_threads(1)  # steps as small as ours gain little from more, and th
 # Histories have different lengths, and a tensor has none to spare: short rows are filled with **padding**, a token that means nothing, and a mask tells the model to
 # look away. Looking away is not free. A padded slot passes through every projection and every feed-forward layer like a real one.
 #
-# RASTP's published code gives each history 30 items × (4 codes + 1 separator) = **150 slots**, always. How many does a user fill? The Amazon 5-core
-# sets have many short histories and few long ones. The function below draws lengths of that *shape* (a power law from 5 items on, an approximation, not the data).
+# RASTP's published code gives each history 30 items × (4 codes + 1 separator) = **150 slots**, always; at most 29 of the items are history, for the
+# target counts among the 30. How many slots does a user fill? The Amazon 5-core sets have many short histories and few long ones. The function below draws lengths
+# of that *shape* (a power law from 5 items on, an approximation, not the data).
 
 # %%
 from sidlab.viz.padding import five_core_lengths
 
 lengths = five_core_lengths(mean_items)
-test_items = np.minimum(lengths - 1, 30)  # of a test history: all but the last item, at most 30
+test_items = np.minimum(lengths - 1, 29)  # of a test history: all but the last item, at most 29
 # Share of users by items
 pd.Series(test_items).value_counts(normalize=True).sort_index().head(8).round(3)
 
@@ -74,7 +75,7 @@ teach.predict(
 # %%
 from sidlab.pruning import TokenPruner, reference_choice
 
-items = np.array([5, 8, 14, 30])
+items = np.array([5, 8, 14, 29])
 mask = (torch.arange(150) < 5 * torch.from_numpy(items)[:, None]).long()  # [4, 150], 1 is real
 importance = torch.rand(4, 150).masked_fill(mask == 0, -torch.inf)
 positions = reference_choice(torch.zeros(4, 150, 1), mask, importance, 1 / 3).positions  # [4, 50]
@@ -232,11 +233,15 @@ teach.predict(
 # |---|---|---|---|
 # | 1 | keeps a third of the *padded* length | mostly padding is pruned | a share of each row's own tokens |
 # | 2 | drops the position bias behind the pruner: only the first block owns one | the layers behind have no position information at all | gathers the bias at the kept places |
-# | 3 | hands on the mask of the first K slots, K being how many are kept | right with padding on the right, wrong on the left | hands on the mask of the kept tokens |
-# | 4 | padded queries vote in the centrality, the attention that a token receives | in short histories most attention that is counted comes from padding | only real queries vote |
+# | 3 | hands the decoder the mask of the first K slots, K being how many are kept (the encoder's own layers get that of the kept ones) | right with padding on the right, wrong on the left | hands on the mask of the kept tokens |
+# | 4 | padded queries vote in the centrality, the attention that a token receives; they read as code 0 of the first level, every fifth as the separator | in short histories most attention that is counted comes from padding | only real queries vote |
 # | 5 | scores with the attention after dropout | the choice is noisy in training | scores with the clean attention |
 # | 6 | separators compete with codes | items are cut apart | scores whole items, or protects separators |
 # | 7 | asks all layers for attention weights | no *fused* attention anywhere, which is faster since it never writes these weights out | only the scoring layer pays |
+#
+# The preset `paper` has the rest of the published configuration: 29 of 30 items, feed-forward layers with biases, heads of their own, Adam with L2. It still differs
+# in this: windows are drawn without replacement (there with), every target of an update weighs the same (there the loss is a mean of batch means), embeddings start
+# small (there from N(0, 1)), and the search walks valid SIDs alone.
 
 # %%
 teach.predict(

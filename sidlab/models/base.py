@@ -20,7 +20,7 @@ from sidlab.fast.scored_attention import SCORED
 from sidlab.files import read_json, reading
 from sidlab.map_loss import MapConfig, MapHead, map_loss
 from sidlab.pruning import Pruned, PruningConfig, TokenPruner, reference_choice
-from sidlab.saliency import SCORERS, Signals, scramble, semantic_saliency, token_importance
+from sidlab.saliency import SCORERS, Signals, semantic_saliency, splitmix64, token_importance
 from sidlab.sids.table import BOS, PAD, SidTable
 
 
@@ -231,7 +231,7 @@ class PrunedStack(LibraryInit):
         seed = (
             None
             if self.training or input_ids is None
-            else (scramble(input_ids + (positions << 32)) * tokens).sum(1)
+            else (splitmix64(input_ids + (positions << 32)) * tokens).sum(1)
         )
         visible = self.visible(tokens, positions, levels)
         signals = Signals(

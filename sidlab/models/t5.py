@@ -14,9 +14,10 @@ starts from BOS and predicts the L tokens of the target; there is no EOS, for a 
 length.
 
 `PruningConfig(mode="reference")` repeats what RASTP's published code does, for comparison: it keeps
-a share of the padded length (`pruning.reference_choice`), without position bias behind the pruner,
-hands on the mask of the first K slots, lets padded queries vote, scores with the attention after
-dropout, lets separators compete, and uses unfused attention everywhere.
+a share of the padded length (`pruning.reference_choice`), without position bias after the pruner,
+hands the decoder the mask of the first K slots (its own layers get that of the kept ones), lets
+padded queries vote, whose slots hold the first code and the separator (`published_padding`), scores
+with the attention after dropout, lets separators compete, and uses unfused attention everywhere.
 """
 
 import copy
@@ -36,9 +37,10 @@ from sidlab.checks import one_of
 from sidlab.fast import cpu_layers, kernels
 from sidlab.models.base import PrunedHistory, PrunedStack, SidEmbedding, SidLosses, SidModel
 from sidlab.pruning import pool_tokens
-from sidlab.sids.table import BOS, PAD, SidTable
+from sidlab.sids.table import BOS, PAD, SEP, SidTable
 
 ENCODER_MASKS = ("full", "items")
+FEED_FORWARDS = ("t5", "published")
 # Items of history that `cross_bias` tells apart; those farther back share the last one's bias
 ITEMS_BACK = 32
 
@@ -51,11 +53,14 @@ class SidT5Config(T5Config):
     widths: list[int] | tuple[int, ...] = (256, 256, 256)  # codes per level
     separators: bool = True  # one token after each item
     max_items: int = 30  # of history
+    # With `mode="reference"`: so many items is every history padded to; None: `max_items`
+    padded_items: int | None = None
     # Whom a history token sees: all; "items": its own item and those before it
     encoder_mask: str = "full"
     cross_bias: bool = False  # a learned bias of cross-attention by how many items back a token is
     qk_norm: bool = False  # queries and keys of each head are scaled to one size, which T5 does not
     ffn_hidden_layers: int = 1  # 2 in RASTP's model and 1 in T5's
+    ffn: str = "t5"  # "published": biases, and dropout in other places (`DeepFeedForward`)
     embedding_init: float = 0.05  # standard deviation of the initial token embeddings
     # The output heads are slices of the embedding; False: weights of their own
     tie_embeddings: bool = True
@@ -81,6 +86,7 @@ class SidT5Config(T5Config):
         self.eos_token_id = None
         self.decoder_start_token_id = BOS
         one_of("encoder_mask", self.encoder_mask, ENCODER_MASKS)
+        one_of("ffn", self.ffn, FEED_FORWARDS)
         self.scale_decoder_outputs = False  # T5's answer to embeddings of size 1; ours start small
 
 
@@ -123,27 +129,31 @@ class PrunedEncoder(PrunedStack, T5Stack):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
         if attention_mask is None:
             attention_mask = (
-                torch.ones(inputs_embeds.shape[:2], dtype=torch.long)
+                inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
                 if input_ids is None
                 else (input_ids != PAD).long()
             )
-            attention_mask = attention_mask.to(inputs_embeds.device)
         pruning = (
             self.pruning
             if self.training or (self.pruning is not None and self.pruning.at_inference)
             else None
         )
         reference = pruning is not None and pruning.mode == "reference"
-        full = self.config.max_items * (len(self.config.widths) + self.config.separators)
-        if reference and inputs_embeds.shape[1] != full:
+        items = self.config.padded_items or self.config.max_items
+        full = items * (len(self.config.widths) + self.config.separators)
+        if reference and attention_mask.shape[1] != full:
             raise ValueError(
                 f'mode="reference" prunes a share of the padded length: pad every history to {full}'
-                f' slots (TrainConfig(padding="fixed")), got {inputs_embeds.shape[1]}'
+                f' slots (TrainConfig(padding="fixed")), got {attention_mask.shape[1]}'
             )
+        if inputs_embeds is None:
+            read = input_ids
+            if reference:
+                padding = published_padding(self.config, full, input_ids.device)
+                read = torch.where(attention_mask.bool(), input_ids, padding)
+            inputs_embeds = self.embed_tokens(read)  # [B, N, d]
         out = PrunedEncoderOutput(attention_mask=attention_mask)
         hidden = self.dropout(inputs_embeds)
         item = (
@@ -216,7 +226,7 @@ class PrunedEncoder(PrunedStack, T5Stack):
         """Scores, chooses and gathers what block `pruning.after_layer` gave: `hidden` [B, N, d],
         `bias` [B or 1, H, N, N], `centrality` [B, N], `item` int64 [B, N], which item a token
         belongs to, where the mask or the cross-attention asks for it. Fills the fields of `out`;
-        returns the state, bias and mask of the layers behind.
+        returns the state, bias and mask of the layers after the pruner.
         """
         pruning = self.pruning
         tokens = out.attention_mask
@@ -224,7 +234,10 @@ class PrunedEncoder(PrunedStack, T5Stack):
             pruned = pool_tokens(hidden, tokens, pruning.keep)
         else:
             pruned = self.select(hidden, centrality, input_ids, truth, out)
-        out.attention_mask = pruned.mask
+        # What the decoder gets; the published code gathers its mask for the encoder's layers alone
+        out.attention_mask = (
+            tokens[:, : pruned.mask.shape[1]].long() if pruning.mode == "reference" else pruned.mask
+        )
         out.positions = pruned.positions
         seen = pruned.mask if self.padded_behind(padded) else None
         if out.items_back is not None:
@@ -250,6 +263,14 @@ class PrunedEncoder(PrunedStack, T5Stack):
         return (
             by_distance.expand(len(pairs), -1, -1).gather(2, pairs).unflatten(2, distance.shape[1:])
         )
+
+
+def published_padding(config, slots: int, device=None) -> Tensor:
+    """What stands in padded slots in RASTP's published code: the first code of the first level, and
+    the separator in every item's last slot (token ids int64 [N]). `config`: a model's.
+    """
+    place = torch.arange(slots, device=device) % (len(config.widths) + config.separators)
+    return torch.where(place == len(config.widths), SEP, SEP + 1)
 
 
 def library_mask(seen: Tensor, config, dtype: torch.dtype) -> Tensor:
@@ -280,29 +301,46 @@ class NormedProjection(nn.Linear):
 class DeepFeedForward(T5DenseActDense):
     """T5's feed-forward layer with `ffn_hidden_layers` hidden layers, two in RASTP's model (d →
     d_ff → d_ff → d).
+
+    `ffn="t5"`: no biases, dropout after every hidden layer. `ffn="published"`, RASTP's: biases,
+    dropout after the last hidden layer alone and of the output, which the library's layer around
+    this one drops once more.
     """
 
     def __init__(self, config: SidT5Config):
         super().__init__(config)
+        biased = config.ffn == "published"
+        self.output_dropout = None
+        if biased:
+            self.wi = nn.Linear(config.d_model, config.d_ff)
+            self.wo = nn.Linear(config.d_ff, config.d_model)
+            residual = config.residual_dropout
+            self.output_dropout = nn.Dropout(config.dropout_rate if residual is None else residual)
         self.hidden = nn.ModuleList(
-            nn.Linear(config.d_ff, config.d_ff, bias=False)
+            nn.Linear(config.d_ff, config.d_ff, bias=biased)
             for _ in range(config.ffn_hidden_layers - 1)
         )
         # As T5 draws `wo`; marked, or the library would draw them again at its default size
         for layer in self.hidden:
             nn.init.normal_(layer.weight, std=config.initializer_factor * config.d_ff**-0.5)
+            if biased:
+                nn.init.zeros_(layer.bias)
             layer._is_hf_initialized = True
 
     def forward(self, hidden_states):
-        for layer in (self.wi, *self.hidden):
+        layers = (self.wi, *self.hidden)
+        for layer in layers:
             hidden_states = layer(hidden_states)
-            if isinstance(self.dropout, cpu_layers.Dropout) and isinstance(self.act, nn.ReLU):
+            if self.output_dropout is not None and layer is not layers[-1]:
+                hidden_states = self.act(hidden_states)
+            elif isinstance(self.dropout, cpu_layers.Dropout) and isinstance(self.act, nn.ReLU):
                 hidden_states = cpu_layers.relu_dropout(
                     hidden_states, self.dropout.p, self.training
                 )
             else:
                 hidden_states = self.dropout(self.act(hidden_states))
-        return self.wo(hidden_states)
+        output = self.wo(hidden_states)
+        return output if self.output_dropout is None else self.output_dropout(output)
 
 
 class SidT5(SidModel, T5ForConditionalGeneration):
@@ -349,7 +387,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         self._keys_to_ignore_on_save = list(tied)
         self.cross_bias = nn.Embedding(ITEMS_BACK, config.num_heads) if config.cross_bias else None
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        plain = config.ffn_hidden_layers == 1
+        plain = config.ffn_hidden_layers == 1 and config.ffn == "t5"
         with torch.random.fork_rng(devices=[], enabled=plain):
             for block in [*self.encoder.block, *self.decoder.block]:
                 theirs = block.layer[-1].DenseReluDense

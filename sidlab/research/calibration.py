@@ -24,7 +24,7 @@ from sidlab.pruning import PruningConfig
 from sidlab.research.cost import Cost, cost
 from sidlab.sids.table import SidTable
 from sidlab.training import build_model
-from sidlab.windows import Collator, Windows, tell_padding
+from sidlab.windows import Collator, Windows, add_padding_flag
 
 # (d_model, layers, items of history, slots a batch), each timed with and without a pruner: small
 # ones show the fixed prices, long histories the speed of memory, wide models that of arithmetic
@@ -132,7 +132,7 @@ def stepper(config: TrainConfig, table: SidTable, batch: dict):
     )
     batch = {
         name: x.to(device) if isinstance(x, torch.Tensor) else x
-        for name, x in tell_padding(batch).items()
+        for name, x in add_padding_flag(batch).items()
     }
 
     def passes(batch):

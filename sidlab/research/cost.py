@@ -71,7 +71,7 @@ def cost(
         return _dense_cost(config, widths, windows, fused, bf16)
     size, shortest, longest = _batches(config, widths, windows)  # [batches] each
     # For so many items
-    room = np.full_like(longest, config.max_items) if config.padding == "fixed" else longest
+    room = np.full_like(longest, _room(config)) if config.padding == "fixed" else longest
     slots = room * (len(widths) + config.separators)
     p = config.pruning
     # As in `TokenPruner`: from the shape alone, or from the longest history where items or
@@ -81,8 +81,6 @@ def cost(
         widths,
         longest if p is not None and (p.unit == "item" or p.protect_separators) else room,
     )
-    if p is not None and p.mode == "reference":
-        kept = np.floor(p.keep * slots + 1e-6).astype(np.int64)
     padded = (
         shortest < room,
         np.minimum(_kept(config, widths, shortest), shortest * (len(widths) + config.separators))
@@ -176,7 +174,7 @@ def recommend_flops(
     longest = np.array([part[-1] for part in parts])
     # `recommend` pads for it, as published
     if config.pruning is not None and config.pruning.mode == "reference":
-        longest = np.full_like(longest, config.max_items)
+        longest = np.full_like(longest, _room(config))
     slots = longest * (len(widths) + config.separators)
     d = config.d_model
     inner = config.num_heads * config.d_kv
@@ -266,6 +264,11 @@ def _batches(config, widths, windows):
     return np.repeat(np.diff(batches.cuts), lengths.shape[1]), *ends
 
 
+def _room(config):
+    """Items that padding="fixed" pads a history to."""
+    return config.padded_items or config.max_items
+
+
 def _mean(values, size):
     return float(np.average(np.broadcast_to(values, size.shape), weights=size))
 
@@ -277,6 +280,8 @@ def _kept(config, widths, items):
     separators = items * config.separators
     if p is None:
         return codes + separators
+    if p.mode == "reference":
+        return np.floor(p.keep * (codes + separators) + 1e-6).astype(np.int64)
     whole = p.unit == "item"
     # One token stays on top: of a stream the last one, otherwise the first, which no pooling
     # spares.
@@ -365,6 +370,7 @@ def _parameters(config, widths):
         return config.num_layers * (attention + 3 * d * f + 2 * d) + embeddings + d + map_head
     attention = 4 * d * heads * config.d_kv + d
     ffn = 2 * d * f + (config.ffn_hidden_layers - 1) * f**2 + d  # with their norms
+    ffn += (config.ffn == "published") * (config.ffn_hidden_layers * f + d)  # biases
     layers = config.num_layers * (attention + ffn) + config.num_decoder_layers * (
         2 * attention + ffn
     )
@@ -417,14 +423,12 @@ def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16
     def in_kernel(n, m, by_row):
         return w * inner * 2 * (n + m) + heads * n * (4 + by_row * w * (-(-m // 8) * 8))
 
-    # Of a hidden layer, the result behind dropout is all; PyTorch keeps that before and the noise
+    # Of a hidden layer, the result after dropout is all; PyTorch keeps that before and the noise
+    dropped, outputs = (1, 3) if config.ffn == "published" else (hidden, 2)
+
     def layer(n, attention):
-        return (
-            norm(n, 3)
-            + attention
-            + norm(n)
-            + n * (2 * d * outer + f * hidden * (w + reference * drop * (noise + w)))
-        )
+        kept = f * (w * hidden + dropped * reference * drop * (noise + w))
+        return norm(n, 3) + attention + norm(n) + n * (outputs * d * outer + kept)
 
     plain = in_kernel if fused and not reference else explicit
     # A processor's kernel takes no learned bias

@@ -411,8 +411,13 @@ def _run_sasrec(one, catalogue, folder, path):
 
 def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
     """`config` without slots that no history can fill: padding that nobody would add."""
+    longest = max(len(h) for h in catalogue.histories)
+    padded = config.padded_items
     return dataclasses.replace(
-        config, max_items=min(config.max_items, max(len(h) for h in catalogue.histories) - 1)
+        config,
+        max_items=min(config.max_items, longest - 1),
+        # The published one has a place for the target's item, too
+        padded_items=None if padded is None else min(padded, longest),
     )
 
 

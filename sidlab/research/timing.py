@@ -33,9 +33,9 @@ from sidlab.windows import (
     StretchCollator,
     Stretches,
     Windows,
+    add_padding_flag,
     history_tokens,
     pad_histories,
-    tell_padding,
 )
 
 # Beauty's 131,413 training windows (every prefix, leave-one-out) by items of history, 1 to 30 and
@@ -72,7 +72,6 @@ BEAUTY = (
     451,
     8550,
 )
-LENGTHS = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY)  # ascending
 # RASTP's; the width of its de-duplication digit is not published, and its head is under 0.1 % of
 # the cost
 WIDTHS = (256, 256, 256, 10)
@@ -80,6 +79,8 @@ PUBLISHED = TrainConfig.preset(
     "paper", windows="prefixes", padding="fixed", precision="fp32", plain=True
 )
 OURS = dataclasses.replace(PUBLISHED, padding="batch", precision="auto", plain=False)
+# Ascending, cut to the published history
+LENGTHS = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY).clip(max=PUBLISHED.max_items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +107,18 @@ def stock_model(table, config: TrainConfig):
         num_decoder_layers=config.num_decoder_layers,
         dropout_rate=config.dropout,
         vocab_size=table.vocab_size,
+        tie_word_embeddings=config.tie_embeddings,
     )
     model = T5ForConditionalGeneration(
         T5Config(
             **fields, pad_token_id=PAD, decoder_start_token_id=BOS, attn_implementation="eager"
         )
     )
-    model.config.ffn_hidden_layers = config.ffn_hidden_layers
+    model.config.update(
+        dict(ffn_hidden_layers=config.ffn_hidden_layers, ffn=config.ffn, residual_dropout=None)
+    )
+    if not config.tie_embeddings:  # the library ties its head whatever its configuration says
+        model.lm_head = torch.nn.Linear(config.d_model, table.vocab_size, bias=False)
     for block in (*model.encoder.block, *model.decoder.block):
         block.layer[-1].DenseReluDense = DeepFeedForward(model.config)
     return model
@@ -151,14 +157,14 @@ class Training:
                     windows,
                     table,
                     separators=True,
-                    max_items=self.config.max_items,
+                    max_items=self.config.padded_items or self.config.max_items,
                     fixed_slots=self.config.padding == "fixed",
                 )
                 # Of each user the last window, which has all of these items
                 batch = collator(windows.of_user[1:] - 1)
             self.windows += int((batch["labels"][..., 0] != -100).sum())
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            self.batches.append(batch if variant.stock else tell_padding(batch))
+            self.batches.append(batch if variant.stock else add_padding_flag(batch))
         self.both_passes = functools.partial(
             _both_passes, self.model, uses_bf16(self.config.precision), len(lengths)
         )
@@ -248,7 +254,7 @@ def time_beauty(
     """
     parts, _, _ = beauty_batches(dataclasses.replace(OURS, batch_tokens=batch_tokens), count)
     of_update = sum(map(len, parts))
-    few = count * batch_tokens // 4 // (OURS.max_items * (len(WIDTHS) + 1))
+    few = count * batch_tokens // 4 // (PUBLISHED.padded_items * (len(WIDTHS) + 1))
     drawn = np.random.default_rng(0).choice(np.concatenate(parts), (2, few))
     runs = {
         name: Training(v, drawn if v.config.padding == "fixed" else parts, device)

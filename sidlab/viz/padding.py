@@ -78,8 +78,8 @@ def five_core_lengths(mean: float, users: int = 3200) -> np.ndarray:
 
 
 def windows_of_batches(lengths, which: str = "published", seed: int = 0) -> np.ndarray:
-    """How many windows of 1..30 items each batch of 32 users, put together at random, has: int64
-    [batches, 30]; the last column counts all that are cut to 30.
+    """How many windows of 1..29 items each batch of 32 users, put together at random, has: int64
+    [batches, 29]; the last column counts all that are cut to 29.
 
     `lengths`: items per user, 3 or more; the last two are held out. `which`: "published" (all
     contiguous stretches, 512 drawn from each batch), "prefixes" (each prefix once) or "test" (one
@@ -90,9 +90,9 @@ def windows_of_batches(lengths, which: str = "published", seed: int = 0) -> np.n
     lengths = np.asarray(lengths)
     items = np.arange(1, MAX_ITEMS + 1)
     train = rng.permutation(lengths[lengths >= 3])[:, None] - 2
-    longer = (train[:, 0] - MAX_ITEMS).clip(min=0)  # prefixes of 30 items and more
+    longer = (train[:, 0] - MAX_ITEMS).clip(min=0)  # prefixes of 29 items and more
     if which == "test":
-        of_user = ((train + 1).clip(max=MAX_ITEMS) == items).astype(np.int64)  # [users, 30]
+        of_user = ((train + 1).clip(max=MAX_ITEMS) == items).astype(np.int64)  # [users, 29]
     elif which == "prefixes":
         of_user = (train > items).astype(np.int64)
         of_user[:, -1] = longer

@@ -83,6 +83,7 @@ class Subject:
         config = copy.deepcopy(model.config)
         config.pruning = pruning.to_dict()
         config.max_items = slots
+        config.padded_items = None
         config.dropout_rate = DROPOUT
         config.map = None
         out = SidT5(config, model.table)
@@ -171,7 +172,7 @@ def positions(subject: Subject, mode: str) -> Evidence:
 
 def mask_of_the_first(subject: Subject, mode: str) -> Evidence:
     """Row 3: the decoder gets the mask of the first K slots, which is wrong where padding stands on
-    the left.
+    the left. (The encoder's layers after the pruner get that of the kept slots in either mode.)
     """
     out, _ = subject.encode(mode, subject.left)
     used = torch.ones_like(out.positions) if mode == "reference" else out.attention_mask
@@ -365,7 +366,10 @@ QUIRKS = (
     (
         "3 the mask of the first slots",
         mask_of_the_first,
-        "hands the unpruned mask on to the decoder, cut to the first K slots",
+        (
+            "hands the unpruned mask on to the decoder, cut to the first K slots (its encoder's own"
+            " layers get the mask of the kept ones)"
+        ),
         (
             "the decoder looks at the wrong slots where padding stands on the left (on the right,"
             " as in the published code, it is harmless)"
@@ -375,7 +379,10 @@ QUIRKS = (
     (
         "4 padding votes",
         padded_votes,
-        "lets padded queries vote on which tokens are central",
+        (
+            "lets padded queries vote on which tokens are central; they read as the first code and"
+            " the separator"
+        ),
         "in a short history most of the votes come from padding",
         "counts the votes of real queries only",
     ),
