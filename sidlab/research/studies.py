@@ -279,12 +279,13 @@ def run(
     arch: str = "t5",
     sids: str = "",
     only: int | None = None,
+    executor=None,
 ) -> pd.DataFrame:
     """Do the study's runs that `folder` does not hold yet: a row a run, as `sweeps.sweep` gives it,
     and its "label".
 
-    `sids`: a published SID file; `only`: the first settings, for a quick look. Raises ValueError
-    for an unknown study.
+    `sids`: a published SID file; `only`: the first settings, for a quick look; `executor`: where
+    runs are done side by side (see `runs.run_all`). Raises ValueError for an unknown study.
     """
     one_of("study", name, STUDIES)
     if only is not None:
@@ -301,6 +302,7 @@ def run(
         dataset=dataset,
         preset=preset,
         seeds=seeds,
+        executor=executor,
     )
     return frame.assign(label=list(settings) * seeds)
 
