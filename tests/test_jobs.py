@@ -55,7 +55,7 @@ def processes():
 
 
 def same(side_by_side, here):
-    """Whether runs came out as they did one after the other, bit for bit; seconds have only those."""
+    """Whether runs came out as one after the other, bit for bit; those alone have seconds."""
     for found, right in zip(side_by_side, here, strict=True):
         assert found["beside"] and not right["beside"]
         for name in ("ranks", "curve", "precision", "key"):
@@ -83,21 +83,14 @@ class Killer(threading.Thread):
         super().__init__(daemon=True)
         self.workers = workers
         self.killed = None
-        self.run_of_killed = []
 
     def run(self):
         while self.killed is None:
             time.sleep(0.1)
             for pid in self.workers():
                 if self.killed is None and psutil.pid_exists(pid) and runs_below(pid):
-                    self.run_of_killed = runs_below(pid)
                     psutil.Process(pid).kill()
                     self.killed = pid
-
-    def orphans(self):
-        """What is left of the killed worker's runs, after some patience."""
-        assert self.run_of_killed
-        return psutil.wait_procs(self.run_of_killed, timeout=60)[1]
 
 
 def test_worker_processes_give_what_one_process_gives(tmp_path, here):
@@ -115,10 +108,11 @@ def test_a_dask_cluster_that_loses_a_worker_gives_what_one_process_gives(tmp_pat
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         executor = jobs.cluster(cluster.scheduler_address)
         client = executor._client
-        killer = Killer(lambda pids=tuple(client.run(os.getpid).values()): pids)
+        pids = tuple(client.run(os.getpid).values())
+        killer = Killer(lambda: pids)
         killer.start()
         assert same(run_all(SPECS, tmp_path, executor), here)
-        assert killer.killed and not killer.orphans()
+        assert killer.killed
         assert all(client.run(eval, WITHOUT_TORCH).values())
         executor.shutdown()
         client.close()
@@ -135,7 +129,7 @@ def test_a_pool_that_broke_is_made_again(tmp_path, here, capsys):
     killer = Killer(lambda: tuple(pools[0]._processes or ()) if pools else ())
     killer.start()
     assert same(run_all({"base": BASE}, tmp_path, make), here[2:])
-    assert killer.killed and not killer.orphans()
+    assert killer.killed
     assert len(pools) == 2 and "submitted once more" in capsys.readouterr().out
 
 
@@ -224,6 +218,25 @@ def test_a_sweep_that_ends_stops_its_runs(tmp_path, monkeypatch, executor):
     assert left == ["base.alive", "base.lock", "base.log", "base.spec"]
     if pool:
         pool.shutdown()
+
+
+def test_a_run_ends_with_its_worker(tmp_path):
+    path = jobs.path_of(tmp_path, "base")
+    jobs.write_json(jobs.file_of(path, ".spec"), {"cwd": str(ROOT)})
+    jobs.write_json(jobs.file_of(path, ".ticket"), {})
+    code = (
+        f"from sidlab.research import jobs; jobs.start_child({str(tmp_path)!r}, 'base', 'ticket')"
+    )
+    # Held, so that the run cannot end by itself
+    with (
+        FileLock(jobs.file_of(path, ".alive")),
+        subprocess.Popen([sys.executable, "-c", code]) as worker,
+    ):
+        while not runs_below(worker.pid):
+            time.sleep(0.1)
+        runs = runs_below(worker.pid)
+        worker.kill()
+        assert not psutil.wait_procs(runs, timeout=60)[1]
 
 
 def test_who_waits_for_another_workers_run_stops_when_nobody_asks(tmp_path):

@@ -1,7 +1,7 @@
 """The child process of a run: train, test and write its result.
 
-`jobs.start_child` starts `python -m sidlab.research.child FOLDER NAME`, which ends when its standard
-input does.
+`jobs.start_child` starts `python -m sidlab.research.child FOLDER NAME`, which ends when its
+standard input does.
 """
 
 import os

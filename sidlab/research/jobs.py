@@ -253,9 +253,9 @@ class Queue:
         """Another pool in place of a broken one."""
         if self.make is None:
             raise RuntimeError(
-                f"the executor broke at {name}, whose log is {self._log(name)}: {error}. For the run"
-                " to be submitted once more, give a function that makes an executor, such as"
-                " lambda: ProcessPoolExecutor(2)"
+                f"the executor broke at {name}, whose log is {self._log(name)}: {error}. For it to"
+                " be submitted once more, give a function that makes an executor, such as lambda:"
+                " ProcessPoolExecutor(2)"
             ) from error
         for other, job in self.running.items():
             self._tell(other, job)
