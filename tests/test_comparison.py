@@ -22,8 +22,9 @@ from sidlab.research import compare as comparison
 from sidlab.research import jobs
 from sidlab.research import runs as sweeps
 from sidlab.research.child import kept_informative
+from sidlab.research.figures import cost_bars, quality_cost
 from sidlab.research.page import write_page
-from sidlab.research.runs import COSTS, metrics_of, seed_noise
+from sidlab.research.runs import COSTS, SECONDS, metrics_of, seed_noise
 from sidlab.sids.table import SidTable
 from sidlab.training import build_model, evaluate, weights_digest
 from sidlab.windows import leave_one_out
@@ -173,6 +174,29 @@ def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
         told.startswith("The runs were made on NVIDIA H100 and a processor (threads: ")
         and "do not compare" in told
     )
+
+
+def test_methods_that_were_run_side_by_side_have_no_seconds_beside_those_that_have(
+    finished, monkeypatch, tmp_path
+):
+    folder, _ = finished
+    runs = stored(folder)
+    for method in ("stamp", "pool"):
+        row = runs[method]["row"] | dict.fromkeys(SECONDS)
+        runs[method] |= {"beside": True, "busy": True, "row": row}
+    # Two seeds of which one has seconds say nothing of the method's
+    later = [*runs.values(), *(run | {"busy": False} for run in stored(folder).values())]
+    monkeypatch.setattr(comparison, "run_all", lambda specs, folder, executor: later)
+    results = comparison.compare("planted", "smoke", METHODS, 2, str(folder), protocol="scratch")
+    summary = {row["method"]: row for row in results["summary"]}
+    assert summary["stamp"]["seconds_per_1k_windows"] is summary["pool"]["train_seconds"] is None
+    assert summary["rastp@1/2"]["seconds_per_1k_windows"] > 0
+    assert summary["stamp"]["peak_memory_mb"] > 0
+    assert "Runs were done side by side: those carry no seconds." in page_of(results, tmp_path)
+    ratios = comparison.predicted_and_measured(results)["measured seconds ×"]
+    assert ratios.isna().tolist() == [method in ("stamp", "pool") for method in ratios.index]
+    cost_bars(results)
+    quality_cost(results)
 
 
 def test_a_failing_run_says_so_with_its_output(tmp_path):

@@ -29,13 +29,7 @@ from sidlab.data.catalogue import Catalogue
 from sidlab.data.load import load_catalogue
 from sidlab.fast.precision import sizes, unmeasured
 from sidlab.files import read_json, write, write_json
-from sidlab.metrics import (
-    METRICS,
-    SeedNoise,
-    bootstrap_interval,
-    per_user,
-    pooled_seed_noise,
-)
+from sidlab.metrics import METRICS, SeedNoise, bootstrap_interval, per_user, pooled_seed_noise
 from sidlab.research import sasrec
 from sidlab.research.jobs import Queue, file_of, path_of, result_of
 from sidlab.saliency import named_scorer, own_source
