@@ -10,6 +10,7 @@ SEEDS = 3
 SIDS =
 ARCH = t5
 PROTOCOL =
+CLUSTER =
 QUICK =
 OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)$(patsubst %,-%,$(filter-out t5,$(ARCH)) $(PROTOCOL))
 
@@ -23,7 +24,7 @@ given = $(if $(filter command,$(origin $1)),$($1),$2)
 
 READY = .venv/ready
 BIN = .venv/bin
-VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH PROTOCOL QUICK OUTPUT_DIR
+VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH PROTOCOL CLUSTER QUICK OUTPUT_DIR
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 ifneq ($(UNKNOWN),)
 $(error unknown variable: $(UNKNOWN). Valid ones are: $(VARIABLES))
@@ -37,6 +38,7 @@ help:
 	@echo "                METHODS=\"unpadded rastp\" SEEDS=3 (seeds 0, 1, 2) OUTPUT_DIR=runs/<dataset>-<preset>"
 	@echo "                SIDS=a published SID file ARCH=t5 (or qwen, decoder-only) PROTOCOL=continue (one trained model"
 	@echo "                goes on with each method; scratch: each method trains from nothing, as the papers did)"
+	@echo "                CLUSTER=tcp://… (a Dask scheduler, whose workers do the runs side by side; with paper, too)"
 	@echo "make paper      both papers' methods on DATASETS=\"folder …\" (default: what stands in ../shared/data), SEEDS=3, PRESET=paper, ARCH=\"t5 qwen\","
 	@echo "                METHODS=, SIDS= and OUTPUT_DIR= as above, and the claims page: what both papers claim, and what came out here; DATASETS= writes the page from what is there"
 	@echo "make test       run all tests; the browser test needs Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)"
@@ -75,11 +77,12 @@ reproduce: $(READY)
 	@mkdir -p "$(OUTPUT_DIR)"
 	$(BIN)/papermill notebooks/reproduce.ipynb "$(OUTPUT_DIR)/reproduce.ipynb" -k python3 --cwd . \
 	    --log-output --no-progress-bar -r dataset "$(DATASET)" -r preset "$(PRESET)" -r methods "$(METHODS)" \
-	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)" -r arch "$(ARCH)" -r protocol "$(PROTOCOL)"
+	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)" -r arch "$(ARCH)" -r protocol "$(PROTOCOL)" \
+	    -r cluster "$(CLUSTER)"
 
 paper: $(READY)
 	$(BIN)/python -m sidlab.research.claims $(DATASETS) --preset $(call given,PRESET,paper) --seeds $(SEEDS) --arch $(ARCH) --output $(call given,OUTPUT_DIR,runs/paper) \
-	    $(if $(call given,METHODS),--methods "$(METHODS)") $(if $(SIDS),--sids "$(SIDS)")
+	    $(if $(call given,METHODS),--methods "$(METHODS)") $(if $(SIDS),--sids "$(SIDS)") $(if $(CLUSTER),--cluster "$(CLUSTER)")
 
 test: $(READY)
 	$(BIN)/python -m pytest -q

@@ -12,7 +12,7 @@ import numpy as np
 import papermill
 import pytest
 import scipy.stats
-from conftest import ROOT
+from conftest import ROOT, instead_of_runs
 
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
@@ -20,9 +20,12 @@ from sidlab.metrics import FEW_SEEDS, paired_test
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.research import compare as comparison
+from sidlab.research import jobs
 from sidlab.research import runs as sweeps
+from sidlab.research.child import kept_informative
+from sidlab.research.figures import cost_bars, quality_cost
 from sidlab.research.page import write_page
-from sidlab.research.summary import COSTS, metrics_of
+from sidlab.research.summary import COSTS, SECONDS, metrics_of
 from sidlab.sids.table import SidTable
 from sidlab.training import build_model, evaluate, weights_digest
 from sidlab.windows import leave_one_out
@@ -119,7 +122,7 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(finished, capsys
 
 def stored(folder):
     return {
-        name: json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".json").read_text())
+        name: json.loads(jobs.file_of(jobs.path_of(folder, f"{name}-seed0"), ".json").read_text())
         for name in METHODS
     }
 
@@ -137,7 +140,7 @@ def test_an_own_scorer_is_a_method():
 def test_other_jobs_are_told_on_the_page(finished, monkeypatch, tmp_path):
     folder, _ = finished
     runs = [run | {"busy": True} for run in stored(folder).values()]
-    monkeypatch.setattr(comparison, "run_all", lambda specs, folder: runs * 2)
+    monkeypatch.setattr(comparison, "run_all", lambda specs, folder, executor: runs * 2)
     results = comparison.compare("planted", "smoke", METHODS, 2, str(folder), protocol="scratch")
     assert results["busy"].startswith("Other jobs ran") and results["busy"] in page_of(
         results, tmp_path
@@ -151,7 +154,7 @@ def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
     monkeypatch.setattr(
         comparison,
         "run_all",
-        lambda specs, folder: [run | {"busy": False} for run in runs.values()],
+        lambda specs, folder, executor: [run | {"busy": False} for run in runs.values()],
     )
     told = comparison.compare("planted", "smoke", METHODS, 1, str(folder), protocol="scratch")[
         "busy"
@@ -162,14 +165,45 @@ def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
     )
 
 
+def test_methods_that_were_run_side_by_side_have_no_seconds_beside_those_that_have(
+    finished, monkeypatch, tmp_path
+):
+    folder, _ = finished
+    runs = stored(folder)
+    for method in ("stamp", "pool"):
+        row = runs[method]["row"] | dict.fromkeys(SECONDS)
+        runs[method] |= {"beside": True, "busy": True, "row": row}
+    # Two seeds of which one has seconds say nothing of the method's
+    later = [*runs.values(), *(run | {"busy": False} for run in stored(folder).values())]
+    monkeypatch.setattr(comparison, "run_all", lambda specs, folder, executor: later)
+    results = comparison.compare("planted", "smoke", METHODS, 2, str(folder), protocol="scratch")
+    summary = {row["method"]: row for row in results["summary"]}
+    assert summary["stamp"]["seconds_per_1k_windows"] is summary["pool"]["train_seconds"] is None
+    assert summary["rastp@1/2"]["seconds_per_1k_windows"] > 0
+    assert summary["stamp"]["peak_memory_mb"] > 0
+    assert "Runs were done side by side: those carry no seconds." in page_of(results, tmp_path)
+    ratios = comparison.predicted_and_measured(results)["measured seconds ×"]
+    assert ratios.isna().tolist() == [method in ("stamp", "pool") for method in ratios.index]
+    cost_bars(results)
+    quality_cost(results)
+
+
 def test_a_failing_run_says_so_with_its_output(tmp_path):
     (tmp_path / "runs").mkdir()
     sweeps.write_json(
         tmp_path / "runs" / "unpadded-seed0.spec",
-        {"dataset": "nowhere", "sids": {}, "config": {}, "key": "", "code": sweeps.code_digest()},
+        {
+            "dataset": "nowhere",
+            "sids": {},
+            "config": {},
+            "key": "",
+            "code": sweeps.code_digest(),
+            "cwd": str(ROOT),
+        },
     )
+    (tmp_path / "runs" / "unpadded-seed0.ticket").touch()
     with pytest.raises(RuntimeError, match="(?s)unpadded-seed0 failed.*no catalogue 'nowhere'"):
-        sweeps._run_child(tmp_path, "unpadded-seed0", "")
+        jobs.start_child(tmp_path, "unpadded-seed0", "ticket")
 
 
 def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
@@ -180,16 +214,14 @@ def test_kept_informative_of_the_oracle_is_as_good_as_its_budget():
     )
     histories, _ = leave_one_out(catalogue.histories).cases("test")
     config = TrainConfig.preset("smoke", pruning=PruningConfig(keep=1.0, scorer="oracle"))
-    everything = sweeps.kept_informative(
-        build_model(config, table).eval(), catalogue.truth, histories
-    )
+    everything = kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
     informative = catalogue.truth.informative(histories).sum()
     tokens = sum(len(h) for h in histories) * 4
     assert everything == {"precision": pytest.approx(informative / tokens), "recall": 1.0}
     config = dataclasses.replace(config, pruning=PruningConfig(keep=1 / 3, scorer="oracle"))
-    third = sweeps.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
+    third = kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
     config = dataclasses.replace(config, pruning=PruningConfig(keep=1 / 3, scorer="random"))
-    chance = sweeps.kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
+    chance = kept_informative(build_model(config, table).eval(), catalogue.truth, histories)
     assert third["precision"] > 0.95 and abs(chance["precision"] - informative / tokens) < 0.08
 
 
@@ -341,13 +373,13 @@ def test_methods_go_on_from_one_base_and_the_base_itself_is_shown(continued, tmp
     assert rows["base"]["seconds_per_1k_windows"] > 0 and rows["base-pool"]["train_seconds"] is None
     digest = weights_digest(folder / "runs" / "base-seed0")
     for name in CONTINUED:
-        spec = json.loads(sweeps._file(sweeps._path(folder, f"{name}-seed0"), ".spec").read_text())
+        spec = json.loads(jobs.file_of(jobs.path_of(folder, f"{name}-seed0"), ".spec").read_text())
         assert (
             spec["start"] == "base-seed0"
             and spec["config"]["targets"] == 1
             and spec["config"]["encoder_mask"] == "items"
         )
-    assert digest != weights_digest(sweeps._path(folder, "unpadded-seed0"))
+    assert digest != weights_digest(jobs.path_of(folder, "unpadded-seed0"))
     summary = {row["method"]: row for row in results["summary"]}
     assert (
         summary["base-pool"]["versus_unpadded"]["against"] == "base"
@@ -364,15 +396,15 @@ def test_the_base_pruned_when_recommending_is_that_model_pruned(continued):
     model.set_pruning(PruningConfig(scorer="rastp", keep=0.5))
     histories, targets = leave_one_out(load_catalogue("planted").histories).cases("test")
     stored = json.loads(
-        (folder / "runs" / f"{sweeps._path(folder, 'base-rastp@1/2-seed0').name}.json").read_text()
+        (folder / "runs" / f"{jobs.path_of(folder, 'base-rastp@1/2-seed0').name}.json").read_text()
     )
     assert evaluate(model, histories, targets).tolist() == stored["ranks"]
 
 
 def test_another_base_means_other_runs(continued):
     folder, _ = continued
-    path = sweeps._path(folder, "unpadded-seed0")
-    spec = json.loads(sweeps._file(path, ".spec").read_text())
+    path = jobs.path_of(folder, "unpadded-seed0")
+    spec = json.loads(jobs.file_of(path, ".spec").read_text())
     catalogue = load_catalogue("planted")
     table, _ = sweeps.sid_table(catalogue, folder, {})
     digest = weights_digest(folder / "runs" / "base-seed0")
@@ -417,16 +449,14 @@ def test_a_start_has_the_same_data_and_sids_and_is_asked_for(tmp_path):
 def test_a_base_without_its_weights_is_trained_again(tmp_path, monkeypatch):
     done = []
 
-    def child(folder, name, label):
-        path = sweeps._path(folder, name)
+    def work(name, spec):
+        path = jobs.path_of(tmp_path, name)
         path.mkdir(exist_ok=True)
         (path / "model.safetensors").write_bytes(b"the same every time")
-        result = {"key": json.loads(sweeps._file(path, ".spec").read_text())["key"]}
-        sweeps.write_json(sweeps._file(path, ".json"), result)
         done.append(name)
-        return result
+        return {}
 
-    monkeypatch.setattr(sweeps, "_run_child", child)
+    instead_of_runs(monkeypatch, work)
     config = TrainConfig.preset("smoke", precision="fp32")
     specs = {"b": sweeps.spec("planted", config, start="a"), "a": sweeps.spec("planted", config)}
     first = list(sweeps.run_all(specs, tmp_path))

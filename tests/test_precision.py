@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, instead_of_runs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -253,21 +253,11 @@ def trained(monkeypatch):
     """Names and precisions of the runs that are done; nothing is trained."""
     done = {}
 
-    def child(folder, name, label):
-        path = sweeps._path(folder, name)
-        one = json.loads(sweeps._file(path, ".spec").read_text())
+    def work(name, one):
         done[name] = one["config"]["precision"]
-        result = {
-            "key": one["key"],
-            "row": {"recall@10": 0.5},
-            "precision": done[name],
-            "curve": None,
-            "ranks": [],
-        }
-        sweeps.write_json(sweeps._file(path, ".json"), result)
-        return result
+        return {"row": {"recall@10": 0.5}, "precision": done[name], "curve": None, "ranks": []}
 
-    monkeypatch.setattr(sweeps, "_run_child", child)
+    instead_of_runs(monkeypatch, work)
     return done
 
 

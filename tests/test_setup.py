@@ -247,6 +247,8 @@ def test_make_reproduce_passes_its_variables_on():
     ):
         assert part in default.stdout, part
     assert f'-r methods "{DEFAULT_METHODS}"' in default.stdout
+    assert '-r cluster ""' in default.stdout
+    assert '-r cluster "tcp://h:1"' in make("reproduce", "CLUSTER=tcp://h:1").stdout
     chosen = make(
         "reproduce", "DATASET=/data/my set/", "PRESET=smoke", "METHODS=unpadded rastp", "SEEDS=1"
     ).stdout
@@ -322,6 +324,7 @@ def test_make_paper_hands_on_what_it_is_given():
         "PRESET=smoke",
         "SEEDS=1",
         "OUTPUT_DIR=out",
+        "CLUSTER=tcp://h:1",
     ).stdout
     assert (
         "sidlab.research.claims planted --preset paper --seeds 3 --arch t5 --output runs/paper"
@@ -329,4 +332,5 @@ def test_make_paper_hands_on_what_it_is_given():
         and "--methods" not in alone
     )
     assert "planted --preset smoke --seeds 1 --arch t5 qwen --output out" in told
+    assert '--cluster "tcp://h:1"' in told and "--cluster" not in alone
     assert '--methods "unpadded rastp"' in told and '--sids "table.txt"' in told

@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, instead_of_runs
 
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.files import write
+from sidlab.research import jobs
 from sidlab.research import runs as sweeps
+from sidlab.research.child import Progress
 from sidlab.sids.table import SidTable
 
 GRID = [
@@ -74,14 +76,12 @@ def test_the_sids_are_those_of_the_setting(finished):
 
 def test_a_finished_sweep_trains_nothing_and_a_longer_one_only_what_is_new(finished, monkeypatch):
     folder, frame = finished
-    monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("a run was repeated"))
+    instead_of_runs(monkeypatch, lambda *_: pytest.fail("a run was repeated"))
     again = sweeps.sweep(GRID, folder, preset="smoke", seeds=1)
     pd.testing.assert_frame_equal(again, frame)
     asked = []
     result = json.loads(pathlib.Path(frame["file"][0]).read_text())
-    monkeypatch.setattr(
-        sweeps, "_run_child", lambda folder, name, label: asked.append(name) or result
-    )
+    instead_of_runs(monkeypatch, lambda name, _: asked.append(name) or {"row": result["row"]})
     longer = sweeps.sweep(
         {"pruning.keep": [0.5, 0.7], "pruning.after_layer": [1]}, folder, preset="smoke", seeds=1
     )
@@ -97,14 +97,14 @@ def test_other_data_or_settings_make_a_run_anew(finished):
     one = sweeps._in_one_precision(
         sweeps.spec("planted", TrainConfig.preset("smoke")), catalogue, table, folder
     )
-    path = sweeps._path(folder, "planted-smoke-seed0")
-    assert sweeps._finished(path, sweeps._key(one, catalogue, table)) is not None
+    path = jobs.path_of(folder, "planted-smoke-seed0")
+    assert jobs.result_of(path, {"key": sweeps._key(one, catalogue, table)}) is not None
     for other in (
         (sweeps.spec("planted", TrainConfig.preset("smoke", d_ff=32)), catalogue, table),
         (one, load_catalogue("planted", seed=1), table),
         (one, catalogue, SidTable(table.codes[:, ::-1], width=table.widths[::-1])),
     ):
-        assert sweeps._finished(path, sweeps._key(*other)) is None
+        assert jobs.result_of(path, {"key": sweeps._key(*other)}) is None
 
 
 def test_a_gpu_does_not_take_what_a_processor_did(finished, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_catalogue_whose_embeddings_tell_nothing_is_refused_before_anything_is
         catalogue, truth=None, embeddings=np.repeat(np.eye(1, 48), catalogue.n_items, axis=0)
     )
     monkeypatch.setattr(sweeps, "load_catalogue", lambda dataset: alike)
-    monkeypatch.setattr(sweeps, "_run_child", lambda *run: pytest.fail("trained"))
+    instead_of_runs(monkeypatch, lambda *_: pytest.fail("trained"))
     with pytest.raises(ValueError, match="only 1 of the 160 rows is distinct"):
         sweeps.sweep([{}], tmp_path, preset="smoke", seeds=1)
 
@@ -182,11 +182,11 @@ def test_an_own_scorer_takes_part_by_name_and_is_done_again_when_its_module_chan
         "now it is the newest that it keeps"
     )
 
-    def edited(folder, name, label):
+    def edited(name, spec):
         (tmp_path / "my_scorer.py").write_text(OLDEST)
         return {"row": {}, "ranks": []}
 
-    monkeypatch.setattr(sweeps, "_run_child", edited)
+    instead_of_runs(monkeypatch, edited)
     with pytest.raises(
         RuntimeError, match="the scorer's module has changed since this sweep began"
     ):
@@ -198,12 +198,12 @@ def test_a_killed_run_goes_on_where_the_code_is_the_same_alone(tmp_path, monkeyp
     left = tmp_path / "runs" / "planted-smoke-seed0" / "checkpoint-10"
     found = []
 
-    def child(folder, name, label):
+    def work(name, spec):
         found.append(left.exists())
         left.mkdir(parents=True, exist_ok=True)
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(sweeps, "_run_child", child)
+    instead_of_runs(monkeypatch, work)
     for version in ("the same", code):
         monkeypatch.setattr(sweeps, "code_digest", lambda version=version: version)
         with pytest.raises(RuntimeError, match="killed"):
@@ -212,7 +212,7 @@ def test_a_killed_run_goes_on_where_the_code_is_the_same_alone(tmp_path, monkeyp
 
 
 def test_a_run_is_busy_if_any_of_its_evaluations_was(monkeypatch):
-    progress = sweeps._Progress()
+    progress = Progress()
     state = types.SimpleNamespace(log_history=[], global_step=1, max_steps=3)
     for load, busy in ((0.0, False), (9.0, True), (0.0, True)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0), raising=False)
@@ -231,16 +231,11 @@ def test_threads_that_write_one_file_leave_it_whole(tmp_path):
 def test_values_with_a_dot_and_seeds_keep_files_of_their_own(tmp_path, monkeypatch):
     trained = []
 
-    def child(folder, name, label):
+    def work(name, spec):
         trained.append(name)
-        path = sweeps._file(sweeps._path(folder, name), ".json")
-        key = json.loads(sweeps._file(sweeps._path(folder, name), ".spec").read_text())["key"]
-        sweeps.write_json(
-            path, {"key": key, "row": {"recall@10": len(trained)}, "curve": None, "ranks": []}
-        )
-        return json.loads(path.read_text())
+        return {"row": {"recall@10": len(trained)}}
 
-    monkeypatch.setattr(sweeps, "_run_child", child)
+    instead_of_runs(monkeypatch, work)
     for _ in range(2):
         frame = sweeps.sweep({"pruning.keep": [0.5, 0.7]}, tmp_path, preset="smoke", seeds=2)
         assert frame["recall@10"].tolist() == [1, 2, 3, 4] and frame["file"].nunique() == 4
@@ -251,15 +246,12 @@ def test_values_with_a_dot_and_seeds_keep_files_of_their_own(tmp_path, monkeypat
 def test_two_sweeps_at_once_in_one_folder_share_the_work(tmp_path, monkeypatch):
     trained = []
 
-    def child(folder, name, label):
+    def work(name, spec):
         trained.append(name)
         time.sleep(0.2)
-        path = sweeps._file(sweeps._path(folder, name), ".json")
-        key = json.loads(sweeps._file(sweeps._path(folder, name), ".spec").read_text())["key"]
-        sweeps.write_json(path, {"key": key, "row": {"recall@10": 0.5}, "curve": None, "ranks": []})
-        return json.loads(path.read_text())
+        return {"row": {"recall@10": 0.5}}
 
-    monkeypatch.setattr(sweeps, "_run_child", child)
+    instead_of_runs(monkeypatch, work)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         frames = list(
             pool.map(
@@ -299,7 +291,7 @@ def test_published_sids_from_a_file(tmp_path):
 def test_a_sid_file_of_another_catalogue_is_refused_before_anything_is_trained(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
+    instead_of_runs(monkeypatch, lambda *_: pytest.fail("trained"))
     catalogue = load_catalogue("planted")
     path = tmp_path / "sids.txt"
     # Codes are 0..255, whatever the items
@@ -328,7 +320,7 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
         changed.setattr(sweeps, "code_digest", lambda: "another")  # the child finds the present one
         sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
     sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
-    monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
+    instead_of_runs(monkeypatch, lambda *_: pytest.fail("trained"))
     sweeps.sweep(settings, tmp_path, preset="smoke", seeds=1)
     monkeypatch.setattr(sweeps, "code_digest", lambda: "another")
     with pytest.raises(pytest.fail.Exception, match="trained"):
@@ -337,10 +329,8 @@ def test_runs_of_another_version_of_the_code_are_done_again(tmp_path, monkeypatc
 
 def test_a_sweep_takes_arrays_and_any_number_of_settings(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        sweeps,
-        "_run_child",
-        lambda folder, name, label: asked.append(sweeps._path(folder, name)) or {"row": {}},
+    instead_of_runs(
+        monkeypatch, lambda name, _: asked.append(jobs.path_of(tmp_path, name)) or {"row": {}}
     )
     frame = sweeps.sweep(
         {"sids.levels": np.arange(1, 3), "learning_rate": [1e-3, 1.00001e-3]},
@@ -362,7 +352,7 @@ def test_a_sweep_takes_arrays_and_any_number_of_settings(tmp_path, monkeypatch):
 
 
 def test_results_of_another_preset_in_the_same_folder_are_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "_run_child", lambda folder, name, label: {"row": {}})
+    instead_of_runs(monkeypatch, lambda *_: {"row": {}})
     files = [
         sweeps.sweep([{}], tmp_path, preset=preset, seeds=1)["file"][0]
         for preset in ("smoke", "quick")
@@ -437,7 +427,7 @@ def test_a_docstring_makes_no_other_version_of_the_code(tmp_path, monkeypatch):
     ],
 )
 def test_bad_sweeps_stop_before_anything_is_trained(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "_run_child", lambda *_: pytest.fail("trained"))
+    instead_of_runs(monkeypatch, lambda *_: pytest.fail("trained"))
     with pytest.raises((ValueError, TypeError), match=message):
         sweeps.sweep(**dict(folder=tmp_path / "out", preset="smoke") | arguments)
     assert not (tmp_path / "out" / "runs").exists()

@@ -28,6 +28,7 @@ from sidlab.files import reading, write_json
 from sidlab.metrics import METRICS
 from sidlab.research.claims_page import write_claims
 from sidlab.research.compare import DEFAULT_METHODS, compare
+from sidlab.research.jobs import cluster
 from sidlab.research.page import write_page
 from sidlab.research.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, data_name, published
 
@@ -573,12 +574,14 @@ def main(arguments=None) -> None:
     parser.add_argument("--arch", nargs="+", default=["t5"])
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--sids", default="", help="a published SID file")
+    parser.add_argument("--cluster", default="", help="the address of a Dask scheduler")
     parser.add_argument("--output", default="runs/paper")
     parser.add_argument(
         "--evidence", nargs="*", default=["results", "runs/studies", "runs/bench", "runs/bench-gpu"]
     )
     args = parser.parse_args(arguments)
     output = pathlib.Path(args.output)
+    executor = cluster(args.cluster)
     for dataset in args.datasets:
         for arch in args.arch:
             methods = [
@@ -588,7 +591,14 @@ def main(arguments=None) -> None:
                 methods.append("rastp-visible")
             folder = output / f"{data_name(dataset)}-{args.preset}-{arch}"
             results = compare(
-                dataset, args.preset, methods, args.seeds, str(folder), args.sids, arch=arch
+                dataset,
+                args.preset,
+                methods,
+                args.seeds,
+                str(folder),
+                args.sids,
+                arch=arch,
+                executor=executor,
             )
             write_page(results, folder / "index.html")
     files = evidence(*args.evidence, output)

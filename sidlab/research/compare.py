@@ -82,7 +82,17 @@ SETTINGS = {  # by name, as in `sweeps.sweep`, where they are not a scorer's nam
 }
 PRUNERS = tuple(name for name in METHODS if name not in ("padded", "unpadded", "map", "sasrec"))
 DEFAULT_METHODS = "padded unpadded recent random rastp rastp-visible map stamp sasrec"
-PARAMETERS = ("dataset", "preset", "methods", "seeds", "output_dir", "sids", "arch", "protocol")
+PARAMETERS = (
+    "dataset",
+    "preset",
+    "methods",
+    "seeds",
+    "output_dir",
+    "sids",
+    "arch",
+    "protocol",
+    "cluster",
+)
 PROTOCOLS = ("continue", "scratch")
 # The row of the unpruned model that the others continue, and in front of a pruner's name: that
 # model, pruned so
@@ -98,6 +108,7 @@ def compare(
     sids: str = "",
     arch: str = "t5",
     protocol: str = "",
+    executor=None,
 ) -> dict:
     """Train and test every method with every seed; write `results.json` into `output_dir`; return
     the results, of which `page.write_page` makes a page.
@@ -108,7 +119,8 @@ def compare(
     1/3); `seeds`: how many, from 0 on; `output_dir`: default runs/<dataset>-<preset>; `sids`: a
     published SID file (default: `sweeps.sid_table`'s choice); `arch`: "t5" or "qwen", decoder-only;
     `protocol`: "continue" or "scratch" (see the module; default: "continue", but "scratch" for the
-    preset "paper"). Raises ValueError naming what is valid before anything is trained.
+    preset "paper"); `executor`: where runs are done side by side (see `runs.run_all`). Raises
+    ValueError naming what is valid before anything is trained.
     """
     names = methods.split() if isinstance(methods, str) else list(methods)
     if not names:
@@ -147,7 +159,7 @@ def compare(
     catalogue = load_catalogue(dataset)
     results = [
         {"method": name, "seed": seed, **result}
-        for (name, seed), result in zip(runs, run_all(specs, folder))
+        for (name, seed), result in zip(runs, run_all(specs, folder, executor))
     ]
     results = _collect(
         dataset,
@@ -247,10 +259,13 @@ def predicted_and_measured(results: dict) -> pd.DataFrame:
         "predicted activations ×": "predicted_activation_mb",
         "measured memory ×": "peak_memory_mb",
     }
-    # Some systems tell no peak memory: 0, of which there is no ratio.
+    # Some systems tell no peak memory: 0, of which there is no ratio; some runs no seconds.
     frame = pd.DataFrame(
         {
-            title: [row[field] / base[field] if base[field] else None for row in rows]
+            title: [
+                row[field] / base[field] if base[field] and row[field] is not None else None
+                for row in rows
+            ]
             for title, field in columns.items()
         },
         index=pd.Index([row["method"] for row in rows], name="method"),
@@ -332,11 +347,11 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch,
         entry["predicted_flops"] = predicted and predicted.training
         entry["predicted_activation_mb"] = predicted and predicted.activation_bytes / 2**20
     asked = [name for name in names if name.partition("-")[0] != BASE]
-    others = (
-        ["Other jobs ran on the machine at the same time: the seconds say little."]
-        if any(r["busy"] for r in runs)
-        else []
-    )
+    others = []
+    if any(r.get("beside") for r in runs):
+        others.append("Runs were done side by side: those carry no seconds.")
+    if any(r["busy"] and not r.get("beside") for r in runs):
+        others.append("Other jobs ran on the machine at the same time: the seconds say little.")
     if len(devices := sorted({r["device"] for r in runs})) > 1:
         others.append(
             f"The runs were made on {' and '.join(devices)}: their seconds do not compare."

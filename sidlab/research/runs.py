@@ -3,7 +3,7 @@ the notebooks stand on.
 
 A run is a spec, as `spec` makes it. Its result is a file in `folder/runs`, written when the run is
 complete. Results that are there already are read, and a killed run goes on from its last
-checkpoint. `python -m sidlab.research.runs FOLDER NAME` is the child process that does one run.
+checkpoint. What one run does stands in `child`, how runs are handed out to workers in `jobs`.
 """
 
 import ast
@@ -14,10 +14,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
-import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -25,25 +21,21 @@ import pandas as pd
 import torch
 import transformers
 from filelock import FileLock
-from transformers import TrainerCallback
 
 import sidlab
 from sidlab.checks import integer, one_of
 from sidlab.config import PARTS, TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.data.load import load_catalogue
-from sidlab.decoding import encode_histories
-from sidlab.fast.meter import Meter, device_name
 from sidlab.fast.precision import sizes, unmeasured
 from sidlab.files import read_json, write, write_json
-from sidlab.metrics import rank_of_target, stored
-from sidlab.pruning import PruningConfig
 from sidlab.research import sasrec
-from sidlab.research.summary import COSTS, metrics_of
+from sidlab.research.jobs import Queue, file_of, path_of, result_of
+from sidlab.research.summary import SECONDS
 from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.table import SidTable
-from sidlab.training import evaluate, load_model, measured_precision, train, weights_digest
-from sidlab.windows import leave_one_out, training_windows, truth_tokens
+from sidlab.training import measured_precision, weights_digest
+from sidlab.windows import leave_one_out, training_windows
 
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
 # Rooms that no run goes through: they come after training.
@@ -53,7 +45,13 @@ SIDS = ("encoder", "levels", "width", "collisions", "file")
 
 
 def sweep(
-    grid, folder, *, dataset: str = "planted", preset: str = "quick", seeds: int = 3
+    grid,
+    folder,
+    *,
+    dataset: str = "planted",
+    preset: str = "quick",
+    seeds: int = 3,
+    executor=None,
 ) -> pd.DataFrame:
     """Train every setting of a grid with every seed, each in a process of its own.
 
@@ -61,7 +59,7 @@ def sweep(
     field of `TrainConfig`, of its parts ("pruning.keep", "strategy.kind", "map.steps") or of the
     SIDs ("sids.levels", see `sid_table`). `folder`: where results are kept; what is there already
     is not run again, and two sweeps may work in one folder at the same time. `dataset` and `preset`
-    as in `compare`; `seeds`: how many, from 0 on.
+    as in `compare`; `seeds`: how many, from 0 on; `executor`: as in `run_all`.
     Returns a row a run: the settings, "seed", metrics, costs and "file", which holds ranks and
     learning curve too. The same table grows in `folder/rows.csv` (that of the latest sweep there)
     while it runs. Raises ValueError before anything is trained.
@@ -90,33 +88,28 @@ def sweep(
                 key: value.item() if isinstance(value, np.generic) else value
                 for key, value in setting.items()
             }
-            name = "-".join(
-                [
-                    pathlib.Path(dataset).name,
-                    preset,
-                    *(f"{k}={_short(v)}" for k, v in setting.items()),
-                    f"seed{seed}",
-                ]
-            )
-            sids = {
-                key.removeprefix("sids."): value
-                for key, value in setting.items()
-                if key.startswith("sids.")
-            }
-            config = config_with(
-                preset,
-                seed,
-                {key: value for key, value in setting.items() if not key.startswith("sids.")},
-            )
+            told = "".join(f"{key}={_short(value)}-" for key, value in setting.items())
+            name = f"{pathlib.Path(dataset).name}-{preset}-{told}seed{seed}"
+            # The SIDs are the run's, the rest its configuration's
+            sids = {}
+            fields = {}
+            for key, value in setting.items():
+                part = sids if key.startswith("sids.") else fields
+                part[key.removeprefix("sids.")] = value
+            config = config_with(preset, seed, fields)
             if name in specs:
                 raise ValueError(f"the grid holds {name} twice")
             specs[name] = spec(dataset, config, sids)
-            rows.append({**setting, "seed": seed, "file": str(_file(_path(folder, name), ".json"))})
+            rows.append(
+                {**setting, "seed": seed, "file": str(file_of(path_of(folder, name), ".json"))}
+            )
 
     done = []
-    for row, result in zip(rows, run_all(specs, folder)):
+    for row, result in zip(rows, run_all(specs, folder, executor)):
         done.append(row | result["row"])
         frame = pd.DataFrame(done)
+        # A column of None alone would be no column of numbers
+        frame = frame.astype({cost: float for cost in SECONDS if cost in frame})
         write(pathlib.Path(folder) / "rows.csv", frame.to_csv(index=False))
     return frame
 
@@ -197,10 +190,16 @@ def check_sids(sids):
         )
 
 
-def run_all(specs: dict[str, dict], folder):
-    """Do every run, {name: spec}, one after the other; yields {"row", "curve", "ranks"} of each,
-    and "sharers" where items share SIDs (`metrics.stored`), as it is there. A run that others start
-    from is done before them.
+def run_all(specs: dict[str, dict], folder, executor=None):
+    """Do every run, {name: spec}; yields {"row", "curve", "ranks"} of each, and "sharers" where
+    items share SIDs (`metrics.stored`), as it is there. A run that others start from is done before
+    them.
+
+    `executor`: None, one run after the other; or where runs are done side by side, a
+    `concurrent.futures.Executor` or a function that makes one (see `jobs.Queue`). Its workers share
+    `folder`, and stand on machines like this one, which chooses the precision. A run that fails
+    there is submitted once more. Runs side by side carry no seconds. Runs that were done before are
+    taken as they are, with seconds or without.
 
     All runs of a model size train in one precision. Where specs ask for "auto", it is measured
     before the first run, for the first spec of each size, and kept in `folder/precision.json`. A
@@ -212,17 +211,15 @@ def run_all(specs: dict[str, dict], folder):
     folder = pathlib.Path(folder)
     begin = time.monotonic()
     fresh = 0
-    paths = {name: _path(folder, name) for name in specs}
+    paths = {name: path_of(folder, name) for name in specs}
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"two runs would share a file: {sorted(p.name for p in paths.values())}")
     catalogues = {
         dataset: load_catalogue(dataset) for dataset in {one["dataset"] for one in specs.values()}
     }
-    specs, tables, versions = (
-        dict(specs),
-        {},
-        {name: _version(one["config"]) for name, one in specs.items()},
-    )
+    specs = dict(specs)
+    tables = {}
+    versions = {name: version(one["config"]) for name, one in specs.items()}
     for name, one in specs.items():  # everything that may be refused is, before anything is trained
         catalogue = catalogues[one["dataset"]]
         if '"oracle"' in json.dumps(one["config"]) and catalogue.truth is None:
@@ -251,38 +248,55 @@ def run_all(specs: dict[str, dict], folder):
         tables[name] = sid_table(catalogue, folder, one["sids"])[0]
         specs[name] = _in_one_precision(one, catalogue, tables[name], folder)
     results = {}
-    waiting = list(specs)
     starts = {one.get("start") for one in specs.values()}
-    for number, name in enumerate(sorted(specs, key=lambda name: "start" in specs[name]), start=1):
+
+    def request(name):
+        """What a worker is asked for; the run that it starts from is done."""
         one = specs[name]
-        path = paths[name]
-        if _version(one["config"]) != versions[name]:
+        if version(one["config"]) != versions[name]:
             raise RuntimeError(CHANGED)
         base = weights_digest(paths[one["start"]]) if "start" in one else None
-        key = _key(one, catalogues[one["dataset"]], tables[name], base)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Another sweep in this folder may be at the same run: then its result is taken
-        with FileLock(_file(path, ".lock")):
-            result = _finished(path, key)
-            if name in starts and not (path / "model.safetensors").exists():
-                result = None  # its weights are needed, too
-            if result is None:
-                stamp = _file(path, ".spec")
-                # A killed run of other data, settings or code
-                if stamp.exists() and json.loads(stamp.read_text())["key"] != key:
-                    shutil.rmtree(path, ignore_errors=True)
-                write_json(stamp, one | {"key": key, "code": versions[name]})
-                result = _run_child(folder, name, f"[{number}/{len(specs)}] {name}")
-                fresh = fresh + 1
+        return one | {
+            "key": _key(one, catalogues[one["dataset"]], tables[name], base),
+            "code": versions[name],
+            "weights": name in starts,
+            "beside": executor is not None,
+            "cwd": os.getcwd(),
+        }
+
+    waiting = list(specs)
+    # What starts from another run waits here until that is done, not in a worker
+    left = sorted(specs, key=lambda name: "start" in specs[name])
+    done = {None}
+    with Queue(folder, executor) as queue:
+        while left or queue.running:
+            for name in [name for name in left if specs[name].get("start") in done]:
+                if queue.full:
+                    break
+                left.remove(name)
+                one = request(name)
+                result = result_of(paths[name], one)
+                if result is not None:
+                    print(f"{name}: already in {file_of(paths[name], '.json')}")
+                    results[name] = result
+                    done.add(name)
+                else:
+                    if file_of(paths[name], ".json").exists():
+                        print(f"{name} is done again: data, SIDs, settings or code were others")
+                    queue.submit(name, one, f"[{len(specs) - len(left)}/{len(specs)}] {name}")
+            if queue.running:
+                name, results[name] = queue.next()
+                done.add(name)
+                fresh += 1
                 spent = time.monotonic() - begin
+                still = len(left) + len(queue.running)
                 print(
-                    f"[{number}/{len(specs)}] {spent:.0f} s so far, at most about"
-                    f" {spent / fresh * (len(specs) - number):.0f} s left",
+                    f"[{len(specs) - still}/{len(specs)}] {spent:.0f} s so far, at most about"
+                    f" {spent / fresh * still:.0f} s left",
                     flush=True,
                 )
-        results[name] = result
-        while waiting and waiting[0] in results:
-            yield results.pop(waiting.pop(0))
+            while waiting and waiting[0] in results:
+                yield results.pop(waiting.pop(0))
 
 
 def _in_one_precision(one, catalogue, table, folder):
@@ -358,57 +372,6 @@ def _make_sids(catalogue, folder, sids):
     write_json(folder / "report.json", dict(report))
 
 
-def run(folder, name: str) -> None:
-    """Train, test and write one run; the child process."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    path = _path(folder, name)
-    one = json.loads(_file(path, ".spec").read_text())
-    if one["code"] != _version(one["config"]):
-        raise RuntimeError(CHANGED)
-    catalogue = load_catalogue(one["dataset"])
-    kinds = {"sasrec": _run_sasrec, "recommend": _run_recommend}
-    run_one = next((kinds[kind] for kind in kinds if kind in one["config"]), _run_model)
-    result = run_one(one, catalogue, folder, path)
-    result["busy"] = result.get("busy", False) or _busy()
-    write_json(
-        _file(path, ".json"),
-        {
-            "key": one["key"],
-            "device": device_name(),
-            "precision": one["config"].get("precision"),
-            **result,
-        },
-    )
-    row = result["row"]
-    trained = f", trained {row['train_seconds']:.0f} s" if row["train_seconds"] is not None else ""
-    say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users{trained}")
-
-
-def _run_sasrec(one, catalogue, folder, path):
-    split = leave_one_out(catalogue.histories)
-    meter = Meter()
-    meter.resume()
-    model = sasrec.SASRec(**one["config"]["sasrec"]).fit(
-        split.train, catalogue.n_items, split.cases("validation")
-    )
-    meter.pause()
-    histories, targets = split.cases("test")
-    begin = time.perf_counter()
-    ranks = rank_of_target(model.recommend(histories), targets)
-    # Its seconds include validation, and one row of it predicts several windows, so they make no
-    # seconds per window.
-    row = {
-        **metrics_of(ranks),
-        **dict.fromkeys(COSTS),
-        "train_seconds": meter.seconds,
-        "peak_memory_mb": meter.peak,
-        "evaluation_seconds": time.perf_counter() - begin,
-        "kept_informative": None,
-    }
-    return {"row": row, "curve": None, **stored(ranks)}
-
-
 def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
     """`config` without slots that no history can fill: padding that nobody would add."""
     longest = max(len(h) for h in catalogue.histories)
@@ -429,137 +392,8 @@ def truth_for(config, catalogue):
     )
 
 
-def _start_of(one, folder):
-    """The folder of the model that a run starts from, or None."""
-    return _path(folder, one["start"]) if "start" in one else None
-
-
-def _run_recommend(one, catalogue, folder, path):
-    """The model of another run, pruned as it never was in training."""
-    pruning = PruningConfig(**one["config"]["pruning"])
-    model = load_model(_start_of(one, folder))
-    model.set_pruning(pruning)
-    histories, targets = leave_one_out(catalogue.histories).cases("test")
-    truth = catalogue.truth if pruning.scorer == "oracle" else None
-    begin = time.perf_counter()
-    ranks = evaluate(model, histories, targets, beam=one["config"]["recommend"], truth=truth)
-    row = {
-        **metrics_of(ranks),
-        **dict.fromkeys(COSTS),
-        "evaluation_seconds": time.perf_counter() - begin,
-        "kept_informative": None,
-    }
-    if catalogue.truth is not None and pruning.reduce == "select":
-        row["kept_informative"] = kept_informative(model, catalogue.truth, histories)
-    return {"row": row, "curve": None, **stored(ranks)}
-
-
-def _run_model(one, catalogue, folder, path):
-    table, report = sid_table(catalogue, folder, one["sids"])
-    config = fitted(TrainConfig.from_dict(one["config"]), catalogue)
-    progress = _Progress()
-    result = train(
-        config,
-        catalogue,
-        table,
-        output_dir=path,
-        start_from=_start_of(one, folder),
-        progress=False,
-        callbacks=[progress],
-    )
-    histories, targets = leave_one_out(catalogue.histories).cases("test")
-    begin = time.perf_counter()
-    ranks = evaluate(
-        result.model, histories, targets, beam=config.beam, truth=truth_for(config, catalogue)
-    )
-    row = {
-        **metrics_of(ranks),
-        **result.timing,
-        **result.tokens,
-        "peak_memory_mb": result.peak_memory,
-        "evaluation_seconds": time.perf_counter() - begin,
-        "kept_informative": None,
-    }
-    prunes = (
-        config.pruning is not None
-        and config.pruning.reduce == "select"
-        and config.pruning.at_inference
-    )
-    if catalogue.truth is not None and prunes:
-        row["kept_informative"] = kept_informative(result.model, catalogue.truth, histories)
-    evaluations = [e for e in result.log if "recall@10" in e]
-    losses = [e for e in result.log if "loss" in e]
-    curve = {
-        "step": [e["step"] for e in losses],
-        "loss": [e["main_loss"] for e in losses],
-        "eval_step": [e["step"] for e in evaluations],
-        "recall@10": [e["recall@10"] for e in evaluations],
-    }
-    shutil.rmtree(path)  # the checkpoints
-    result.model.save_pretrained(path)
-    sids = {"widths": list(table.widths), "collision_rate": report["collision_rate"]}
-    pruning = result.model.pruning
-    agreement = [e["agreement"] for e in result.log if "agreement" in e]
-    ended = pruning and {
-        "keep": pruning.keep,
-        "after_layer": pruning.after_layer,
-        "layers": result.model.stack.config.num_hidden_layers,
-        "agreement": agreement[0] if agreement else None,
-    }
-    return {
-        "row": row,
-        "curve": curve,
-        **stored(ranks),
-        "sids": sids,
-        "ended": ended,
-        "busy": progress.busy,
-    }
-
-
-@torch.no_grad()
-def kept_informative(model, truth, histories, batch_size: int = 256) -> dict:
-    """How well a pruned model keeps the truly informative tokens of planted histories:
-    {"precision", "recall"} over all tokens.
-    """
-    kept_total = informative_total = both = 0
-    for begin in range(0, len(histories), batch_size):
-        part = [h[-model.config.max_items :] for h in histories[begin : begin + batch_size]]
-        out = encode_histories(model, part, truth)
-        kept = out.attention_mask.bool().cpu()  # [B, K]
-        informative = (
-            truth_tokens(
-                truth.informative(part),
-                model.table.levels,
-                model.config.separators,
-                out.importance.shape,
-            )
-            > 0
-        )
-        kept_total = kept_total + kept.sum().item()
-        informative_total = informative_total + informative.sum().item()
-        both += (informative.gather(1, out.positions.cpu()) & kept).sum().item()
-    return {"precision": both / max(kept_total, 1), "recall": both / max(informative_total, 1)}
-
-
-def say(text: str) -> None:
-    """A progress line, marked so that the parent process passes it on."""
-    print(f"» {text}", flush=True)
-
-
 def _short(value):
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _path(folder, name):
-    name = re.sub(r"[^\w.=@+-]+", "-", name)
-    if len(name) > 180:  # a file's name has 255 at most, with what is put behind
-        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return pathlib.Path(folder) / "runs" / name
-
-
-def _file(path, suffix):
-    # With_suffix would cut the name at its last dot, as in keep=0.5-seed0
-    return path.with_name(path.name + suffix)
 
 
 def _key(one, catalogue, table, base=None):
@@ -580,7 +414,7 @@ def _key(one, catalogue, table, base=None):
         files,
         catalogue.fingerprint(),
         table.fingerprint(),
-        _version(one["config"]),
+        version(one["config"]),
         torch.__version__,
         transformers.__version__,
         torch.cuda.is_available(),
@@ -589,7 +423,7 @@ def _key(one, catalogue, table, base=None):
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _version(config):
+def version(config):
     """`code_digest`, and the text of a custom scorer's module or SASRec's."""
     own = own_source((config.get("pruning") or {}).get("scorer", "rastp"))
     if "sasrec" in config:
@@ -620,65 +454,3 @@ def code_digest():
                     del node.body[0]
             digest.update(ast.dump(tree).encode())
     return digest.hexdigest()
-
-
-def _finished(path, key):
-    file = _file(path, ".json")
-    if not file.exists():
-        return None
-    result = json.loads(file.read_text())
-    if result["key"] != key:
-        print(f"{file} was made with other data, SIDs, settings or code and is done again")
-        return None
-    print(f"{path.name}: already in {file}")
-    return result
-
-
-def _run_child(folder, name, label):
-    """One run in a process of its own, its progress lines passed on as they come."""
-    path = _path(folder, name)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sidlab.research.runs", str(folder), name],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    try:
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("» "):
-                print(f"{label}: {line[2:]}", end="", flush=True)
-        process.wait()
-    finally:
-        process.kill()  # where the notebook is interrupted, its child stops too
-        _file(path, ".log").write_text("".join(lines))
-    if process.returncode:
-        raise RuntimeError(
-            f"{name} failed (exit status {process.returncode}); its output is in "
-            f"{_file(path, '.log')} and ends with\n{''.join(lines[-15:])}"
-        )
-    return json.loads(_file(path, ".json").read_text())
-
-
-def _busy():
-    """Whether other jobs ran in the last minute."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5
-
-
-class _Progress(TrainerCallback):
-    """Tells how far training is, and `busy`: whether other jobs ran beside."""
-
-    busy = False
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        self.busy = self.busy or _busy()
-        loss = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), float("nan"))
-        say(
-            f"update {state.global_step}/{state.max_steps}, loss {loss:.3f}, validation recall@10"
-            f" {metrics['eval_recall@10']:.4f}"
-        )
-
-
-if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2])

@@ -281,12 +281,13 @@ def run(
     arch: str = "t5",
     sids: str = "",
     only: int | None = None,
+    executor=None,
 ) -> pd.DataFrame:
     """Do the study's runs that `folder` does not hold yet: a row a run, as `sweeps.sweep` gives it,
     and its "label".
 
-    `sids`: a published SID file; `only`: the first settings, for a quick look. Raises ValueError
-    for an unknown study.
+    `sids`: a published SID file; `only`: the first settings, for a quick look; `executor`: where
+    runs are done side by side (see `runs.run_all`). Raises ValueError for an unknown study.
     """
     one_of("study", name, STUDIES)
     if only is not None:
@@ -303,6 +304,7 @@ def run(
         dataset=dataset,
         preset=preset,
         seeds=seeds,
+        executor=executor,
     )
     return frame.assign(label=list(settings) * seeds)
 
@@ -334,7 +336,9 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         steps = found[0]["curve"]["eval_step"][:length]
         aim = 0.95 * curve[-1] if aim is None else aim
         reached = np.flatnonzero(curve >= aim)
-        seconds = np.median([one["row"]["train_seconds"] / one["row"]["updates"] for one in found])
+        # Of runs side by side there are no seconds.
+        per_update = None if row["train_seconds"] is None else row["train_seconds"] / row["updates"]
+        timed = len(reached) and per_update is not None
         rows.append(
             {
                 "label": row["label"],
@@ -346,7 +350,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
                     "lowest": curves.min(0).tolist(),
                     "highest": curves.max(0).tolist(),
                 },
-                "seconds_to_recall": float(steps[reached[0]] * seconds) if len(reached) else None,
+                "seconds_to_recall": steps[reached[0]] * per_update if timed else None,
                 "sids": found[0]["sids"],
                 "ended": [one.get("ended") for one in found],
                 "busy": row["busy"] or len(devices) > 1,

@@ -29,6 +29,8 @@ COSTS = (
     "windows",
     "updates",
 )
+# Of runs side by side they would be wrong, so their records carry none.
+SECONDS = ("train_seconds", "seconds_per_1k_windows", "evaluation_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
