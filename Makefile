@@ -40,7 +40,7 @@ help:
 	@echo "make paper      both papers' methods on DATASETS=\"folder …\" (default: what stands in ../shared/data), SEEDS=3, PRESET=paper, ARCH=\"t5 qwen\","
 	@echo "                METHODS=, SIDS= and OUTPUT_DIR= as above, and the claims page: what both papers claim, and what came out here; DATASETS= writes the page from what is there"
 	@echo "make test       run all tests; the browser test needs Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)"
-	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python notebooks/build.py)"
+	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python tools/build.py)"
 	@echo "make site       run all notebooks and render them to build/site/, which opens from disk"
 	@echo "make demo-model train the bundled demo model again; make record: the recorded sweeps of the notebooks"
 	@echo "make bench      measure this machine: a table of targets, runs/bench/ with page and JSON; a short form: QUICK=--quick"
@@ -85,10 +85,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -q
 
 notebooks: $(READY)
-	$(BIN)/python notebooks/run.py --settings tiny
+	$(BIN)/python tools/run.py --settings tiny
 
 site: $(READY)
-	$(BIN)/python notebooks/site.py
+	$(BIN)/python tools/site.py
 
 demo-model: $(READY)
 	$(BIN)/python -m sidlab.course.demo
@@ -107,4 +107,4 @@ bench-gpu: $(READY)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .ruff_cache
-	find sidlab tests notebooks -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find sidlab tests notebooks tools -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -25,7 +25,7 @@ import build
 import run
 
 # `site` alone is Python's own
-spec = importlib.util.spec_from_file_location("notebooks_site", NOTEBOOKS / "site.py")
+spec = importlib.util.spec_from_file_location("tools_site", ROOT / "tools" / "site.py")
 site = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(site)
 
@@ -122,9 +122,9 @@ def test_committed_notebooks_are_what_their_sources_give():
         for path in COMMITTED
         if path.name != "reproduce.ipynb"
     }
-    assert committed.keys() == made.keys(), "run: python notebooks/build.py"
+    assert committed.keys() == made.keys(), "run: python tools/build.py"
     assert not [name for name in made if committed[name] != made[name]], (
-        "run: python notebooks/build.py"
+        "run: python tools/build.py"
     )
 
 
@@ -460,7 +460,7 @@ def test_build_makes_stub_solution_and_navigation(tmp_path):
 def test_build_writes_what_it_can_and_names_the_rest(tmp_path, monkeypatch):
     write_source(tmp_path / "source", "00_good")
     write_source(tmp_path / "source", "01_bad", SAMPLE.replace("    ### END SOLUTION\n", ""))
-    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "NOTEBOOKS", tmp_path)
     with pytest.raises(SystemExit, match=r"01_bad\.py, cell 4: .*BEGIN"):
         build.main()
     written = {

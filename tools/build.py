@@ -1,4 +1,4 @@
-"""Make the course's notebooks from their sources: python notebooks/build.py
+"""Make the course's notebooks from their sources: python tools/build.py
 
 `notebooks/source/NN_name.py` (percent format of jupytext, no front matter) becomes
 `notebooks/NN_name.ipynb` for the student, in which the solutions are stubs, and
@@ -43,7 +43,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from sidlab.files import write
 
-HERE = pathlib.Path(__file__).resolve().parent
+NOTEBOOKS = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
 STUB = 'raise NotImplementedError("your turn")'
 PREDICTION = re.compile(r"teach\.predict\(\n(?:(?:    .*)?\n)*\)")
 FOLDED = re.compile(r"\bteach\.(predict|quiz|record)\(")
@@ -89,9 +89,9 @@ class SourceError(ValueError):
 
 
 def main():
-    notebooks, errors = build(HERE / "source")
+    notebooks, errors = build(NOTEBOOKS / "source")
     for name, text in notebooks.items():
-        write(HERE / name, text)
+        write(NOTEBOOKS / name, text)
     print(f"{len(notebooks)} notebooks written")
     sys.exit("\n".join(map(str, errors)) if errors else 0)
 
