@@ -457,6 +457,24 @@ def test_build_makes_stub_solution_and_navigation(tmp_path):
     assert solution[2].source == student[1].source.replace("(../sidlab", "(../../sidlab")
 
 
+def test_a_source_without_a_number_is_no_lesson(tmp_path):
+    text = '# %% [markdown]\n# # A tool\n\n# %% tags=["parameters"]\nshare = 1\n'
+    write_source(tmp_path, "tool", text)
+    write_source(tmp_path, "00_first")
+    made, errors = build.build(tmp_path)
+    assert not errors
+    assert sorted(made) == ["00_first.ipynb", "solutions/00_first.ipynb", "tool.ipynb"]
+    assert [cell.source for cell in cells(made["tool.ipynb"])] == [
+        "[Index](README.md)",
+        "# A tool",
+        "share = 1",
+    ]
+    assert "tool.ipynb" not in made["00_first.ipynb"]
+    write_source(tmp_path, "tool", text.replace("share", "widgets.Output()\nshare"))
+    (error,) = build.build(tmp_path)[1]
+    assert "tool.py, cell 2: 'Output(' keeps errors to itself" in str(error)
+
+
 def test_build_writes_what_it_can_and_names_the_rest(tmp_path, monkeypatch):
     write_source(tmp_path / "source", "00_good")
     write_source(tmp_path / "source", "01_bad", SAMPLE.replace("    ### END SOLUTION\n", ""))

@@ -32,8 +32,8 @@ How a source is written:
 * No LaTeX, since pages render offline: formulas are unicode in code blocks. No `Output` widgets and
   no `interact`, which keep errors to themselves.
 
-A source without a number is no lesson: of these rules only those on the title, the parameters, LaTeX
-and widgets hold, and it has no solutions.
+A source without a number is no lesson: of these rules only those on the title, the parameters,
+LaTeX and widgets hold, and it has no solutions.
 """
 
 import pathlib

@@ -21,7 +21,7 @@
 # %% tags=["parameters"]
 users = 300  # histories whose tokens are measured inside the model
 levels_tried = [1, 2, 3, 4, 5, 6]
-recorded = ""  # or a file: what `make study STUDY=granularity` wrote
+recorded = ""  # or the file that your own `make study` wrote
 repeat = False  # True: train a small sweep yourself, further down (some minutes)
 
 # %% tags=["setup"]

@@ -24,7 +24,7 @@ users = 16  # whose labels and gradients are taken apart
 draws = 10  # batches whose gradients are compared with that of 500 users
 own_users = 2000  # of your own runs
 own_seconds = 30  # for each of four
-recorded = ""  # or a file: what `make study STUDY=map` wrote
+recorded = ""  # or the file that your own `make study` wrote
 
 # %% tags=["setup"]
 import json

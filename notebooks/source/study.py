@@ -130,11 +130,10 @@ if len(versus):
     display(versus.set_index(["label", "against"]).style.format({"difference": "{:+.4f}"}))
 
 # %%
-if "ended" in chosen.shows:
-    for row in rows[rows["strategy.kind"].isin(["loss-gap", "settled-layer"])].to_dict("records"):
-        for end in row["ended"]:
-            agreement = "".join(f", {r:.2f}" for r in end["agreement"] or ())
-            print(f"{row['label']}: {end['keep']:.0%} after layer {end['after_layer']}" + agreement)
+for row in rows.to_dict("records") if "ended" in chosen.shows else ():
+    for end in row["ended"] if row.get("strategy.kind") in ("loss-gap", "settled-layer") else ():
+        agreement = "".join(f", {r:.2f}" for r in end["agreement"] or ())
+        print(f"{row['label']}: {end['keep']:.0%} after layer {end['after_layer']}" + agreement)
 if "curves" in chosen.shows:
     display(curves_figure(rows))
 if "strata" in chosen.shows:

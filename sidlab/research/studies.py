@@ -2,9 +2,10 @@
 and the way to look at the runs.
 
 `notebooks/study.ipynb` runs a study and shows what it found (`make study STUDY=map`): `run` does
-what is not done yet and `summarise` pools the seeds of a setting. Every point has an interval over users and seeds, its cost, and its difference to the first
-setting. How much seeds move a result is estimated from all settings of a study together, since each
-alone has few seeds. Studies in one folder share the settings that they have in common.
+what is not done yet and `summarise` pools the seeds of a setting. Every point has an interval over
+users and seeds, its cost, and its difference to the first setting. How much seeds move a result is
+estimated from all settings of a study together, since each alone has few seeds. Studies in one
+folder share the settings that they have in common.
 """
 
 import dataclasses
@@ -251,8 +252,8 @@ STUDIES = {
         " published.",
         x="map.weight",
         large=_map(tokens=False),
-        reading="A line for each number of steps; the dotted line is the model without MAP. The best"
-        " of many settings is partly the luckiest.",
+        reading="A line for each number of steps; the dotted line is the model without MAP. The"
+        " best of many settings is partly the luckiest.",
     ),
     "strata": Study(
         "Who loses",

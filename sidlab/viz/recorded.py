@@ -1,5 +1,5 @@
-"""Explorers of the studies' summaries, as `make study` writes them. Nothing is trained: controls move
-among the settings that were run.
+"""Explorers of the studies' summaries, as `make study` writes them. Nothing is trained: controls
+move among the settings that were run.
 """
 
 import collections
