@@ -313,7 +313,10 @@ def test_rows_hold_defaults_losses_and_predicted_flops(ran):
     catalogue = load_catalogue("planted")
     train = leave_one_out(catalogue.histories).train
     rows = studies.summarise(frame).to_dict("records")
-    assert [row["pruning.scorer"] for row in rows] == [None, "recent"]
+    assert pd.isna(rows[0]["pruning.scorer"]) and rows[1]["pruning.scorer"] == "recent"
+    keeps = [{}, {"pruning.keep": 0.5}, {"pruning.keep": 0.5, "pruning.scorer": "recent"}]
+    filled = studies._with_defaults(pd.DataFrame(keeps))
+    assert filled["pruning.scorer"].fillna("").tolist() == ["", "rastp", "recent"]
     for row, (label, runs) in zip(rows, frame.groupby("label", sort=False)):
         found = [json.loads(pathlib.Path(file).read_text()) for file in runs["file"]]
         losses = np.mean([one["curve"]["loss"] for one in found], axis=0)
