@@ -11,6 +11,9 @@ SIDS =
 ARCH = t5
 PROTOCOL =
 CLUSTER =
+STUDY =
+ONLY = 0
+KEEP =
 QUICK =
 OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)$(patsubst %,-%,$(filter-out t5,$(ARCH)) $(PROTOCOL))
 
@@ -24,13 +27,13 @@ given = $(if $(filter command,$(origin $1)),$($1),$2)
 
 READY = .venv/ready
 BIN = .venv/bin
-VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH PROTOCOL CLUSTER QUICK OUTPUT_DIR
+VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH PROTOCOL CLUSTER STUDY ONLY KEEP QUICK OUTPUT_DIR
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 ifneq ($(UNKNOWN),)
 $(error unknown variable: $(UNKNOWN). Valid ones are: $(VARIABLES))
 endif
 
-.PHONY: help setup lab reproduce paper test notebooks site demo-model record bench bench-gpu clean FORCE
+.PHONY: help setup lab reproduce paper study test notebooks site demo-model bench bench-gpu clean FORCE
 help:
 	@echo "make setup      install everything into .venv; on a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cu130"
 	@echo "make lab        open the notebooks in JupyterLab"
@@ -41,10 +44,13 @@ help:
 	@echo "                CLUSTER=tcp://… (a Dask scheduler, whose workers do the runs side by side; with paper, too)"
 	@echo "make paper      both papers' methods on DATASETS=\"folder …\" (default: what stands in ../shared/data), SEEDS=3, PRESET=paper, ARCH=\"t5 qwen\","
 	@echo "                METHODS=, SIDS= and OUTPUT_DIR= as above, and the claims page: what both papers claim, and what came out here; DATASETS= writes the page from what is there"
+	@echo "make study      run one of the sweeps that the papers plot: STUDY=map (without a name: which there are) and DATASET=, PRESET=,"
+	@echo "                SEEDS=, ARCH=, SIDS= as above, ONLY=2 (the first settings); KEEP=1 keeps its summary in results/studies and,"
+	@echo "                where the course shows it, in sidlab/course/data"
 	@echo "make test       run all tests; the browser test needs Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)"
-	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python notebooks/build.py)"
+	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python tools/build.py)"
 	@echo "make site       run all notebooks and render them to build/site/, which opens from disk"
-	@echo "make demo-model train the bundled demo model again; make record: the recorded sweeps of the notebooks"
+	@echo "make demo-model train the bundled demo model again"
 	@echo "make bench      measure this machine: a table of targets, runs/bench/ with page and JSON; a short form: QUICK=--quick"
 	@echo "make bench-gpu  the same on a CUDA device, after the tests of its kernels"
 	@echo "make clean      remove .venv, build products and caches; runs/ stays"
@@ -84,20 +90,24 @@ paper: $(READY)
 	$(BIN)/python -m sidlab.research.claims $(DATASETS) --preset $(call given,PRESET,paper) --seeds $(SEEDS) --arch $(ARCH) --output $(call given,OUTPUT_DIR,runs/paper) \
 	    $(if $(call given,METHODS),--methods "$(METHODS)") $(if $(SIDS),--sids "$(SIDS)") $(if $(CLUSTER),--cluster "$(CLUSTER)")
 
+# An unknown study is refused by the notebook, which lists the names.
+study: $(READY)
+	@mkdir -p runs/studies
+	$(BIN)/papermill notebooks/study.ipynb "runs/studies/$(or $(STUDY),unnamed).ipynb" -k python3 --cwd . \
+	    --log-output --no-progress-bar -r study "$(STUDY)" -r dataset "$(DATASET)" -r preset "$(PRESET)" -p seeds "$(SEEDS)" \
+	    -r arch "$(ARCH)" -r sids "$(SIDS)" -r output_dir "$(call given,OUTPUT_DIR)" -p only "$(ONLY)" $(if $(KEEP),-p keep True)
+
 test: $(READY)
 	$(BIN)/python -m pytest -q
 
 notebooks: $(READY)
-	$(BIN)/python notebooks/run.py --settings tiny
+	$(BIN)/python tools/run.py --settings tiny
 
 site: $(READY)
-	$(BIN)/python notebooks/site.py
+	$(BIN)/python tools/site.py
 
 demo-model: $(READY)
 	$(BIN)/python -m sidlab.course.demo
-
-record: $(READY)
-	$(BIN)/python notebooks/record.py
 
 bench: $(READY)
 	$(BIN)/python -m sidlab.research.bench $(QUICK) --json runs/bench/bench.json --page runs/bench/index.html
@@ -110,4 +120,4 @@ bench-gpu: $(READY)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .ruff_cache
-	find sidlab tests notebooks -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find sidlab tests notebooks tools -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

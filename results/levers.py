@@ -15,9 +15,9 @@ import pathlib
 import numpy as np
 
 import sidlab
+from sidlab.files import write_json
 from sidlab.metrics import paired_test, recall_at, summary
 from sidlab.research.compare import hardware, versions
-from sidlab.files import write_json
 from sidlab.training import evaluate
 from sidlab.windows import leave_one_out
 

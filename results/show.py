@@ -49,7 +49,7 @@ time (on Beauty, SIDs of the kit's own are older, too). Their intervals hold an 
 pruning costs a model that works; they will be run anew.
 """
 STUDIES_HEAD = """**What the papers plot**: recall@10 on test users, intervals 95 %; preset `{}`, {}:
-`mkdir -p runs && papermill notebooks/studies/NAME.ipynb runs/NAME.ipynb --cwd . -k python3 -p dataset FOLDER -p seeds N`.
+`make study STUDY=NAME DATASET=FOLDER SEEDS=N`.
 The dotted line and the grey band of a figure are the first setting and its interval. "Clearly" rests on the same users compared in pairs,
 so bars may overlap; of one seed, it holds for that seed. Of twenty pairs
 without a difference one comes out "clearly", too. Levels: a further code that tells colliding items apart is not counted. *fast* has a
@@ -176,7 +176,7 @@ def _finding(name, studies):
     links = ", ".join(
         [
             *(f"[{data}]({path})" for data, path in pictures.items()),
-            f"[how to run it](notebooks/studies/{name}.ipynb)",
+            f"`make study STUDY={name}`",
         ]
     )
     shown = [f"![{STUDIES[name].title}, {data}]({path})" for data, path in pictures.items()][:1]
@@ -558,19 +558,11 @@ def _studies(studies):
     for study in studies:
         say = SENTENCES[study["study"]]
         seeds = _count(study["seeds"], "seed")
-        labels = {row["label"] for row in study["rows"]}
-        missing = (
-            [label for label in STUDIES[study["study"]].settings if label not in labels]
-            if study["study"] != "granularity"
-            else []
-        )
-        left = f". Not run: {', '.join(f'`{label}`' for label in missing)}" * bool(
-            missing
-        ) + f". {study.get('note', '')}".rstrip(". ")
+        note = f". {study.get('note', '')}".rstrip(". ")
         lines += [
             (
                 f"* *{study['study']}* on {_name(study)}, {seeds}:"
-                f" {say({row['label']: row for row in study['rows']}, study)}{left}."
+                f" {say({row['label']: row for row in study['rows']}, study)}{note}."
             ),
             "",
             f"  ![{STUDIES[study['study']].title}, {_name(study)}](studies/{_picture_name(study)})",
@@ -596,9 +588,10 @@ def _extremes(rows):
 
 
 def _strategies(rows, study):
-    kept = [label for label in rows if label != "unpruned"]
+    # The other shares are in the figure
+    kept = [label for label in rows if label != "unpruned" and ", keep " not in label]
     return (
-        _sides(study, "a random third")
+        _sides({"versus": _of_a_third(study)}, "a random third")
         + f"nothing pruned {_recall(rows['unpruned'])}; a third kept by "
         + ", ".join(
             f"`{label}`: {rows[label]['recall@10']:#.3g}"
@@ -753,12 +746,15 @@ SENTENCES = {
 }
 
 
+def _of_a_third(study):
+    return [pair for pair in study.get("versus", ()) if pair["against"] == "random"]
+
+
 def _found_strategies(rows, study):
-    better = [
-        pair["label"] for pair in study["versus"] if not _unclear(pair) and pair["difference"] > 0
-    ]
+    pairs = _of_a_third(study)
+    better = [pair["label"] for pair in pairs if not _unclear(pair) and pair["difference"] > 0]
     return (
-        f"{len(better)} of {len(study['versus'])} ways to choose a third beat a random third"
+        f"{len(better)} of {len(pairs)} ways to choose a third beat a random third"
         + f" ({', '.join(better)})" * bool(better)
     )
 

@@ -15,7 +15,7 @@ from sidlab.research import jobs
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 # Last: the tools import one another, and nothing else may find them first
-sys.path.append(str(ROOT / "notebooks"))
+sys.path.append(str(ROOT / "tools"))
 import latency
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data not found at {SHARED}")

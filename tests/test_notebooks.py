@@ -25,7 +25,7 @@ import build
 import run
 
 # `site` alone is Python's own
-spec = importlib.util.spec_from_file_location("notebooks_site", NOTEBOOKS / "site.py")
+spec = importlib.util.spec_from_file_location("tools_site", ROOT / "tools" / "site.py")
 site = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(site)
 
@@ -122,9 +122,9 @@ def test_committed_notebooks_are_what_their_sources_give():
         for path in COMMITTED
         if path.name != "reproduce.ipynb"
     }
-    assert committed.keys() == made.keys(), "run: python notebooks/build.py"
+    assert committed.keys() == made.keys(), "run: python tools/build.py"
     assert not [name for name in made if committed[name] != made[name]], (
-        "run: python notebooks/build.py"
+        "run: python tools/build.py"
     )
 
 
@@ -457,10 +457,28 @@ def test_build_makes_stub_solution_and_navigation(tmp_path):
     assert solution[2].source == student[1].source.replace("(../sidlab", "(../../sidlab")
 
 
+def test_a_source_without_a_number_is_no_lesson(tmp_path):
+    text = '# %% [markdown]\n# # A tool\n\n# %% tags=["parameters"]\nshare = 1\n'
+    write_source(tmp_path, "tool", text)
+    write_source(tmp_path, "00_first")
+    made, errors = build.build(tmp_path)
+    assert not errors
+    assert sorted(made) == ["00_first.ipynb", "solutions/00_first.ipynb", "tool.ipynb"]
+    assert [cell.source for cell in cells(made["tool.ipynb"])] == [
+        "[Index](README.md)",
+        "# A tool",
+        "share = 1",
+    ]
+    assert "tool.ipynb" not in made["00_first.ipynb"]
+    write_source(tmp_path, "tool", text.replace("share", "widgets.Output()\nshare"))
+    (error,) = build.build(tmp_path)[1]
+    assert "tool.py, cell 2: 'Output(' keeps errors to itself" in str(error)
+
+
 def test_build_writes_what_it_can_and_names_the_rest(tmp_path, monkeypatch):
     write_source(tmp_path / "source", "00_good")
     write_source(tmp_path / "source", "01_bad", SAMPLE.replace("    ### END SOLUTION\n", ""))
-    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "NOTEBOOKS", tmp_path)
     with pytest.raises(SystemExit, match=r"01_bad\.py, cell 4: .*BEGIN"):
         build.main()
     written = {

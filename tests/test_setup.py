@@ -5,12 +5,15 @@ import.
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import papermill
 import pytest
 import yaml
 from conftest import ROOT
@@ -261,10 +264,54 @@ def test_make_reproduce_passes_its_variables_on():
         assert part in chosen, part
 
 
+def test_make_study_passes_its_variables_on():
+    alone = make("study", "STUDY=map").stdout
+    for part in (
+        '-r study "map"',
+        '-r dataset "planted" -r preset "quick" -p seeds "3"',
+        '-r output_dir ""',
+        '-p only "0"',
+        "-k python3 --cwd .",
+    ):
+        assert part in alone, part
+    assert "keep" not in alone
+    told = make("study", "STUDY=map", "OUTPUT_DIR=out", "ONLY=2", "SIDS=my table", "KEEP=1").stdout
+    for part in ('-r output_dir "out"', '-p only "2"', '-r sids "my table"', "-p keep True"):
+        assert part in told, part
+    given = set(re.findall(r"-[rp] (\w+) ", told))
+    assert given <= papermill.inspect_notebook(ROOT / "notebooks" / "study.ipynb").keys()
+
+
 def test_make_clean_spares_runs_and_sources():
     done = make("clean")
     assert ".venv" in done.stdout and "setup" not in done.stdout
     assert "runs" not in done.stdout and "pip" not in done.stdout
+
+
+# --- the wheel ----------------------------------------------------------------------------------
+
+
+def test_the_wheel_holds_what_notebooks_read(tmp_path):
+    """A notebook opened alone, with the installed package, has the demo model, what the explorers
+    show, and the views.
+    """
+    source = tmp_path / "source"  # setuptools leaves its build folder there
+    names = ("pyproject.toml", "README.md", "LICENSE")
+    shutil.copytree(ROOT / "sidlab", source / "sidlab")
+    for name in names:
+        shutil.copy(ROOT / name, source / name)
+    code = f"import setuptools.build_meta as s; s.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        held = {name for name in packed.namelist() if name.startswith("sidlab/")}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "sidlab").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert held == wanted
+    assert {f"sidlab/course/data/{name}.json" for name in ("granularity", "map")} < held
 
 
 # --- import ---------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """The sweeps of the papers, their notebooks, and the verdicts on the papers' claims."""
 
+import collections
+import itertools
 import json
 import pathlib
+import re
 
 import nbformat
 import numpy as np
@@ -9,15 +12,17 @@ import pandas as pd
 import papermill
 import pytest
 import scipy.stats
-import studies as notebooks  # notebooks/studies.py
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.metrics import METRICS
+from sidlab.pruning import PruningConfig
 from sidlab.research import claims, studies
 from sidlab.research.compare import compare
+from sidlab.research.cost import cost
 from sidlab.research.runs import config_with
 from sidlab.research.study_figures import (
     curves_figure,
@@ -25,7 +30,7 @@ from sidlab.research.study_figures import (
     strata_figure,
     study_figure,
 )
-from sidlab.windows import leave_one_out
+from sidlab.windows import leave_one_out, training_windows
 
 
 def test_every_setting_is_a_configuration_and_no_two_are_equal():
@@ -46,15 +51,51 @@ def test_every_setting_is_a_configuration_and_no_two_are_equal():
         assert all(one != other for i, one in enumerate(made) for other in made[:i]), name
 
 
-def test_committed_notebooks_are_those_of_the_generator():
-    folder = ROOT / "notebooks" / "studies"
-    assert {path.stem for path in folder.glob("*.ipynb")} == studies.STUDIES.keys()
-    for name in studies.STUDIES:
-        assert (folder / f"{name}.ipynb").read_text(encoding="utf-8") == notebooks.notebook(name), (
-            "run: python notebooks/studies.py"
-        )
-        head = nbformat.read(folder / f"{name}.ipynb", 4).cells[0].source
-        assert studies.STUDIES[name].published in head and "{" not in head
+NOTEBOOK = ROOT / "notebooks" / "study.ipynb"
+
+
+def execute(output, **parameters):
+    papermill.execute_notebook(
+        NOTEBOOK,
+        output,
+        parameters,
+        kernel_name="python3",
+        cwd=str(ROOT),
+        progress_bar=False,
+    )
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_a_study_says_what_its_reader_needs(name):
+    study = studies.STUDIES[name]
+    about = study.about()
+    for part in (study.title, study.question, study.published, study.reading):
+        assert part and part in about
+    assert f"{len(study.settings)} settings" in about and not re.search(r"[{}]|  ", about)
+
+
+def test_explorers_show_what_the_planted_settings_hold():
+    """Four levels by four widths, MAP by item and by token, scorer by share."""
+    sids = [s for s in studies.STUDIES["granularity"].settings.values() if "map.steps" not in s]
+    assert {(s["sids.levels"], s["sids.width"]) for s in sids} == set(
+        itertools.product((1, 2, 3, 4), (4, 8, 16, 32))
+    )
+    of_map = list(studies.STUDIES["map"].settings.values())
+    assert sum(s.get("map.unit") == "token" for s in of_map) == 2 and len(of_map) == 12
+    shares = collections.Counter(
+        (s.get("pruning.scorer", "rastp"), s["pruning.keep"])
+        for s in studies.STUDIES["strategies"].settings.values()
+        if s and "pruning.reduce" not in s
+    )
+    wanted = set(itertools.product(("rastp", "recent", "random"), studies.KEEPS))
+    assert wanted <= shares.keys() and set(shares.values()) == {1}
+    for name in ("granularity", "map", "strategies"):
+        shown = json.loads((studies.COURSE / f"{name}.json").read_text())
+        labels = [row["label"] for row in shown["rows"]]
+        # Whoever runs the study anew gets at least these
+        assert set(labels) <= studies.STUDIES[name].settings.keys(), name
+        assert labels[0] == next(iter(studies.STUDIES[name].settings)), name
+        assert shown["command"] == studies.command(shown), name
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +103,7 @@ def ran(tmp_path_factory):
     """The notebook of one study by papermill, smoke runs of two settings and two seeds."""
     folder = tmp_path_factory.mktemp("study")
     parameters = dict(preset="smoke", seeds=2, only=2, output_dir=str(folder / "out"))
-    papermill.execute_notebook(
-        ROOT / "notebooks/studies/strata.ipynb",
-        folder / "run.ipynb",
-        parameters,
-        kernel_name="python3",
-        cwd=str(ROOT),
-        progress_bar=False,
-    )
+    execute(folder / "run.ipynb", study="strata", **parameters)
     return folder
 
 
@@ -127,20 +161,18 @@ def test_runs_of_two_devices_are_told(ran, tmp_path):
 
 def test_schedules_are_shown_before_the_runs_and_pairs_behind_them(ran):
     parameters = dict(preset="smoke", seeds=1, only=2, output_dir=str(ran / "out"))
-    papermill.execute_notebook(
-        ROOT / "notebooks/studies/adaptive.ipynb",
-        ran / "adaptive.ipynb",
-        parameters,
-        kernel_name="python3",
-        cwd=str(ROOT),
-        progress_bar=False,
-    )
+    execute(ran / "adaptive.ipynb", study="adaptive", **parameters)
     cells = nbformat.read(ran / "adaptive.ipynb", 4).cells
     drawn, run, pairs = (
         next(i for i, cell in enumerate(cells) if cell.cell_type == "code" and text in cell.source)
         for text in ("schedule_figure(", "studies.run(", "studies.versus(")
     )
-    assert drawn < run < pairs and all(cells[place].outputs for place in (drawn, run, pairs))
+    assert drawn < run < pairs and all(cells[place].outputs for place in (drawn, run))
+    about = studies.STUDIES["adaptive"].about()
+    shown = [
+        o["data"].get("text/markdown") for c in cells for o in c.get("outputs", ()) if "data" in o
+    ]
+    assert about in shown
     study = json.loads((ran / "out" / "adaptive-study.json").read_text())
     assert (
         [row["label"] for row in study["rows"]] == ["unpruned", "constant 1/3"]
@@ -172,17 +204,67 @@ def test_an_unknown_study_or_parameter_is_refused(tmp_path):
         studies.run("layers", tmp_path)
     with pytest.raises(ValueError, match="only must be at least 1, got -1"):
         studies.run("map", tmp_path, only=-1)
-    with pytest.raises(
-        papermill.PapermillExecutionError, match="unknown parameter epochs; use dataset"
-    ):
-        papermill.execute_notebook(
-            ROOT / "notebooks/studies/map.ipynb",
-            tmp_path / "x.ipynb",
-            {"epochs": 3},
-            kernel_name="python3",
-            cwd=str(ROOT),
-            progress_bar=False,
-        )
+    failed = papermill.PapermillExecutionError
+    with pytest.raises(failed, match="unknown parameter epochs; use study, dataset"):
+        execute(tmp_path / "x.ipynb", epochs=3)
+    with pytest.raises(failed, match="study='layers' is unknown; use one of 'strategies'"):
+        execute(tmp_path / "x.ipynb", study="layers")
+
+
+def test_a_summary_is_kept_where_pages_and_course_read_it(ran, tmp_path, monkeypatch):
+    frame = studies.run("strata", ran / "out", preset="smoke", seeds=2, only=2)
+    made = dict(dataset="planted", preset="quick", seeds=2, arch="t5", sids="", only=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(studies, "COURSE", tmp_path / "course")
+    (tmp_path / "course").mkdir()
+    with pytest.raises(ValueError, match="results/studies, which is no folder"):
+        studies.save("strata", frame, tmp_path, keep=True, **made)
+    (tmp_path / "results" / "studies").mkdir(parents=True)
+    for look in ({"only": 2}, {"preset": "smoke"}):
+        with pytest.raises(ValueError, match="keep=True is for whole studies"):
+            studies.save("strata", frame, tmp_path, keep=True, **made | look)
+    kept = tmp_path / "results" / "studies" / "strata-planted.json"
+    shown = tmp_path / "course" / "strata.json"
+    studies.save("strata", frame, tmp_path, keep=True, **made)
+    assert kept.exists() and not shown.exists()
+    shown.write_text("{}")  # the course shows it
+    studies.save("strata", frame, tmp_path, keep=True, **made)
+    assert shown.read_text() == kept.read_text()
+    row = json.loads(shown.read_text())["rows"][1]
+    assert (row["pruning.scorer"], row["pruning.keep"]) == ("recent", pytest.approx(1 / 3))
+    other = made | {"dataset": "../data/amazon-beauty", "preset": "long", "arch": "qwen"}
+    assert [str(path) for path in studies._kept({"study": "map"} | other, 0)] == [
+        "results/studies/map-beauty-qwen-long.json"
+    ]
+    assert studies.command({"study": "map"} | other | {"sids": "my table"}) == (
+        "make study STUDY=map DATASET=../data/amazon-beauty PRESET=long SEEDS=2 ARCH=qwen"
+        " SIDS='my table'"
+    )
+
+
+def test_rows_hold_defaults_losses_and_predicted_flops(ran):
+    frame = studies.run("strata", ran / "out", preset="smoke", seeds=2, only=2)
+    catalogue = load_catalogue("planted")
+    train = leave_one_out(catalogue.histories).train
+    rows = studies.summarise(frame).to_dict("records")
+    assert pd.isna(rows[0]["pruning.scorer"]) and rows[1]["pruning.scorer"] == "recent"
+    keeps = [{}, {"pruning.keep": 0.5}, {"pruning.keep": 0.5, "pruning.scorer": "recent"}]
+    filled = studies._with_defaults(pd.DataFrame(keeps))
+    assert filled["pruning.scorer"].fillna("").tolist() == ["", "rastp", "recent"]
+    for row, (label, runs) in zip(rows, frame.groupby("label", sort=False)):
+        found = [json.loads(pathlib.Path(file).read_text()) for file in runs["file"]]
+        losses = np.mean([one["curve"]["loss"] for one in found], axis=0)
+        np.testing.assert_allclose(row["curve"]["loss"], losses)
+        assert row["curve"]["loss_updates"] == found[0]["curve"]["step"]
+        pruned = {"pruning": PruningConfig(scorer="recent")} if label == "recent" else {}
+        config = TrainConfig.preset("smoke", **pruned)
+        lengths = training_windows(train, config)
+        expected = cost(config, found[0]["sids"]["widths"], lengths).training / 1e6
+        assert row["mflops"] == pytest.approx(expected, rel=0.01)
+        assert len(found[0]["sids"]["perplexity"]) == len(found[0]["sids"]["widths"])
+    # What a model decides by itself is not told by lengths
+    settings = studies.STUDIES["adaptive"].settings["mass 0.5"]
+    assert studies._mflops("smoke", settings, catalogue, found[0]) is None
 
 
 def fake_rows(name):
@@ -708,6 +790,10 @@ def test_scorers_are_compared_with_chance_and_fine_sids_with_coarse_ones(tmp_pat
     )
     (row,) = studies.versus("strategies", frame).to_dict("records")
     assert (row["label"], row["against"]) == ("rastp", "random")
+    work = dict.fromkeys(["unpruned", "rastp, keep 0.1", "random, keep 0.1", "recent, keep 0.2"], 1)
+    assert studies.STUDIES["strategies"].pairs(work) == [
+        ("rastp, keep 0.1", "random, keep 0.1", {"random, keep 0.1": 1})
+    ]
     assert (
         row["difference"] == pytest.approx(hits["rastp"].mean() - hits["random"].mean())
         and row["difference_interval"][0] > 0.1
@@ -742,10 +828,13 @@ def test_finer_sids_for_large_catalogues():
     study = studies.STUDIES["granularity"]
     small = study.settings_for(500)
     large = study.settings_for(12_000)
-    assert len(small) == len(large) == 12 and {
-        setting["sids.width"] for setting in large.values()
-    } == {64, 256}
-    assert studies.STUDIES["map"].settings_for(12_000) == studies.STUDIES["map"].settings
+    assert (len(small), len(large)) == (32, 12)
+    assert {setting["sids.width"] for setting in large.values()} == {64, 256}
+    study = studies.STUDIES["inference"]
+    assert study.settings_for(12_000) == study.settings
+    # What only the planted explorers show is not run on large catalogues
+    assert len(studies.STUDIES["map"].settings_for(12_000)) == 10
+    assert len(studies.STUDIES["strategies"].settings_for(12_000)) == 10
 
 
 def test_the_page_is_written_from_the_files_and_names_the_commands(tmp_path, monkeypatch, capsys):

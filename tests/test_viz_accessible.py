@@ -3,13 +3,11 @@ colours that stay apart.
 """
 
 import itertools
-import json
 import re
 
 import ipywidgets as widgets
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from sidlab import SidTable, TrainConfig, load_catalogue, viz
 from sidlab.course.labels import Labels
@@ -32,10 +30,6 @@ KEYBOARD = (
 )
 
 
-def recorded(name):
-    return json.loads((ROOT / "notebooks" / "data" / f"{name}.json").read_text())
-
-
 def monitor(**kwargs):
     catalogue = load_catalogue("planted", n_users=20)
     table = SidTable(
@@ -50,9 +44,9 @@ MADE = {
     "PruningExplorer": viz.PruningExplorer,
     "AttentionExplorer": viz.AttentionExplorer,
     "SidExplorer": viz.SidExplorer,
-    "DilutionExplorer": lambda **k: viz.DilutionExplorer(recorded("granularity"), **k),
-    "MapExplorer": lambda **k: viz.MapExplorer(recorded("map"), **k),
-    "FrontierExplorer": lambda **k: viz.FrontierExplorer(recorded("frontier"), **k),
+    "DilutionExplorer": viz.DilutionExplorer,
+    "MapExplorer": viz.MapExplorer,
+    "FrontierExplorer": viz.FrontierExplorer,
     "TrainingMonitor": monitor,
     "CostCalculator": viz.CostCalculator,
     "PaddingExplorer": viz.PaddingExplorer,

@@ -3,12 +3,11 @@ from the numbers.
 """
 
 import dataclasses
-import json
 import re
 
 import numpy as np
 import pytest
-from conftest import ROOT, connect, frames_of
+from conftest import connect, frames_of
 from traitlets import TraitError
 
 from sidlab import viz
@@ -29,7 +28,8 @@ def run(scorer, keep, recall, seconds):
         "dropout": None if scorer else 0.0,
         "pruning.scorer": scorer,
         "pruning.keep": keep,
-        "seed": 0,
+        "pruning.reduce": scorer and "select",
+        "busy": False,
         "recall@10": recall,
         "recall@10_interval": [recall - 0.02, recall + 0.02],
         COST: seconds,
@@ -39,17 +39,12 @@ def run(scorer, keep, recall, seconds):
     }
 
 
-def numbered(rows, half=0.015):
-    """As record.py compares them, each interval `half` to either side."""
-    for number, row in enumerate(rows):
-        gains = [row["recall@10"] - other["recall@10"] for other in rows]
-        row |= {
-            "number": number,
-            "against": [
-                [gain, gain - half, gain + half] if i != number else None
-                for i, gain in enumerate(gains)
-            ],
-        }
+def compared(rows, half=0.015):
+    """As a study compares them with its first setting, each interval `half` to either side."""
+    for row in rows:
+        gain = row["recall@10"] - rows[0]["recall@10"]
+        row["difference"] = None if row is rows[0] else gain
+        row["difference_interval"] = None if row is rows[0] else [gain - half, gain + half]
     return rows
 
 
@@ -70,10 +65,10 @@ def data():
     return {
         "hardware": {"processor": "an abacus", "gpu": None},
         "preset": "quick",
-        "command": "python notebooks/record.py frontier",
+        "study": "strategies",
+        "command": "make study STUDY=strategies",
         "seeds": 3,
-        "busy": False,
-        "rows": numbered([run(None, None, 0.5, 2.0), *rows]),
+        "rows": compared([run(None, None, 0.5, 2.0), *rows]),
     }
 
 
@@ -134,7 +129,7 @@ def test_words_follow_from_the_numbers(data):
             and f"{row[COST]:.3g} (× {row[COST] / 2:.2f})" in explorer.text
         )
     recorded(data, "rastp", 0.5).update(run("rastp", 0.5, 0.56, 2.5))
-    numbered(data["rows"])
+    compared(data["rows"])
     better = FrontierExplorer(data, keep=0.5).text
     assert "+0.060 [+0.045, +0.075] in recall@10, clearly better. Cost 25% higher" in better
 
@@ -149,10 +144,19 @@ def test_text_holds_all_runs(data):
         and data["command"] in text
         and "3 seeds. The intervals are over test users and seeds.</p>" in text
     )
-    rough = FrontierExplorer(data | {"seeds": 1, "busy": True}).text
+    data["rows"][3]["busy"] = True
+    rough = FrontierExplorer(data | {"seeds": 1}).text
     assert (
         "1 seed. The intervals are over test users: another seed" in rough
         and "the seconds are rough" in rough
+    )
+
+
+def test_older_models_are_called_older(data):
+    assert "lder models" not in FrontierExplorer(data).text
+    text = FrontierExplorer(data | {"older_models": True}).text
+    assert (
+        "<b>Older models</b>" in text and f"<code>{data['command']}</code> trains them anew" in text
     )
 
 
@@ -220,24 +224,24 @@ def test_a_move_sends_little(data):
     assert 2 <= len(sent) <= 4 and sum(sent) < 200_000
 
 
-def test_refuses_what_it_cannot_compare_with(data):
-    for rows in (
-        data["rows"][1:],
-        [*data["rows"], data["rows"][1] | {"seed": 1}],
-        [*data["rows"], data["rows"][0]],
-    ):
-        with pytest.raises(
-            ValueError, match="one row without pruning and one for each scorer and kept share"
-        ):
-            FrontierExplorer(data | {"rows": rows})
+def test_only_scorers_with_several_shares_are_shown(data):
+    """The study has more ways to keep a third."""
+    more = run("norm", KEEPS[2], 0.3, 2.5)
+    pooled = run("rastp", KEEPS[2], 0.4, 1.1) | {"pruning.reduce": "pool"}
+    explorer = FrontierExplorer(data | {"rows": compared([*data["rows"], more, pooled])})
+    assert explorer.runs == data["rows"][1:]
+
+
+def test_refuses_another_study(data):
+    for other in (data | {"study": "map"}, data | {"rows": data["rows"][:1]}):
+        with pytest.raises(ValueError, match="a summary of the study 'strategies', as `make study"):
+            FrontierExplorer(other)
 
 
 def test_bundled_recording():
-    data = json.loads((ROOT / "notebooks" / "data" / "frontier.json").read_text())
-    explorer = FrontierExplorer(data)
-    assert explorer.unpruned["recall@10"] == next(
-        row["recall@10"] for row in data["rows"] if row["pruning.keep"] is None
-    )
+    explorer = FrontierExplorer()
+    data = explorer.data
+    assert explorer.base["pruning.keep"] is None
     # Of windows
     lengths = np.concatenate(
         [

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from conftest import ROOT, connect, frames_of
-from test_viz_recorded import numbered
+from conftest import connect, frames_of
+from test_viz_recorded import compared
 
 from sidlab.viz import DilutionExplorer, MapExplorer
 from sidlab.viz.recorded import dilution_figure, map_figure
@@ -21,9 +21,10 @@ TOKEN_RUNS = [("token", steps, weight) for steps in (1, 2) for weight in (0.1, 0
 
 
 def fake_row(number):
-    """A run as notebooks/record.py writes it; each has numbers of its own."""
+    """A row of a study's summary; each has numbers of its own."""
     rng = np.random.default_rng(number)
     row = {
+        "busy": False,
         "updates": 190 + number,
         "mflops": 20.0 + number,
         "seconds_per_1k_windows": float(rng.uniform(0.5, 1.5)),
@@ -32,22 +33,37 @@ def fake_row(number):
         row[metric] = float(rng.uniform(0.3, 0.6))
         row[f"{metric}_interval"] = [row[metric] - 0.021, row[metric] + 0.022]
     row["curve"] = {
-        "step": [20, 40, 60],
+        "loss_updates": [20, 40, 60],
         "loss": rng.uniform(1, 2, 3).tolist(),
-        "eval_step": [30, 60],
-        "recall@10": rng.uniform(0.2, 0.5, 2).tolist(),
+        "updates": [30, 60],
+        "mean": rng.uniform(0.2, 0.5, 2).tolist(),
     }
     return row
 
 
-def fake_data(rows):
+def fake_data(study, rows, half=0.015):
+    """Every row that is nowhere smaller is compared with it, as the study of SIDs does."""
+    versus = []
+    for row in rows if study == "granularity" else ():
+        for other in rows:
+            pair = [(one["sids.levels"], one["sids.width"]) for one in (other, row)]
+            if row is not other and all(a <= b for a, b in zip(*pair)):
+                gain = row["recall@10"] - other["recall@10"]
+                versus.append(
+                    {
+                        "label": row["label"],
+                        "against": other["label"],
+                        "difference_interval": [gain - half, gain + half],
+                    }
+                )
     return {
+        "study": study,
         "hardware": {"processor": "an abacus", "gpu": None},
         "preset": "quick",
-        "command": "python notebooks/record.py x",
+        "command": "make study",
         "seeds": 3,
-        "busy": False,
-        "rows": numbered(rows),
+        "rows": compared(rows, half),
+        "versus": versus,
     }
 
 
@@ -58,41 +74,39 @@ def granularity():
     ):
         added = levels == 1
         report = {
-            "levels": levels + added,
+            "widths": [width] * (levels + added),
             "collision_rate": 1.0 * added,
-            "per_level": [
-                {"width": width, "perplexity": width - 0.5 + level}
-                for level in range(levels + added)
-            ],
+            "perplexity": [width - 0.5 + level for level in range(levels + added)],
         }
         rows.append(
             fake_row(number)
             | {
+                "label": f"{levels} × {width}",
                 "sids.levels": levels,
                 "sids.width": width,
                 "sids.collisions": "extend",
                 "sids": report,
             }
         )
-    return fake_data(rows)
+    return fake_data("granularity", rows)
 
 
 def map_runs():
     rows = [
-        fake_row(99) | {"dropout": 0.0, "map.unit": None, "map.steps": None, "map.weight": None}
+        fake_row(99) | {"label": "no MAP", "map.unit": None, "map.steps": None, "map.weight": None}
     ]
     # Pandas makes the steps floats, for one row has none
     for number, (unit, steps, weight) in enumerate(ITEM_RUNS + TOKEN_RUNS):
         rows.append(
             fake_row(number)
             | {
-                "dropout": None,
+                "label": f"{steps} {unit}, weight {weight}",
                 "map.unit": unit,
                 "map.steps": float(steps),
                 "map.weight": weight,
             }
         )
-    return fake_data(rows)
+    return fake_data("map", rows)
 
 
 MADE = {
@@ -144,9 +158,8 @@ def test_panels_show_every_recorded_run_and_the_cursor_stands_on_the_chosen_one(
 
 
 def test_it_opens_beside_the_best():
-    data = json.loads((ROOT / "notebooks" / "data" / "granularity.json").read_text())
-    explorer = DilutionExplorer(data)
-    assert explorer.run()["recall@10"] < max(row["recall@10"] for row in data["rows"])
+    explorer = DilutionExplorer()
+    assert explorer.run()["recall@10"] < max(row["recall@10"] for row in explorer.runs)
 
 
 @pytest.mark.parametrize("make", ["granularity", "map"])
@@ -184,13 +197,23 @@ def test_clear_differences_are_counted():
     data = granularity()
     for number, row in enumerate(data["rows"]):
         row["recall@10"] = (0.37, 0.39)[number] if number < 2 else 0.4
-    numbered(data["rows"], half=0.015)
-    for levels, width, better, worse in ((1, 4, 0, 15), (1, 8, 1, 0), (3, 8, 1, 0)):
+    data = fake_data("granularity", data["rows"])
+    for levels, width, of, better, worse in (
+        (1, 4, 15, 0, 15),
+        (1, 8, 12, 1, 0),  # 2 × 4 and its like are neither coarser nor finer
+        (3, 8, 10, 1, 0),
+    ):
         text = DilutionExplorer(data, levels=levels, width=width).text
         assert (
-            f"it is clearly better than {better} of the other 15 settings, clearly worse than"
-            f" {worse}; the rest is undecided" in text
+            f"it is clearly better than {better} of the {of} settings that are coarser or finer,"
+            f" clearly worse than {worse}; the rest is undecided" in text
         )
+
+
+def test_stamp_is_not_among_the_sizes():
+    data = granularity()
+    stamp = data["rows"][3] | {"label": "1 × 32, stamp", "map.steps": 2.0}
+    assert DilutionExplorer(data | {"rows": [*data["rows"], stamp]}).runs == data["rows"]
 
 
 def test_curves_are_the_chosen_runs_and_the_baseline_is_always_shown():
@@ -206,16 +229,16 @@ def test_curves_are_the_chosen_runs_and_the_baseline_is_always_shown():
         )
         recall_without, recall_with, loss_without, loss_with, dots, ring = explorer.figure.data
         assert (
-            list(recall_without.y) == base["curve"]["recall@10"]
-            and list(recall_with.y) == run["curve"]["recall@10"]
+            list(recall_without.y) == base["curve"]["mean"]
+            and list(recall_with.y) == run["curve"]["mean"]
         )
         assert (
             list(loss_without.y) == base["curve"]["loss"]
             and list(loss_with.y) == run["curve"]["loss"]
         )
         assert (
-            list(loss_with.x) == run["curve"]["step"]
-            and list(recall_with.x) == run["curve"]["eval_step"]
+            list(loss_with.x) == run["curve"]["loss_updates"]
+            and list(recall_with.x) == run["curve"]["updates"]
         )
         gains = {row["map.unit"]: [] for row in data["rows"][1:]}
         for row in data["rows"][1:]:
@@ -292,19 +315,16 @@ def test_both_themes_and_figures_by_themselves(dark):
     )
 
 
-def test_data_without_the_runs_in_question_is_refused():
-    with pytest.raises(ValueError, match="sids.levels"):
+def test_another_study_is_refused():
+    with pytest.raises(ValueError, match="of the study 'granularity', .* got one of 'map' with 16"):
         DilutionExplorer(map_runs())
-    with pytest.raises(ValueError, match="without MAP"):
-        MapExplorer(fake_data(map_runs()["rows"][1:]))
-    with pytest.raises(ValueError, match="map.unit"):
-        MapExplorer(granularity())
+    with pytest.raises(ValueError, match="with 1 settings"):
+        MapExplorer(fake_data("map", map_runs()["rows"][:1]))
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_bundled_recordings(name):
-    data = json.loads((ROOT / "notebooks" / "data" / f"{name}.json").read_text())
-    explorer = MADE[name][0](data)
-    assert all(0 < row["recall@10"] < 1 for row in data["rows"]) and any(
-        row.items() <= explorer.run().items() for row in data["rows"]
-    )
+    explorer = MADE[name][0]()
+    rows = explorer.data["rows"]
+    assert explorer.data["study"] == name and explorer.run() in rows
+    assert all(0 < row["recall@10"] < 1 for row in rows)

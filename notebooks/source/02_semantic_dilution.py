@@ -21,7 +21,7 @@
 # %% tags=["parameters"]
 users = 300  # histories whose tokens are measured inside the model
 levels_tried = [1, 2, 3, 4, 5, 6]
-recorded = "data/granularity.json"  # or a recording of your own
+recorded = ""  # or the file that your own `make study` wrote
 repeat = False  # True: train a small sweep yourself, further down (some minutes)
 
 # %% tags=["setup"]
@@ -406,8 +406,9 @@ pd.DataFrame(
 # three seeds each. A point is the mean over seeds. Before you look:
 
 # %%
-data = json.loads(pathlib.Path(recorded).read_text())
-recall = {(row["sids.levels"], row["sids.width"]): row["recall@10"] for row in data["rows"]}
+explorer = DilutionExplorer(json.loads(pathlib.Path(recorded).read_text()) if recorded else None)
+rows = explorer.runs
+recall = {(row["sids.levels"], row["sids.width"]): row["recall@10"] for row in rows}
 finer = [(size, (size[0] + 1, size[1])) for size in recall if (size[0] + 1, size[1]) in recall]
 rises = int(sum(recall[after] > recall[before] for before, after in finer))
 
@@ -421,7 +422,7 @@ teach.predict(
 )
 
 # %%
-DilutionExplorer(data)
+explorer
 
 # %% [markdown]
 # **What to look for.**
@@ -439,7 +440,7 @@ DilutionExplorer(data)
 
 # %%
 ceiling = float(catalogue.truth.bayes_recall(histories).mean())
-best = max(data["rows"], key=lambda row: row["recall@10"])
+best = max(rows, key=lambda row: row["recall@10"])
 print(
     f"Bayes-optimal recall@10: {ceiling:.3f}; best of the sweep: {best['recall@10']:.3f} "
     f"with {best['sids.levels']:g} levels of {best['sids.width']:g} codes"
@@ -452,16 +453,18 @@ print(
 # them user by user ([notebook 6](06_training_runs.ipynb) shows how): which of the steps "one level more" are clear?
 
 # %%
-row_of = {(row["sids.levels"], row["sids.width"]): row for row in data["rows"]}
+row_of = {(row["sids.levels"], row["sids.width"]): row for row in rows}
+pair_of = {(pair["label"], pair["against"]): pair for pair in explorer.data["versus"]}
 
 
 def step(a, b):
     # Of recall@10, with its 95 % interval
-    change, low, high = row_of[b]["against"][row_of[a]["number"]]
+    pair = pair_of[row_of[b]["label"], row_of[a]["label"]]
+    low, high = pair["difference_interval"]
     return {
         "from": "{} × {}".format(*a),
         "to": "{} × {}".format(*b),
-        "change of recall@10": change,
+        "change of recall@10": pair["difference"],
         "low": low,
         "high": high,
         "clear": "yes" if low > 0 or high < 0 else "no",
@@ -492,7 +495,7 @@ steps.style.format({name: "{:+.3f}" for name in ("change of recall@10", "low", "
 #
 # This is all it takes. `sidlab.sweep` trains each setting in a process of its own, keeps the results in a folder and
 # never does a run twice. `preset="quick"`, all levels and widths and `seeds=3` made the recording; a run takes about a
-# minute. [The study](studies/granularity.ipynb) does the same for STAMP and for data of your own. Set
+# minute. [The study](study.ipynb) `granularity` made it, with STAMP beside it, and takes data of your own. Set
 # `repeat = True` to start with two small ones.
 
 # %%
@@ -648,7 +651,7 @@ teach.quiz(
 #   2305.05065](https://arxiv.org/abs/2305.05065).
 # * Code: [sids/table.py](../sidlab/sids/table.py) (reports), [data/planted.py](../sidlab/data/planted.py) (the exact
 #   information), [probe.py](../sidlab/course/probe.py), [cost.py](../sidlab/research/cost.py), [sweeps.py](../sidlab/research/runs.py),
-#   [viz/recorded.py](../sidlab/viz/recorded.py); [record.py](record.py) made the recording.
+#   [viz/recorded.py](../sidlab/viz/recorded.py); [study.ipynb](study.ipynb) makes the recording.
 
 # %% tags=["record"]
 record = {
@@ -660,7 +663,7 @@ record = {
     "norm_agreement": float(agreement["norm"]),
     "labels_per_100_tokens": sparsity,
     "flops_factor": float(flops(5, 256, windows.lengths) / flops(2, 256, windows.lengths)),
-    "recorded_runs": len(data["rows"]),
+    "recorded_runs": len(rows),
     "steps_that_rise": rises,
     "clear_up": int((steps["low"] > 0).sum()),
     "clear_down": int((steps["high"] < 0).sum()),

@@ -209,7 +209,7 @@ for name in ("norm", "rastp"):
     )
 
 # %% [markdown]
-# Where the first interval lies above 0, the product is worse than one of its factors, on this model. The last two lines are from [the study](studies/strategies.ipynb) of models that
+# Where the first interval lies above 0, the product is worse than one of its factors, on this model. The last two lines are from [the study](study.ipynb) `strategies`, of models that
 # were trained with one scorer each: there seeds differ by more than the two do.
 #
 # ## Where the information went

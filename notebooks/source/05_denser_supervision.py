@@ -24,7 +24,7 @@ users = 16  # whose labels and gradients are taken apart
 draws = 10  # batches whose gradients are compared with that of 500 users
 own_users = 2000  # of your own runs
 own_seconds = 30  # for each of four
-recorded = "data/map.json"  # or a recording of your own
+recorded = ""  # or the file that your own `make study` wrote
 
 # %% tags=["setup"]
 import json
@@ -505,13 +505,13 @@ pd.concat(
 # and 2 steps, one weight). Three seeds each, with the same windows, order and initial weights for all.
 
 # %%
-data = json.loads(pathlib.Path(recorded).read_text())
-base = next(row for row in data["rows"] if row["map.unit"] is None)
-with_map = [row for row in data["rows"] if row is not base]
-# Mean, low, high of recall@10 − that of the baseline
-differences = [row["against"][base["number"]] for row in with_map]
-better = sum(low > 0 for _, low, _ in differences)
-worse = sum(high < 0 for _, _, high in differences)
+explorer = MapExplorer(json.loads(pathlib.Path(recorded).read_text()) if recorded else None)
+base = explorer.base
+with_map = explorer.runs
+# Low and high of recall@10 − that of the baseline
+ends = [row["difference_interval"] for row in with_map]
+better = sum(low > 0 for low, _ in ends)
+worse = sum(high < 0 for _, high in ends)
 best = max(with_map, key=lambda row: row["recall@10"])
 
 # %%
@@ -524,7 +524,7 @@ teach.predict(
     then=lambda: [
         f"No MAP {base['recall@10']:.3f}; of {len(with_map)} settings {better} clearly better, {worse} clearly worse; best {best['recall@10']:.3f}: "
         f"by {best['map.unit']}, {best['map.steps']:g} steps, weight {best['map.weight']:g}",
-        MapExplorer(data),
+        explorer,
         "**What to look for.** Move the weight from 0.1 to 1: the right curve is the loss of the next item *alone*, so all runs compare there. "
         "Compare 1, 2 and 4 steps by item. In the lower figure, which intervals leave the line of no MAP? "
         "Read that with care: it is our reading of MAP, one shop, short trainings. And the best of many settings is partly the luckiest.",
@@ -641,7 +641,7 @@ teach.quiz(
 # * STAMP, which proposes MAP: [arXiv 2604.05329](https://arxiv.org/abs/2604.05329). SASRec, all items in one pass:
 #   [arXiv 1808.09781](https://arxiv.org/abs/1808.09781).
 # * Code: [windows.py](../sidlab/windows.py), [map_loss.py](../sidlab/map_loss.py),
-#   [models/t5.py](../sidlab/models/t5.py), [cost.py](../sidlab/research/cost.py); [record.py](record.py) made the recording.
+#   [models/t5.py](../sidlab/models/t5.py), [cost.py](../sidlab/research/cost.py); [study.ipynb](study.ipynb) makes the recording.
 
 # %% tags=["record"]
 record = {
@@ -656,7 +656,7 @@ record = {
     "flops_factor": float(relative["all items"]),
     "cosine_fresh_encoder": float(before.cosine["encoder"]),
     "cosine_trained_encoder": float(after.cosine["encoder"]),
-    "recorded_runs": len(data["rows"]),
+    "recorded_runs": 1 + len(with_map),
     "clearly_better": better,
     "clearly_worse": worse,
     "own_recall": final.to_dict(),

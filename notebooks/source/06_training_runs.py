@@ -456,8 +456,7 @@ costs.round(3)
 # %%
 from sidlab.viz import FrontierExplorer
 
-recorded = json.loads(pathlib.Path("data/frontier.json").read_text())
-frontier = FrontierExplorer(recorded, keep=1 / 3)
+frontier = FrontierExplorer(keep=1 / 3)
 frontier
 
 # %% [markdown]
@@ -582,7 +581,7 @@ teach.quiz(
 # * NDCG: K. Järvelin and J. Kekäläinen, *Cumulated gain-based evaluation of IR techniques* (2002). The bootstrap: B. Efron and R.
 #   Tibshirani, *An Introduction to the Bootstrap* (1993).
 # * In the kit: [training.py](../sidlab/training.py), [metrics.py](../sidlab/metrics.py), [baselines.py](../sidlab/research/baselines.py),
-#   [compare.py](../sidlab/research/compare.py), [viz/training.py](../sidlab/viz/training.py). Section 10 is made by [record.py](record.py).
+#   [compare.py](../sidlab/research/compare.py), [viz/training.py](../sidlab/viz/training.py). Section 10 is made by [study.ipynb](study.ipynb).
 
 # %% tags=["record"]
 record = {f"recall_{name}": float(recall_at(of, 10).mean()) for name, of in ranks.items()}
@@ -592,12 +591,12 @@ record["tokens_per_target"] = {
     kind: float(of["tokens per target"]) for kind, of in in_update.items()
 }
 # What the questions of section 10 rest on
-of = {(row["pruning.scorer"], row["pruning.keep"]): row for row in recorded["rows"]}
+recall = {(row["pruning.scorer"], row["pruning.keep"]): row["recall@10"] for row in frontier.runs}
 record |= {
-    f"rastp_minus_recent_at_{keep}": of["rastp", keep]["against"][of["recent", keep]["number"]][0]
+    f"rastp_minus_recent_at_{keep}": recall["rastp", keep] - recall["recent", keep]
     for keep in (0.1, 0.5)
 }
 record |= {
-    "recorded_reaching_unpruned": sum(row["against"][0][2] >= 0 for row in recorded["rows"][1:])
+    "recorded_reaching_unpruned": sum(row["difference_interval"][1] >= 0 for row in frontier.runs)
 }
 teach.record(record)

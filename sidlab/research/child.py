@@ -153,7 +153,11 @@ def _run_model(one, catalogue, folder, path):
     }
     shutil.rmtree(path)  # the checkpoints
     result.model.save_pretrained(path)
-    sids = {"widths": list(table.widths), "collision_rate": report["collision_rate"]}
+    sids = {
+        "widths": list(table.widths),
+        "collision_rate": report["collision_rate"],
+        "perplexity": [level["perplexity"] for level in report["per_level"]],
+    }
     pruning = result.model.pruning
     agreement = [e["agreement"] for e in result.log if "agreement" in e]
     ended = pruning and {

@@ -31,6 +31,7 @@ from sidlab.research.compare import DEFAULT_METHODS, compare
 from sidlab.research.jobs import cluster
 from sidlab.research.page import write_page
 from sidlab.research.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, data_name, published
+from sidlab.research.studies import command as study_command
 
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
 MARGIN = 0.05  # of the unpruned recall
@@ -115,19 +116,12 @@ def _found(results, verdict, figures):
         f"{_seeds(results)} seed(s), "
         f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread(s)"
     )
-    names = ("dataset", "preset", "seeds", "arch", "sids")
-    parameters = " ".join(f"-p {name} {results[name]}" for name in names if results.get(name))
-    study = results.get("study")
-    command = results.get("command") or (
-        f"papermill notebooks/studies/{study}.ipynb runs/{study}.ipynb"
-        f" --cwd . -k python3 {parameters}"
-    )
     return {
         "verdict": verdict,
         "figures": figures,
         "data": data,
         "where": where,
-        "command": command,
+        "command": results.get("command") or study_command(results),
     }
 
 
@@ -526,12 +520,13 @@ def evidence(*folders) -> list[dict]:
             ) or path.parent.name in ("results", "studies"):
                 with reading(path):
                     content = json.loads(path.read_text())
-                if not isinstance(content, dict):  # as that of notebooks/run.py
+                if not isinstance(content, dict):  # as that of tools/run.py
                     continue
                 look = content.get("only") or "--quick" in content.get("command", "")
                 if content.keys() & {"summary", "study", "targets"} and not look:
                     names = ("study", "dataset", "preset", "arch", "sids")
-                    key = content.get("command") or str([content.get(k) or "" for k in names])
+                    same = str([content.get(name) or "" for name in names])
+                    key = same if "study" in content else str(content.get("command"))
                     key += str(content["hardware"]) if "hardware" in content else ""
                     if key not in found or _seeds(content) >= _seeds(found[key]):
                         found[key] = content

@@ -1,34 +1,40 @@
 """The sweeps that the papers plot, and what they leave open: each a grid of settings, a question,
 and the way to look at the runs.
 
-A study is run by a notebook of its own (`notebooks/studies/NAME.ipynb`, made by
-`notebooks/studies.py`): `run` does what is not done yet and `summarise` makes a row a setting, with
-intervals, its cost, and its difference to the first setting. Studies in one folder share the
-settings that they have in common.
+`notebooks/study.ipynb` runs a study and shows what it found (`make study STUDY=map`): `run` does
+what is not done yet and `summarise` makes a row a setting, with intervals, its cost, and its
+difference to the first setting. Studies in one folder share the settings that they have in common.
 """
 
 import dataclasses
 import itertools
 import json
 import pathlib
+import shlex
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
+import sidlab
 from sidlab.checks import integer, one_of
+from sidlab.config import PARTS
 from sidlab.data.load import load_catalogue
 from sidlab.files import read_json, write_json
+from sidlab.map_loss import MapConfig
 from sidlab.metrics import ranks_of
 from sidlab.pruning import PruningConfig
 from sidlab.research.compare import hardware, versions
+from sidlab.research.cost import cost
 from sidlab.research.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
-from sidlab.research.runs import sweep
+from sidlab.research.runs import config_with, fitted, sweep
 from sidlab.research.summary import COSTS, Run, difference, hits, metrics_of
 from sidlab.research.summary import summarise as summarise_runs
-from sidlab.windows import leave_one_out
+from sidlab.windows import leave_one_out, training_windows
 
 KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
+# The summaries that the course's explorers show, as `save` writes them
+COURSE = pathlib.Path(sidlab.__file__).parent / "course" / "data"
 LARGE = 5000  # items; 16 codes a level would hardly tell more of them apart
 NOTHING = {}  # pruned; the setting that the others are compared with
 POOL = {2: "pool", 1: "pool after layer 1", 3: "pool after layer 3"}
@@ -44,8 +50,9 @@ class Study:
     it, in words, with its source; `values`: {label: recall@5 on Amazon Beauty}, where they give it.
     `pairs`: what else is compared, from {label: share of the work}: triples of a label, the name of
     the other side, and that side as {label: weight}. The work is that of the pruned stack, in
-    tokens × layers: those behind the pruner have only what was kept. `quality`: whether recall is
-    looked at.
+    tokens × layers: those after the pruner have only what was kept. `quality`: whether recall is
+    looked at. `reading`: how its figure and its pairs are read, in words; `shows`: what is shown
+    beside them, of "schedules", "ended", "strata" and "curves".
     """
 
     title: str
@@ -57,6 +64,8 @@ class Study:
     values: dict[str, float] = dataclasses.field(default_factory=dict)
     pairs: Callable[[dict[str, float]], list[tuple[str, str, dict[str, float]]]] = lambda work: []
     quality: bool = True
+    reading: str = ""
+    shows: tuple[str, ...] = ()
 
     def settings_for(self, n_items: int) -> dict[str, dict]:
         """The settings for a catalogue of `n_items`."""
@@ -67,6 +76,13 @@ class Study:
         repeats.
         """
         return ["recall@10"] * self.quality + ["seconds_per_1k_windows"] + ["peak_memory_mb"] * gpu
+
+    def about(self) -> str:
+        """What a reader has to know before the first figure, in markdown."""
+        return (
+            f"## {self.title}\n\n**{self.question}** {len(self.settings)} settings.\n\n*What the"
+            f" papers say.* {self.published}\n\n*How to read it.* {self.reading}"
+        )
 
 
 def _pruned(keep=1 / 3, **fields):
@@ -90,13 +106,28 @@ def _sids(levels, widths):
     }
 
 
+def _map(tokens, **shared):
+    """`tokens`: also steps within the target; `shared`: settings that all have."""
+    kinds = [("item", steps, weight) for steps in (1, 2, 4) for weight in (0.1, 0.3, 1.0)]
+    kinds += [("token", steps, 0.3) for steps in (1, 2)] * tokens
+    return {"no MAP": shared} | {
+        f"{steps} {'step' if unit == MapConfig.unit else unit}{'s' * (steps > 1)}, weight"
+        f" {weight:g}": shared
+        | {"map.steps": steps, "map.weight": weight}
+        | ({"map.unit": unit} if unit != MapConfig.unit else {})
+        for unit, steps, weight in kinds
+    }
+
+
 def _against_random(work):
-    """Every scorer against a random third."""
-    return [
-        (label, "random", {"random": 1})
-        for label in work
-        if label not in ("unpruned", "random") and "random" in work
-    ]
+    """Every way to choose against as many random tokens."""
+    pairs = []
+    for label in work:
+        name, _, share = label.partition(", ")
+        other = f"random, {share}" if share else "random"
+        if other in work and name not in ("unpruned", "random"):
+            pairs.append((label, other, {other: 1}))
+    return pairs
 
 
 def _finer(work):
@@ -132,21 +163,35 @@ def _equal_cost(work):
     return pairs
 
 
+# A third kept in every way that there is
+THIRDS = (
+    {"unpruned": NOTHING}
+    | {
+        scorer: _pruned(scorer=scorer)
+        for scorer in ("rastp", "rastp-l2", "centrality", "norm", "recent", "random")
+    }
+    | {POOL[layer]: _pruned(after_layer=layer, reduce="pool") for layer in POOL}
+)
 STUDIES = {
     "strategies": Study(
         "Which tokens to keep",
-        "A third of the tokens stays. Does it matter which, and is averaging neighbours as good?",
-        {"unpruned": NOTHING}
+        "A third of the tokens stays. Does it matter which, and is averaging neighbours as good?"
+        " And with fewer or more?",
+        THIRDS
         | {
-            scorer: _pruned(scorer=scorer)
-            for scorer in ("rastp", "rastp-l2", "centrality", "norm", "recent", "random")
-        }
-        | {POOL[layer]: _pruned(after_layer=layer, reduce="pool") for layer in POOL},
+            f"{scorer}, keep {keep:.2g}": _pruned(keep=keep, scorer=scorer)
+            for scorer in ("rastp", "recent", "random")
+            for keep in KEEPS
+            if keep != 1 / 3
+        },
         "RASTP's history holds an unadvertised comparison, on Beauty: nothing pruned, and pooling"
         " to a third after layer 1, 2, 3.",
         values={"unpruned": RASTP_POOLING["none"]}
         | {POOL[layer]: RASTP_POOLING[layer] for layer in POOL},
+        large=THIRDS,
         pairs=_against_random,
+        reading="The pairs say what a scorer is worth: against as many random tokens, on the same"
+        " users and seeds.",
     ),
     "layer-ratio": Study(
         "Where to prune, and how much",
@@ -160,6 +205,8 @@ STUDIES = {
         "STAMP: up to two thirds can go without a loss, too low a ratio hurts; values and grid are"
         " not published. RASTP prunes after layer 2 of 4 and keeps a third.",
         x="pruning.keep",
+        reading="A line for each layer. The share at which it leaves the band of the unpruned model"
+        " is how far one may prune there.",
     ),
     "efficiency": Study(
         "What pruning saves",
@@ -172,33 +219,34 @@ STUDIES = {
         ),
         x="pruning.keep",
         quality=False,
+        reading="The dotted line is the unpruned model, itself without padding: what is below it is"
+        " saved by pruning alone.",
     ),
     "granularity": Study(
         "The dilution curve",
         "Finer SIDs make longer histories. Does accuracy rise with them, and does STAMP change"
         " that?",
-        _sids((2, 3, 4), (8, 16)),
+        _sids((1, 2, 3, 4), (4, 8, 16, 32)),
         "STAMP: accuracy moves non-monotonically with granularity (the Semantic Dilution Effect);"
         " its settings and values are not published.",
         x="sids.levels",
         large=_sids((2, 3, 4), (64, 256)),
         pairs=_finer,
+        reading="A line for each number of codes, with STAMP and without. The pairs compare finer"
+        " SIDs with coarser ones, on the same users and seeds. A level that tells colliding items"
+        " apart comes on top.",
     ),
     "map": Study(
         "Looking further ahead",
         "How many steps, with which weight?",
-        {"no MAP": NOTHING}
-        | {
-            f"{steps} step{'s' * (steps > 1)}, weight {weight:g}": {
-                "map.steps": steps,
-                "map.weight": weight,
-            }
-            for steps in (1, 2, 4)
-            for weight in (0.1, 0.3, 1.0)
-        },
+        # With curves worth looking at: an evaluation every 25 updates
+        _map(tokens=True, eval_every=25),
         "STAMP: MAP alone beats the baseline. The number of steps and the weight are not"
         " published.",
         x="map.weight",
+        large=_map(tokens=False),
+        reading="A line for each number of steps; the dotted line is the model without MAP. The"
+        " best of many settings is partly the luckiest.",
     ),
     "strata": Study(
         "Who loses",
@@ -211,6 +259,10 @@ STUDIES = {
         },
         "Neither paper reports it. RASTP's published code cuts only histories over ten items, 15 %"
         " of Beauty's test users.",
+        reading="The last figure has the recall of each third of the users by length of their"
+        " history, and by popularity of what they took next: each third of the targets received a"
+        " third of all training interactions.",
+        shows=("strata",),
     ),
     "inference": Study(
         "Pruning in training only",
@@ -225,6 +277,8 @@ STUDIES = {
             for always in (True, False)
         },
         "RASTP's published code prunes at evaluation, too; neither paper compares.",
+        reading="Two settings of one share are the same model, recommending from all its tokens or"
+        " from those that it keeps.",
     ),
     "fast": Study(
         "Does speed disturb learning",
@@ -243,6 +297,9 @@ STUDIES = {
         },
         "Both papers train in fp32 and pad every history to a fixed number of slots; RASTP prunes"
         " for speed.",
+        reading="The curves are means over seeds, whiskers reach from the lowest to the highest."
+        " What is faster has learned as well where its curve is as high after as many updates.",
+        shows=("curves",),
     ),
     "adaptive": Study(
         "Ratios and layers that adapt",
@@ -267,6 +324,12 @@ STUDIES = {
         " none. STAMP names ratios guided by learning signals and adaptive layers as future work.",
         x="kept_token_fraction",
         pairs=_equal_cost,
+        reading="The schedules stand before the runs; what follows the loss or the ranking isn't"
+        " known then. The pairs compare what adapts with the constant share after the second layer"
+        " that leaves as much work (tokens × layers): between the two constant ones beside it."
+        " Last, what the two that look at a probe had chosen when the best checkpoint was written,"
+        " seed by seed; the settled layer with the rank correlation of each layer with the next.",
+        shows=("schedules", "ended"),
     ),
 }
 
@@ -284,7 +347,8 @@ def run(
     executor=None,
 ) -> pd.DataFrame:
     """Do the study's runs that `folder` does not hold yet: a row a run, as `sweeps.sweep` gives it,
-    and its "label".
+    its "label", and "mflops", predicted for a training window (None where lengths do not tell). A
+    part that is switched on has its defaults, too, so that rows speak for themselves.
 
     `sids`: a published SID file; `only`: the first settings, for a quick look; `executor`: where
     runs are done side by side (see `runs.run_all`). Raises ValueError for an unknown study.
@@ -295,27 +359,48 @@ def run(
     shared = ({"arch": arch} if arch != "t5" else {}) | (
         {"sids.file": str(pathlib.Path(sids).absolute())} if sids else {}
     )
-    settings = dict(
-        list(STUDIES[name].settings_for(load_catalogue(dataset).n_items).items())[:only]
-    )
-    frame = sweep(
-        [shared | setting for setting in settings.values()],
-        folder,
-        dataset=dataset,
-        preset=preset,
-        seeds=seeds,
-        executor=executor,
-    )
-    return frame.assign(label=list(settings) * seeds)
+    catalogue = load_catalogue(dataset)
+    settings = dict(list(STUDIES[name].settings_for(catalogue.n_items).items())[:only])
+    asked = [shared | setting for setting in settings.values()]
+    frame = sweep(asked, folder, dataset=dataset, preset=preset, seeds=seeds, executor=executor)
+    mflops = [
+        _mflops(preset, setting, catalogue, read_json(file))
+        for setting, file in zip(asked, frame["file"])
+    ]
+    return _with_defaults(frame).assign(label=list(settings) * seeds, mflops=mflops * seeds)
+
+
+def _mflops(preset, setting, catalogue, result):
+    """Of a training window, by the cost model; None where it depends on what the model learns."""
+    own = {key: value for key, value in setting.items() if not key.startswith("sids.")}
+    config = fitted(config_with(preset, 0, own), catalogue)
+    windows = training_windows(leave_one_out(catalogue.histories).train, config)
+    try:
+        return cost(config, result["sids"]["widths"], windows).training / 1e6
+    except ValueError:  # a strategy, or a share of the mass
+        return None
+
+
+def _with_defaults(frame):
+    """Where a part of the configuration is switched on, its missing fields are the default ones."""
+    frame = frame.copy()
+    for part, config in PARTS.items():
+        names = [name for name in frame if name.startswith(f"{part}.")]
+        on = frame[names].notna().any(axis=1)
+        for name in names:
+            default = getattr(config, name.removeprefix(f"{part}."))
+            frame[name] = frame[name].where(frame[name].notna() | ~on, default)
+    return frame
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """A row a setting: what `summary.summarise` says of its runs, the difference being that to the
     first setting, and the setting itself. "curve": validation recall@10 by "updates", its "mean",
-    "lowest" and "highest" over seeds; "seconds_to_recall": training seconds until that mean reaches
-    95 % of the first setting's last (None: never). "sids": their number of codes by level and the
-    share of items whose codes others have, too. "ended": kept share and layer of each seed's best
-    checkpoint, which a strategy chose. "busy" also where the runs were made on several devices.
+    "lowest" and "highest" over seeds, and the mean "loss" of the next item by "loss_updates";
+    "seconds_to_recall": training seconds until that mean reaches 95 % of the first setting's last
+    (None: never). "sids": their number of codes by level and the share of items whose codes others
+    have, too. "ended": kept share and layer of each seed's best checkpoint, which a strategy chose.
+    "busy" also where the runs were made on several devices.
     """
     runs = [
         Run(row["label"], row["seed"], read_json(row["file"])) for row in frame.to_dict("records")
@@ -334,6 +419,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         curves = np.array([one["curve"]["recall@10"][:length] for one in found])  # [S, evaluations]
         curve = curves.mean(axis=0)
         steps = found[0]["curve"]["eval_step"][:length]
+        logged = min(len(one["curve"]["loss"]) for one in found)
+        losses = np.array([one["curve"]["loss"][:logged] for one in found])  # [S, logged]
         aim = 0.95 * curve[-1] if aim is None else aim
         reached = np.flatnonzero(curve >= aim)
         # Of runs side by side there are no seconds.
@@ -349,6 +436,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
                     "mean": curve.tolist(),
                     "lowest": curves.min(0).tolist(),
                     "highest": curves.max(0).tolist(),
+                    "loss_updates": found[0]["curve"]["step"][:logged],
+                    "loss": losses.mean(axis=0).tolist(),
                 },
                 "seconds_to_recall": steps[reached[0]] * per_update if timed else None,
                 "sids": found[0]["sids"],
@@ -401,29 +490,70 @@ def save(
     arch: str,
     sids: str,
     only: int | None,
+    keep: bool = False,
 ) -> None:
     """Write NAME-study.json into `folder`: where and how the runs of `frame` were made (arguments
-    as in `run`), and all that is said of them here. Copied into results/studies/ it is part of the
-    results' pages.
+    as in `run`), and all that is said of them here.
+
+    `keep`: the same file also goes into results/studies, where `results/show.py` makes pages of it,
+    and, where the course shows this study of the planted shop, into the package. Raises ValueError
+    where that is asked of a look, or away from the repository.
     """
+    made = {
+        "study": name,
+        "dataset": str(dataset),
+        "preset": preset,
+        "seeds": int(seeds),
+        "arch": arch,
+        "sids": sids,
+    }
+    files = [pathlib.Path(folder) / f"{name}-study.json"]
+    if keep:
+        files += _kept(made, only)
     parts = {"rows": summarise(frame), "versus": versus(name, frame)} | (
         {"groups": strata(frame, dataset)} if name == "strata" else {}
     )
-    write_json(
-        pathlib.Path(folder) / f"{name}-study.json",
-        {
-            "study": name,
-            "dataset": str(dataset),
-            "preset": preset,
-            "seeds": int(seeds),
-            "arch": arch,
-            "sids": sids,
-            "only": only or 0,
-            "hardware": hardware(),
-            "versions": versions(),
-            **{part: json.loads(rows.to_json(orient="records")) for part, rows in parts.items()},
-        },
-    )
+    made |= {
+        "only": only or 0,
+        "command": command(made),
+        "hardware": hardware(),
+        "versions": versions(),
+        **{part: json.loads(rows.to_json(orient="records")) for part, rows in parts.items()},
+    }
+    for file in files:
+        write_json(file, made)
+
+
+def command(summary: dict) -> str:
+    """What makes a summary anew."""
+    given = [
+        f"{name.upper()}={shlex.quote(str(summary[name]))}"
+        for name in ("study", "dataset", "preset", "seeds", "arch", "sids")
+        if summary.get(name, "t5") not in ("", "t5")
+    ]
+    return " ".join(["make study", *given])
+
+
+def _kept(made, only):
+    """Where a summary is kept."""
+    if only or made["preset"] == "smoke":
+        raise ValueError(
+            f"keep=True is for whole studies, got preset={made['preset']!r} and only={only}; use"
+            " another preset and only=0"
+        )
+    results = pathlib.Path("results", "studies")
+    if not results.is_dir():
+        raise ValueError(
+            f"keep=True writes into {results.absolute()}, which is no folder; run it from the"
+            " repository's folder, as make does"
+        )
+    own = [made["arch"]] * (made["arch"] != "t5") + [made["preset"]] * (made["preset"] != "quick")
+    data = pathlib.Path(made["dataset"]).name.removeprefix("amazon-")
+    files = [results / f"{'-'.join([made['study'], data, *own])}.json"]
+    shown = COURSE / f"{made['study']}.json"
+    if made["dataset"] == "planted" and made["arch"] == "t5" and shown.exists():
+        files.append(shown)
+    return files
 
 
 def strata(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:

@@ -1,6 +1,10 @@
-"""Explorers of recorded sweeps, as notebooks/record.py writes them: nothing is trained, controls
+"""Explorers of the studies' summaries, as `make study` writes them. Nothing is trained: controls
 move among the settings that were run.
 """
+
+import collections
+import importlib.resources
+import json
 
 import ipywidgets as widgets
 import numpy as np
@@ -23,26 +27,31 @@ class Recorded(Explorer):
     """Base class: together the controls always name one recorded setting, whose seeds are pooled in
     a row.
 
-    Args: `data`: a loaded file of notebooks/data; `controls`: {name: (setting, value at the start,
-    description)}, `setting` being a key of `data["rows"]`. Numbers become sliders and words menus,
-    over recorded values only. Where values were not recorded together, the later controls move to
-    the nearest that were. `others`: {name: widget}, controls that choose no run.
+    Args: `data`: a summary of the study `study`, as `sidlab.research.studies.save` writes it; None:
+    the one that comes with the package, of the planted shop. `controls`: {name: (setting, value at
+    the start, description)}, `setting` being a key of its rows. Numbers become sliders and words
+    menus, over recorded values only. Where values were not recorded together, the later controls
+    move to the nearest that were. `cost`: which of `COSTS` a menu shows at first. Raises ValueError
+    for another study, or one of which too few settings were run.
     """
 
+    COSTS = {}  # {name in a row: in words}
+    study = ""
     form = "g"  # of the numbers on a slider
 
-    def __init__(self, data: dict, controls: dict, **others):
+    def __init__(self, data: dict | None, controls: dict, cost: str | None = None):
+        if data is None:
+            file = importlib.resources.files("sidlab.course") / "data" / f"{self.study}.json"
+            data = json.loads(file.read_text(encoding="utf-8"))
         self.data = data
+        self.base, *_ = data["rows"]
         self._settings = {name: setting for name, (setting, *_) in controls.items()}
-        self.runs = [
-            row
-            for row in data["rows"]
-            if all(row.get(setting) is not None for setting in self._settings.values())
-        ]
+        self.runs = self.shown(data["rows"]) if data.get("study") == self.study else []
         if not self.runs:
             raise ValueError(
-                f"data must hold rows with {', '.join(self._settings.values())}, as"
-                " notebooks/record.py writes them"
+                f"data must be a summary of the study {self.study!r}, as `make study"
+                f" STUDY={self.study}` writes it; got one of {data.get('study')!r} with"
+                f" {len(data['rows'])} settings"
             )
         made = {}
         for name, (setting, value, description) in controls.items():
@@ -54,7 +63,10 @@ class Recorded(Explorer):
                 value=value,
                 description=description,
             )
-        super().__init__(made | others)
+        if self.COSTS:
+            options = [(title, name) for name, title in self.COSTS.items()]
+            made["cost"] = widgets.Dropdown(options=options, value=cost, description="cost")
+        super().__init__(made)
 
     def run(self) -> dict:
         """The row that the controls name, once they have moved onto it."""
@@ -70,31 +82,49 @@ class Recorded(Explorer):
             self._quiet = before
         return runs[0]
 
+    @staticmethod
+    def shown(rows: list[dict]) -> list[dict]:
+        """Those of a study's rows that the controls choose among: all but the first, which they are
+        compared with.
+        """
+        return rows[1:]
+
+    def _end(self, head, rows):
+        """All settings as a table, and where they come from."""
+        return folded(f"All {len(rows)} settings as a table", table(head, rows)) + self._source()
+
     def _source(self):
-        machine = self.data["hardware"]
+        hardware = self.data["hardware"]
+        machine = hardware["gpu"] or hardware["processor"]
+        command = f"<code>{self.data['command']}</code>"
         seeds = self.data["seeds"]
         over = (
             "test users and seeds"
             if seeds > 1
             else "test users: another seed would move the points, too"
         )
-        busy = " Other jobs ran beside: the seconds are rough." if self.data["busy"] else ""
+        busy = any(row["busy"] for row in self.data["rows"])
+        made = f"Recorded with {command} on {machine}"
+        if self.data.get("older_models"):
+            made = (
+                f"<b>Older models</b>, trained by an earlier version of this kit on {machine};"
+                f" {command} trains them anew"
+            )
         return (
-            f"<p>Recorded with <code>{self.data['command']}</code> on"
-            f" {machine['gpu'] or machine['processor']}; {seeds} seed{'s' * (seeds > 1)}. The"
-            f" intervals are over {over}.{busy}</p>"
+            f"<p>{made}; {seeds} seed{'s' * (seeds > 1)}. The intervals are over {over}."
+            f"{' Other jobs ran beside: the seconds are rough.' * busy}</p>"
         )
 
 
 class DilutionExplorer(Recorded):
-    """What levels and width of SIDs cost and bring, from a recorded sweep; a cursor chooses one
-    run.
+    """What levels and width of SIDs cost and bring; a cursor chooses one run.
 
-    Args: `data`: notebooks/data/granularity.json, loaded; `levels`, `width`: where the cursor
-    starts; `cost`: what the bars show, a key of `COSTS`; `items`: the length of the history whose
-    tokens are counted (planted test histories: 11 on average).
+    Args: `data` as in `Recorded`; `levels`, `width`: where the cursor starts; `cost`: what the bars
+    show, a key of `COSTS`; `items`: the length of the history whose tokens are counted (planted
+    test histories: 11 on average).
     """
 
+    study = "granularity"
     heading = "What do finer semantic IDs cost, and what do they bring?"
     exported = "levels"
     COSTS = {
@@ -113,57 +143,51 @@ class DilutionExplorer(Recorded):
         "perplexity by level",
     )
 
-    def __init__(
-        self, data: dict, *, levels: int = 1, width: int = 8, cost: str = "mflops", items: int = 11
-    ):
+    def __init__(self, data=None, *, levels=1, width=8, cost="mflops", items=11):
         self.items = items
-        menu = widgets.Dropdown(
-            options=[(title, name) for name, title in self.COSTS.items()],
-            value=cost,
-            description="cost",
-        )
-        super().__init__(
-            data,
-            {
-                "levels": ("sids.levels", levels, "levels (L)"),
-                "width": ("sids.width", width, "codes per level (W)"),
-            },
-            cost=menu,
-        )
+        controls = {
+            "levels": ("sids.levels", levels, "levels (L)"),
+            "width": ("sids.width", width, "codes per level (W)"),
+        }
+        super().__init__(data, controls, cost)
+
+    @staticmethod
+    def shown(rows):
+        """All without STAMP."""
+        return [row for row in rows if row.get("map.steps") is None]
 
     def draw(self):
         run = self.run()
         field = self.value("cost")
         best = max(self.runs, key=lambda row: row[RECALL])
-        said = [_verdict(run, row) for row in self.runs if row is not run]
+        pairs = self.data["versus"]
+        said = [_verdict(pair) for pair in pairs if pair["label"] == run["label"]]
+        # The finer one's difference to this one says the opposite of this one
+        other_way = {BETTER: WORSE, WORSE: BETTER, UNDECIDED: UNDECIDED}
+        said += [other_way[_verdict(pair)] for pair in pairs if pair["against"] == run["label"]]
         text = (
-            f"<p><b>{_size(run)} codes: recall@10 {_recall(run)} at {run[field]:.3g}"
+            f"<p><b>{run['label']} codes: recall@10 {_recall(run)} at {run[field]:.3g}"
             f" {self.COSTS[field]}.</b> On the same users and seeds it is {BETTER} than"
-            f" {said.count(BETTER)} of the other {len(said)} settings, {WORSE} than"
-            f" {said.count(WORSE)}; the rest is {UNDECIDED}.</p>"
+            f" {said.count(BETTER)} of the {len(said)} settings that are coarser or finer, {WORSE}"
+            f" than {said.count(WORSE)}; the rest is {UNDECIDED}.</p>"
             + table(
                 ("", "chosen", "best recall recorded"),
                 zip(self._head, self._cells(run), self._cells(best)),
             )
-            + folded(
-                f"All {len(self.runs)} settings as a table",
-                table(self._head, map(self._cells, self.runs)),
-            )
-            + self._source()
+            + self._end(self._head, [self._cells(row) for row in self.runs])
         )
         return dilution_figure(self.runs, run, field, self.COSTS[field]), text
 
     def _cells(self, row):
         report = row["sids"]
-        tokens = row["sids"]["levels"] + 1
-        perplexity = [f"{level['perplexity']:.1f}" for level in report["per_level"]]
-        if report["levels"] > row["sids.levels"]:  # the level that collisions="extend" adds
+        tokens = len(report["widths"]) + 1
+        perplexity = [f"{of_level:.1f}" for of_level in report["perplexity"]]
+        if len(perplexity) > row["sids.levels"]:  # the level that collisions="extend" adds
             perplexity[-1] = f"({perplexity[-1]}, added against collisions)"
         costs = [f"{row[field]:.3g}" for field in self.COSTS]
         return (
-            _size(row),
-            f"{row[RECALL]:.{DIGITS}f}",
-            span(row, RECALL, DIGITS),
+            row["label"],
+            *_quality(row),
             *costs,
             f"{row['updates']:g}",
             tokens,
@@ -175,7 +199,7 @@ class DilutionExplorer(Recorded):
 
 def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str) -> go.Figure:
     """recall@10 with its interval, above the cost `field`, called `title`: a panel for each number
-    of levels, the widths side by side. `chosen`, one of `runs` (rows of granularity.json), is
+    of levels, the widths side by side. `chosen`, one of `runs` (rows of the study), is
     ringed, and its bar is filled in another colour.
     """
     levels, widths = (
@@ -195,7 +219,7 @@ def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str) -> g
             (row for row in runs if row["sids.levels"] == level), key=lambda row: row["sids.width"]
         )
         places = [widths.index(row["sids.width"]) for row in of_level]
-        names = [_size(row) for row in of_level]
+        names = [row["label"] for row in of_level]
         common = {"showlegend": False, "customdata": names, "col": column}
         figure.add_scatter(
             x=places,
@@ -225,25 +249,9 @@ def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str) -> g
             **common,
         )
         ring = [(place, row[RECALL]) for place, row in zip(places, of_level) if row is chosen]
-        figure.add_scatter(
-            x=[place for place, _ in ring],
-            y=[recall for _, recall in ring],
-            mode="markers",
-            hoverinfo="skip",
-            marker={"symbol": "circle-open", "size": 18, "color": VERMILLION, "line": {"width": 3}},
-            showlegend=False,
-            row=1,
-            col=column,
-        )
+        _ring(figure, ring, row=1, col=column)
     ends = [end for row in runs for end in row[f"{RECALL}_interval"]]
-    figure.update_xaxes(
-        tickvals=list(range(len(widths))),
-        ticktext=[_text(width) for width in widths],
-        showgrid=False,
-        zeroline=False,
-        range=[-0.6, len(widths) - 0.4],
-        tickangle=0,
-    )
+    figure.update_xaxes(**_named([_text(width) for width in widths]))
     figure.update_yaxes(range=[min(ends) - 0.01, max(ends) + 0.01], row=1)
     figure.update_yaxes(range=[0, 1.06 * max(row[field] for row in runs)], nticks=4, row=2)
     # What the axes show stands above them: beside, a long name would not fit.
@@ -278,92 +286,61 @@ def dilution_figure(runs: list[dict], chosen: dict, field: str, title: str) -> g
 class MapExplorer(Recorded):
     """Recorded learning curves with MAP (our reading of it) beside those without.
 
-    Args: `data`: notebooks/data/map.json, loaded; `unit`, `steps`, `weight`: which run is shown at
-    first.
+    Args: `data` as in `Recorded`; `unit`, `steps`, `weight`: which run is shown at first.
     """
 
+    study = "map"
     heading = "What does it bring to predict further ahead?"
     exported = "weight"
 
-    def __init__(self, data: dict, *, unit: str = "item", steps: int = 2, weight: float = 0.3):
-        self.baseline = next((row for row in data["rows"] if row.get("map.unit") is None), None)
-        if self.baseline is None:
-            raise ValueError(
-                "data must hold a run without MAP to compare with, as notebooks/record.py writes it"
-            )
-        super().__init__(
-            data,
-            {
-                "unit": ("map.unit", unit, "unit of a step"),
-                "steps": ("map.steps", steps, "steps ahead (S)"),
-                "weight": ("map.weight", weight, "weight of the auxiliary loss"),
-            },
-        )
+    def __init__(self, data=None, *, unit="item", steps=2, weight=0.3):
+        controls = {
+            "unit": ("map.unit", unit, "unit of a step"),
+            "steps": ("map.steps", steps, "steps ahead (S)"),
+            "weight": ("map.weight", weight, "weight of the auxiliary loss"),
+        }
+        super().__init__(data, controls)
 
     def draw(self):
         run = self.run()
-        base = self.baseline
+        base = self.base
         pair = (base, run)
-        rows = [
-            (
-                f"{metric}, test users",
-                *(_recall(row, metric) for row in pair),
-                (
-                    _difference(run, base)
-                    if metric == RECALL
-                    else f"{run[metric] - base[metric]:+.{DIGITS}f}"
-                ),
-            )
-            for metric in (RECALL, "recall@5", "ndcg@10")
+        last, now = (row["curve"]["loss"][-1] for row in pair)
+        seconds = [f"{row[COST]:.2f}" for row in pair]
+        rows = [(f"{RECALL}, test users", *map(_recall, pair), _difference(run))]
+        for metric in ("recall@5", "ndcg@10"):
+            change = f"{run[metric] - base[metric]:+.{DIGITS}f}"
+            rows.append((f"{metric}, test users", *(_recall(r, metric) for r in pair), change))
+        rows += [
+            ("loss of the next item, last", f"{last:.3f}", f"{now:.3f}", f"{now - last:+.3f}"),
+            ("seconds per 1,000 windows", *seconds, f"× {run[COST] / base[COST]:.2f}"),
         ]
-        losses = [row["curve"]["loss"][-1] for row in pair]
-        rows.append(
-            (
-                "loss of the next item, last",
-                *(f"{loss:.3f}" for loss in losses),
-                f"{losses[1] - losses[0]:+.3f}",
-            )
-        )
-        rows.append(
-            (
-                "seconds per 1,000 windows",
-                *(f"{row[COST]:.2f}" for row in pair),
-                f"× {run[COST] / base[COST]:.2f}",
-            )
-        )
         curves = [
             (title, step, f"{a:.3f}", f"{b:.3f}")
             for title, at, what in (
-                ("validation recall@10", "eval_step", RECALL),
-                ("loss of the next item", "step", "loss"),
+                ("validation recall@10", "updates", "mean"),
+                ("loss of the next item", "loss_updates", "loss"),
             )
             for step, a, b in zip(base["curve"][at], base["curve"][what], run["curve"][what])
         ]
         head = ("setting", "recall@10", "95 % interval", "minus no MAP", "seconds per 1,000")
         every = [
-            (
-                _map_name(row),
-                f"{row[RECALL]:.{DIGITS}f}",
-                span(row, RECALL, DIGITS),
-                _difference(row, base),
-                f"{row[COST]:.2f}",
-            )
+            (row["label"], *_quality(row), _difference(row), f"{row[COST]:.2f}")
             for row in [base, *self.runs]
         ]
         text = (
-            f"<p><b>{_map_name(run)}: recall@10 {_recall(run)}, without MAP {_recall(base)}.</b> On"
-            f" the same users and seeds: {_verdict(run, base)}.</p>"
+            f"<p><b>{run['label']}: recall@10 {_recall(run)}, without MAP {_recall(base)}.</b> On"
+            f" the same users and seeds: {_verdict(run)}.</p>"
             + table(("", "no MAP", "chosen", "difference"), rows)
             + folded("Both curves as a table", table(("", "update", "no MAP", "chosen"), curves))
-            + folded(f"All {len(every)} settings as a table", table(head, every))
-            + self._source()
+            + self._end(head, every)
         )
         return map_figure(self.runs, base, run), text
 
 
 def map_figure(runs: list[dict], baseline: dict, chosen: dict) -> go.Figure:
     """Learning curves of `chosen` and `baseline` above the difference that each of `runs` (rows of
-    map.json) makes in test recall@10.
+    the study) makes in test recall@10.
     """
     figure = make_subplots(
         2,
@@ -377,7 +354,7 @@ def map_figure(runs: list[dict], baseline: dict, chosen: dict) -> go.Figure:
             "test recall@10 minus that without MAP, same users and seeds",
         ),
     )
-    for column, (at, what) in enumerate((("eval_step", RECALL), ("step", "loss")), start=1):
+    for column, (at, what) in enumerate((("updates", "mean"), ("loss_updates", "loss")), start=1):
         for row, name, look in (
             (baseline, "no MAP", mark("unpadded")),
             (chosen, "chosen", mark("map")),
@@ -401,13 +378,11 @@ def map_figure(runs: list[dict], baseline: dict, chosen: dict) -> go.Figure:
         room = 0.06 * np.ptp(values)
         figure.update_xaxes(title_text="updates", title_standoff=4, row=1, col=column)
         figure.update_yaxes(range=[min(values) - room, max(values) + room], row=1, col=column)
-    ordered = sorted(runs, key=lambda row: (row["map.unit"], row["map.steps"], row["map.weight"]))
-    names = [_map_name(row) for row in ordered]
-    gains = _gains(ordered, baseline)
+    names = [row["label"] for row in runs]
     figure.add_scatter(
-        x=list(range(len(ordered))),
-        y=[one["gain"] for one in gains],
-        error_y=error_bars(gains, "gain"),
+        x=list(range(len(runs))),
+        y=[row["difference"] for row in runs],
+        error_y=error_bars(runs, "difference"),
         mode="markers",
         showlegend=False,
         marker_symbol=mark("map").symbol,
@@ -418,33 +393,11 @@ def map_figure(runs: list[dict], baseline: dict, chosen: dict) -> go.Figure:
         row=2,
         col=1,
     )
-    place = ordered.index(chosen)
-    figure.add_scatter(
-        x=[place],
-        y=[gains[place]["gain"]],
-        mode="markers",
-        marker_symbol="circle-open",
-        marker_size=22,
-        marker_color=VERMILLION,
-        marker_line_width=3,
-        showlegend=False,
-        hoverinfo="skip",
-        row=2,
-        col=1,
-    )
+    _ring(figure, [(runs.index(chosen), chosen["difference"])], row=2, col=1)
     figure.add_hline(0, line_color=GREY, line_dash="dot", layer="below", row=2, col=1)
     figure.update_yaxes(tickformat="+.2f", zeroline=False, row=2, col=1)
-    figure.update_xaxes(
-        tickvals=list(range(len(names))),
-        ticktext=[name.replace(", weight", "<br>×") for name in names],
-        tickangle=0,
-        tickfont_size=11,
-        showgrid=False,
-        zeroline=False,
-        range=[-0.6, len(names) - 0.4],
-        row=2,
-        col=1,
-    )
+    ticks = _named([name.replace(", weight", "<br>×") for name in names])
+    figure.update_xaxes(tickfont_size=11, row=2, col=1, **ticks)
     return figure.update_layout(
         template=template(),
         height=640,
@@ -457,10 +410,11 @@ class FrontierExplorer(Recorded):
     """Quality against cost at every kept share that was recorded, a mark for each scorer; the kept
     share is the cursor.
 
-    Args: `data`: notebooks/data/frontier.json, loaded; `keep`: the kept share at the start (the
-    nearest recorded one); `cost`: what the horizontal axis shows, a key of `COSTS`.
+    Args: `data` as in `Recorded`; `keep`: the kept share at the start (the nearest recorded one);
+    `cost`: what the horizontal axis shows, a key of `COSTS`.
     """
 
+    study = "strategies"
     heading = "What does keeping fewer tokens save, and what does it lose?"
     exported = "keep"
     form = ".0%"
@@ -471,72 +425,53 @@ class FrontierExplorer(Recorded):
     }
     _head = ("scorer", "kept", "recall@10", "95 % interval", "minus unpruned", "", *COSTS.values())
 
-    def __init__(self, data: dict, *, keep: float = 1 / 3, cost: str = COST):
-        kinds = [(row.get("pruning.scorer"), row.get("pruning.keep")) for row in data["rows"]]
-        if kinds.count((None, None)) != 1 or len(set(kinds)) < len(kinds):
-            raise ValueError(
-                "data must hold one row without pruning and one for each scorer and kept share, as"
-                f" notebooks/record.py writes them; got {len(kinds)} rows, {len(set(kinds))} of"
-                " them different"
-            )
-        self.unpruned = data["rows"][kinds.index((None, None))]
-        super().__init__(
-            data,
-            {"keep": ("pruning.keep", keep, "kept share of the tokens")},
-            cost=widgets.Dropdown(
-                options=[(title, name) for name, title in self.COSTS.items()],
-                value=cost,
-                description="cost",
-            ),
-        )
+    def __init__(self, data=None, *, keep=1 / 3, cost=COST):
+        super().__init__(data, {"keep": ("pruning.keep", keep, "kept share of the tokens")}, cost)
+
+    @staticmethod
+    def shown(rows):
+        """The scorers of which several shares were run."""
+        runs = [row for row in rows[1:] if row["pruning.reduce"] == "select"]
+        shares = collections.Counter(row["pruning.scorer"] for row in runs)
+        return [row for row in runs if shares[row["pruning.scorer"]] > 1]
 
     def draw(self):
         keep = self.value("keep")
-        base = self.unpruned
+        base = self.base
         field = self.value("cost")
         chosen = [row for row in self.runs if row["pruning.keep"] == keep]
         says = []
         for row in chosen:
             ratio = row[field] / base[field]
             says.append(
-                f"<li><b>{row['pruning.scorer']}</b>: {_difference(row, base)} in recall@10,"
-                f" {_verdict(row, base)}. Cost {abs(ratio - 1):.0%}"
+                f"<li><b>{row['pruning.scorer']}</b>: {_difference(row)} in recall@10,"
+                f" {_verdict(row)}. Cost {abs(ratio - 1):.0%}"
                 f" {'lower' if ratio < 1 else 'higher'}.</li>"
             )
         text = (
-            f"<p><b>{keep:.0%} of the tokens kept</b> behind the pruner, against nothing pruned"
+            f"<p><b>{keep:.0%} of the tokens kept</b> after the pruner, against nothing pruned"
             f" with recall@10 {_recall(base)}, on the same users and seeds. Cost:"
             f" {self.COSTS[field]}.</p><ul>{''.join(says)}</ul>"
             + table(self._head, map(self._cells, [base, *chosen]))
-            + folded(
-                f"All {len(self.runs) + 1} settings as a table",
-                table(self._head, map(self._cells, [base, *self.runs])),
-            )
-            + self._source()
+            + self._end(self._head, [self._cells(row) for row in [base, *self.runs]])
         )
         return frontier_figure(self.runs, base, keep, field, self.COSTS[field]), text
 
     def _cells(self, row):
-        base = self.unpruned
-        quality = (f"{row[RECALL]:.{DIGITS}f}", span(row, RECALL, DIGITS))
+        base = self.base
         costs = [f"{row[field]:.3g} (× {row[field] / base[field]:.2f})" for field in self.COSTS]
         if row is base:
-            return ("unpruned", "100%", *quality, "", "", *costs)
-        return (
-            row["pruning.scorer"],
-            f"{row['pruning.keep']:.0%}",
-            *quality,
-            _difference(row, base),
-            _verdict(row, base),
-            *costs,
-        )
+            return ("unpruned", "100%", *_quality(row), "", "", *costs)
+        share = f"{row['pruning.keep']:.0%}"
+        against = (_difference(row), _verdict(row))
+        return (row["pruning.scorer"], share, *_quality(row), *against, *costs)
 
 
 def frontier_figure(
     runs: list[dict], unpruned: dict, keep: float, field: str, title: str
 ) -> go.Figure:
     """recall@10 minus that of `unpruned`, on the same users and seeds, against the cost `field`,
-    called `title`: a line for each scorer through its `runs` (rows of frontier.json), those at
+    called `title`: a line for each scorer through its `runs` (rows of the study), those at
     `keep` large and with their intervals.
     """
     figure = go.Figure()
@@ -550,12 +485,12 @@ def frontier_figure(
         for rows, chosen in ((of_scorer, False), (shown, True)):
             figure.add_scatter(
                 x=[row[field] for row in rows],
-                y=[one["gain"] for one in _gains(rows, unpruned)],
+                y=[row["difference"] for row in rows],
                 name=scorer,
                 legendgroup=scorer,
                 showlegend=chosen,
                 mode="markers" if chosen else "lines+markers",
-                error_y=error_bars(_gains(rows, unpruned), "gain") if chosen else None,
+                error_y=error_bars(rows, "difference") if chosen else None,
                 line={"color": look.color, "dash": look.dash, "width": 1.2},
                 opacity=1 if chosen else 0.6,
                 marker={"symbol": look.symbol, "color": look.color, "size": 17 if chosen else 7},
@@ -577,7 +512,7 @@ def frontier_figure(
     )
     figure.add_hline(0, line_color=GREY, line_dash="dot", layer="below")
     costs = [row[field] for row in [unpruned, *runs]]
-    ends = [0, *(end for one in _gains(runs, unpruned) for end in one["gain_interval"])]
+    ends = [0, *(end for row in runs for end in row["difference_interval"])]
     room = 0.06 * np.ptp(costs) or 0.1 * costs[0]
     figure.update_xaxes(range=[min(costs) - room, max(costs) + room], title_text=title)
     figure.update_yaxes(
@@ -593,21 +528,37 @@ def frontier_figure(
     )
 
 
-def _size(row):
-    return f"{_text(row['sids.levels'])} × {_text(row['sids.width'])}"
+def _ring(figure, points, **place):
+    """A mark around the chosen one of a panel, [(x, y)], or around nothing."""
+    figure.add_scatter(
+        x=[x for x, _ in points],
+        y=[y for _, y in points],
+        mode="markers",
+        marker={"symbol": "circle-open", "size": 18, "color": VERMILLION, "line": {"width": 3}},
+        hoverinfo="skip",
+        showlegend=False,
+        **place,
+    )
+
+
+def _named(names):
+    """An axis of settings side by side, with room for a mark at each edge."""
+    return {
+        "tickvals": list(range(len(names))),
+        "ticktext": names,
+        "tickangle": 0,
+        "showgrid": False,
+        "zeroline": False,
+        "range": [-0.6, len(names) - 0.4],
+    }
+
+
+def _quality(row):
+    return f"{row[RECALL]:.{DIGITS}f}", span(row, RECALL, DIGITS)
 
 
 def _recall(row, metric=RECALL):
     return f"{row[metric]:.{DIGITS}f} {span(row, metric, DIGITS)}"
-
-
-def _map_name(row):
-    if row.get("map.unit") is None:
-        return "no MAP"
-    return (
-        f"{row['map.steps']:g} {row['map.unit']}{'s' * (row['map.steps'] > 1)}, weight"
-        f" {row['map.weight']:g}"
-    )
 
 
 def _text(value, form="g"):
@@ -621,20 +572,14 @@ def _nearest(options, value):
     )
 
 
-def _verdict(row, other):
-    """On the same users and seeds."""
-    _, low, high = row["against"][other["number"]]
+def _verdict(row):
+    """Of its difference."""
+    low, high = row["difference_interval"]
     return BETTER if low > 0 else WORSE if high < 0 else UNDECIDED
 
 
-def _gains(rows, base):
-    """Their differences of recall to `base`: {"gain", "gain_interval"} each."""
-    return [
-        {"gain": mean, "gain_interval": ends}
-        for mean, *ends in (row["against"][base["number"]] for row in rows)
-    ]
-
-
-def _difference(row, other):
-    test = row["against"][other["number"]]
-    return test and f"{test[0]:+.{DIGITS}f} [{test[1]:+.{DIGITS}f}, {test[2]:+.{DIGITS}f}]" or "–"
+def _difference(row):
+    if row["difference"] is None:
+        return "–"
+    low, high = row["difference_interval"]
+    return f"{row['difference']:+.{DIGITS}f} [{low:+.{DIGITS}f}, {high:+.{DIGITS}f}]"

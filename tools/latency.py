@@ -1,4 +1,4 @@
-"""How fast the explorers answer: python notebooks/latency.py [--moves 60] [--only NAME …]
+"""How fast the explorers answer: python tools/latency.py [--moves 60] [--only NAME …]
 
 For each explorer, in a process of its own: seconds from starting Python to the first picture being
 ready to send, then milliseconds from a slider's move to the new picture (median and 95th percentile
@@ -9,19 +9,18 @@ kilobytes of a move, and the peak memory.
 import argparse
 import json
 import os
-import pathlib
 import resource
 import subprocess
 import sys
 import time
 
-HERE = pathlib.Path(__file__).resolve().parent
-RECORDED = {"DilutionExplorer": "granularity", "MapExplorer": "map", "FrontierExplorer": "frontier"}
 EXPLORERS = [
     "PruningExplorer",
     "AttentionExplorer",
     "SidExplorer",
-    *RECORDED,
+    "DilutionExplorer",
+    "MapExplorer",
+    "FrontierExplorer",
     "PaddingExplorer",
     "QuirkExplorer",
     "CostCalculator",
@@ -63,12 +62,7 @@ def measure(name, moves):
 
     from sidlab import viz
 
-    recorded = (
-        [json.loads((HERE / "data" / f"{RECORDED[name]}.json").read_text())]
-        if name in RECORDED
-        else []
-    )
-    explorer = getattr(viz, name)(*recorded)
+    explorer = getattr(viz, name)()
     json.dumps(explorer.content)
     first = time.time() - psutil.Process().create_time()
     sent = []

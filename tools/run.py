@@ -1,6 +1,6 @@
 """Run the student's notebooks from top to bottom and judge them:
 
-python notebooks/run.py [--only NN …] [--settings tiny|quick] [--output runs/notebooks]
+python tools/run.py [--only NN …] [--settings tiny|quick] [--output runs/notebooks]
 
 `settings.json` gives each notebook its papermill "parameters", the "seconds" it may take and, in
 "expect", bounds [low, high] of metrics. Every notebook runs in a process of its own, two at a time.
@@ -25,6 +25,7 @@ import papermill
 import psutil
 
 HERE = pathlib.Path(__file__).resolve().parent
+NOTEBOOKS = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
 TRACEBACK = "Traceback (most recent call last)"
 ALERT = re.compile(r"\brole\s*=\s*[\"']?alert\b")
 WIDGETS = "application/vnd.jupyter.widget-state+json"
@@ -47,7 +48,7 @@ def main():
     args = parser.parse_args()
     paths = [
         path
-        for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+        for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
         if path.name.startswith(tuple(args.only))
     ]
     if not paths:
@@ -139,7 +140,7 @@ def _run_one(path, setting, output, environment, keep_widgets):
         "--kernel",
         "python3",
         "--cwd",
-        HERE,
+        NOTEBOOKS,
         "--no-progress-bar",
         "--parameters_yaml",
         json.dumps(setting["parameters"]),

@@ -1,4 +1,4 @@
-"""Make the course's notebooks from their sources: python notebooks/build.py
+"""Make the course's notebooks from their sources: python tools/build.py
 
 `notebooks/source/NN_name.py` (percent format of jupytext, no front matter) becomes
 `notebooks/NN_name.ipynb` for the student, in which the solutions are stubs, and
@@ -31,6 +31,9 @@ How a source is written:
   asserts on. It is folded up as well.
 * No LaTeX, since pages render offline: formulas are unicode in code blocks. No `Output` widgets and
   no `interact`, which keep errors to themselves.
+
+A source without a number is no lesson: of these rules only those on the title, the parameters,
+LaTeX and widgets hold, and it has no solutions.
 """
 
 import pathlib
@@ -43,7 +46,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from sidlab.files import write
 
-HERE = pathlib.Path(__file__).resolve().parent
+NOTEBOOKS = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
+LESSON = re.compile(r"\d\d_")
 STUB = 'raise NotImplementedError("your turn")'
 PREDICTION = re.compile(r"teach\.predict\(\n(?:(?:    .*)?\n)*\)")
 FOLDED = re.compile(r"\bteach\.(predict|quiz|record)\(")
@@ -89,9 +93,9 @@ class SourceError(ValueError):
 
 
 def main():
-    notebooks, errors = build(HERE / "source")
+    notebooks, errors = build(NOTEBOOKS / "source")
     for name, text in notebooks.items():
-        write(HERE / name, text)
+        write(NOTEBOOKS / name, text)
     print(f"{len(notebooks)} notebooks written")
     sys.exit("\n".join(map(str, errors)) if errors else 0)
 
@@ -100,9 +104,9 @@ def build(folder) -> tuple[dict[str, str], list[SourceError]]:
     """Make the notebooks of all sources in `folder`: ({path below notebooks/: text of the .ipynb},
     errors).
     """
-    paths = sorted(pathlib.Path(folder).glob("[0-9][0-9]_*.py"))
+    paths = sorted(pathlib.Path(folder).glob("*.py"))
     sources = {path.stem: read(path) for path in paths}
-    titles = {stem: title(cells) or stem for stem, cells in sources.items()}
+    titles = {stem: title(cells) or stem for stem, cells in sources.items() if LESSON.match(stem)}
     notebooks = {}
     errors = []
     for path in paths:
@@ -111,6 +115,10 @@ def build(folder) -> tuple[dict[str, str], list[SourceError]]:
             check(path.name, cells)
         except SourceError as error:
             errors.append(error)
+            continue
+        if not LESSON.match(path.stem):
+            index = new_markdown_cell("[Index](README.md)")
+            notebooks[f"{path.stem}.ipynb"] = notebook(path.stem, [index, *cells])
             continue
         top, bottom = navigation(path.stem, titles)
         back = new_markdown_cell(
@@ -254,6 +262,8 @@ def check(name, cells) -> None:
                 "a prediction has to be a cell of its own, and its first line, which is seen when"
                 " it is folded, 'teach.predict('",
             )
+    if not LESSON.match(name):
+        return
     if not code or "record" not in tags(cells[code[-1]]) or "record(" not in cells[code[-1]].source:
         error(
             code[-1] if code else 0,

@@ -1,9 +1,9 @@
 """Render the course as a static site that opens from disk, without a network:
 
-python notebooks/site.py [--settings tiny|quick] [--output build/site]
+python tools/site.py [--settings tiny|quick] [--output build/site]
 
 Runs the notebooks (run.py), with explorers that export themselves instead of going live, and writes
-every notebook as a page: the student's with outputs, the others (solutions, studies,
+every notebook as a page: the student's with outputs, the others (solutions, study.ipynb,
 reproduce.ipynb) as they are. The index is notebooks/README.md; docs/*.md are pages, too. Other
 files that pages link to are copied to linked/. Pages are light or dark as the reader's system is.
 Plotly stands beside them once, for all.
@@ -32,7 +32,7 @@ from plotly.offline import get_plotlyjs
 from sidlab.figures import theme
 from sidlab.files import write
 
-HERE = pathlib.Path(__file__).resolve().parent
+NOTEBOOKS = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Files that a browser shows; others get the ending .txt
@@ -78,7 +78,7 @@ def main():
     executed = args.output.with_name(f"{args.output.name}-run").resolve()
     shutil.rmtree(executed, ignore_errors=True)
     results = run.run(
-        sorted(HERE.glob("[0-9][0-9]_*.ipynb")),
+        sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")),
         run.load_settings()[args.settings],
         executed,
         environment={"SIDLAB_SITE": str(executed / "explorers")},
@@ -86,7 +86,7 @@ def main():
     )
     if any(result["problems"] for result in results):
         sys.exit("the site is not rendered: a notebook failed")
-    print(f"open {render(HERE, executed, args.output)}")
+    print(f"open {render(NOTEBOOKS, executed, args.output)}")
 
 
 def render(notebooks, executed, output) -> pathlib.Path:
@@ -106,11 +106,7 @@ def render(notebooks, executed, output) -> pathlib.Path:
     shutil.rmtree(output, ignore_errors=True)
     root = notebooks.parent
     index = notebooks / "README.md"
-    ours = [
-        *notebooks.glob("*.ipynb"),
-        *notebooks.glob("solutions/*.ipynb"),
-        *notebooks.glob("studies/*.ipynb"),
-    ]
+    ours = [*notebooks.glob("*.ipynb"), *notebooks.glob("solutions/*.ipynb")]
     pages = {path: path.relative_to(notebooks).with_suffix(".html") for path in ours}
     pages |= {path: path.relative_to(root).with_suffix(".html") for path in root.glob("docs/*.md")}
     pages[index] = pathlib.PurePath("index.html")
