@@ -5,7 +5,6 @@ The templates stand beside this file. A template fails on a name it was not give
 """
 
 import functools
-import math
 import pathlib
 import re
 
@@ -45,7 +44,7 @@ def environment() -> jinja2.Environment:
 
 def number(value, spec: str) -> str:
     """A number by its format specification, "–" where there is none."""
-    return "–" if value is None or math.isnan(value) else format(value, spec)
+    return "–" if value is None else format(value, spec)
 
 
 def short(value) -> str:
