@@ -4,7 +4,7 @@ import html
 
 
 def table(head, rows, escape=True) -> str:
-    """An HTML table. All cells are escaped; with `escape=False` those of `rows` are HTML already."""
+    """An HTML table. Cells are escaped; with `escape=False` those of `rows` are HTML already."""
     written = html.escape if escape else str
     top = "".join(
         f'<th scope="col" style="text-align: left">{html.escape(str(cell))}</th>' for cell in head
