@@ -1,17 +1,17 @@
-"""The one set of jinja2 templates behind every page: HTML (comparison, claims, benchmark) and
-Markdown (results/README.md and the results section of the README).
+"""The one set of jinja2 templates behind every page: HTML (comparison, claims, benchmark, exported
+explorers) and Markdown (results/README.md and the results section of the README).
 
 The templates stand beside this file. A template fails on a name it was not given.
 """
 
 import functools
+import html
 import pathlib
 import re
 
 import jinja2
 import plotly.graph_objects as go
 import plotly.io as pio
-from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 
@@ -25,8 +25,8 @@ def render(template: str, **data) -> str:
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """All templates, with what they share. What is put into an HTML page is escaped, unless it is
-    `Markup`.
+    """All templates, with what they share. What is put into an HTML page is escaped, but for what
+    its template calls `safe`.
     """
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -72,12 +72,10 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def code(text: str) -> Markup:
+def code(text: str) -> str:
     """HTML of a text whose `backticks` mark code."""
-    parts = str(escape(text)).split("`")
-    return Markup(
-        "".join(f"<code>{part}</code>" if n % 2 else part for n, part in enumerate(parts))
-    )
+    parts = html.escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if n % 2 else part for n, part in enumerate(parts))
 
 
 def flowing(text: str) -> str:
@@ -90,16 +88,9 @@ def cells(row) -> str:
     return f"| {' | '.join(map(str, row))} |"
 
 
-def chart(figure: go.Figure, name: str) -> Markup:
+def chart(figure: go.Figure, name: str) -> str:
     """HTML of a figure without plotly's script; `name` becomes its id. In dark mode, too, figures
     keep their light template, on a white card.
     """
-    return Markup(
-        pio.to_html(
-            figure,
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=name,
-            config={"responsive": True, "displayModeBar": False},
-        )
-    )
+    config = {"responsive": True, "displayModeBar": False}
+    return pio.to_html(figure, full_html=False, include_plotlyjs=False, div_id=name, config=config)
