@@ -24,7 +24,7 @@ def test_readme_shows_the_results_that_are_kept():
 
 def test_every_study_has_its_picture():
     """Drawn of the same figure: only the text can be asked here, without a browser."""
-    studies = show.load()[1]
+    studies = show.load("studies/*.json")
     for study in studies:
         svg = (ROOT / "results" / "studies" / show._picture_name(study)).read_text()
         figure = show.picture(study)
@@ -54,7 +54,8 @@ def test_a_readme_without_the_section_is_refused():
 def test_every_study_has_a_sentence_whose_better_and_worse_follow_from_intervals():
     from sidlab.research.studies import STUDIES
 
-    assert show.SENTENCES.keys() == STUDIES.keys()
+    sentences = show.sentences()
+    assert sentences.keys() == STUDIES.keys()
     for name, study in STUDIES.items():
         rows = {}
         for place, label in enumerate(study.settings):
@@ -91,13 +92,25 @@ def test_every_study_has_a_sentence_whose_better_and_worse_follow_from_intervals
             }
             for d in (0, 1)
         ]
-        text = show.SENTENCES[name](rows, {"groups": groups, "versus": pairs})
+        text = sentences[name](rows, {"groups": groups, "versus": pairs})
         assert ("better" in text) == (
             name not in ("efficiency", "strata", "inference", "layer-ratio", "fast")
         ), name
         assert "nan" not in text and len(text) > 40, name
-    worse = {"difference": -0.2, "difference_interval": [-0.3, -0.1]}
-    assert show._against(worse).endswith("clearly less")
-    assert show._against(worse | {"difference_interval": [-0.3, 0.1]}).endswith(
-        "no clear difference"
-    )
+
+
+@pytest.mark.parametrize(
+    "ends, words",
+    [
+        ([-0.3, -0.1], "clearly less"),
+        ([-0.3, 0.1], "no clear difference"),
+        ([0.1, 0.3], "clearly more"),
+    ],
+)
+def test_what_is_clear_follows_from_the_interval(ends, words):
+    row = {"recall@10": 0.3, "recall@10_interval": [0.2, 0.4], "seconds_to_recall": 9.0}
+    rows = {
+        "as it is": row,
+        "fp32": row | {"label": "fp32", "difference": 0.1, "difference_interval": ends},
+    }
+    assert f", {words}," in show.sentences()["fast"](rows, {})

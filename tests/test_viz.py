@@ -453,7 +453,8 @@ def test_page_holds_every_method_every_figure_and_the_published_numbers(full):
         assert f"{row['recall@10']:.4f}<small>[{low:.4f}, {high:.4f}]</small>" in full.source
     for value in papers.published("amazon-beauty")["recall@10"]:
         assert f"<td>{value:.4f}</td>" in full.source
-    assert "3.28×" in full.source and "DATASET=&quot;a&lt;b&quot;" in full.source
+    assert "3.28×" in full.source
+    assert "a&lt;b" in full.source and 'DATASET="a<b"' in html.unescape(full.source)
     # 4.1 / 1.11
     assert "here, against padded" in full.cells and "<td>3.69× speed</td>" in full.source
 
@@ -497,6 +498,17 @@ def test_page_of_partial_results(tmp_path, methods, charts):
         row["difference"] = row["recall@10_interval"] = None
     write_page(results, tmp_path / "index.html")
     assert len(Page(tmp_path / "index.html").attributes("figure")) == max(charts - 1, 1)
+
+
+def test_page_of_a_system_that_tells_no_memory(tmp_path):
+    results = fake_results()
+    for row in figures.with_cost(results):
+        row |= {"peak_memory_mb": None, "predicted_flops": 1e6, "predicted_activation_mb": 2.0}
+    write_page(results, tmp_path / "index.html")
+    page = Page(tmp_path / "index.html")
+    assert "measured memory ×" in page.cells
+    text = page.source.replace(get_plotlyjs(), "")
+    assert "<td>–</td>" in text and "None" not in text and "nan" not in text
 
 
 def test_a_page_that_fails_leaves_the_old_one(tmp_path):

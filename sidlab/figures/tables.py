@@ -3,14 +3,14 @@
 import html
 
 
-def table(head, rows) -> str:
-    """An HTML table; all cells are escaped."""
+def table(head, rows, escape=True) -> str:
+    """An HTML table. Cells are escaped; with `escape=False` those of `rows` are HTML already."""
+    written = html.escape if escape else str
     top = "".join(
         f'<th scope="col" style="text-align: left">{html.escape(str(cell))}</th>' for cell in head
     )
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td>{written(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
     )
     return f'<table cellpadding="4"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 

@@ -26,10 +26,9 @@ from scipy import stats
 
 from sidlab.files import reading, write_json
 from sidlab.metrics import METRICS
-from sidlab.research.claims_page import write_claims
 from sidlab.research.compare import DEFAULT_METHODS, compare
 from sidlab.research.jobs import cluster
-from sidlab.research.page import write_page
+from sidlab.research.page import write_claims, write_page
 from sidlab.research.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, data_name, published
 from sidlab.research.studies import command as study_command
 

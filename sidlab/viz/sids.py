@@ -235,11 +235,7 @@ class SidExplorer(Explorer):
         ]
         return (
             " ".join(said)
-            + "<table><thead><tr>"
-            + "".join(f'<th scope="col">{cell}</th>' for cell in head)
-            + "</tr></thead><tbody>"
-            + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in meters)
-            + "</tbody></table>"
+            + table(head, meters, escape=False)
             + folded(
                 f"Codes of level {level}, with the word that sets their items apart",
                 table(("code", "items", "word (share of the code's items that have it)"), codes),
