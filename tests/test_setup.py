@@ -300,6 +300,40 @@ print(*{{name.partition(".")[0] for name in sys.modules}})
     assert ours <= {"sidlab"}, f"import sidlab loads {sorted(ours)}, which torch does not"
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sidlab.viz",
+        "import sidlab; sidlab.train; sidlab.SidQwen; sidlab.RQVAE; sidlab.OPQ; sidlab.sweep",
+        # Drawn, another state after a move, recall with a rule of one's own
+        """
+from sidlab.viz import PruningExplorer
+explorer = PruningExplorer()
+explorer.set(keep=0.2, scorer="norm")
+explorer.acted({"rule": {"levels": [0], "newest": 2}})
+explorer.picture()
+assert explorer.content["rule"]["rows"] and explorer.content["tokens"]
+""",
+    ],
+    ids=["viz", "public names", "pruning explorer"],
+)
+def test_what_is_slow_to_import_waits_for_its_use(code):
+    slow = {
+        "transformers.trainer",
+        "faiss",
+        "sklearn",
+        "scipy.stats",
+        "scipy.cluster",
+        "vector_quantize_pytorch",
+        "tensorboard",
+        "papermill",
+        "nbconvert",
+        "jupyterlab",
+    }
+    loaded = slow & set(in_a_new_python(f"import sys\n{code}\nprint(*sys.modules)"))
+    assert not loaded, f"loads {sorted(loaded)}"
+
+
 def test_every_public_name_resolves():
     code = (
         "import sidlab; print(*[name for name in sidlab.__all__ if getattr(sidlab, name) is not"

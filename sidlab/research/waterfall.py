@@ -7,13 +7,16 @@ import html
 import pathlib
 
 import pandas as pd
-import plotly.graph_objects as go
-import plotly.io as pio
 
+from sidlab.checks import from_extra
 from sidlab.figures.theme import BLUE, GREY, ORANGE, TEMPLATES
 from sidlab.files import write
 from sidlab.research.page import captioned_table, document
 from sidlab.research.study_figures import curves_figure
+
+with from_extra("course"):
+    import plotly.graph_objects as go
+    import plotly.io as pio
 
 TRAINING = "Beauty lengths"
 HEAD = (
