@@ -70,7 +70,7 @@ $(READY): pyproject.toml constraints.txt binder/ipython_kernel_config.py $(if $(
 	$(if $(OTHER_INDEX),$(BIN)/pip uninstall --yes torch)
 	@echo "$(TORCH_INDEX)" > .venv/torch-index
 	$(BIN)/pip install --retries 1 --timeout 15 --extra-index-url "$(TORCH_INDEX)" -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[course,research,dev]'
 	$(BIN)/jupyter labextension disable --level=sys_prefix "@jupyterlab/apputils-extension:announcements"
 	@mkdir -p .venv/etc/ipython && cp binder/ipython_kernel_config.py .venv/etc/ipython/
 	@touch $@

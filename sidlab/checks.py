@@ -1,5 +1,6 @@
 """What callers give, in the form that the rest counts on, or an error that names the parameter."""
 
+import contextlib
 import dataclasses
 import numbers
 import operator
@@ -7,6 +8,23 @@ import operator
 import numpy as np
 
 SHARE = r"\d+(/0*[1-9]\d*|\.\d+)?"  # a kept share as in the method rastp@1/2
+
+
+@contextlib.contextmanager
+def from_extra(extra: str):
+    """Around imports of packages that only `pip install "sidlab[extra]"` brings: where one is
+    missing, the ModuleNotFoundError says so.
+
+    >>> with from_extra("course"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    ModuleNotFoundError: No module named 'no_such_package': pip install "sidlab[course]"
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f'{error}: pip install "sidlab[{extra}]"'
+        raise ModuleNotFoundError(message, name=error.name) from error
 
 
 def one_of(name, value, valid):

@@ -28,7 +28,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -181,6 +180,9 @@ def spearman(one: Tensor, other: Tensor, mask: Tensor) -> float:
     over the rows in which both tell some apart; `mask` [B, N], 1 real. ValueError without such a
     row.
     """
+    # Here, since scipy.stats is slow to import, and only "settled-layer" needs it.
+    from scipy.stats import spearmanr
+
     rows = [
         (a[real], b[real])
         for a, b, real in zip(one.cpu(), other.cpu(), mask.cpu().bool())

@@ -21,13 +21,12 @@ import tempfile
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -40,12 +39,11 @@ from sidlab.config import FRESH, TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
 from sidlab.fast import cpu_layers
-from sidlab.fast.graphs import ReplayedPasses
 from sidlab.fast.meter import Meter
 from sidlab.fast.optimiser import MuonAdamW
 from sidlab.fast.precision import faster_precision, kept_random_state, sizes, unmeasured
 from sidlab.files import read_json, reading, write_json
-from sidlab.metrics import rank_of_target, shared_ranks, summary
+from sidlab.metrics import rank_of_target, shared_ranks
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.models.t5 import SidT5, SidT5Config
 from sidlab.saliency import own_source
@@ -298,6 +296,9 @@ def train(
     `precision="auto"` is measured before the first update (`measured_precision`), by one process
     for all. `output_dir/run.json` keeps the answer, and a run that goes on trains in that.
     """
+    # Here, since nothing else of this module needs the library's Trainer, which is slow to import.
+    from sidlab.trainer import SidTrainer
+
     if not isinstance(catalogue, Catalogue) or not isinstance(table, SidTable):
         raise TypeError(
             "train takes a Catalogue (load_catalogue gives one) and a SidTable (made of an"
@@ -361,12 +362,16 @@ def train(
         for callback in callbacks or []:
             callback.meter = meter
         callbacks = [_Patience(config.patience), *(callbacks or [])]
+        average = None
+        if config.average_last != 0:
+            average = _Average(model, updates - math.ceil(config.average_last * updates))
+            callbacks.append(average)
         if config.strategy is not None:
             callbacks.append(
                 AdaptPruning(config.strategy, model, collator(_probe_windows(windows)))
             )
         set_seed(config.seed)
-        trainer = _SidTrainer(
+        trainer = SidTrainer(
             model=model,
             args=_arguments(
                 config, folder, updates, processes, keep=bool(output_dir), progress=progress
@@ -377,23 +382,19 @@ def train(
             data_collator=lambda indices: add_padding_flag(collator(indices)),
             batches=batches,
             cases=validation_cases(split, config),
-            beam=config.beam,
-            truth=truth,
+            rank=functools.partial(evaluate, beam=config.beam, truth=truth),
             meter=meter,
             replay=_replays(config, processes),
             callbacks=callbacks,
-            average_from=(
-                None
-                if config.average_last == 0
-                else updates - math.ceil(config.average_last * updates)
-            ),
+            average=average,
             optimizers=(_optimiser(config, model), None),
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             trainer.meter.load(checkpoint)
-            trainer.load_average(checkpoint)
+            if average is not None:
+                average.load(checkpoint)
             if config.strategy is not None:
                 _prune_as(model, checkpoint)
             trainer.state = TrainerState.load_from_json(
@@ -789,145 +790,33 @@ def _in_its_precision(stamp):
     return stamp | {"config": stamp.get("config", {}) | {"precision": stamp.get("precision")}}
 
 
-class _SidTrainer(Trainer):
-    """The Trainer with our batches, our evaluation and a meter."""
+class _Average(TrainerCallback):
+    """The mean of the weights after each update beyond the first `begin` updates."""
 
-    def __init__(self, *, batches, cases, beam, truth, meter, replay, average_from=None, **kwargs):
-        super().__init__(**kwargs)
-        self.average_from = average_from
-        self.average = None
-        if average_from is not None:
-            self.add_callback(_Average(self))
-        self.replay = replay
-        self.passes = None
-        self.batches = batches
-        self.cases = cases
-        self.beam = beam
-        self.truth = truth
-        self.meter = meter
-        # Since the last log: loss and main loss, each summed over targets, and the targets; on the
-        # device, which is not waited for
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+    def __init__(self, model, begin):
+        self.model = model
+        self.begin = begin
+        self.mean = None  # torch's AveragedModel, once it has begun
 
-    def get_train_dataloader(self):
-        loader = torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > self.begin:
+            self.mean = self.mean or AveragedModel(self.model)
+            self.mean.update_parameters(self.model)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        self.beside = outputs.main_loss.detach(), outputs.encoder_attention_mask.sum()
-        return (loss, outputs) if return_outputs else loss
+    def save(self, folder):
+        """Writes the mean, if it has begun, into a checkpoint's folder."""
+        if self.mean is not None:
+            weights = {name: weight for name, weight in self.mean.module.named_parameters()}
+            save_file(weights | {AVERAGED: self.mean.n_averaged}, folder / AVERAGE)
 
-    def floating_point_ops(self, inputs):
-        # The Trainer would count all parameters for every batch, and `cost` says it exactly
-        return 0
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:  # the library's is a mean over updates, which may differ in size
-            loss, main_loss, targets = np.sum(gather_object([self.sums.tolist()]), axis=0)
-            processes = self.args.world_size
-            # Of each process, its part times their number
-            logs["loss"] = float(loss / processes / targets)
-            # Without MAP's part, to compare over methods
-            logs["main_loss"] = float(main_loss / targets)
-            self.sums.zero_()
-        super().log(logs, *args, **kwargs)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        self.meter.pause()  # until the next update begins
-        ranks = self._ranks()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(ranks).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-    def _ranks(self):
-        """Every process takes a share of the users."""
-        histories, targets = self.cases
-        state = PartialState()
-        mine = slice(state.process_index, None, state.num_processes)
-        model = self.model if self.average is None else self.average.module
-        shares = gather_object(
-            [evaluate(model, histories[mine], targets[mine], beam=self.beam, truth=self.truth)]
-        )
-        ranks = np.empty(len(targets), shares[0].dtype)
-        for process, share in enumerate(shares):
-            ranks[process :: state.num_processes] = share
-        return ranks
-
-    def _save_checkpoint(self, model, trial):
-        self.meter.pause()
-        # These first: a checkpoint counts once its trainer_state.json, written last, can be read.
-        folder = pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self.meter.save(folder)
-        if self.average is not None and self.args.should_save:
-            weights = {name: weight for name, weight in self.average.module.named_parameters()}
-            save_file(weights | {AVERAGED: self.average.n_averaged}, folder / AVERAGE)
-        super()._save_checkpoint(model, trial)
-
-    def update_average(self):
-        """Takes the present weights into the average, once it has begun."""
-        if self.state.global_step > self.average_from:
-            self.average = self.average or AveragedModel(self.model)
-            self.average.update_parameters(self.model)
-
-    def load_average(self, checkpoint):
-        """The average as it was when `checkpoint` was written, if it had begun."""
+    def load(self, checkpoint):
+        """The mean as it was when `checkpoint` was written, if it had begun."""
         path = pathlib.Path(checkpoint) / AVERAGE
         if path.exists():
             weights = load_file(path)
-            self.average = AveragedModel(self.model)
-            self.average.n_averaged.copy_(weights.pop(AVERAGED))
-            self.average.module.load_state_dict(weights, strict=False)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self.meter.resume()  # an update begins; a strategy looks at its probe behind this
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # Of each step, as the library counts the other labels: over batches and processes
-        if batches and "map_labels" in batches[0]:
-            # [S]
-            counts = sum(
-                (batch["map_labels"] != -100).sum(-1).flatten(0, -2).sum(0) for batch in batches
-            )
-            counts = self.accelerator.gather(counts.to(device)[None]).sum(0)
-            batches = [batch | {"map_items_in_batch": counts} for batch in batches]
-        return batches, num_items_in_batch
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.passes is None:
-            self.passes = functools.partial(self._passes, model)
-            if self.replay:
-                self.passes = ReplayedPasses(self.model, self.passes)
-        inputs = self._prepare_inputs(inputs)
-        loss, main_loss, kept = self.passes(inputs | {"num_items_in_batch": num_items_in_batch})
-        targets = (inputs["labels"] != -100).sum()
-        self.meter.count(inputs["attention_mask"], kept, (inputs["labels"][..., 0] != -100).sum())
-        self.sums += torch.stack([loss * num_items_in_batch, main_loss * targets, targets.float()])
-        return loss
-
-    def _passes(self, model, batch):
-        inputs = {name: x for name, x in batch.items() if name != "num_items_in_batch"}
-        loss = super().training_step(model, inputs, batch["num_items_in_batch"])
-        return loss, *self.beside
-
-
-class _Average(TrainerCallback):
-    """Tells the trainer after each update, before it evaluates."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.update_average()
+            self.mean = AveragedModel(self.model)
+            self.mean.n_averaged.copy_(weights.pop(AVERAGED))
+            self.mean.module.load_state_dict(weights, strict=False)
 
 
 def _stale(state):

@@ -19,7 +19,7 @@ ROOMS = (
     "map_loss",
     "fast",
     "models",
-    "windows strategy config metrics decoding training",
+    "windows strategy config metrics decoding trainer training",
     "figures",
     "research",
     "course",

@@ -118,10 +118,10 @@ def test_every_declared_dependency_is_pinned_within_its_bounds(group):
 
 
 def test_installed_closure_is_pinned_and_installed_at_the_pins():
-    """Walk what sidlab[dev] needs, by the metadata of what is installed: each has a pin and is at
-    its pin.
+    """Walk what sidlab and its extras need, by the metadata of what is installed: each has a pin
+    and is at its pin.
     """
-    todo = [*DEPENDENCIES, *EXTRAS["dev"]]
+    todo = [*DEPENDENCIES, *(line for lines in EXTRAS.values() for line in lines)]
     seen = set()
     missing = set()
     differing = []
@@ -152,21 +152,182 @@ def test_installed_closure_is_pinned_and_installed_at_the_pins():
     assert len(seen) > 100, "the walk ended early"
 
 
-def test_every_import_at_module_level_is_declared():
-    providers = metadata.packages_distributions()
-    declared = {canonicalize_name(requirement.name) for requirement in DEPENDENCIES}
-    undeclared = set()
+# What a room's modules may import besides the dependencies. Elsewhere an extra's package stands
+# within `with from_extra(...)`.
+ROOM_EXTRAS = {"figures": ["course"], "viz": ["course"], "research": ["course", "research"]}
+# Taken where somebody has it, and never asked for (see `data.text`).
+UNDECLARED = {"sentence_transformers"}
+PROVIDERS = metadata.packages_distributions()
+
+
+def names_of(requirements):
+    return {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+def foreign_imports(path):
+    """(top-level module, extra) of each import of a package that is not ours, within functions too;
+    the extra is that of the `with from_extra(...)` around it, "gpu" where Triton may be missing.
+    """
+
+    def walk(node, extra):
+        if isinstance(node, ast.With) and isinstance(call := node.items[0].context_expr, ast.Call):
+            if ast.unparse(call.func) == "from_extra":
+                extra = ast.literal_eval(call.args[0])
+        elif isinstance(node, ast.Try) and "ImportError" in ast.unparse(node.handlers):
+            extra = "gpu"
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for top in {name.partition(".")[0] for name in names} - OURS:
+            yield top, extra
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, extra)
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # Notebook sources hold the shell's commands
+    yield from walk(ast.parse("\n".join(line for line in lines if line[:1] not in "%!")), None)
+
+
+OURS = {"sidlab", *sys.stdlib_module_names} | {
+    path.stem
+    for folder in ("tests", "notebooks", "notebooks/source", "results", "docs")
+    for path in (ROOT / folder).glob("*.py")
+}
+
+
+def undeclared(path, allowed):
+    """Imports of `path` that neither the dependencies nor the extras `allowed` bring."""
+    missing = set()
+    for top, extra in foreign_imports(path):
+        extras = {*allowed, extra} - {None}
+        declared = names_of([*DEPENDENCIES, *(line for name in extras for line in EXTRAS[name])])
+        if top not in UNDECLARED and not declared & {
+            canonicalize_name(name) for name in PROVIDERS.get(top, [top])
+        }:
+            missing.add(f"{path.relative_to(ROOT)}: {top}")
+    return missing
+
+
+def test_every_import_of_a_room_has_a_declared_home():
+    missing = set()
     for path in (ROOT / "sidlab").rglob("*.py"):
-        for node in ast.parse(path.read_text()).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for top in {name.partition(".")[0] for name in names} - {
-                "sidlab",
-                *sys.stdlib_module_names,
-            }:
-                if not declared & {canonicalize_name(name) for name in providers.get(top, [top])}:
-                    undeclared.add(f"{path.relative_to(ROOT)}: {top}")
-    assert not undeclared, f"imported, but no dependency in pyproject.toml: {sorted(undeclared)}"
+        room = path.relative_to(ROOT / "sidlab").parts[0].removesuffix(".py")
+        missing |= undeclared(path, ROOM_EXTRAS.get(room, []))
+    assert not missing, f"imported there, but brought by nothing that is installed: {missing}"
+
+
+def test_every_import_of_tests_notebooks_and_tools_is_declared():
+    folders = ("tests", "notebooks", "notebooks/source", "results", "docs")
+    paths = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    missing = set().union(*(undeclared(path, EXTRAS) for path in paths))
+    assert len(paths) > 60 and not missing, f"imported, but declared nowhere: {missing}"
+
+
+def test_the_walk_finds_an_import_in_the_wrong_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "core.py"
+    path.write_text("import torch\n\ndef f():\n    import plotly, faiss.contrib\n")
+    assert undeclared(path, []) == {"core.py: plotly", "core.py: faiss"}
+    assert undeclared(path, ["course"]) == {"core.py: faiss"}
+    path.write_text('with from_extra("research"):\n    import faiss\nimport plotly\n')
+    assert undeclared(path, []) == {"core.py: plotly"}
+
+
+def closure(requirements):
+    """Names of all packages that `requirements` bring, by the metadata of what is installed."""
+    todo = list(requirements)
+    found = set()
+    while todo:
+        requirement = todo.pop()
+        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if key in found or not applies(requirement):
+            continue
+        found.add(key)
+        try:
+            needs = metadata.requires(requirement.name) or ()
+        except metadata.PackageNotFoundError:
+            continue
+        todo += [need for need in map(Requirement, needs) if applies(need, requirement.extras)]
+    return {name for name, _ in found}
+
+
+# Run before what is tested: nothing that only an extra brings can be found.
+ABSENT = """
+import sys
+from importlib.machinery import PathFinder
+
+absent = {absent!r}
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *more):
+        return None if name.partition(".")[0] in absent else super().find_spec(name, *more)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+
+
+def without_extras(code):
+    """What `code` prints in a Python that has the dependencies and no extra."""
+    core = closure(DEPENDENCIES)
+    absent = {
+        top
+        for top, providers in PROVIDERS.items()
+        if not core & {canonicalize_name(name) for name in providers} and top != "sidlab"
+    }
+    wanted = {"faiss", "plotly", "ipywidgets", "anywidget", "IPython", "vector_quantize_pytorch"}
+    assert wanted <= absent and not {"torch", "transformers", "pandas"} & absent
+    return in_a_new_python(ABSENT.format(absent=absent) + code)
+
+
+def test_the_core_trains_and_recommends_without_any_extra():
+    code = """
+import sidlab
+catalogue = sidlab.load_catalogue("planted", n_users=100)
+tree = catalogue.truth.tree
+table = sidlab.SidTable(tree, tuple(tree.max(axis=0) + 1))
+pruning = sidlab.PruningConfig(after_layer=1, keep=0.5)
+for arch in ("t5", "qwen"):
+    config = sidlab.TrainConfig.preset(
+        "smoke", arch=arch, max_updates=2, eval_every=2, pruning=pruning, map=sidlab.MapConfig()
+    )
+    model = sidlab.train(config, catalogue, table, progress=False).model
+    items, scores = sidlab.recommend(model, catalogue.histories[:3], k=5)
+    print(type(model).__name__, *items.shape)
+print(*sidlab.demo.load().model.table.widths)
+"""
+    printed = without_extras(code)
+    assert printed[-9:-3] == ["SidT5", "3", "5", "SidQwen", "3", "5"], printed
+
+
+def test_a_missing_extra_is_named_with_its_command():
+    needs = {
+        "import sidlab.viz": "course",
+        "sidlab.viz": "course",
+        "import sidlab.viz.pruning": "course",
+        "from sidlab.viz import use_theme": "course",
+        "sidlab.teach": "course",
+        "from sidlab.course import board": "course",
+        "from sidlab.figures import theme": "course",
+        "from sidlab.research import study_figures": "course",
+        "sidlab.ResidualKMeans(1, 2).fit(embeddings)": "research",
+        "sidlab.OPQ(2, 2).fit(embeddings)": "research",
+        "sidlab.RQVAE(1, 2).fit(embeddings)": "research",
+        "sidlab.SidTable([[0], [1]], 2).report(embeddings=embeddings[:2])": "research",
+    }
+    printed = without_extras(f"""
+import numpy as np
+import sidlab
+embeddings = np.random.default_rng(0).normal(size=(9, 4))
+for code in {list(needs)!r}:
+    try:
+        exec(code)
+        print("nothing")
+    except ModuleNotFoundError as error:
+        print(str(error).split('pip install "sidlab')[1:])
+""")
+    assert dict(zip(needs, map(ast.literal_eval, printed))) == {
+        code: [f'[{extra}]"'] for code, extra in needs.items()
+    }
 
 
 # --- one torch index, one Python ------------------------------------------------------------------
@@ -190,6 +351,13 @@ def test_constraints_bind_every_install():
         )
 
 
+def test_every_setup_installs_the_extras_that_the_notebooks_need():
+    assert "-e .[course,research]" in pip_lines("environment.yml")[1]
+    assert "-e '.[course,research]' " in POSTBUILD.read_text()
+    assert "-e '.[course,research,dev]'" in MAKEFILE
+    assert "'.[course,research]'" in (ROOT / "README.md").read_text()
+
+
 def test_python_versions_agree():
     least = re.fullmatch(r">=(\d+\.\d+)", PROJECT["requires-python"])[1]
     for file in ("environment.yml", "binder/environment.yml"):
@@ -211,7 +379,7 @@ def test_postbuild_stops_at_the_first_error():
         unpinned = [
             word
             for word in line.partition("constraints.txt ")[2].split()
-            if word not in ("-e", ".", *PINS)
+            if word not in ("-e", "'.[course,research]'", *PINS)
         ]
         assert not unpinned, f"postBuild installs {unpinned}, not pinned in constraints.txt"
 
@@ -347,6 +515,40 @@ print(*{{name.partition(".")[0] for name in sys.modules}})
     assert not heavy & loaded, f"import sidlab loads {sorted(heavy & loaded)}"
     ours = loaded - set(in_a_new_python(code.format("torch"))) - set(sys.stdlib_module_names)
     assert ours <= {"sidlab"}, f"import sidlab loads {sorted(ours)}, which torch does not"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sidlab.viz",
+        "import sidlab; sidlab.train; sidlab.SidQwen; sidlab.RQVAE; sidlab.OPQ; sidlab.sweep",
+        # Drawn, another state after a move, recall with a rule of one's own
+        """
+from sidlab.viz import PruningExplorer
+explorer = PruningExplorer()
+explorer.set(keep=0.2, scorer="norm")
+explorer.acted({"rule": {"levels": [0], "newest": 2}})
+explorer.picture()
+assert explorer.content["rule"]["rows"] and explorer.content["tokens"]
+""",
+    ],
+    ids=["viz", "public names", "pruning explorer"],
+)
+def test_what_is_slow_to_import_waits_for_its_use(code):
+    slow = {
+        "transformers.trainer",
+        "faiss",
+        "sklearn",
+        "scipy.stats",
+        "scipy.cluster",
+        "vector_quantize_pytorch",
+        "tensorboard",
+        "papermill",
+        "nbconvert",
+        "jupyterlab",
+    }
+    loaded = slow & set(in_a_new_python(f"import sys\n{code}\nprint(*sys.modules)"))
+    assert not loaded, f"loads {sorted(loaded)}"
 
 
 def test_every_public_name_resolves():

@@ -5,12 +5,15 @@ import json
 import pathlib
 
 import pandas as pd
-import plotly.graph_objects as go
-from IPython.display import HTML
 
+from sidlab.checks import from_extra
 from sidlab.figures.charts import shorten
 from sidlab.figures.theme import BLUE, GREY, mark, template
 from sidlab.files import write_json
+
+with from_extra("course"):
+    import plotly.graph_objects as go
+    from IPython.display import HTML
 
 
 class Board:

@@ -1,6 +1,9 @@
 """Names for assistive technology where ipywidgets gives none."""
 
-import anywidget
+from sidlab.checks import from_extra
+
+with from_extra("course"):
+    import anywidget
 
 
 class Labels(anywidget.AnyWidget):

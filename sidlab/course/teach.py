@@ -23,9 +23,9 @@ import math
 import os
 from collections.abc import Callable, Sequence
 
-import ipywidgets as widgets
 import numpy as np
 
+from sidlab.checks import from_extra
 from sidlab.course import exercises  # noqa: F401 - it registers the package's own checks
 from sidlab.course.checks import (
     Check,
@@ -36,6 +36,9 @@ from sidlab.course.checks import (
 )
 from sidlab.course.labels import Labels
 from sidlab.files import write_json
+
+with from_extra("course"):
+    import ipywidgets as widgets
 
 _guesses: dict[str, tuple[bool, float]] = {}  # by question: right?, stated confidence in 0..1
 _intervals: dict[str, bool] = {}  # did it hold the truth?

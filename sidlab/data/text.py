@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -10,13 +11,9 @@ import unicodedata
 import warnings
 
 import numpy as np
-import sklearn
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from scipy import sparse
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.preprocessing import normalize
 
 from sidlab.files import write
 
@@ -86,7 +83,7 @@ def text_embeddings(
             "dim": dim,
             "weights": weights,
             "terms": TERMS,
-            "sklearn": sklearn.__version__,
+            "sklearn": importlib.metadata.version("scikit-learn"),
         }
 
         def embed(some):
@@ -126,6 +123,11 @@ def _tf_idf(texts, dim, weights, settings):
     """`texts`: tuples of parts. Parts share the terms and their rarity, so that a word of the title
     is the same in a category.
     """
+    # Here, since scikit-learn is slow to import, and no model needs it.
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import normalize
+
     separators = _Separators()
 
     def plain(text):

@@ -4,9 +4,8 @@ Of partial results, what is missing is left out.
 """
 
 import numpy as np
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
+from sidlab.checks import from_extra
 from sidlab.figures.charts import (
     COST,
     MEMORY,
@@ -18,6 +17,10 @@ from sidlab.figures.charts import (
 )
 from sidlab.figures.theme import BLUE, GREY, ORANGE, VERMILLION, template
 from sidlab.research.papers import RASTP_CLAIMS, STAMP_CLAIMS, published
+
+with from_extra("course"):
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
 
 def with_cost(results: dict) -> list[dict]:

@@ -4,12 +4,15 @@ import itertools
 import re
 
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
+from sidlab.checks import from_extra
 from sidlab.figures.charts import COST, MEMORY, error_bars
 from sidlab.figures.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, template
 from sidlab.strategy import SCHEDULES, Strategy, keep_at
+
+with from_extra("course"):
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
 TITLES = {
     "pruning.keep": "kept share",

@@ -4,12 +4,15 @@
 """
 
 import pandas as pd
-import plotly.graph_objects as go
 
+from sidlab.checks import from_extra
 from sidlab.figures.theme import BLUE, GREY, ORANGE, TEMPLATES
 from sidlab.files import write
 from sidlab.research.study_figures import curves_figure
 from sidlab.research.templates import render
+
+with from_extra("course"):
+    import plotly.graph_objects as go
 
 TRAINING = "Beauty lengths"
 

@@ -7,7 +7,6 @@ each source levels of its own, so that a prefix means likeness in the first sour
 
 import numpy as np
 from scipy import sparse
-from sklearn.decomposition import TruncatedSVD
 
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.trie import as_widths
@@ -78,6 +77,9 @@ def collaborative_embeddings(
     (Levy and Goldberg 2014). `train`: the training part alone, `leave_one_out(histories).train`, or
     the targets leak into the SIDs. `dim` is cut to n_items − 1.
     """
+    # Here, since scikit-learn is slow to import.
+    from sklearn.decomposition import TruncatedSVD
+
     rows = []
     columns = []
     for history in train:

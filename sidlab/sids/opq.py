@@ -6,9 +6,9 @@ SIDs, of up to 64 codes, in parallel. They have no order as residual codes have:
 directions of the space, not the item more coarsely.
 """
 
-import faiss
 import numpy as np
 
+from sidlab.checks import from_extra
 from sidlab.sids.encoder import SidEncoder, nearest
 
 
@@ -34,6 +34,10 @@ class OPQ(SidEncoder):
             )
 
     def _fit(self, x):
+        # Here: a saved encoder needs no faiss.
+        with from_extra("research"):
+            import faiss
+
         mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
         x, dim = x - mean, -(-x.shape[1] // self.levels) * self.levels
         quantiser = faiss.ProductQuantizer(dim, self.levels, self.widths[0].bit_length() - 1)

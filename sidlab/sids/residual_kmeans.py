@@ -7,10 +7,9 @@ from Ward's hierarchical clustering of a sample: random starts often merge two c
 split a third, however many restarts; Ward's start rarely does.
 """
 
-import faiss
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, ward
 
+from sidlab.checks import from_extra
 from sidlab.sids.encoder import SidEncoder, distinct, nearest, residual_codes
 
 SUBSET = 256  # embeddings per code that a level learns from, faiss's own limit
@@ -67,6 +66,10 @@ def _codebook(x, width: int, seed: int, iterations: int) -> np.ndarray:
     """k-means of `x` float32 [n, d] → centroids float32 [width, d]."""
     if len(distinct(x[: 4 * width])) <= width and len(rows := distinct(x)) <= width:
         return np.concatenate([x[rows], np.zeros((width - len(rows), x.shape[1]), np.float32)])
+    # Here: a saved encoder needs no faiss, and neither does a model that knows its SIDs.
+    with from_extra("research"):
+        import faiss
+
     mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
     x = x - mean  # float32 distances lose digits where a common offset dominates
     kmeans = faiss.Kmeans(x.shape[1], width, niter=iterations, seed=seed, min_points_per_centroid=1)
@@ -75,6 +78,9 @@ def _codebook(x, width: int, seed: int, iterations: int) -> np.ndarray:
 
 
 def _ward_start(x, width: int, seed: int) -> np.ndarray:
+    # Here, since it is slow to import.
+    from scipy.cluster.hierarchy import fcluster, ward
+
     rng = np.random.default_rng(seed)
     sample = x[rng.permutation(len(x))[:WARD_SAMPLE]].astype(np.float64)
     label = fcluster(ward(sample), width, "maxclust") - 1

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vector_quantize_pytorch import ResidualVQ
 
+from sidlab.checks import from_extra
 from sidlab.sids.encoder import SidEncoder, checked, nearest, residual_codes
 from sidlab.sids.residual_kmeans import ResidualKMeans
 
@@ -55,6 +55,10 @@ class RQVAE(SidEncoder):
         )
 
     def _fit(self, x):
+        # Here, since it is slow to import: a saved encoder doesn't need it.
+        with from_extra("research"):
+            from vector_quantize_pytorch import ResidualVQ
+
         mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
         scale = np.sqrt(np.square(x - mean).mean()) or np.float32(1)
         data = torch.from_numpy((x - mean) / scale)

@@ -12,12 +12,11 @@ import json
 import pathlib
 import zlib
 
-import faiss
 import numpy as np
 import pandas as pd
 import torch
 
-from sidlab.checks import one_of
+from sidlab.checks import from_extra, one_of
 from sidlab.sids.encoder import CHUNK, checked, load_arrays, save_arrays
 from sidlab.sids.trie import Trie, as_codes
 
@@ -306,6 +305,10 @@ def _neighbours(embeddings):
     """At most QUERIES random items with an embedding other than zero: rows [q]; their nearest
     others by cosine: [q, k].
     """
+    # Here: every model has a table, and only this report needs faiss.
+    with from_extra("research"):
+        import faiss
+
     norm = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = np.asarray(embeddings / np.where(norm > 0, norm, 1), np.float32)
     items = np.random.default_rng(0).permutation(np.flatnonzero(norm))[:QUERIES]

@@ -4,6 +4,14 @@ Names are imported on first use.
 
 import importlib
 
+from sidlab.checks import from_extra
+
+# Asked for here, so that whatever of this room is imported, an error names the extra.
+with from_extra("course"):
+    import anywidget  # noqa: F401
+    import ipywidgets  # noqa: F401
+    import plotly  # noqa: F401
+
 _HOME = {
     "Explorer": "explorer",
     "PruningExplorer": "pruning",

@@ -7,7 +7,6 @@ import html
 
 import ipywidgets as widgets
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer
 
 from sidlab.figures.charts import shorten
 from sidlab.figures.tables import folded, table
@@ -63,6 +62,9 @@ class SidExplorer(Explorer):
         self.titles = [
             title or f"item {i}" for i, title in enumerate(catalogue.items.title, start=1)
         ]
+        # Here, since scikit-learn is slow to import.
+        from sklearn.feature_extraction.text import CountVectorizer
+
         vectorizer = CountVectorizer(binary=True, max_features=2000, dtype=np.float32)
         self.has_word = vectorizer.fit_transform(
             text or title for text, title in zip(catalogue.items.text, self.titles)
