@@ -39,7 +39,7 @@ help:
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make reproduce  run the reproduction: DATASET=planted (or a name or folder) PRESET=quick (smoke, long, gpu, paper)"
 	@echo "                METHODS=\"unpadded rastp\" SEEDS=3 (seeds 0, 1, 2) OUTPUT_DIR=runs/<dataset>-<preset>"
-	@echo "                SIDS=a published SID file ARCH=t5 (or qwen, decoder-only) PROTOCOL=continue (one trained model"
+	@echo "                SIDS=a published SID file, or behaviour (text and training histories) ARCH=t5 (or qwen, decoder-only) PROTOCOL=continue (one trained model"
 	@echo "                goes on with each method; scratch: each method trains from nothing, as the papers did)"
 	@echo "                CLUSTER=tcp://… (a Dask scheduler, whose workers do the runs side by side; with paper, too)"
 	@echo "make paper      both papers' methods on DATASETS=\"folder …\" (default: what stands in ../shared/data), SEEDS=3, PRESET=paper, ARCH=\"t5 qwen\","

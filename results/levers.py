@@ -58,15 +58,14 @@ def main():
     parser.add_argument("--arch", nargs="+", default=["qwen", "t5"])
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument(
-        "--sids", help="a published SID file; default: residual k-means on the texts"
+        "--sids",
+        default="",
+        help="a published SID file, or behaviour: text and training histories (default: text)",
     )
     args = parser.parse_args()
     catalogue = sidlab.load_catalogue(args.dataset)
-    table = (
-        sidlab.SidTable.from_file(args.sids)
-        if args.sids
-        else sidlab.runs.sid_table(catalogue, "runs/levers")[0]
-    )
+    sids = sidlab.runs.sids_of(args.sids)
+    table, _ = sidlab.runs.sid_table(catalogue, "runs/levers", sids)
     histories, targets = leave_one_out(catalogue.histories).cases("validation")
 
     path = HERE / "levers.json"

@@ -29,12 +29,14 @@ def main():
     parser.add_argument("--arch", default="qwen", help="qwen (decoder-only) or t5")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--sids", help="a published SID file; default: residual k-means on the texts"
+        "--sids",
+        default="",
+        help="a published SID file, or behaviour: text and training histories (default: text)",
     )
     parser.add_argument("--folder", default="runs/mature")
     args = parser.parse_args()
     setting = {"arch": args.arch, "targets": "all"} | (
-        {"sids.file": str(pathlib.Path(args.sids).absolute())} if args.sids else {}
+        {f"sids.{name}": value for name, value in sidlab.runs.sids_of(args.sids).items()}
     )
     frame = sidlab.sweep(
         [setting], args.folder, dataset=args.dataset, preset="long", seeds=args.seeds

@@ -21,7 +21,10 @@ from sidlab.files import write
 from sidlab.research import jobs
 from sidlab.research import runs as sweeps
 from sidlab.research.child import Progress
+from sidlab.sids.fusion import collaborative_embeddings, fuse_embeddings
+from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable
+from sidlab.windows import leave_one_out
 
 GRID = [
     {},
@@ -265,6 +268,35 @@ def test_two_sweeps_at_once_in_one_folder_share_the_work(tmp_path, monkeypatch):
     assert sorted(trained) == [
         f"planted-smoke-pruning.keep={keep}-seed0" for keep in (0.2, 0.5, 0.7)
     ]
+
+
+def test_sids_of_behaviour_are_of_training_histories_alone(tmp_path):
+    catalogue = load_catalogue("planted", n_users=300)
+    table, _ = sweeps.sid_table(catalogue, tmp_path, sweeps.sids_of("behaviour"))
+    sources = {
+        "items": catalogue.embeddings,
+        "behaviour": collaborative_embeddings(
+            leave_one_out(catalogue.histories).train, catalogue.n_items
+        ),
+    }
+    fused = fuse_embeddings(sources)
+    encoder = ResidualKMeans(levels=3, width=20, seed=0).fit(fused)
+    assert (table.codes[:, :3] == encoder.encode(fused)).all()
+    # Other validation and test items change nothing.
+    others = [np.concatenate([history[:-2], history[:2]]) for history in catalogue.histories]
+    other = dataclasses.replace(catalogue, histories=others, truth=None)
+    again, _ = sweeps.sid_table(other, tmp_path, {"behaviour": 1.0, "width": 20})
+    assert (again.codes == table.codes).all()
+    plain, _ = sweeps.sid_table(catalogue, tmp_path, {"behaviour": 0.0, "width": 20})
+    assert (plain.codes != table.codes).any()
+    assert sweeps.sids_of("") == {}
+    for sids, message in (
+        ({"behaviour": -1.0}, "must be a weight, finite and at least 0, got -1.0"),
+        ({"behaviour": "much"}, "got 'much'"),
+        ({"behaviour": 1.0, "file": __file__}, "needs no encoder and no embeddings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweeps.check_sids(sids)
 
 
 def test_published_sids_from_a_file(tmp_path):

@@ -567,7 +567,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arch", nargs="+", default=["t5"])
     parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--sids", default="", help="a published SID file")
+    parser.add_argument("--sids", default="", help="a published SID file, or behaviour")
     parser.add_argument("--cluster", default="", help="the address of a Dask scheduler")
     parser.add_argument("--output", default="runs/paper")
     parser.add_argument(

@@ -36,6 +36,7 @@ from sidlab.research.runs import (
     fitted,
     run_all,
     sid_table,
+    sids_of,
     spec,
     write_json,
 )
@@ -117,10 +118,10 @@ def compare(
     `METHODS`, separated by spaces or in a list, or "module:function", a custom scorer (see
     `saliency.named_scorer`); a pruning method may carry its kept share, as in "rastp@1/2" (default
     1/3); `seeds`: how many, from 0 on; `output_dir`: default runs/<dataset>-<preset>; `sids`: a
-    published SID file (default: `sweeps.sid_table`'s choice); `arch`: "t5" or "qwen", decoder-only;
-    `protocol`: "continue" or "scratch" (see the module; default: "continue", but "scratch" for the
-    preset "paper"); `executor`: where runs are done side by side (see `runs.run_all`). Raises
-    ValueError naming what is valid before anything is trained.
+    published SID file or "behaviour" (`runs.sids_of`; default: of the embeddings); `arch`: "t5" or
+    "qwen", decoder-only; `protocol`: "continue" or "scratch" (see the module; default: "continue",
+    but "scratch" for the preset "paper"); `executor`: where runs are done side by side (see
+    `runs.run_all`). Raises ValueError naming what is valid before anything is trained.
     """
     names = methods.split() if isinstance(methods, str) else list(methods)
     if not names:
@@ -144,7 +145,7 @@ def compare(
     names = rows_of(names, protocol)
     # Seeds outside: a comparison cut short compares
     runs = [(name, seed) for seed in range(seeds) for name in names]
-    source = {"file": os.path.abspath(sids)} if sids else {}
+    source = sids_of(sids)
     specs = {}
     for name, seed in runs:
         start = (

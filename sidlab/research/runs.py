@@ -12,6 +12,8 @@ import functools
 import hashlib
 import itertools
 import json
+import math
+import numbers
 import os
 import pathlib
 import time
@@ -33,6 +35,7 @@ from sidlab.research import sasrec
 from sidlab.research.jobs import Queue, file_of, path_of, result_of
 from sidlab.research.summary import SECONDS
 from sidlab.saliency import named_scorer, own_source
+from sidlab.sids.fusion import collaborative_embeddings, fuse_embeddings
 from sidlab.sids.table import SidTable
 from sidlab.training import measured_precision, weights_digest
 from sidlab.windows import leave_one_out, training_windows
@@ -41,7 +44,8 @@ ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
 # Rooms that no run goes through: they come after training.
 BESIDE = ("research", "course", "figures", "viz")
 CHANGED = "the package or the scorer's module has changed since this sweep began: start it again"
-SIDS = ("encoder", "levels", "width", "collisions", "file")
+SIDS = ("encoder", "levels", "width", "collisions", "file", "behaviour")
+BEHAVIOUR = "behaviour"  # in place of a SID file: SIDs made here of text and behaviour
 
 
 def sweep(
@@ -175,14 +179,26 @@ def spec(
     return made | ({"start": start} if start else {})
 
 
+def sids_of(text: str) -> dict:
+    """What commands take as `sids`: "", made here of the items' embeddings; "behaviour", of these
+    and of what stands together in training histories; or the name of a published SID file.
+    """
+    if text == BEHAVIOUR:
+        return {BEHAVIOUR: 1.0}
+    return {"file": os.path.abspath(text)} if text else {}
+
+
 def check_sids(sids):
     if not isinstance(sids, dict) or set(sids) - set(SIDS):
         raise ValueError(f"sids={sids!r} must hold some of {', '.join(SIDS)}, as {{name: value}}")
-    if "file" in sids and {"encoder", "levels"} & set(sids):
+    if "file" in sids and {"encoder", "levels", BEHAVIOUR} & set(sids):
         raise ValueError(
-            f"sids={sids!r}: a published file has its own levels and needs no encoder; leave them"
-            " out, or the file"
+            f"sids={sids!r}: a published file has its own levels and needs no encoder and no"
+            " embeddings; leave them out, or the file"
         )
+    weight = sids.get(BEHAVIOUR, 0.0)
+    if not isinstance(weight, numbers.Real) or not 0 <= weight < math.inf:
+        raise ValueError(f"sids.behaviour must be a weight, finite and at least 0, got {weight!r}")
     if "file" in sids and not os.path.isfile(sids["file"]):
         raise ValueError(
             f"sids={sids['file']!r} is no file; give a published table with a line `item_id c1 c2"
@@ -323,8 +339,10 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
     """The SIDs of a catalogue and their report, made once and kept in `folder`.
 
     `sids`: "encoder" ("residual-kmeans", "rqvae", "opq"), "levels", "width", "collisions"; or
-    "file", a published table. By default residual k-means with 3 levels of 256 codes, or as many
-    levels and codes as a planted tree has.
+    "file", a published table; "behaviour", the weight of what stands together in training
+    histories beside 1 of the catalogue's embeddings (`fusion.fuse_embeddings`; default 0: these
+    alone). By default residual k-means with 3 levels of 256 codes, or as many levels and codes as a
+    planted tree has.
     """
     sids = dict(sids or {})
     made_by = (
@@ -362,14 +380,25 @@ def _make_sids(catalogue, folder, sids):
         )
         name = sids.get("encoder", "residual-kmeans")
         one_of("sids.encoder", name, ENCODERS)
+        embeddings = _embeddings(catalogue, sids.get(BEHAVIOUR, 0.0))
         encoder = getattr(sidlab, ENCODERS[name])(
             levels=sids.get("levels", 3), width=width, seed=0
-        ).fit(catalogue.embeddings)
-        table = SidTable(encoder.encode(catalogue.embeddings), width=width, collisions=collisions)
-        report = table.report(encoder, catalogue.embeddings)
+        ).fit(embeddings)
+        table = SidTable(encoder.encode(embeddings), width=width, collisions=collisions)
+        report = table.report(encoder, embeddings)
         encoder.save(folder)
     table.save(folder)
     write_json(folder / "report.json", dict(report))
+
+
+def _embeddings(catalogue, behaviour):
+    """Those of the catalogue, with training histories beside where `behaviour` has weight."""
+    if not behaviour:
+        return catalogue.embeddings
+    train = leave_one_out(catalogue.histories).train
+    beside = collaborative_embeddings(train, catalogue.n_items)
+    sources = {"items": catalogue.embeddings, BEHAVIOUR: beside}
+    return fuse_embeddings(sources, {"items": 1.0, BEHAVIOUR: behaviour})
 
 
 def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:

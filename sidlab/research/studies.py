@@ -27,7 +27,7 @@ from sidlab.pruning import PruningConfig
 from sidlab.research.compare import hardware, versions
 from sidlab.research.cost import cost
 from sidlab.research.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
-from sidlab.research.runs import config_with, fitted, sweep
+from sidlab.research.runs import config_with, fitted, sids_of, sweep
 from sidlab.research.summary import COSTS, Run, difference, hits, metrics_of
 from sidlab.research.summary import summarise as summarise_runs
 from sidlab.windows import leave_one_out, training_windows
@@ -350,14 +350,14 @@ def run(
     its "label", and "mflops", predicted for a training window (None where lengths do not tell). A
     part that is switched on has its defaults, too, so that rows speak for themselves.
 
-    `sids`: a published SID file; `only`: the first settings, for a quick look; `executor`: where
-    runs are done side by side (see `runs.run_all`). Raises ValueError for an unknown study.
+    `sids`: as `runs.sids_of` takes it; `only`: the first settings, for a quick look; `executor`:
+    where runs are done side by side (see `runs.run_all`). Raises ValueError for an unknown study.
     """
     one_of("study", name, STUDIES)
     if only is not None:
         integer("only", only)
     shared = ({"arch": arch} if arch != "t5" else {}) | (
-        {"sids.file": str(pathlib.Path(sids).absolute())} if sids else {}
+        {f"sids.{name}": value for name, value in sids_of(sids).items()}
     )
     catalogue = load_catalogue(dataset)
     settings = dict(list(STUDIES[name].settings_for(catalogue.n_items).items())[:only])
