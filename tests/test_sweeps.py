@@ -288,7 +288,7 @@ def test_sids_of_behaviour_are_of_training_histories_alone(tmp_path):
     again, _ = sweeps.sid_table(other, tmp_path, {"behaviour": 1.0, "width": 20})
     assert (again.codes == table.codes).all()
     plain, _ = sweeps.sid_table(catalogue, tmp_path, {"behaviour": 0.0, "width": 20})
-    assert (plain.codes != table.codes).any()
+    assert (plain.codes[:, :3] != table.codes[:, :3]).any()
     assert sweeps.sids_of("") == {}
     for sids, message in (
         ({"behaviour": -1.0}, "must be a weight, finite and at least 0, got -1.0"),
