@@ -16,10 +16,11 @@ import pathlib
 import numpy as np
 
 import sidlab
+from sidlab.build import load_model, weights_digest
 from sidlab.files import write
 from sidlab.metrics import paired_test, recall_at, summary
 from sidlab.research.compare import hardware, versions
-from sidlab.training import evaluate, load_model, weights_digest
+from sidlab.training import evaluate
 from sidlab.windows import leave_one_out
 
 HERE = pathlib.Path(__file__).parent

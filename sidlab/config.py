@@ -88,8 +88,8 @@ class TrainConfig:
 
     # --- Batches. Every target weighs the same in an update.
     # "prefixes": an update is a sample of all lengths in proportion, cut by length into
-    # `accumulation` batches (`windows.StratifiedBatches`). "contiguous": drawn as published
-    # (`windows.UserBatches`), where `batch_tokens` means nothing.
+    # `accumulation` batches (`batches.StratifiedBatches`). "contiguous": drawn as published
+    # (`batches.UserBatches`), where `batch_tokens` means nothing.
     windows: str = "prefixes"
     # To the batch's longest; "fixed": to `padded_items`, the published way, in the same batches
     padding: str = "batch"

@@ -1,7 +1,7 @@
 """Training: one configuration, one catalogue, one SidTable → a trained model and what it cost.
 
 Hugging Face's `Trainer` does the loop, the checkpoints and the resuming. Ours are the batches
-(`windows.StratifiedBatches`), the evaluation (recall of constrained recommendation on validation
+(`batches.StratifiedBatches`), the evaluation (recall of constrained recommendation on validation
 users, which also stops early and picks the best checkpoint) and the meter, which counts training
 time and memory without evaluation and saving.
 """
@@ -9,21 +9,13 @@ time and memory without evaluation and saving.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import itertools
-import json
 import math
 import os
 import pathlib
-import sys
-import tempfile
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -34,29 +26,29 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sidlab.checks import one_of
-from sidlab.config import FRESH, TrainConfig
+from sidlab.build import build_model, load_model, start_model
+from sidlab.checkpoints import Average, average_as, prune_as, resume_point, stale
+from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
-from sidlab.fast import cpu_layers
 from sidlab.fast.meter import Meter
 from sidlab.fast.optimiser import MuonAdamW
-from sidlab.fast.precision import faster_precision, kept_random_state, sizes, unmeasured
-from sidlab.files import read_json, reading, write_json
+from sidlab.files import read_json
 from sidlab.metrics import rank_of_target, shared_ranks
-from sidlab.models.qwen import SidQwen, SidQwenConfig
-from sidlab.models.t5 import SidT5, SidT5Config
-from sidlab.saliency import own_source
+from sidlab.models.qwen import SidQwen
+from sidlab.models.t5 import SidT5
+from sidlab.plan import (
+    batches_of,
+    collator_of,
+    precision_of,
+    probe_windows,
+    temporary_folder,
+    updates_of,
+    validation_cases,
+)
 from sidlab.sids.table import SidTable
 from sidlab.strategy import SCHEDULES, AdaptPruning
 from sidlab.windows import (
-    Collator,
-    LengthBatches,
-    StratifiedBatches,
-    StretchCollator,
-    Stretches,
-    UserBatches,
-    Windows,
     add_padding_flag,
     leave_one_out,
     training_windows,
@@ -81,195 +73,6 @@ class TrainResult:
     tokens: dict
     log: list[dict]
     precision: str
-
-
-def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
-    """A fresh model; weights depend on `config.seed` alone, whatever is pruned or predicted
-    besides. Random numbers that the caller draws stay as they were.
-    """
-    config = config.completed()
-    fields = config.to_dict()
-    with kept_random_state():
-        set_seed(config.seed)
-        model = MODELS[config.arch](config, table, {name: fields[name] for name in SHARED})
-    # A custom scorer, by name or as it is: of the model's own configuration it would not be
-    # imported.
-    if config.pruning is not None:
-        model.set_scorer(config.pruning.scorer)
-    if config.plain:
-        model.set_attn_implementation("eager")
-        cpu_layers.replace_dropout(model, torch.nn.Dropout)
-    return model
-
-
-def _start(model, config, base, table):
-    """Loads the weights of the model in the folder `base` into `model`, whose MAP head alone may be
-    missing there. ValueError where the two differ in anything but what may change: how they prune,
-    MAP, dropout and how histories are cut.
-    """
-    kind = read_json(base / "config.json", "model_type")["model_type"]
-    if kind != model.config.model_type:
-        raise ValueError(
-            f"start_from={str(base)!r} holds a {kind!r} model, arch={config.arch!r} makes a"
-            f" {model.config.model_type!r}"
-        )
-    # With the defaults of what an older model does not name
-    theirs = type(model.config).from_pretrained(base)
-    for name in MUST_MATCH:
-        if hasattr(theirs, name) and getattr(theirs, name) != getattr(model.config, name):
-            raise ValueError(
-                f"start_from={str(base)!r} has {name}={getattr(theirs, name)!r}, this configuration"
-                f" {getattr(model.config, name)!r}: a model that goes on keeps its architecture;"
-                " give TrainConfig the same"
-            )
-    steps = [config and config["steps"] for config in (theirs.map, model.config.map)]
-    if None not in steps and steps[0] != steps[1]:
-        raise ValueError(
-            f"start_from={str(base)!r} has a MAP head of map.steps={steps[0]}, this configuration"
-            f" of {steps[1]}; use the same, or save that model with drop_map=True"
-        )
-    other = SidTable.load(base)
-    with reading(base / "model.safetensors"):
-        weights = load_file(base / "model.safetensors")
-    if other.fingerprint() != table.fingerprint():
-        raise ValueError(
-            f"start_from={str(base)!r} speaks other SIDs ({other.fingerprint()}) than table"
-            f" ({table.fingerprint()}): continue with SidTable.load of that folder"
-        )
-    if model.map_head is None:
-        weights = {
-            name: weight for name, weight in weights.items() if not name.startswith("map_head.")
-        }
-    found = model.load_state_dict(weights, strict=False)
-    tied = set(model.all_tied_weights_keys)
-    missing = [
-        key for key in found.missing_keys if key not in tied and not key.startswith("map_head.")
-    ]
-    if missing or found.unexpected_keys:
-        raise ValueError(
-            f"start_from={str(base)!r} does not fit: missing {missing[:3]}, unexpected"
-            f" {found.unexpected_keys[:3]}"
-        )
-
-
-def load_model(folder) -> SidT5 | SidQwen:
-    """The model saved in `folder`, in evaluation mode. ValueError where there is none of ours."""
-    kind = read_json(pathlib.Path(folder) / "config.json", "model_type")["model_type"]
-    kinds = {of.config_class.model_type: of for of in (SidT5, SidQwen)}
-    one_of("model_type", kind, kinds)
-    return kinds[kind].from_pretrained(folder).eval()
-
-
-def weights_digest(folder) -> str:
-    """12 hex digits of SHA-256 of the weights in a model's folder."""
-    with reading(folder):
-        return hashlib.sha256(
-            (pathlib.Path(folder) / "model.safetensors").read_bytes()
-        ).hexdigest()[:12]
-
-
-# In a checkpoint: the averaged weights, and of how many updates they are.
-AVERAGE = "average.safetensors"
-AVERAGED = "updates averaged"
-# Fields of a model's configuration, T5's and Qwen3's, that a model which goes on keeps.
-MUST_MATCH = (
-    "widths",
-    "text_vocab",
-    "separators",
-    "level_embeddings",
-    "embedding_norm",
-    "cross_bias",
-    "qk_norm",
-    "tie_embeddings",
-    "tie_word_embeddings",
-    "d_model",
-    "d_kv",
-    "d_ff",
-    "num_heads",
-    "num_layers",
-    "num_decoder_layers",
-    "ffn_hidden_layers",
-    "ffn",
-    "hidden_size",
-    "head_dim",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "num_hidden_layers",
-)
-SHARED = (
-    "separators",
-    "max_items",
-    "pruning",
-    "map",
-    "level_embeddings",
-    "embedding_norm",
-    "zero_init",
-    "label_smoothing",
-)
-
-
-def _t5(config, table, shared):
-    return SidT5(
-        SidT5Config(
-            widths=table.widths,
-            d_model=config.d_model,
-            d_kv=config.d_kv,
-            num_heads=config.num_heads,
-            d_ff=config.d_ff,
-            ffn_hidden_layers=config.ffn_hidden_layers,
-            ffn=config.ffn,
-            padded_items=config.padded_items,
-            num_layers=config.num_layers,
-            num_decoder_layers=config.num_decoder_layers,
-            dropout_rate=config.dropout,
-            embedding_init=config.embedding_init,
-            position_init=config.position_init,
-            encoder_mask=config.encoder_mask,
-            cross_bias=config.cross_bias,
-            qk_norm=config.qk_norm,
-            residual_dropout=config.residual_dropout,
-            tie_embeddings=config.tie_embeddings,
-            **shared,
-        ),
-        table,
-    )
-
-
-def _qwen(config, table, shared):
-    if config.checkpoint is not None:
-        shared = {name: value for name, value in shared.items() if name not in FRESH}
-        model = SidQwen.from_checkpoint(
-            config.checkpoint,
-            table,
-            config.prompt,
-            attention_dropout=config.dropout,
-            layout=config.layout,
-            residual_dropout=config.residual_dropout or 0.0,
-            **shared,
-        )
-        return model.float()  # in bfloat16 most updates would be rounded away
-    return SidQwen(
-        SidQwenConfig(
-            widths=table.widths,
-            hidden_size=config.d_model,
-            head_dim=config.d_kv,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads or config.num_heads,
-            intermediate_size=config.d_ff,
-            num_hidden_layers=config.num_layers,
-            attention_dropout=config.dropout,
-            embedding_init=config.embedding_init,
-            residual_dropout=config.residual_dropout or 0.0,
-            tie_word_embeddings=config.tie_embeddings,
-            layout=config.layout,
-            **shared,
-        ),
-        table,
-    )
-
-
-MODELS = {"t5": _t5, "qwen": _qwen}
 
 
 def train(
@@ -328,14 +131,14 @@ def train(
     meter = Meter()  # first of all: what it finds in use is not the training's
     split = leave_one_out(catalogue.histories)
     windows = training_windows(split.train, config)
-    collator = _collator(config, table, windows, truth)
-    batches = _batches(config, table, windows)
+    collator = collator_of(config, table, windows, truth)
+    batches = batches_of(config, table, windows)
     if len(batches) % processes:  # the library would hand out some windows twice
         raise ValueError(
             f"{len(batches)} batches an epoch can't be shared by {processes} processes; use a"
             " smaller batch_tokens"
         )
-    updates = _updates(config, batches)
+    updates = updates_of(config, batches)
     if (
         config.strategy is not None
         and config.strategy.kind not in SCHEDULES
@@ -347,14 +150,14 @@ def train(
         )
     model = build_model(config, table)
     if base is not None:
-        _start(model, config, base, table)
+        start_model(model, config, base, table)
     with contextlib.ExitStack() as stack:
         if not progress:
             stack.enter_context(quiet())
-        folder = output_dir or stack.enter_context(_temporary_folder())
-        precision = _precision(config, table, windows, pathlib.Path(folder) / "run.json")
+        folder = output_dir or stack.enter_context(temporary_folder())
+        precision = precision_of(config, table, windows, pathlib.Path(folder) / "run.json")
         checkpoint = (
-            _resume_point(pathlib.Path(folder), config, precision, catalogue, table, base)
+            resume_point(pathlib.Path(folder), config, precision, catalogue, table, base)
             if output_dir
             else None
         )
@@ -364,12 +167,10 @@ def train(
         callbacks = [_Patience(config.patience), *(callbacks or [])]
         average = None
         if config.average_last != 0:
-            average = _Average(model, updates - math.ceil(config.average_last * updates))
+            average = Average(model, updates - math.ceil(config.average_last * updates))
             callbacks.append(average)
         if config.strategy is not None:
-            callbacks.append(
-                AdaptPruning(config.strategy, model, collator(_probe_windows(windows)))
-            )
+            callbacks.append(AdaptPruning(config.strategy, model, collator(probe_windows(windows))))
         set_seed(config.seed)
         trainer = SidTrainer(
             model=model,
@@ -396,13 +197,13 @@ def train(
             if average is not None:
                 average.load(checkpoint)
             if config.strategy is not None:
-                _prune_as(model, checkpoint)
+                prune_as(model, checkpoint)
             trainer.state = TrainerState.load_from_json(
                 os.path.join(checkpoint, "trainer_state.json")
             )
         state = trainer.state
         if state.max_steps and (
-            state.global_step >= state.max_steps or _stale(state) >= config.patience
+            state.global_step >= state.max_steps or stale(state) >= config.patience
         ):
             # Complete already; the Trainer would add an update.
             state.best_model_checkpoint = os.path.join(
@@ -416,8 +217,8 @@ def train(
                 trainer.passes = None  # the memory of its graphs
         trainer.meter.pause()
         if config.strategy is not None:
-            _prune_as(model, trainer.state.best_model_checkpoint)
-        _average_as(model, trainer.state.best_model_checkpoint)
+            prune_as(model, trainer.state.best_model_checkpoint)
+        average_as(model, trainer.state.best_model_checkpoint)
     # Without the library's wrapper of `forward`, which would leave it in mixed precision and all
     # else of the model in float32.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
@@ -433,7 +234,7 @@ def result_so_far(folder, config: TrainConfig) -> TrainResult:
     meter = Meter()
     meter.load(newest)
     model = load_model(state.best_model_checkpoint)
-    _average_as(model, state.best_model_checkpoint)
+    average_as(model, state.best_model_checkpoint)
     # A saved model imports no custom scorer, also of one that has a name.
     if config.pruning is not None:
         model.set_scorer(config.pruning.scorer)
@@ -457,135 +258,6 @@ def _result(model, state, meter, precision):
         ],
         precision=precision,
     )
-
-
-def planned_updates(config: TrainConfig, table: SidTable, split) -> int:
-    """Updates that `train` makes of a `windows.Split` if nothing stops it early."""
-    return _updates(config, _batches(config, table, training_windows(split.train, config)))
-
-
-def _updates(config, batches):
-    updates = math.ceil(config.epochs * math.ceil(len(batches) / config.accumulation))
-    return min(updates, config.max_updates or updates)
-
-
-def _collator(config, table, windows, truth=None):
-    if config.targets == "all":
-        return StretchCollator(windows, table, separators=config.separators, map_config=config.map)
-    return Collator(
-        windows,
-        table,
-        separators=config.separators,
-        max_items=config.padded_items or config.max_items,
-        fixed_slots=config.padding == "fixed",
-        map_config=config.map,
-        truth=truth,
-    )
-
-
-def _batches(config, table, windows):
-    """Batches of window indices in the order of training."""
-    per_item = table.levels + config.separators
-    # As many slots hold about as many targets: more in long stretches, for the first item of each
-    # is none
-    if config.targets == "all":
-        return LengthBatches(
-            windows.lengths,
-            per_item,
-            config.batch_tokens,
-            config.seed,
-            config.accumulation,
-            mixed=not config.bucketing,
-        )
-    if config.windows == "prefixes":
-        return StratifiedBatches(
-            windows.lengths,
-            per_item,
-            config.batch_tokens,
-            config.seed,
-            config.accumulation,
-            mixed=not config.bucketing,
-        )
-    return UserBatches(windows, config.accumulation, config.seed)
-
-
-# At most so many slots are timed: more take as much longer in either precision.
-TIMED_SLOTS = 2048
-# What was measured in this process, by sizes and shapes.
-_measured = {}
-
-
-def measured_precision(config: TrainConfig, table: SidTable, windows: Windows | Stretches) -> str:
-    """ "fp32" or "bf16", the faster for `config` on the device that trains (`faster_precision`).
-
-    Methods that are compared should train in one precision. So what tells them apart is left out:
-    timed is a fresh model without pruner and MAP's head, on a batch without padding slots. And a
-    later call in this process for the same sizes and shapes gets the same answer.
-
-    The batch is one of the first 64 of training, the one whose windows have the median number of
-    slots (batches have about as many slots all), cut to `TIMED_SLOTS`. Takes a second for the
-    preset "quick" and up to ten for the paper's sizes. The process's random state stays as it was,
-    but what PyTorch keeps in memory of it counts in `TrainResult.peak_memory`; in a sweep it does
-    not, whose runs are told their precision.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (answer := unmeasured(device)) is not None:
-        return answer
-    config = dataclasses.replace(config, pruning=None, strategy=None, map=None, padding="batch")
-    some = list(itertools.islice(_batches(config, table, windows), 64))
-    lengths = windows.lengths
-    some.sort(key=lambda batch: lengths[batch].max())
-    batch = some[len(some) // 2]
-    longest = int(lengths[batch].max())
-    rows = max(1, TIMED_SLOTS // (longest * (table.levels + config.separators)))
-    batch = sorted(batch, key=lambda window: lengths[window])[-rows:]
-    shape = len(batch), longest, config.separators, table.widths, config.plain
-    key = sizes(config), shape, torch.get_num_threads()
-    if key not in _measured:
-        _measured[key] = faster_precision(_timed_passes(config, table, windows, batch), device)
-    return _measured[key]
-
-
-def _timed_passes(config, table, windows, indices):
-    """A function for `faster_precision`, of a fresh model and a batch on the CPU."""
-    batch = add_padding_flag(_collator(config, table, windows)(indices))
-    # Its weights are drawn.
-    with kept_random_state():
-        model = build_model(config, table).train()
-
-    def passes(dtype):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
-            loss = model(**batch).loss
-        loss.backward()
-
-    return passes
-
-
-def _precision(config, table, windows, stamp):
-    """The precision in which `config` trains: "auto" is what a run began with, or else measured.
-
-    `stamp`: the run.json of the run, if there is one. All processes get the main one's answer.
-    """
-    if config.precision != "auto":
-        return config.precision
-    answer = None
-    if PartialState().is_main_process:
-        # A file that can't be read, or of another run, is refused later, by every process.
-        with contextlib.suppress(ValueError):
-            answer = read_json(stamp, "precision")["precision"]
-        answer = answer or measured_precision(config, table, windows)
-    return broadcast_object_list([answer])[0]
-
-
-@contextlib.contextmanager
-def _temporary_folder():
-    """One for all processes of a run, gone when the last of them is done with it."""
-    state = PartialState()
-    with contextlib.ExitStack() as stack:
-        mine = stack.enter_context(tempfile.TemporaryDirectory()) if state.is_main_process else None
-        yield broadcast_object_list([mine])[0]
-        state.wait_for_everyone()
 
 
 @contextlib.contextmanager
@@ -634,44 +306,6 @@ def evaluate(
         sharers[user] -= (sids[others] == sids[targets[user]]).sum()
         ranks[user] *= len(others) == len(seen)
     return shared_ranks(ranks, sharers)
-
-
-def validation_cases(split, config: TrainConfig) -> tuple[list[np.ndarray], np.ndarray]:
-    """Histories and targets int64 [U] of the users on whom training evaluates, of a
-    `windows.Split`.
-    """
-    histories, targets = split.cases("validation")
-    if config.eval_users is not None and config.eval_users < len(targets):
-        # The same users for every method and seed of a comparison.
-        chosen = np.sort(
-            np.random.default_rng(0).choice(len(targets), config.eval_users, replace=False)
-        )
-        histories = [histories[i] for i in chosen]
-        targets = targets[chosen]
-    return histories, targets
-
-
-def _probe_windows(windows, size=64):
-    """The same windows for every method and seed, of similar length, since a probe is one batch:
-    the middle ones by length.
-    """
-    order = np.argsort(windows.lengths, kind="stable")
-    begin = max(0, len(order) // 2 - size // 2)
-    return order[begin : begin + size].tolist()
-
-
-def _prune_as(model, checkpoint):
-    """Share and layer as a strategy had them when `checkpoint` was written."""
-    then = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())["pruning"]
-    model.set_pruning(
-        dataclasses.replace(model.pruning, keep=then["keep"], after_layer=then["after_layer"])
-    )
-
-
-def _average_as(model, checkpoint):
-    """The weights that were evaluated when `checkpoint` was written, where averaging had begun."""
-    if (average := pathlib.Path(checkpoint, AVERAGE)).exists():
-        model.load_state_dict(load_file(average), strict=False)
 
 
 def _optimiser(config, model):
@@ -743,91 +377,9 @@ def _replays(config, processes):
     )
 
 
-def _resume_point(folder, config, precision, catalogue, table, base):
-    """The newest checkpoint in `folder` whose state and meter can be read, or None; refuses another
-    run's folder.
-    """
-    what = {
-        "config": config.to_dict(),
-        "catalogue": catalogue.fingerprint(),
-        "table": table.fingerprint(),
-    }
-    what["precision"] = precision
-    if base is not None:
-        what["start_from"] = weights_digest(base)
-    # Without one it is known by its name alone
-    if config.pruning is not None and (source := own_source(config.pruning.scorer)):
-        what["scorer"] = source
-    stamp = folder / "run.json"
-    if stamp.exists():
-        if _in_its_precision(read_json(stamp)) != _in_its_precision(json.loads(json.dumps(what))):
-            raise ValueError(
-                f"output_dir={str(folder)!r} holds a run of another configuration, catalogue, table"
-                " or start; choose another folder"
-            )
-    else:
-        write_json(stamp, what)  # every process of a run writes the same
-    checkpoints = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal()
-    ]
-    for path in sorted(checkpoints, key=lambda p: -int(p.name.split("-")[1])):
-        try:
-            read_json(path / "trainer_state.json", "global_step", "max_steps", "log_history")
-            read_json(
-                path / "meter.json", "seconds", "peak", "windows", "slots", "real", "kept", "device"
-            )
-        except ValueError as error:
-            print(f"{path} is not complete and is passed over: {error}", file=sys.stderr)
-            continue
-        return str(path)
-    return None
-
-
-def _in_its_precision(stamp):
-    """A run.json with the answer in place of "auto": to ask for that by name is the same run."""
-    return stamp | {"config": stamp.get("config", {}) | {"precision": stamp.get("precision")}}
-
-
-class _Average(TrainerCallback):
-    """The mean of the weights after each update beyond the first `begin` updates."""
-
-    def __init__(self, model, begin):
-        self.model = model
-        self.begin = begin
-        self.mean = None  # torch's AveragedModel, once it has begun
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step > self.begin:
-            self.mean = self.mean or AveragedModel(self.model)
-            self.mean.update_parameters(self.model)
-
-    def save(self, folder):
-        """Writes the mean, if it has begun, into a checkpoint's folder."""
-        if self.mean is not None:
-            weights = {name: weight for name, weight in self.mean.module.named_parameters()}
-            save_file(weights | {AVERAGED: self.mean.n_averaged}, folder / AVERAGE)
-
-    def load(self, checkpoint):
-        """The mean as it was when `checkpoint` was written, if it had begun."""
-        path = pathlib.Path(checkpoint) / AVERAGE
-        if path.exists():
-            weights = load_file(path)
-            self.mean = AveragedModel(self.model)
-            self.mean.n_averaged.copy_(weights.pop(AVERAGED))
-            self.mean.module.load_state_dict(weights, strict=False)
-
-
-def _stale(state):
-    """How many evaluations ago the best one was."""
-    recalls = [e["eval_recall@5"] for e in state.log_history if "eval_recall@5" in e]
-    return len(recalls) - 1 - int(np.argmax(recalls)) if recalls else 0
-
-
 class _Patience(EarlyStoppingCallback):
     """Early stopping whose count survives a resume."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.early_stopping_patience_counter = _stale(state)
+        self.early_stopping_patience_counter = stale(state)

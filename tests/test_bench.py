@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from sidlab.batches import StratifiedBatches
+from sidlab.build import build_model
 from sidlab.decoding import recommend
 from sidlab.fast import cpu_layers
 from sidlab.research import bench, timing, waterfall
 from sidlab.research.calibration import random_table
 from sidlab.research.cost import cost
 from sidlab.sids.residual_kmeans import SUBSET, ResidualKMeans
-from sidlab.training import build_model
-from sidlab.windows import StratifiedBatches, Windows, leave_one_out
+from sidlab.windows import Windows, leave_one_out
 
 TINY = dict(d_model=16, d_kv=4, num_heads=2, d_ff=16, num_layers=3, num_decoder_layers=1)
 

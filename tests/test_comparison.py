@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 from conftest import ROOT, instead_of_runs
 
+from sidlab.build import build_model, weights_digest
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.metrics import FEW_SEEDS, paired_test
@@ -27,7 +28,7 @@ from sidlab.research.figures import cost_bars, quality_cost
 from sidlab.research.page import write_page
 from sidlab.research.summary import COSTS, SECONDS, metrics_of
 from sidlab.sids.table import SidTable
-from sidlab.training import build_model, evaluate, weights_digest
+from sidlab.training import evaluate
 from sidlab.windows import leave_one_out
 
 METHODS = ["unpadded", "rastp@1/2", "stamp", "rastp-reference", "pool", "sasrec"]

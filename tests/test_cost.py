@@ -17,6 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sidlab.batches import LengthBatches, StratifiedBatches
+from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.decoding import recommend
 from sidlab.fast import cpu_layers, kernels, scored_attention
@@ -27,16 +29,7 @@ from sidlab.research.cost import cost, cost_table, recommend_flops
 from sidlab.saliency import SCORERS
 from sidlab.sids.table import SidTable
 from sidlab.strategy import Strategy
-from sidlab.training import build_model
-from sidlab.windows import (
-    Collator,
-    LengthBatches,
-    StratifiedBatches,
-    StretchCollator,
-    Stretches,
-    Windows,
-    leave_one_out,
-)
+from sidlab.windows import Collator, StretchCollator, Stretches, Windows, leave_one_out
 
 RNG = np.random.default_rng(0)
 TABLE = SidTable(

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import sidlab
+from sidlab.build import build_model
 from sidlab.course.probe import Probe
 from sidlab.decoding import encode_histories
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.pruning import POSITIONS, UNITS, PruningConfig
 from sidlab.saliency import SCORERS
-from sidlab.training import build_model
 
 
 @pytest.fixture(scope="module", params=["full", "items"])

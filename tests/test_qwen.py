@@ -23,6 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.decoding import beam_search, encode_histories, items_of_leaves, recommend, score_items
@@ -31,7 +32,7 @@ from sidlab.map_loss import MapConfig
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, SEP, SidTable
-from sidlab.training import build_model, train
+from sidlab.training import train
 from sidlab.windows import history_tokens, pad_histories
 
 WIDTHS = (6, 5, 4)

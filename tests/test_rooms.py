@@ -19,7 +19,7 @@ ROOMS = (
     "map_loss",
     "fast",
     "models",
-    "windows strategy config metrics decoding trainer training",
+    "windows batches strategy config metrics decoding build plan checkpoints trainer training",
     "figures",
     "research",
     "course",

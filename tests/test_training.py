@@ -13,6 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from sidlab import training
+from sidlab.batches import StratifiedBatches
+from sidlab.build import build_model
 from sidlab.config import PRESETS, TrainConfig
 from sidlab.data.planted import planted_catalogue
 from sidlab.decoding import encode_histories, recommend, score_items
@@ -20,11 +22,12 @@ from sidlab.fast import meter as meter_module
 from sidlab.fast.meter import Meter
 from sidlab.map_loss import MapConfig
 from sidlab.metrics import summary
+from sidlab.plan import collator_of, validation_cases
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
 from sidlab.strategy import AdaptPruning, Strategy
-from sidlab.training import build_model, evaluate, train
-from sidlab.windows import Collator, StratifiedBatches, Windows, leave_one_out
+from sidlab.training import evaluate, train
+from sidlab.windows import Collator, Windows, leave_one_out
 
 WORLD = planted_catalogue(60, seed=1, shortest=5, longest=9)
 TABLE = SidTable(WORLD.truth.tree, tuple((WORLD.truth.tree.max(axis=0) + 1).tolist()))
@@ -397,11 +400,11 @@ def test_tokens_and_windows_are_counted(spy):
 
 def test_validation_users_are_the_same_for_every_seed():
     split = leave_one_out(WORLD.histories)
-    histories, targets = training.validation_cases(split, config(seed=0, eval_users=20))
-    other, other_targets = training.validation_cases(split, config(seed=5, eval_users=20))
+    histories, targets = validation_cases(split, config(seed=0, eval_users=20))
+    other, other_targets = validation_cases(split, config(seed=5, eval_users=20))
     assert len(targets) == 20 and targets.tolist() == other_targets.tolist()
     assert all(np.array_equal(a, b) for a, b in zip(histories, other))
-    assert len(training.validation_cases(split, config(eval_users=None))[1]) == 60
+    assert len(validation_cases(split, config(eval_users=None))[1]) == 60
 
 
 def test_the_meter_counts_training_only(tmp_path, monkeypatch):
@@ -656,7 +659,7 @@ def test_preset_paper_is_the_published_model():
     ]
     assert model.lm_head.weight.data_ptr() != model.shared.weight.data_ptr()
     # A history fills 29 items at most, and is padded to 30
-    collate = training._collator(published, TABLE, Windows([np.ones(40, np.int64)], 29))
+    collate = collator_of(published, TABLE, Windows([np.ones(40, np.int64)], 29))
     mask = collate([0, 38])["attention_mask"]
     per_item = TABLE.levels + 1
     assert mask.shape[1] == 30 * per_item and mask.sum(1).tolist() == [per_item, 29 * per_item]

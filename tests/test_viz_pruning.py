@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from playwright.sync_api import sync_playwright
 
 import sidlab
+from sidlab.build import build_model
 from sidlab.course.demo import load
 from sidlab.course.probe import Probe
 from sidlab.decoding import encode_histories, score_items
 from sidlab.pruning import PruningConfig
-from sidlab.training import build_model
 from sidlab.viz import PruningExplorer
 from sidlab.viz.pruning import PruningView
 from sidlab.viz.pruning_svg import hover, pruning_svg

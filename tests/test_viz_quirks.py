@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import ROOT, connect, frames_of
 
+from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.course.demo import load
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
-from sidlab.training import build_model
 from sidlab.viz import QuirkExplorer
-from sidlab.viz.quirks import EMPTY, FILLED, KEPT, LENGTHS, PRUNED, QUIRKS, Subject, quirk_figure
+from sidlab.viz.quirk_evidence import EMPTY, FILLED, KEPT, LENGTHS, PRUNED, QUIRKS, Subject
+from sidlab.viz.quirks import quirk_figure
 
 TOKENS = 4 * np.array(LENGTHS)  # three codes and a separator an item
 SLOTS = 40

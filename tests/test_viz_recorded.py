@@ -15,7 +15,7 @@ from sidlab.data.planted import planted_catalogue
 from sidlab.figures import theme
 from sidlab.research.compare import method_config
 from sidlab.research.cost import cost
-from sidlab.viz.recorded import FrontierExplorer, frontier_figure
+from sidlab.viz.frontier import FrontierExplorer, frontier_figure
 from sidlab.windows import leave_one_out
 
 KEEPS = (0.1, 0.2, 0.3333333333, 0.5, 0.7)  # as pandas writes a third

@@ -11,14 +11,12 @@ from conftest import SHARED, needs_shared
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidlab.batches import LengthBatches, StratifiedBatches, UserBatches
 from sidlab.data.planted import planted_catalogue
 from sidlab.map_loss import MapConfig
 from sidlab.sids.table import PAD, SEP, SidTable
 from sidlab.windows import (
     Collator,
-    LengthBatches,
-    StratifiedBatches,
-    UserBatches,
     Windows,
     history_tokens,
     leave_one_out,

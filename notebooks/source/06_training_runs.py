@@ -73,7 +73,8 @@ stretches, windows = (training_windows(split.train, config) for config in (dense
 # target weighs the same. An update of each kind by hand:
 
 # %%
-from sidlab.windows import Collator, LengthBatches, StratifiedBatches, StretchCollator
+from sidlab.windows import Collator, StretchCollator
+from sidlab.batches import LengthBatches, StratifiedBatches
 
 slots = table.levels + single.separators  # of an item
 every = LengthBatches(stretches.lengths, slots, dense.batch_tokens, seed, dense.accumulation)

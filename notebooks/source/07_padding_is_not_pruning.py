@@ -139,7 +139,8 @@ padding
 from sidlab.research.calibration import stepper, time_steps
 from sidlab.research.cost import cost
 from sidlab.course.demo import load
-from sidlab.windows import Collator, StratifiedBatches, Windows
+from sidlab.windows import Collator, Windows
+from sidlab.batches import StratifiedBatches
 
 table = load().table
 rng = np.random.default_rng(0)

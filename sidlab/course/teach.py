@@ -26,7 +26,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sidlab.checks import from_extra
-from sidlab.course import exercises  # noqa: F401 - it registers the package's own checks
+
+# They register the package's own checks.
+from sidlab.course import exercises, exercises_measure  # noqa: F401
 from sidlab.course.checks import (
     Check,
     judge,

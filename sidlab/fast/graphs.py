@@ -2,7 +2,7 @@
 batch, then replayed.
 
 A training step of a model this small is some thousand short kernels, and starting them takes longer
-than running them. A CUDA graph starts them all at once. `windows.StratifiedBatches` cuts the same
+than running them. A CUDA graph starts them all at once. `batches.StratifiedBatches` cuts the same
 shapes in every update, so a few dozen graphs do (23 for all of Beauty in 16 batches an update, two
 epochs).
 """

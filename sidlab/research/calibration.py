@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from scipy.optimize import nnls
 
+from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.fast.graphs import ReplayedPasses
 from sidlab.fast.meter import device_name
@@ -23,7 +24,6 @@ from sidlab.fast.precision import uses_bf16
 from sidlab.pruning import PruningConfig
 from sidlab.research.cost import Cost, cost
 from sidlab.sids.table import SidTable
-from sidlab.training import build_model
 from sidlab.windows import Collator, Windows, add_padding_flag
 
 # (d_model, layers, items of history, slots a batch), each timed with and without a pruner: small

@@ -15,6 +15,7 @@ import transformers
 from filelock import FileLock
 from transformers import TrainerCallback
 
+from sidlab.build import load_model
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.decoding import encode_histories
@@ -26,7 +27,7 @@ from sidlab.research import sasrec
 from sidlab.research.jobs import MARK, file_of, path_of
 from sidlab.research.runs import CHANGED, fitted, sid_table, truth_for, version
 from sidlab.research.summary import COSTS, SECONDS, metrics_of
-from sidlab.training import evaluate, load_model, train
+from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
 
 

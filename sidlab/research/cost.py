@@ -14,11 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sidlab.batches import LengthBatches, StratifiedBatches, UserBatches
 from sidlab.config import TrainConfig
 from sidlab.fast.precision import uses_bf16
 from sidlab.models.t5 import ITEMS_BACK
 from sidlab.pruning import kept_count
-from sidlab.windows import LengthBatches, StratifiedBatches, Stretches, UserBatches, Windows
+from sidlab.research.cost_memory import activations, kv_size, qwen_activations, steps_ahead
+from sidlab.windows import Stretches, Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +90,8 @@ def cost(
     )
     fused = torch.cuda.is_available() if fused is None else fused
     bf16 = uses_bf16(config.precision) if bf16 is None else bf16
-    activations = _qwen_activations if config.arch == "qwen" else _activations
-    memory = size * activations(config, widths, slots, kept, *padded, fused, bf16)
+    activations_of = qwen_activations if config.arch == "qwen" else activations
+    memory = size * activations_of(config, widths, slots, kept, *padded, fused, bf16)
     flops = {
         part: _mean(value, size)
         for part, value in flops_by_part(config, widths, slots, kept).items()
@@ -136,9 +138,11 @@ def _dense_cost(config, widths, windows, fused, bf16):
     )
     fused = torch.cuda.is_available() if fused is None else fused
     bf16 = uses_bf16(config.precision) if bf16 is None else bf16
-    activations = _qwen_activations if config.arch == "qwen" else _activations
+    activations_of = qwen_activations if config.arch == "qwen" else activations
     padded = shortest < longest
-    memory = size * activations(config, widths, slots, slots, padded, padded, fused, bf16, taught)
+    memory = size * activations_of(
+        config, widths, slots, slots, padded, padded, fused, bf16, taught
+    )
     flops = {
         part: float((size * value).sum()) / targets
         for part, value in flops_by_part(config, widths, slots, slots, taught).items()
@@ -305,7 +309,7 @@ def _layer(config, n, keys):
     inner = config.num_heads * config.d_kv
     # Keys and values may have fewer heads; the feed-forward layer is gated
     if config.arch == "qwen":
-        return n * (4 * d * (inner + _kv(config)) + 4 * keys * inner + 6 * d * f)
+        return n * (4 * d * (inner + kv_size(config)) + 4 * keys * inner + 6 * d * f)
     return n * (
         8 * d * inner + 4 * keys * inner + 4 * d * f + 2 * (config.ffn_hidden_layers - 1) * f**2
     )
@@ -318,7 +322,7 @@ def flops_by_part(config, widths, slots, kept, taught=1):
     levels = len(widths) * taught
     layers = config.num_decoder_layers
     p = config.pruning
-    ahead = _ahead(config, widths)
+    ahead = steps_ahead(config, widths)
     before = p.after_layer if p is not None else config.num_layers
     if config.arch == "qwen":  # the target's tokens run in the same layers as the history
         slots_all = slots + len(widths)
@@ -341,23 +345,11 @@ def flops_by_part(config, widths, slots, kept, taught=1):
     }
 
 
-def _kv(config):
-    return (config.num_kv_heads or config.num_heads) * config.d_kv
-
-
-def _ahead(config, widths):
-    """Widths of the levels that each of MAP's steps predicts; by tokens, step s has no label for
-    the first s levels.
-    """
-    steps = range(1, config.map.steps + 1) if config.map is not None else ()
-    return [widths[s if config.map.unit == "token" else 0 :] for s in steps]
-
-
 def _parameters(config, widths):
     d = config.d_model
     f = config.d_ff
     heads = config.num_heads
-    steps = len(_ahead(config, widths))
+    steps = len(steps_ahead(config, widths))
     map_head = d * (1 + steps + d) if steps else 0
     tokens = 3 + sum(widths)
     embeddings = (
@@ -366,7 +358,7 @@ def _parameters(config, widths):
     )
     if config.arch == "qwen":
         # Norms of queries and keys
-        attention = 2 * d * (heads * config.d_kv + _kv(config)) + 2 * config.d_kv
+        attention = 2 * d * (heads * config.d_kv + kv_size(config)) + 2 * config.d_kv
         return config.num_layers * (attention + 3 * d * f + 2 * d) + embeddings + d + map_head
     attention = 4 * d * heads * config.d_kv + d
     ffn = 2 * d * f + (config.ffn_hidden_layers - 1) * f**2 + d  # with their norms
@@ -385,146 +377,3 @@ def _parameters(config, widths):
         + map_head
         + config.qk_norm * 2 * config.d_kv * (config.num_layers + 2 * config.num_decoder_layers)
     )
-
-
-def _activations(config, widths, slots, kept, padded, padded_behind, fused, bf16, taught=1):
-    """Bytes that autograd keeps per window. Residuals, norms, softmax and loss are float32,
-    operands of products take `w` bytes. `padded`: a batch has empty slots; without, there is no
-    mask and all its rows share one position bias. `fused` follows the derivative of PyTorch's
-    memory-efficient attention, the one kernel of a GPU that takes a learned bias.
-    """
-    d = config.d_model
-    f = config.d_ff
-    heads = config.num_heads
-    hidden = config.ffn_hidden_layers
-    decoders = config.num_decoder_layers
-    p = config.pruning
-    levels = len(widths) * taught
-    ahead = _ahead(config, widths)
-    inner = heads * config.d_kv
-    drop = config.dropout > 0
-    w = 2 if bf16 else 4
-    reference = p is not None and p.mode == "reference"
-    # What dropout drew: a byte, or PyTorch's number on a processor
-    noise = drop * (4 if reference else 1)
-    # Of what is not inside a layer
-    outer = noise if config.residual_dropout is None else int(config.residual_dropout > 0)
-
-    # Input, scale, normalised; the result, which mixed precision casts for each product that reads
-    # it
-    def norm(n, readers=1):
-        return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
-
-    # Queries, keys, values in v bytes, result; weights, noise, weights as read
-    def explicit(n, m, by_row=False, v=w if drop else 4):
-        return inner * (v * (n + 2 * m) + w * n) + heads * n * m * (4 + noise + v * (drop or v < 4))
-
-    # And one number a query; a bias for every row of the batch, its last axis rounded up to 8
-    def in_kernel(n, m, by_row):
-        return w * inner * 2 * (n + m) + heads * n * (4 + by_row * w * (-(-m // 8) * 8))
-
-    # Of a hidden layer, the result after dropout is all; PyTorch keeps that before and the noise
-    dropped, outputs = (1, 3) if config.ffn == "published" else (hidden, 2)
-
-    def layer(n, attention):
-        kept = f * (w * hidden + dropped * reference * drop * (noise + w))
-        return norm(n, 3) + attention + norm(n) + n * (outputs * d * outer + kept)
-
-    plain = in_kernel if fused and not reference else explicit
-    # A processor's kernel takes no learned bias
-    cross = (plain if drop or reference else in_kernel)(levels, kept, padded_behind)
-    # A mask of one byte; the library's plain attention adds one instead, and keeps none
-    masked = padded & ~np.bool_(reference)
-    total = slots * d * outer + masked * slots**2  # with the embeddings
-    total = total + (p.after_layer - 1 if p is not None else config.num_layers) * layer(
-        slots, plain(slots, slots, padded)
-    )
-    if p is not None:
-        behind = config.num_layers - p.after_layer
-        moved = p.positions == "original" and not reference  # each row its own bias, gathered
-        # On a GPU scores are computed once more, and nothing of them is kept
-        written_out = p.reduce == "select" and plain is explicit
-        total = total + layer(
-            slots, explicit(slots, slots, v=w) if written_out else plain(slots, slots, padded)
-        )
-        total = total + (p.reduce == "select") * 4 * slots * d
-        total = (
-            total
-            + (8 * kept**2 if moved and behind else 0)
-            + (padded_behind & ~np.bool_(reference)) * kept**2
-        )
-        attention = in_kernel if p.positions == "none" and not drop and not reference else plain
-        total = total + behind * layer(kept, attention(kept, kept, padded_behind | moved))
-    # Last norm, read by all cross-attention
-    total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + outer))
-    total = total + decoders * (
-        layer(levels, plain(levels, levels, False)) + norm(levels) + cross + levels * d * outer
-    )
-    total = (
-        total + norm(levels) + levels * d * (2 * outer + (8 + 2 * w * len(ahead) if ahead else 0))
-    )
-    return (
-        total
-        + 4 * taught * (sum(widths) + sum(map(sum, ahead)))
-        + _embedded(config, slots + levels)
-    )
-
-
-def _embedded(config, n):
-    """Bytes that the levers on embeddings and residuals keep of n tokens."""
-    # A byte each
-    dropped = (2 * config.num_layers + 1) * bool(config.residual_dropout and config.arch == "qwen")
-    return n * config.d_model * (dropped + 4 * config.embedding_norm)
-
-
-def _qwen_activations(config, widths, slots, kept, padded, padded_behind, fused, bf16, taught=1):
-    """As `_activations`, of a decoder-only model. A processor has a fused kernel for it too, unless
-    it drops attention weights.
-    """
-    d = config.d_model
-    f = config.d_ff
-    heads = config.num_heads
-    dk = config.d_kv
-    levels = len(widths)
-    p = config.pruning
-    w = 2 if bf16 else 4
-    drop = config.dropout > 0
-    ahead = _ahead(config, widths)
-    inner = heads * dk
-    kv = _kv(config)
-
-    def norm(n, readers):
-        return n * (8 * d + 4 + d * (2 * readers if bf16 else 4))
-
-    # Queries, keys, values, result; one number a query; a mask, and then keys and values for all
-    # heads
-    def in_kernel(n, masked):
-        # A CPU's kernel gets float32 (`cpu_layers.attention`), and its result is read in w bytes
-        v = w if fused else 4
-        read = w * inner * (v != w)
-        return n * (v * (2 * inner + 2 * kv) + read + 4 * heads) + masked * n * (
-            v * 2 * (inner - kv) + w * n
-        )
-
-    def explicit(n, masked):  # weights, what dropout drew, weights as read
-        return 4 * n * w * inner + heads * n * n * (4 + drop + w * (drop or w < 4)) + masked * n * n
-
-    def layer(n, attention):
-        rotated = n * ((4 + w) * (inner + kv) + 4 * (heads + kv // dk))  # norms of queries and keys
-        return norm(n, 3) + rotated + attention + norm(n, 2) + 4 * n * w * f
-
-    plain = explicit if drop and not fused else in_kernel
-    n = slots + levels
-    m = kept + levels
-    before = p.after_layer if p is not None else config.num_layers
-    scores = p is not None and p.reduce == "select"
-    total = (before - scores) * layer(n, plain(n, padded))
-    if scores:
-        total = (
-            total + layer(n, explicit(n, padded) if not fused else in_kernel(n, padded)) + 4 * n * d
-        )
-    total = total + (config.num_layers - before) * layer(m, plain(m, padded_behind))
-    total = total + 8 * config.d_kv * (n + (m if p is not None else 0))  # rotations
-    heads_read = (2 * (1 + len(ahead)) if bf16 else 0) + (8 + 2 * w * len(ahead) if ahead else 0)
-    total = total + m * (12 * d + 4) + levels * taught * d * heads_read
-    return total + 4 * taught * (sum(widths) + sum(map(sum, ahead))) + _embedded(config, n)

@@ -25,19 +25,20 @@ import transformers
 from filelock import FileLock
 
 import sidlab
+from sidlab.build import weights_digest
 from sidlab.checks import integer, one_of
 from sidlab.config import PARTS, TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.data.load import load_catalogue
 from sidlab.fast.precision import sizes, unmeasured
 from sidlab.files import read_json, write, write_json
+from sidlab.plan import measured_precision
 from sidlab.research import sasrec
 from sidlab.research.jobs import Queue, file_of, path_of, result_of
 from sidlab.research.summary import SECONDS
 from sidlab.saliency import named_scorer, own_source
 from sidlab.sids.fusion import collaborative_embeddings, fuse_embeddings
 from sidlab.sids.table import SidTable
-from sidlab.training import measured_precision, weights_digest
 from sidlab.windows import leave_one_out, training_windows
 
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from sidlab.batches import StratifiedBatches
+from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.decoding import recommend
 from sidlab.fast.graphs import ReplayedPasses
@@ -26,10 +28,8 @@ from sidlab.models.t5 import DeepFeedForward
 from sidlab.research.calibration import random_table
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import BOS, PAD, SidTable
-from sidlab.training import build_model
 from sidlab.windows import (
     Collator,
-    StratifiedBatches,
     StretchCollator,
     Stretches,
     Windows,

@@ -18,7 +18,7 @@ _HOME = {
     "AttentionExplorer": "attention",
     "SidExplorer": "sids",
     "TrainingMonitor": "training",
-    "FrontierExplorer": "recorded",
+    "FrontierExplorer": "frontier",
     "DilutionExplorer": "recorded",
     "MapExplorer": "recorded",
     "CostCalculator": "cost",

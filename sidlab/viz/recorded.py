@@ -2,7 +2,6 @@
 move among the settings that were run.
 """
 
-import collections
 import importlib.resources
 import json
 
@@ -11,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sidlab.figures.charts import COST, MEMORY, error_bars, span
+from sidlab.figures.charts import COST, error_bars, span
 from sidlab.figures.tables import folded, table
 from sidlab.figures.theme import BLUE, GREY, VERMILLION, mark, template
 from sidlab.viz.explorer import Explorer
@@ -161,12 +160,12 @@ class DilutionExplorer(Recorded):
         field = self.value("cost")
         best = max(self.runs, key=lambda row: row[RECALL])
         pairs = self.data["versus"]
-        said = [_verdict(pair) for pair in pairs if pair["label"] == run["label"]]
+        said = [verdict(pair) for pair in pairs if pair["label"] == run["label"]]
         # The finer one's difference to this one says the opposite of this one
         other_way = {BETTER: WORSE, WORSE: BETTER, UNDECIDED: UNDECIDED}
-        said += [other_way[_verdict(pair)] for pair in pairs if pair["against"] == run["label"]]
+        said += [other_way[verdict(pair)] for pair in pairs if pair["against"] == run["label"]]
         text = (
-            f"<p><b>{run['label']} codes: recall@10 {_recall(run)} at {run[field]:.3g}"
+            f"<p><b>{run['label']} codes: recall@10 {recall_text(run)} at {run[field]:.3g}"
             f" {self.COSTS[field]}.</b> On the same users and seeds it is {BETTER} than"
             f" {said.count(BETTER)} of the {len(said)} settings that are coarser or finer, {WORSE}"
             f" than {said.count(WORSE)}; the rest is {UNDECIDED}.</p>"
@@ -187,7 +186,7 @@ class DilutionExplorer(Recorded):
         costs = [f"{row[field]:.3g}" for field in self.COSTS]
         return (
             row["label"],
-            *_quality(row),
+            *quality_text(row),
             *costs,
             f"{row['updates']:g}",
             tokens,
@@ -307,10 +306,10 @@ class MapExplorer(Recorded):
         pair = (base, run)
         last, now = (row["curve"]["loss"][-1] for row in pair)
         seconds = [f"{row[COST]:.2f}" for row in pair]
-        rows = [(f"{RECALL}, test users", *map(_recall, pair), _difference(run))]
+        rows = [(f"{RECALL}, test users", *map(recall_text, pair), difference_text(run))]
         for metric in ("recall@5", "ndcg@10"):
             change = f"{run[metric] - base[metric]:+.{DIGITS}f}"
-            rows.append((f"{metric}, test users", *(_recall(r, metric) for r in pair), change))
+            rows.append((f"{metric}, test users", *(recall_text(r, metric) for r in pair), change))
         rows += [
             ("loss of the next item, last", f"{last:.3f}", f"{now:.3f}", f"{now - last:+.3f}"),
             ("seconds per 1,000 windows", *seconds, f"× {run[COST] / base[COST]:.2f}"),
@@ -325,12 +324,12 @@ class MapExplorer(Recorded):
         ]
         head = ("setting", "recall@10", "95 % interval", "minus no MAP", "seconds per 1,000")
         every = [
-            (row["label"], *_quality(row), _difference(row), f"{row[COST]:.2f}")
+            (row["label"], *quality_text(row), difference_text(row), f"{row[COST]:.2f}")
             for row in [base, *self.runs]
         ]
         text = (
-            f"<p><b>{run['label']}: recall@10 {_recall(run)}, without MAP {_recall(base)}.</b> On"
-            f" the same users and seeds: {_verdict(run)}.</p>"
+            f"<p><b>{run['label']}: recall@10 {recall_text(run)}, without MAP"
+            f" {recall_text(base)}.</b> On the same users and seeds: {verdict(run)}.</p>"
             + table(("", "no MAP", "chosen", "difference"), rows)
             + folded("Both curves as a table", table(("", "update", "no MAP", "chosen"), curves))
             + self._end(head, every)
@@ -406,128 +405,6 @@ def map_figure(runs: list[dict], baseline: dict, chosen: dict) -> go.Figure:
     )
 
 
-class FrontierExplorer(Recorded):
-    """Quality against cost at every kept share that was recorded, a mark for each scorer; the kept
-    share is the cursor.
-
-    Args: `data` as in `Recorded`; `keep`: the kept share at the start (the nearest recorded one);
-    `cost`: what the horizontal axis shows, a key of `COSTS`.
-    """
-
-    study = "strategies"
-    heading = "What does keeping fewer tokens save, and what does it lose?"
-    exported = "keep"
-    form = ".0%"
-    COSTS = {
-        COST: "seconds per 1,000 training windows (measured)",
-        "mflops": "MFLOPs per training window (predicted)",
-        MEMORY: "peak memory while training, MB (measured)",
-    }
-    _head = ("scorer", "kept", "recall@10", "95 % interval", "minus unpruned", "", *COSTS.values())
-
-    def __init__(self, data=None, *, keep=1 / 3, cost=COST):
-        super().__init__(data, {"keep": ("pruning.keep", keep, "kept share of the tokens")}, cost)
-
-    @staticmethod
-    def shown(rows):
-        """The scorers of which several shares were run."""
-        runs = [row for row in rows[1:] if row["pruning.reduce"] == "select"]
-        shares = collections.Counter(row["pruning.scorer"] for row in runs)
-        return [row for row in runs if shares[row["pruning.scorer"]] > 1]
-
-    def draw(self):
-        keep = self.value("keep")
-        base = self.base
-        field = self.value("cost")
-        chosen = [row for row in self.runs if row["pruning.keep"] == keep]
-        says = []
-        for row in chosen:
-            ratio = row[field] / base[field]
-            says.append(
-                f"<li><b>{row['pruning.scorer']}</b>: {_difference(row)} in recall@10,"
-                f" {_verdict(row)}. Cost {abs(ratio - 1):.0%}"
-                f" {'lower' if ratio < 1 else 'higher'}.</li>"
-            )
-        text = (
-            f"<p><b>{keep:.0%} of the tokens kept</b> after the pruner, against nothing pruned"
-            f" with recall@10 {_recall(base)}, on the same users and seeds. Cost:"
-            f" {self.COSTS[field]}.</p><ul>{''.join(says)}</ul>"
-            + table(self._head, map(self._cells, [base, *chosen]))
-            + self._end(self._head, [self._cells(row) for row in [base, *self.runs]])
-        )
-        return frontier_figure(self.runs, base, keep, field, self.COSTS[field]), text
-
-    def _cells(self, row):
-        base = self.base
-        costs = [f"{row[field]:.3g} (× {row[field] / base[field]:.2f})" for field in self.COSTS]
-        if row is base:
-            return ("unpruned", "100%", *_quality(row), "", "", *costs)
-        share = f"{row['pruning.keep']:.0%}"
-        against = (_difference(row), _verdict(row))
-        return (row["pruning.scorer"], share, *_quality(row), *against, *costs)
-
-
-def frontier_figure(
-    runs: list[dict], unpruned: dict, keep: float, field: str, title: str
-) -> go.Figure:
-    """recall@10 minus that of `unpruned`, on the same users and seeds, against the cost `field`,
-    called `title`: a line for each scorer through its `runs` (rows of the study), those at
-    `keep` large and with their intervals.
-    """
-    figure = go.Figure()
-    for scorer in dict.fromkeys(row["pruning.scorer"] for row in runs):
-        of_scorer = sorted(
-            (row for row in runs if row["pruning.scorer"] == scorer),
-            key=lambda row: row["pruning.keep"],
-        )
-        look = mark(scorer)
-        shown = [row for row in of_scorer if row["pruning.keep"] == keep]
-        for rows, chosen in ((of_scorer, False), (shown, True)):
-            figure.add_scatter(
-                x=[row[field] for row in rows],
-                y=[row["difference"] for row in rows],
-                name=scorer,
-                legendgroup=scorer,
-                showlegend=chosen,
-                mode="markers" if chosen else "lines+markers",
-                error_y=error_bars(rows, "difference") if chosen else None,
-                line={"color": look.color, "dash": look.dash, "width": 1.2},
-                opacity=1 if chosen else 0.6,
-                marker={"symbol": look.symbol, "color": look.color, "size": 17 if chosen else 7},
-                marker_line={"width": 2 * chosen, "color": GREY},
-                customdata=[f"{row['pruning.keep']:.0%}" for row in rows],
-                hovertemplate=(
-                    f"{scorer}, %{{customdata}} kept: %{{y:+.{DIGITS}f}} at"
-                    " %{x:.3g}<extra></extra>"
-                ),
-            )
-    look = mark("unpadded")
-    figure.add_scatter(
-        x=[unpruned[field]],
-        y=[0],
-        mode="markers",
-        name="unpruned",
-        hovertemplate="unpruned, at %{x:.3g}<extra></extra>",
-        marker={"symbol": look.symbol, "color": look.color, "size": 13},
-    )
-    figure.add_hline(0, line_color=GREY, line_dash="dot", layer="below")
-    costs = [row[field] for row in [unpruned, *runs]]
-    ends = [0, *(end for row in runs for end in row["difference_interval"])]
-    room = 0.06 * np.ptp(costs) or 0.1 * costs[0]
-    figure.update_xaxes(range=[min(costs) - room, max(costs) + room], title_text=title)
-    figure.update_yaxes(
-        range=[min(ends) - 0.01, max(ends) + 0.01],
-        tickformat="+.2f",
-        zeroline=False,
-        title_text="test recall@10 minus unpruned",
-    )
-    return figure.update_layout(
-        template=template(),
-        height=460,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-    )
-
-
 def _ring(figure, points, **place):
     """A mark around the chosen one of a panel, [(x, y)], or around nothing."""
     figure.add_scatter(
@@ -553,11 +430,11 @@ def _named(names):
     }
 
 
-def _quality(row):
+def quality_text(row):
     return f"{row[RECALL]:.{DIGITS}f}", span(row, RECALL, DIGITS)
 
 
-def _recall(row, metric=RECALL):
+def recall_text(row, metric=RECALL):
     return f"{row[metric]:.{DIGITS}f} {span(row, metric, DIGITS)}"
 
 
@@ -572,13 +449,13 @@ def _nearest(options, value):
     )
 
 
-def _verdict(row):
+def verdict(row):
     """Of its difference."""
     low, high = row["difference_interval"]
     return BETTER if low > 0 else WORSE if high < 0 else UNDECIDED
 
 
-def _difference(row):
+def difference_text(row):
     if row["difference"] is None:
         return "–"
     low, high = row["difference_interval"]

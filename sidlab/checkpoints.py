@@ -1,0 +1,119 @@
+"""What a killed run goes on from, and what a checkpoint holds besides the Trainer's."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
+from transformers import (
+    TrainerCallback,
+)
+
+from sidlab.build import weights_digest
+from sidlab.files import read_json, write_json
+from sidlab.saliency import own_source
+
+# In a checkpoint: the averaged weights, and of how many updates they are.
+AVERAGE = "average.safetensors"
+
+
+AVERAGED = "updates averaged"
+
+
+def prune_as(model, checkpoint):
+    """Share and layer as a strategy had them when `checkpoint` was written."""
+    then = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())["pruning"]
+    model.set_pruning(
+        dataclasses.replace(model.pruning, keep=then["keep"], after_layer=then["after_layer"])
+    )
+
+
+def average_as(model, checkpoint):
+    """The weights that were evaluated when `checkpoint` was written, where averaging had begun."""
+    if (average := pathlib.Path(checkpoint, AVERAGE)).exists():
+        model.load_state_dict(load_file(average), strict=False)
+
+
+def resume_point(folder, config, precision, catalogue, table, base):
+    """The newest checkpoint in `folder` whose state and meter can be read, or None; refuses another
+    run's folder.
+    """
+    what = {
+        "config": config.to_dict(),
+        "catalogue": catalogue.fingerprint(),
+        "table": table.fingerprint(),
+    }
+    what["precision"] = precision
+    if base is not None:
+        what["start_from"] = weights_digest(base)
+    # Without one it is known by its name alone
+    if config.pruning is not None and (source := own_source(config.pruning.scorer)):
+        what["scorer"] = source
+    stamp = folder / "run.json"
+    if stamp.exists():
+        if _in_its_precision(read_json(stamp)) != _in_its_precision(json.loads(json.dumps(what))):
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds a run of another configuration, catalogue, table"
+                " or start; choose another folder"
+            )
+    else:
+        write_json(stamp, what)  # every process of a run writes the same
+    checkpoints = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    for path in sorted(checkpoints, key=lambda p: -int(p.name.split("-")[1])):
+        try:
+            read_json(path / "trainer_state.json", "global_step", "max_steps", "log_history")
+            read_json(
+                path / "meter.json", "seconds", "peak", "windows", "slots", "real", "kept", "device"
+            )
+        except ValueError as error:
+            print(f"{path} is not complete and is passed over: {error}", file=sys.stderr)
+            continue
+        return str(path)
+    return None
+
+
+def _in_its_precision(stamp):
+    """A run.json with the answer in place of "auto": to ask for that by name is the same run."""
+    return stamp | {"config": stamp.get("config", {}) | {"precision": stamp.get("precision")}}
+
+
+class Average(TrainerCallback):
+    """The mean of the weights after each update beyond the first `begin` updates."""
+
+    def __init__(self, model, begin):
+        self.model = model
+        self.begin = begin
+        self.mean = None  # torch's AveragedModel, once it has begun
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > self.begin:
+            self.mean = self.mean or AveragedModel(self.model)
+            self.mean.update_parameters(self.model)
+
+    def save(self, folder):
+        """Writes the mean, if it has begun, into a checkpoint's folder."""
+        if self.mean is not None:
+            weights = {name: weight for name, weight in self.mean.module.named_parameters()}
+            save_file(weights | {AVERAGED: self.mean.n_averaged}, folder / AVERAGE)
+
+    def load(self, checkpoint):
+        """The mean as it was when `checkpoint` was written, if it had begun."""
+        path = pathlib.Path(checkpoint) / AVERAGE
+        if path.exists():
+            weights = load_file(path)
+            self.mean = AveragedModel(self.model)
+            self.mean.n_averaged.copy_(weights.pop(AVERAGED))
+            self.mean.module.load_state_dict(weights, strict=False)
+
+
+def stale(state):
+    """How many evaluations ago the best one was."""
+    recalls = [e["eval_recall@5"] for e in state.log_history if "eval_recall@5" in e]
+    return len(recalls) - 1 - int(np.argmax(recalls)) if recalls else 0
