@@ -6,8 +6,8 @@ import typing
 
 from sidlab.checks import integer, number, one_of, plain
 from sidlab.map_loss import MapConfig
-from sidlab.models import qwen as sid_qwen
-from sidlab.models import t5 as sid_t5
+from sidlab.models import qwen_layout as sid_qwen
+from sidlab.models import t5_layers as sid_t5
 from sidlab.models.base import check_after_layer
 from sidlab.pruning import PruningConfig
 from sidlab.strategy import SCHEDULES, Strategy

@@ -15,8 +15,6 @@ from sidlab.models.base import PrunedHistory, SidLosses
 from sidlab.sids.table import BOS, PAD, SEP
 
 ENCODER_MASKS = ("full", "items")
-
-
 FEED_FORWARDS = ("t5", "published")
 
 
