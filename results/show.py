@@ -270,7 +270,7 @@ def updated(text: str) -> str:
     if not SECTION.search(text):
         raise ValueError(
             f"{README} has no line <!-- results: made by results/show.py --> with <!-- end of"
-            " results --> behind it"
+            " results --> after it"
         )
     return SECTION.sub(lambda match: match[1] + section() + match[2], text)
 

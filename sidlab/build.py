@@ -32,7 +32,7 @@ def build_model(config: TrainConfig, table: SidTable) -> SidT5 | SidQwen:
     # imported.
     if config.pruning is not None:
         model.set_scorer(config.pruning.scorer)
-    if config.plain:
+    if config.stock_kernels:
         model.set_attn_implementation("eager")
         cpu_layers.replace_dropout(model, torch.nn.Dropout)
     return model

@@ -128,7 +128,9 @@ class TrainConfig:
     # "fp32", "bf16" (mixed precision) or "auto": the faster of both, as `sidlab.fast.precision`
     # finds
     precision: str = "auto"
-    plain: bool = False  # the libraries' own attention and dropout in place of `fast`, to compare
+    stock_kernels: bool = (
+        False  # the libraries' own attention and dropout in place of `fast`, to compare
+    )
     seed: int = 0  # of weights, dropout and order
 
     def __post_init__(self):

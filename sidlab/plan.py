@@ -107,7 +107,7 @@ def measured_precision(config: TrainConfig, table: SidTable, windows: Windows | 
     longest = int(lengths[batch].max())
     rows = max(1, TIMED_SLOTS // (longest * (table.levels + config.separators)))
     batch = sorted(batch, key=lambda window: lengths[window])[-rows:]
-    shape = len(batch), longest, config.separators, table.widths, config.plain
+    shape = len(batch), longest, config.separators, table.widths, config.stock_kernels
     key = sizes(config), shape, torch.get_num_threads()
     if key not in _measured:
         _measured[key] = faster_precision(_timed_passes(config, table, windows, batch), device)

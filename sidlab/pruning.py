@@ -3,7 +3,7 @@ the rest for good.
 
 A row with n real tokens keeps ceil(keep · n) of them. That is a share of *its own* tokens, where
 the published code keeps a share of the padded length, and so mostly prunes padding. Kept tokens are
-gathered into a shorter tensor: every layer behind this one is cheaper, which masking alone would
+gathered into a shorter tensor: every later layer is cheaper, which masking alone would
 not give.
 """
 
@@ -167,7 +167,7 @@ class TokenPruner(nn.Module):
                 if len(kept)
                 else 0
             )
-            # One also for rows of nothing but padding: no layer behind takes less
+            # One also for rows of nothing but padding: no later layer takes less
             slots = max(slots, min(width, 1))
         else:
             # Token mode is never read from the mask, or a pass could not be recorded in a CUDA

@@ -1,4 +1,4 @@
-"""Pruning that changes while a model trains: how much of a history is kept, and behind which layer.
+"""Pruning that changes while a model trains: how much of a history is kept, and after which layer.
 
 A `Strategy` says how, a callback (`AdaptPruning`, which `train` adds) does it before an update:
 
@@ -13,10 +13,10 @@ A `Strategy` says how, a callback (`AdaptPruning`, which `train` adds) does it b
   above the unpruned one, one step up if at the present share it is more. Taking the smallest share
   within the bound at once would take it for good: hardly trained, a model has no gap yet, and one
   trained pruned is worse at all tokens, which it never sees;
-* "settled-layer": after the first `every` updates the pruner moves behind the first layer whose
-  ranking of the tokens has settled: where Spearman's correlation with the ranking of the layer
-  behind is at least `threshold`, the mean over the histories of a probe batch. Then it stays. (If
-  none has, it moves behind the last layer but one; the correlations are in the log as "agreement".)
+* "settled-layer": after the first `every` updates the pruner moves after the first layer whose
+  ranking of the tokens has settled: where Spearman's correlation with the ranking of the next
+  layer is at least `threshold`, the mean over the histories of a probe batch. Then it stays. (If
+  none has, it moves after the last layer but one; the correlations are in the log as "agreement".)
 
 Ratios by row are no strategy over time but a way to choose: `PruningConfig(mass=…)`. What a
 strategy spends on its probe counts as training.
@@ -137,7 +137,7 @@ class AdaptPruning(TrainerCallback):
         return shares[place] if holds(shares[place]) else shares[min(place + 1, len(shares) - 1)]
 
     def settled(self, agreement: list[float]) -> int:
-        """The first layer whose ranking of the tokens correlates with that of the layer behind as
+        """The first layer whose ranking of the tokens correlates with that of the next layer as
         asked.
         """
         return next(
@@ -146,7 +146,7 @@ class AdaptPruning(TrainerCallback):
         )
 
     def agreement(self) -> list[float]:
-        """Each layer's correlation with the layer behind."""
+        """Each layer's correlation with the next layer."""
         before = self.model.pruning
         layers = self.model.stack.config.num_hidden_layers
         rankings = [

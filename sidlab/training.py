@@ -371,7 +371,7 @@ def _replays(config, processes):
     return (
         torch.cuda.is_available()
         and processes == 1
-        and not config.plain
+        and not config.stock_kernels
         and config.windows == "prefixes"
         and config.strategy is None
     )

@@ -203,7 +203,7 @@ def truth_tokens(values: np.ndarray, levels: int, separators: bool, shape) -> Te
 
 
 def add_padding_flag(batch: dict) -> dict:
-    """`batch` with "padded", whether any slot is empty: asked here, on the processor, because a GPU
+    """`batch` with "padded", whether any slot is empty: asked here, on the CPU, because a GPU
     would have to be waited for.
     """
     return batch | {"padded": not bool(batch["attention_mask"].all())}

@@ -79,13 +79,18 @@ def test_every_variant_trains_the_same_model_on_the_same_windows():
         slots = [batch["input_ids"].shape[1] for batch in training.batches]
         assert slots == ([150, 150] if config.padding == "fixed" else [20, 145]), name
         dropouts = {type(m) for m in training.model.modules() if isinstance(m, nn.Dropout)}
-        assert dropouts == ({nn.Dropout} if variant.config.plain else {cpu_layers.Dropout}), name
+        assert dropouts == (
+            {nn.Dropout} if variant.config.stock_kernels else {cpu_layers.Dropout}
+        ), name
         attention = {
             m.config._attn_implementation
             for m in training.model.modules()
             if hasattr(m, "relative_attention_num_buckets")
         }
-        assert attention <= {"eager" if variant.config.plain else "sidlab", "sidlab_scored"}, name
+        assert attention <= {
+            "eager" if variant.config.stock_kernels else "sidlab",
+            "sidlab_scored",
+        }, name
         before = [p.detach().clone() for p in training.model.parameters()]
         assert training.passes() >= 0 and training.step() >= 0
         assert any(not torch.equal(a, b) for a, b in zip(before, training.model.parameters()))
@@ -246,7 +251,7 @@ def test_the_page_shows_every_step(tmp_path, monkeypatch):
         "preset": "quick",
         "seeds": 3,
         "rows": rows,
-        "hardware": {"gpu": None, "processor": "the processor"},
+        "hardware": {"gpu": None, "processor": "the CPU"},
     }
     (tmp_path / "fast-planted.json").write_text(json.dumps(study))
     files = [word for name, path in zip(("--json", "--page"), paths) for word in (name, str(path))]

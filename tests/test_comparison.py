@@ -161,7 +161,7 @@ def test_seconds_of_two_devices_do_not_compare(finished, monkeypatch):
         "busy"
     ]
     assert (
-        told.startswith("The runs were made on NVIDIA H100 and a processor (threads: ")
+        told.startswith("The runs were made on NVIDIA H100 and a CPU (threads: ")
         and "do not compare" in told
     )
 

@@ -105,7 +105,7 @@ def epoch(config, histories=HISTORIES):
 def counted(config, batches):
     """FLOPs of forward, and of forward and backward, as PyTorch counts them.
 
-    It knows mm, bmm and the fused attention of GPUs, but not that of a processor; hence the plain
+    It knows mm, bmm and the fused attention of GPUs, but not that of a CPU; hence the plain
     attention.
     """
     model = build_model(config, TABLE).train()
@@ -237,7 +237,7 @@ def test_parts_add_up_and_only_those_in_use_count():
     assert stamp.training == 3 * stamp.forward
     assert stamp.kept < 0.4 * stamp.slots
     plain = cost(SMALL, TABLE.widths, lengths)
-    assert [part for part, value in plain.flops.items() if value == 0] == ["behind", "map"]
+    assert [part for part, value in plain.flops.items() if value == 0] == ["after", "map"]
     assert plain.kept == plain.slots
 
 

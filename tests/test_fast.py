@@ -1,4 +1,4 @@
-"""The processor's dropout and attention against plain renderings of both: its distribution by
+"""The CPU's dropout and attention against plain renderings of both: its distribution by
 counting, its gradients by autograd.
 """
 

@@ -48,7 +48,7 @@ FULL = [test_t5.HISTORIES[0], test_t5.HISTORIES[0][::-1]]  # as many items as fi
 
 
 class NoWaiting(TorchDispatchMode):
-    """Notes every operation that makes a GPU tell the processor a value, or the number of elements
+    """Notes every operation that makes a GPU tell the CPU a value, or the number of elements
     of a result.
     """
 

@@ -265,7 +265,7 @@ def names(*nodes):
 
 def given_away(lesson):
     """What stands open beside a question: (place of the prediction, what), over all of them. Either
-    a truth that is written down in the markdown cell behind it; or a name that the next code cell
+    a truth that is written down in the markdown cell after it; or a name that the next code cell
     shows, and from which the truth, or what is shown with it, is made and the question is not. Of
     what the truth is made is looked up one assignment back.
     """

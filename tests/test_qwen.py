@@ -568,7 +568,7 @@ def test_it_saves_with_its_table_and_loads(tmp_path, drop_map):
         ),
         (
             lambda: build()(input_ids=batch()["input_ids"]),
-            "input_ids must hold BOS behind every history",
+            "input_ids must hold BOS after every history",
         ),
         (lambda: build().set_scorer("norm"), "does not prune"),
         (

@@ -148,9 +148,9 @@ def test_a_study_runs_pools_its_seeds_and_writes_what_it_found(ran):
 def test_runs_of_two_devices_are_told(ran, tmp_path):
     frame = studies.run("strata", ran / "out", preset="smoke", seeds=2, only=2)
     files = [tmp_path / str(number) for number in range(len(frame))]
-    for last, busy in (("a processor", False), ("NVIDIA H100", True)):
+    for last, busy in (("a CPU", False), ("NVIDIA H100", True)):
         for file, made in zip(files, frame["file"]):
-            device = last if file == files[-1] else "a processor"
+            device = last if file == files[-1] else "a CPU"
             file.write_text(
                 json.dumps(
                     json.loads(pathlib.Path(made).read_text()) | {"busy": False, "device": device}
@@ -489,7 +489,7 @@ def test_savings_are_judged_by_the_published_figure():
     assert verdicts(seeds)[speed] == "confirmed"
     seeds["rows"][-1]["seconds_per_1k_windows"] = 1.7
     assert verdicts(seeds)[speed] == "undecided"
-    assert fast[memory] == slow[memory] == "not run"  # on a processor memory says nothing
+    assert fast[memory] == slow[memory] == "not run"  # on a CPU memory says nothing
     on_gpu = [comparison(stamp=(1.0, mb, 0, 0.01)) for mb in (82, 83)]
     for results in on_gpu:
         results["hardware"]["gpu"] = "H100"

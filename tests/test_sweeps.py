@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 def test_no_slots_are_kept_that_no_history_can_fill():
     def sizes(longest, **changes):
         catalogue = types.SimpleNamespace(histories=[np.ones(3), np.ones(longest)])
-        found = sweeps.fitted(TrainConfig.preset("paper", **changes), catalogue)
+        found = sweeps.clip_max_items(TrainConfig.preset("paper", **changes), catalogue)
         return found.max_items, found.padded_items
 
     assert sizes(40) == sizes(30) == (29, 30)

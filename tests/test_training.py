@@ -181,7 +181,7 @@ def test_plain_attention_and_dropout_give_the_same_model_where_nothing_is_droppe
         "max_updates": 3,
     }
     ours = run(**changes)
-    plain = run(**changes, plain=True)
+    plain = run(**changes, stock_kernels=True)
     assert (
         plain.model.stack.config._attn_implementation == "eager"
         and ours.model.stack.config._attn_implementation == "sidlab"
@@ -255,7 +255,7 @@ def test_whoever_resumes_on_another_machine_is_told(tmp_path, monkeypatch):
     run(tmp_path, max_updates=3)
     monkeypatch.setattr(meter_module, "device_name", lambda: "NVIDIA H100")
     with pytest.warns(
-        UserWarning, match=r"made on a processor \(threads: \d+\), and this is NVIDIA H100"
+        UserWarning, match=r"made on a CPU \(threads: \d+\), and this is NVIDIA H100"
     ):
         run(tmp_path, max_updates=3)
 
@@ -749,7 +749,7 @@ def test_presets_take_changes():
             lambda: config(pruning={"keep": 0.5}),
             "pruning must be a PruningConfig or None, got {'keep': 0.5}",
         ),
-        (lambda: config(plain="no"), "plain must be True or False, got 'no'"),
+        (lambda: config(stock_kernels="no"), "stock_kernels must be True or False, got 'no'"),
         (
             lambda: config(pruning=PruningConfig(at_inference="no")),
             "at_inference must be True or False, got 'no'",

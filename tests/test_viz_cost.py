@@ -335,9 +335,9 @@ def test_where_a_step_only_waits_pruning_does_not_pay():
 
 def test_pruning_behind_more_layers_than_there_are_is_behind_the_last():
     explorer = CostCalculator(MACHINE, layers=2, after=7)
-    assert "behind layer 2 of 2" in explorer.text
+    assert "after layer 2 of 2" in explorer.text
     explorer.controls["layers"].value = 12
-    assert "behind layer 7 of 12" in explorer.text
+    assert "after layer 7 of 12" in explorer.text
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -140,7 +140,7 @@ from sidlab.course.probe import Probe
 probe = Probe(demo.model, history, catalogue.truth)
 # Layer 2: [heads, from, to] → [to], the attention that each token receives
 received = probe.attention[1].sum(dim=(0, 1))
-size = probe.hidden[2].abs().sum(dim=-1)  # the state behind layer 2: [N, d] → [N]
+size = probe.hidden[2].abs().sum(dim=-1)  # the state after layer 2: [N, d] → [N]
 importance = received * size
 kept = importance.topk(int(sidlab.pruning.kept_count(torch.tensor(n), keep))).indices.sort().values
 kept.tolist()
@@ -327,11 +327,11 @@ teach.quiz(
         [
             "The oldest items",
             "Items that were bought once",
-            "Tokens with a low score, for all layers behind it",
+            "Tokens with a low score, for all layers after it",
             "Layers of the model",
         ],
         2,
-        "Kept tokens are gathered into a shorter tensor; nothing behind the pruner sees the others.",
+        "Kept tokens are gathered into a shorter tensor; nothing after the pruner sees the others.",
     ),
     teach.Question(
         "Why do the kept tokens stay in their original order?",

@@ -220,9 +220,9 @@ teach.predict(
 # %% [markdown]
 # ## Do norms and attention know it?
 #
-# A pruner can't see the truth. RASTP and STAMP look at two things behind some encoder layer: the L1 norm of a token's
+# A pruner can't see the truth. RASTP and STAMP look at two things after some encoder layer: the L1 norm of a token's
 # hidden state (*saliency*) and the attention it receives (*centrality*). `Probe` opens the bundled model on one
-# history; we look behind layer 2.
+# history; we look after layer 2.
 
 # %%
 frames = []
@@ -259,7 +259,7 @@ figure = px.line(
     markers=True,
     height=400,
     template=template(),
-    title="What a pruner sees behind layer 2",
+    title="What a pruner sees after layer 2",
     labels={"age": "age (1 = last item)", "value": ""},
     category_orders={"level": [*levels, "separator"]},
 )

@@ -274,13 +274,13 @@ teach.predict(
 #
 # The truth is known in a planted world only. What one can always do is **occlusion**: hide one token and see how the prediction changes.
 # We do it for all tokens of a history in one batch: copy *i* of the history lacks token *i*. At the input, the attention mask hides it
-# from all layers and from the decoder. Behind the layer, a scorer of our own makes the pruner drop it: that is exactly what pruning does
+# from all layers and from the decoder. After the layer, a scorer of our own makes the pruner drop it: that is exactly what pruning does
 # to a single token.
 
 
 # %%
 def without_each(probe, behind_layer):
-    """The encoder's output for N copies of a history; copy i lacks token i, at the input or only behind the scoring layer."""
+    """The encoder's output for N copies of a history; copy i lacks token i, at the input or only after the scoring layer."""
     n = len(probe.tokens)
     copies = probe.input_ids.expand(n, -1)
     everything = torch.ones(n, n)
@@ -441,28 +441,28 @@ correlations.rename(
 # compare with `random` and `recent`. A ranking that is right on average can be good enough to prune by, and still be wrong about the
 # token in front of you.
 #
-# ## Third judge: behind the pruner's layer
+# ## Third judge: after the pruner's layer
 #
-# Hiding a token at the input is not what a pruner does. It removes a *state* behind a layer, after its neighbours have read it. Same
+# Hiding a token at the input is not what a pruner does. It removes a *state* after a layer, after its neighbours have read it. Same
 # measure, other place:
 
 # %%
-tokens["effect behind"] = np.concatenate([effect(probe, behind_layer=True) for probe in probes])
-by_place = tokens.groupby("level")[["oracle", "effect", "effect behind"]].mean()
+tokens["effect after"] = np.concatenate([effect(probe, behind_layer=True) for probe in probes])
+by_place = tokens.groupby("level")[["oracle", "effect", "effect after"]].mean()
 
 # %%
 teach.predict(
-    f"Behind layer {layer}: the removal of tokens of which level changes the prediction most, on average?",
-    by_place["effect behind"].idxmax(),
+    f"After layer {layer}: the removal of tokens of which level changes the prediction most, on average?",
+    by_place["effect after"].idxmax(),
     choices=list(by_place.index),
     default="level 2",
     explain="Mean change in nats: "
-    + ", ".join(f"{name} {value:.2g}" for name, value in by_place["effect behind"].items())
+    + ", ".join(f"{name} {value:.2g}" for name, value in by_place["effect after"].items())
     + ".",
     then=[
         by_place,
         "At the input (column `effect`) the model depends most on the levels that hold the truth, and more than an ideal recommender would: "
-        "in training it never met a history with a hole at the input. Behind the layer, where it was trained with holes, the picture is another. The "
+        "in training it never met a history with a hole at the input. After the layer, where it was trained with holes, the picture is another. The "
         "diagonal stripes have handed the codes of an item on to its later tokens; whoever holds the copy matters, whoever held the original does "
         "not any more. A pruner has to keep the *carriers*.",
     ],
@@ -475,9 +475,9 @@ teach.predict(
 from sidlab.metrics import paired_test
 
 behind = pd.Series(
-    {s: per_user(s, "effect behind").mean() for s in scorers}, name=f"effect behind layer {layer}"
+    {s: per_user(s, "effect after").mean() for s in scorers}, name=f"effect after layer {layer}"
 )
-test = paired_test(per_user("rastp", "effect behind"), per_user("centrality", "effect behind"))
+test = paired_test(per_user("rastp", "effect after"), per_user("centrality", "effect after"))
 print(
     "rastp minus centrality: {:+.3f}, 95 % interval over users {:+.3f} to {:+.3f}".format(
         test.difference, *test.interval
@@ -494,7 +494,7 @@ pd.concat(
 )
 
 # %% [markdown]
-# Compare the orders from column to column: the two judges of the input may agree, the one behind the layer has an order of its own. Look
+# Compare the orders from column to column: the two judges of the input may agree, the one after the layer has an order of its own. Look
 # for `oracle`: the truth about the *inputs* is a poor guide to the *states*. Look for `norm`: worse than chance before the first judge,
 # and now? A large state can be one that carries something. And the product: does it beat its factors before this judge? The line above
 # the table says whether that holds for these users, or could be luck.
@@ -540,7 +540,7 @@ print(
 # Most votes come from positions that hold no item (to the published code they look like code 0 of the first level, and the separator), and the shorter the history, the more of them: the published code always pads to 30 items. Without padded voters,
 # `clean` is what the probe found for the history alone. [Notebook 7](07_padding_is_not_pruning.ipynb) is about padding.
 #
-# **The front seat.** In a decoder-only model, such as STAMP's Qwen, a token is seen by itself and the tokens *behind* it alone. The first token of a history of n has n voters, the last
+# **The front seat.** In a decoder-only model, such as STAMP's Qwen, a token is seen by itself and the tokens *after* it alone. The first token of a history of n has n voters, the last
 # one has itself. A sum of votes then says mostly how early a token stands. The scorer `rastp-visible` divides it by the number of queries that can see the token. To see what comes from the
 # mask and nothing else, take a decoder-only model whose weights are random:
 
@@ -670,7 +670,7 @@ teach.check("importance_of", importance_of)
 # Attention is a softmax of query · key plus position bias; the sum of a *column* is what a token receives. RASTP multiplies it by the L1
 # norm of the token's state. On this model the score finds more informative input tokens than chance, though fewer than centrality alone,
 # and it agrees only in part with what happens when tokens are taken out. The answer depends on the place: what is informative at the
-# input and what carries the information behind a layer are different tokens, and the judge behind the layer ranks the scorers in another order. Test a
+# input and what carries the information after a layer are different tokens, and the judge after the layer ranks the scorers in another order. Test a
 # scorer by intervention, at the layer where you prune, and against `random`.
 
 # %%
@@ -704,7 +704,7 @@ teach.quiz(
         "A single draw goes up or down by luck. The change of the whole prediction averages over the draws.",
     ),
     teach.Question(
-        "A token is truly informative, but its removal behind layer 2 changes nothing. How can that be?",
+        "A token is truly informative, but its removal after layer 2 changes nothing. How can that be?",
         [
             "The truth is wrong",
             "Other tokens have read it in the layers before and carry it now",

@@ -67,7 +67,7 @@ explorer
 # * `rastp` at 33 %: find blue tokens without an orange dot (truly informative), and hatched ones with one. Keep an eye on level 3. It never has a dot.
 # * Move *prune after layer* to 4. Nothing lies behind, so the meter saves next to nothing: only the decoder reads fewer tokens.
 # * Set *unit* to `item`. Whole columns stay or go, separators with them.
-# * Set *positions* to `none`: the published RASTP code loses all positions behind the pruner, by accident. Does the list notice?
+# * Set *positions* to `none`: the published RASTP code loses all positions after the pruner, by accident. Does the list notice?
 # * Press *prune by hand*, click tokens away, and see how you do against the scorers at the same number. Then make a rule out of levels and recency (*a rule of your own*) and
 #   score it over 200 users.
 #
@@ -214,7 +214,7 @@ for name in ("norm", "rastp"):
 #
 # ## Where the information went
 #
-# The pruner does not choose among input tokens. It chooses among **states behind layer 2**, and two layers of attention have moved things around by then. How
+# The pruner does not choose among input tokens. It chooses among **states after layer 2**, and two layers of attention have moved things around by then. How
 # much does a token of one level look at the tokens of its own item? We average the attention of layers 1 and 2 over the items of some users.
 
 # %%
@@ -252,7 +252,7 @@ recall_of = {
 
 # %%
 teach.predict(
-    "One token in four: exactly one for each item. Which one would you keep behind layer 2?",
+    "One token in four: exactly one for each item. Which one would you keep after layer 2?",
     max(recall_of, key=recall_of.get),
     choices=list(one_level),
     default="only level 2",
@@ -343,7 +343,7 @@ layers.round(3)
 
 # %% [markdown]
 # "unpadded" is the model that prunes nothing. The saving shrinks with every layer. Does the recall grow in return? A later layer is the better judge only if
-# its attention still points at what matters, and nobody promised that. (In training the demo model was pruned behind layers 1 to 3 by turns, never behind 4.)
+# its attention still points at what matters, and nobody promised that. (In training the demo model was pruned after layers 1 to 3 by turns, never behind 4.)
 #
 # ## Unit and positions
 
@@ -357,7 +357,7 @@ pd.Series(variants).unstack()[["original", "compact", "none"]].round(3)
 
 # %% [markdown]
 # Whole items keep their codes together, but then the kept share of the *items* is all that is left. Across a row: differences of a few thousandths, a few users
-# more or less, say that the layers behind the pruner hardly use positions. This model was trained with `original`, so a large loss elsewhere would say that they do.
+# more or less, say that the layers after the pruner hardly use positions. This model was trained with `original`, so a large loss elsewhere would say that they do.
 
 # %% [markdown]
 # ### Exercise 1 · ★★☆ · 10 minutes

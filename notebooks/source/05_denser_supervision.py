@@ -383,7 +383,7 @@ teach.predict(
     unit="%",
     explain="The encoder reads an item once, not in every window. The decoder's work stays: it spells every target.",
     then=[
-        flops.assign(relative=relative).drop(columns="behind").style.format(precision=2),
+        flops.assign(relative=relative).drop(columns="after").style.format(precision=2),
         "Millions; *relative* compares the column *training*.",
     ],
 )

@@ -267,7 +267,7 @@ monitor
 #   best that can be expected, not the luckiest. The lines are the rulers of section 2, on these users.
 # * After two evaluations: **which run would you stop?** Stop it. The others go on, and faster. Was it behind by more than recall jumps?
 # * **Resume** it: a stopped run goes on where it was, to the same bit as if nothing had stopped it.
-# * The seconds are each run's own, and rough: what you run meanwhile shares the processor. (And PyTorch's random numbers; the next section
+# * The seconds are each run's own, and rough: what you run meanwhile shares the CPU. (And PyTorch's random numbers; the next section
 #   draws none.)
 #
 # ## 5. While it trains: a published claim

@@ -199,7 +199,7 @@ ratios = pd.DataFrame(
         "highest round": by_round.max(),
         "FLOPs": {name: c.training / predicted["padded"].training for name, c in predicted.items()},
         "slots a history": {name: c.slots for name, c in predicted.items()},
-        "behind the pruner": {name: c.kept for name, c in predicted.items()},
+        "after the pruner": {name: c.kept for name, c in predicted.items()},
     }
 )
 
@@ -233,7 +233,7 @@ teach.predict(
 # |   | the published code | the consequence | corrected |
 # |---|---|---|---|
 # | 1 | keeps a third of the *padded* length | mostly padding is pruned | a share of each row's own tokens |
-# | 2 | drops the position bias behind the pruner: only the first block owns one | the layers behind have no position information at all | gathers the bias at the kept places |
+# | 2 | drops the position bias after the pruner: only the first block owns one | the layers behind have no position information at all | gathers the bias at the kept places |
 # | 3 | hands the decoder the mask of the first K slots, K being how many are kept (the encoder's own layers get that of the kept ones) | right with padding on the right, wrong on the left | hands on the mask of the kept tokens |
 # | 4 | padded queries vote in the centrality, the attention that a token receives; they read as code 0 of the first level, every fifth as the separator | in short histories most attention that is counted comes from padding | only real queries vote |
 # | 5 | scores with the attention after dropout | the choice is noisy in training | scores with the clean attention |
@@ -246,7 +246,7 @@ teach.predict(
 
 # %%
 teach.predict(
-    "Behind the pruner, kept tokens swap places: the last becomes the first. What happens to the published code's recommendation (quirk 2)?",
+    "After the pruner, kept tokens swap places: the last becomes the first. What happens to the published code's recommendation (quirk 2)?",
     "nothing at all",
     choices=["nothing at all", "its probability changes a little", "another item is recommended"],
     default="its probability changes a little",
@@ -254,7 +254,7 @@ teach.predict(
 )
 
 # %% [markdown]
-# The demo model, one history cut to 10, 6, 4 and 2 items, all padded to 10 items (40 slots), a third kept behind the second layer. The picture on the left follows the
+# The demo model, one history cut to 10, 6, 4 and 2 items, all padded to 10 items (40 slots), a third kept after the second layer. The picture on the left follows the
 # switch; the bars on the right always show both codes. Everything is computed as you click.
 
 # %%

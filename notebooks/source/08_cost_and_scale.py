@@ -16,7 +16,7 @@
 # **Machine** One core, about 1 GB of memory, no GPU, no network. With a GPU, training steps are timed there.
 
 # %% tags=["parameters"]
-threads = 1  # of the processor; small steps gain little from more, and on one their times vary less
+threads = 1  # of the CPU; small steps gain little from more, and on one their times vary less
 rounds = 5  # how often each step is timed
 # Steps to predict: model width, layers, items, slots a batch
 unseen = [(64, 3, 30, 1024), (128, 2, 10, 2048), (32, 6, 20, 512)]
@@ -362,7 +362,7 @@ teach.check("trie_nodes", trie_nodes)
 # ## Summary
 #
 # FLOPs follow from configuration and lengths alone, exactly; seconds need a measurement, because memory traffic and fixed prices are not in the FLOPs. A fit of four
-# coefficients predicts steps it has not seen roughly; how roughly, your table of held-out steps says. Pruning saves where layers behind the pruner have work to do: long histories, wide models,
+# coefficients predicts steps it has not seen roughly; how roughly, your table of held-out steps says. Pruning saves where layers after the pruner have work to do: long histories, wide models,
 # large batches. Where a step only waits, it saves little or nothing. A catalogue of a million items costs memory for its table and trie, and hardly any time.
 
 # %%

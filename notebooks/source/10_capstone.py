@@ -89,7 +89,7 @@ teach.register(
 # %% [markdown]
 # ## The contest
 #
-# * The model is the bundled demo, pruned behind layer 2. Every scorer keeps the same number of tokens of every history; only *which* is yours.
+# * The model is the bundled demo, pruned after layer 2. Every scorer keeps the same number of tokens of every history; only *which* is yours.
 # * A scorer may use everything in `signals` except `truth`.
 # * **Develop on validation, report on test.** Of every user the last item is the target of the test, the one before it of the validation. Whoever tries thirty ideas on
 #   the same targets and reports the best has tuned on them.
@@ -132,7 +132,7 @@ teach.predict(
     range=(0, 100),
     default=(60, 90),
     unit="%",
-    explain=f"The oracle keeps {ratio:.0%}: the right tokens of the input are not the right states behind layer 2.",
+    explain=f"The oracle keeps {ratio:.0%}: the right tokens of the input are not the right states after layer 2.",
     then=[
         pd.Series(
             {name: h.mean() for name, h in {**starters, "unpruned": unpruned}.items()}

@@ -161,7 +161,7 @@ teach.predict(
 # %% [markdown]
 # ## Four neighbours
 #
-# All four experiments below use the bundled model, its test users, and pruning behind layer 2. They are small on purpose: each shows one thing that pruning would meet there.
+# All four experiments below use the bundled model, its test users, and pruning after layer 2. They are small on purpose: each shows one thing that pruning would meet there.
 
 # %%
 demo = sidlab.demo.load()
@@ -174,7 +174,7 @@ third = PruningConfig(keep=1 / 3)
 #
 # IDs are usually made once, before training: no gradient of the recommender reaches the codebooks. Differentiable IDs let it through (a soft or straight-through choice of the code), so
 # that items are grouped as recommending needs it. This kit does not train them: codes that move during training would make every cached history, trie and comparison here move with them.
-# What it can show is what such IDs would *receive*: the gradient of the loss at every code of the history. A token that is pruned behind layer 2 is still read by two layers, so something
+# What it can show is what such IDs would *receive*: the gradient of the loss at every code of the history. A token that is pruned after layer 2 is still read by two layers, so something
 # arrives. But how much, and is it the pruner's doing? A token that says little receives little whether it is pruned or not, so the same tokens are looked at with nothing pruned, too.
 
 # %%
@@ -411,7 +411,7 @@ go.Figure(
 
 # %% [markdown]
 # One beam commits to a first code and cannot turn back; more beams keep alternatives alive. Where a curve is flat, the search has found what the model thinks best, and only a better
-# model would help; where it falls, what the model thinks best is not what the user took next. Compare the whiskers before you call a rise or a fall real. What pruning would do to reasoning: steps are generated behind the history, so each of them reads the kept keys alone, and the more steps, the more pruning saves; a token
+# model would help; where it falls, what the model thinks best is not what the user took next. Compare the whiskers before you call a rise or a fall real. What pruning would do to reasoning: steps are generated after the history, so each of them reads the kept keys alone, and the more steps, the more pruning saves; a token
 # that only a later step would have needed is gone, though, for importance is scored once, before the first step. (What a step has generated is never pruned here.)
 #
 # ### Exercise 1 · ★★☆ · 10 minutes
@@ -482,7 +482,7 @@ teach.quiz(
         "Distances add squared differences.",
     ),
     teach.Question(
-        "A token is pruned behind layer 2. Does the loss reach its embedding?",
+        "A token is pruned after layer 2. Does the loss reach its embedding?",
         [
             "Yes, through layers 1 and 2",
             "No",

@@ -4,7 +4,7 @@ without any training.
     python -m sidlab.course.demo
 
 trains it anew (minutes on two cores) and writes it into the package; so does `make demo-model`. In
-every update another scorer keeps another share of the tokens behind another layer, so each
+every update another scorer keeps another share of the tokens after another layer, so each
 position of an explorer's sliders finds a model that has seen the like. It trains on ten times the
 users that `load` shows, in the same world.
 """

@@ -1,8 +1,8 @@
 """Look inside: one history in a model, opened up layer by layer, and pruned in any way without
 running it anew.
 
-The encoder runs once, unpruned, and leaves its hidden states and attention. Pruning behind some
-layer then needs only the layers behind it and the decoder, which is what lets an explorer follow a
+The encoder runs once, unpruned, and leaves its hidden states and attention. Pruning after some
+layer then needs only the layers after it and the decoder, which is what lets an explorer follow a
 slider. What comes out is what `recommend` gives for the same model with the same `PruningConfig`
 (and `at_inference`, which a probe does not ask for).
 """
@@ -23,7 +23,7 @@ from sidlab.windows import history_tokens, pad_histories, truth_tokens
 
 class Pruned(NamedTuple):
     """`kept` bool [N]; `importance` float32 [N] (None if pooled); `attention` float32 [layers
-    behind, H, K, K], of the layers behind the pruner; `items` int64 [k] and `scores` float32 [k],
+    after, H, K, K], of the layers after the pruner; `items` int64 [k] and `scores` float32 [k],
     the recommendations.
     """
 
@@ -34,7 +34,7 @@ class Pruned(NamedTuple):
     scores: Tensor
 
 
-def on_processor(model):
+def on_cpu(model):
     """`model`, or a copy where it stands on a GPU: one history is little work, and all of it is
     read as numbers.
     """
@@ -61,7 +61,7 @@ class Probe:
                 "a probe opens the encoder of a SidT5, and so do the explorers; got a"
                 f" {type(model).__name__}"
             )
-        self.model = on_processor(model)
+        self.model = on_cpu(model)
         config = model.config
         model = self.model
         self.history = pad_histories([history], config.max_items, table_of(model).n_items)[0]
@@ -117,7 +117,7 @@ class Probe:
         """Prune as `pruning` says (None: not at all) and recommend.
 
         `without`: positions of tokens that are taken out first, so that they neither are kept nor
-        reach any layer behind (the layers up to the pruner have seen them). Needs `pruning` with
+        reach any later layer (the layers up to the pruner have seen them). Needs `pruning` with
         reduce="select". Of fewer than `k` items all come. Raises ValueError as the pruning layer
         does.
         """

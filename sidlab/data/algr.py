@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 
 from sidlab.data.catalogue import COLUMNS, Catalogue
-from sidlab.data.folder import Dirt
+from sidlab.data.folder import DataIssues
 from sidlab.sids.table import SidTable
 
 WIDTH = 8192
@@ -62,17 +62,17 @@ def read_rows(
     an early one, "raise" stops at the first (ValueError). ValueError, too, for a file without the
     columns or one that is damaged.
     """
-    dirt = Dirt(on_dirty)
+    issues = DataIssues(on_dirty)
     try:
-        for _, _, history, answer in _rows(path, width, dirt):
+        for _, _, history, answer in _rows(path, width, issues):
             yield history, answer
     finally:
-        dirt.warn(path)
+        issues.warn(path)
 
 
-def _rows(path, width, dirt):
+def _rows(path, width, issues):
     """(line number, line, history, answer) of the rows that `read_rows` gives."""
-    for number, line, row in _table(path, ("user", "answer"), dirt):
+    for number, line, row in _table(path, ("user", "answer"), issues):
         history, answer = found = [_codes(row[name], width) for name in ("user", "answer")]
         wrong = next(
             (
@@ -87,28 +87,28 @@ def _rows(path, width, dirt):
         if wrong is None:
             yield number, line, history, answer[0]
         else:
-            dirt.add(wrong, pathlib.Path(path), number, line)
+            issues.add(wrong, pathlib.Path(path), number, line)
 
 
 def read_raw_rows(path, *, on_dirty: str = "warn") -> Iterator[tuple[list[str], list[str]]]:
     """History and targets (item ids, str) of each raw row; the order in a history is the file's.
     Arguments and errors as in `read_rows`.
     """
-    dirt = Dirt(on_dirty)
+    issues = DataIssues(on_dirty)
     try:
-        for _, _, history, targets in _raw_rows(path, dirt):
+        for _, _, history, targets in _raw_rows(path, issues):
             yield history, targets
     finally:
-        dirt.warn(path)
+        issues.warn(path)
 
 
-def _raw_rows(path, dirt):
-    for number, line, row in _table(path, RAW_COLUMNS, dirt):
+def _raw_rows(path, issues):
+    for number, line, row in _table(path, RAW_COLUMNS, issues):
         history, targets = (row[name].strip().strip(";").split(";") for name in RAW_COLUMNS)
         if all(history) and all(targets):
             yield number, line, history, targets
         else:
-            dirt.add(
+            issues.add(
                 "no history or no target" if [""] in (history, targets) else "an empty id",
                 pathlib.Path(path),
                 number,
@@ -121,15 +121,15 @@ def read_items(path, *, width: int = WIDTH, on_dirty: str = "warn") -> tuple[lis
     one that is no integer in 0..width−1, or named twice are dirty. Arguments and errors as in
     `read_rows`.
     """
-    dirt = Dirt(on_dirty)
-    found = _items(path, width, dirt)
-    dirt.warn(path)
+    issues = DataIssues(on_dirty)
+    found = _items(path, width, issues)
+    issues.warn(path)
     return found
 
 
-def _items(path, width, dirt):
+def _items(path, width, issues):
     rows = {}
-    for number, line, row in _table(path, ITEM_COLUMNS, dirt):
+    for number, line, row in _table(path, ITEM_COLUMNS, issues):
         item, *texts = (row[name].strip() for name in ITEM_COLUMNS)
         # Float: 30 digits are outside, not an overflow
         codes = [float(text) if _INTEGER.fullmatch(text) else None for text in texts]
@@ -155,9 +155,11 @@ def _items(path, width, dirt):
         if kind is None:
             rows[item] = codes
         else:
-            dirt.add(kind, pathlib.Path(path), number, line)
+            issues.add(kind, pathlib.Path(path), number, line)
     if not rows:
-        raise ValueError(f"{path} holds no item" + (f". Dirty lines: {dirt}" if dirt.kinds else ""))
+        raise ValueError(
+            f"{path} holds no item" + (f". Dirty lines: {issues}" if issues.kinds else "")
+        )
     return list(rows), np.array(list(rows.values()), np.int64)
 
 
@@ -176,13 +178,15 @@ def algr_catalogue(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, or None for all rows, got {limit}")
-    dirt = Dirt(on_dirty)
+    issues = DataIssues(on_dirty)
     histories = []
-    ids, codes = _items(items, width, dirt)
+    ids, codes = _items(items, width, issues)
     table = SidTable(codes, width, collisions="share")
     number_of = {item: number for number, item in enumerate(ids, start=1)}
     raw = set(RAW_COLUMNS) <= set(_header(rows)[1])
-    for number, line, history, answer in _raw_rows(rows, dirt) if raw else _rows(rows, width, dirt):
+    for number, line, history, answer in (
+        _raw_rows(rows, issues) if raw else _rows(rows, width, issues)
+    ):
         if raw:
             numbers = np.array([number_of.get(item, 0) for item in (*history, answer[0])], np.int64)
         else:
@@ -191,7 +195,7 @@ def algr_catalogue(
         if numbers.all():
             histories.append(numbers)
         else:
-            dirt.add(
+            issues.add(
                 "an id that no item has" if raw else "a SID that no item has",
                 pathlib.Path(rows),
                 number,
@@ -202,9 +206,9 @@ def algr_catalogue(
     if not histories:
         raise ValueError(
             f"{rows} holds no row whose items are all in {items}, with {width} codes a level. Dirty"
-            f" lines: {dirt}"
+            f" lines: {issues}"
         )
-    dirt.warn(rows)
+    issues.warn(rows)
     frame = pd.DataFrame(
         {
             "item_id": np.arange(1, len(ids) + 1),
@@ -221,7 +225,7 @@ def algr_catalogue(
             frame[list(COLUMNS)],
             histories,
             [str(n) for n in range(len(histories))],
-            dirty=dirt.kinds,
+            dirty=issues.kinds,
         ),
         table,
     )
@@ -362,7 +366,7 @@ def _header(path):
     return delimiter, next(csv.reader([header], delimiter=delimiter), [])
 
 
-def _table(path, columns, dirt):
+def _table(path, columns, issues):
     """(line number, line, {column: text}) of each data line of a table with commas or tabs; lines
     with a stray quote, or with other than the header's number of fields, are dirty.
     """
@@ -380,9 +384,9 @@ def _table(path, columns, dirt):
                 fields = _fields(line, delimiter)
                 begin = line[:80].encode()
                 if isinstance(fields, str):
-                    dirt.add(fields, path, number, begin)
+                    issues.add(fields, path, number, begin)
                 elif len(fields) != len(names):
-                    dirt.add(f"other than {len(names)} fields", path, number, begin)
+                    issues.add(f"other than {len(names)} fields", path, number, begin)
                 else:
                     yield number, begin, dict(zip(names, fields))
     except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:

@@ -36,7 +36,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
-from sidlab.data.folder import Dirt, find_file, numbered_lines
+from sidlab.data.folder import DataIssues, find_file, numbered_lines
 from sidlab.data.text import cache_folder
 
 ADDRESS = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
@@ -65,7 +65,7 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     `Catalogue.dirty`), "raise" a ValueError at the first. ValueError too for missing or damaged
     files, two categories, and an empty 5-core.
     """
-    folder, dirt, found = pathlib.Path(folder), Dirt(on_dirty), find_reviews(folder)
+    folder, issues, found = pathlib.Path(folder), DataIssues(on_dirty), find_reviews(folder)
     if len(found) != 1:
         raise ValueError(
             f"{folder} must hold the files of one category, reviews_X_5.json.gz and meta_X.json.gz;"
@@ -73,12 +73,12 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
         )
     ((category, reviews),) = found.items()
     meta = find_file(folder, f"meta_{category}.json")
-    user_names, asins, events = _read_reviews(reviews, dirt)
+    user_names, asins, events = _read_reviews(reviews, issues)
     events = events[k_core(events[:, 0], events[:, 1])]
     if len(events) == 0:
         raise ValueError(
             f"no 5-core in {reviews}: no users and items with 5 events among themselves. Dirty"
-            f" lines: {dirt}"
+            f" lines: {issues}"
         )
     # Numbers in the order of appearance, here and below
     users, known_users = pd.factorize(events[:, 0])
@@ -87,12 +87,12 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     histories = np.split(items + 1, np.flatnonzero(np.diff(users[order])) + 1)
 
     asins = [asins[item] for item in known_items]
-    described = _read_meta(meta, set(asins), dirt)
+    described = _read_meta(meta, set(asins), issues)
     first_lines = events[order, 3][np.unique(items, return_index=True)[1]]
     for asin, line_number in zip(asins, first_lines, strict=True):
         if asin not in described:
-            dirt.add("item without metadata", reviews, line_number, asin.encode(errors="replace"))
-    dirt.warn(folder)
+            issues.add("item without metadata", reviews, line_number, asin.encode(errors="replace"))
+    issues.warn(folder)
     rows = [
         (item_id, *described.get(asin, (None, None, [], None)))
         for item_id, asin in enumerate(asins, start=1)
@@ -100,7 +100,7 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     items = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).astype({"item_id": np.int64})
     user_ids = [user_names[user] for user in known_users]
     return Catalogue(
-        folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings
+        folder.resolve().name, items, histories, user_ids, dirty=issues.kinds, embeddings=embeddings
     )
 
 
@@ -204,7 +204,7 @@ def _download(url, path):
     os.replace(part, path)
 
 
-def _read_reviews(path, dirt):
+def _read_reviews(path, issues):
     """Names of users, asins of items, and int64 [n, 4]: user, item (both as positions among the
     names), time, line number.
     """
@@ -235,11 +235,13 @@ def _read_reviews(path, dirt):
                 )
             )
         else:
-            dirt.add("no review with reviewerID, asin and unixReviewTime", path, line_number, line)
+            issues.add(
+                "no review with reviewerID, asin and unixReviewTime", path, line_number, line
+            )
     return list(users), list(asins), np.array(events, dtype=np.int64).reshape(-1, 4)
 
 
-def _read_meta(path, wanted, dirt):
+def _read_meta(path, wanted, issues):
     """{asin: (title, brand, categories, text)} of the asins in `wanted`."""
     described = {}
     for line_number, line in numbered_lines(path):
@@ -253,7 +255,7 @@ def _read_meta(path, wanted, dirt):
         except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
             asin = None
         if not isinstance(asin, str) or asin in described:
-            dirt.add(
+            issues.add(
                 "duplicate asin" if isinstance(asin, str) else "no dict with an asin",
                 path,
                 line_number,
@@ -263,7 +265,7 @@ def _read_meta(path, wanted, dirt):
             fields = {name: record.get(name) or None for name in _FIELDS}
             for name, is_right in _FIELDS.items():
                 if fields[name] is not None and not is_right(fields[name]):
-                    dirt.add(f"{name} of the wrong type", path, line_number, line)
+                    issues.add(f"{name} of the wrong type", path, line_number, line)
                     fields[name] = None
             title, brand = (_tidy(fields[name] or "") or None for name in ("title", "brand"))
             categories = [_tidy(name) for name in (fields["categories"] or [[]])[0]]

@@ -34,7 +34,7 @@ from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
 from sidlab.files import write
 
 
-class Dirt:
+class DataIssues:
     """Counts dirty lines by kind, or stops at the first."""
 
     def __init__(self, on_dirty):
@@ -69,18 +69,18 @@ def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     the item ids and for unreadable files.
     """
     folder = pathlib.Path(folder)
-    dirt = Dirt(on_dirty)
-    items = _read_items(find_file(folder, "items.jsonl"), dirt)
+    issues = DataIssues(on_dirty)
+    items = _read_items(find_file(folder, "items.jsonl"), issues)
     user_ids, histories = _read_sequences(
-        path := find_file(folder, "sequences.txt"), len(items), dirt
+        path := find_file(folder, "sequences.txt"), len(items), issues
     )
     # Without users, but as it was saved: a gzip header
-    if not histories and (dirt.kinds or path.stat().st_size == 0):
+    if not histories and (issues.kinds or path.stat().st_size == 0):
         raise ValueError(
             f"{path} holds no history; a line is `user item item …`, with spaces. Dirty lines:"
-            f" {str(dirt) or 'none'}"
+            f" {str(issues) or 'none'}"
         )
-    dirt.warn(folder)
+    issues.warn(folder)
     if embeddings is None and (path := folder / "embeddings.npy").exists():
         try:
             embeddings = np.asarray(np.load(path, allow_pickle=False), np.float32)
@@ -89,7 +89,7 @@ def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
                 f"{path} must be numbers [items, d], as np.save writes them: {error}"
             ) from error
     return Catalogue(
-        folder.resolve().name, items, histories, user_ids, dirty=dirt.kinds, embeddings=embeddings
+        folder.resolve().name, items, histories, user_ids, dirty=issues.kinds, embeddings=embeddings
     )
 
 
@@ -139,36 +139,36 @@ def numbered_lines(path):
         raise ValueError(f"{path} is damaged or cut off: {error}") from error
 
 
-def _read_items(path, dirt):
+def _read_items(path, issues):
     rows = {}
     highest = 0
     for line_number, line in numbered_lines(path):
         try:
             record = json.loads(line)
         except ValueError:  # bad JSON or bad UTF-8
-            dirt.add("unparsable JSON", path, line_number, line)
+            issues.add("unparsable JSON", path, line_number, line)
             continue
         item_id = record.get("item_id") if isinstance(record, dict) else None
         if type(item_id) is not int:  # a bool is an int, too
-            dirt.add("no integer item_id", path, line_number, line)
+            issues.add("no integer item_id", path, line_number, line)
             continue
         if item_id in rows:
-            dirt.add("duplicate item_id", path, line_number, line)
+            issues.add("duplicate item_id", path, line_number, line)
             continue
         if item_id < highest:
-            dirt.add("item_id out of order", path, line_number, line)
+            issues.add("item_id out of order", path, line_number, line)
         highest = max(highest, item_id)
         fields = {}
         for name in ("title", "brand", "text"):
             fields[name] = record.get(name) or None
             if not isinstance(fields[name], str | None):
-                dirt.add(f"{name} is not a text", path, line_number, line)
+                issues.add(f"{name} is not a text", path, line_number, line)
                 fields[name] = None
         categories = record.get("categories") or []
         if not isinstance(categories, list) or not all(
             isinstance(category, str) for category in categories
         ):
-            dirt.add("categories are not a list of texts", path, line_number, line)
+            issues.add("categories are not a list of texts", path, line_number, line)
             categories = []
         text = fields["text"] or compose_text(fields["title"], fields["brand"], categories)
         rows[item_id] = (item_id, fields["title"], fields["brand"], categories, text)
@@ -177,7 +177,7 @@ def _read_items(path, dirt):
         raise ValueError(
             f"the item ids of {path} must be 1..n without a gap, since ids are positions:"
             f" {len(rows)} items with ids {min(rows, default=None)}..{max(rows, default=None)},"
-            f" first missing id {gap}" + (f". Dirty lines: {dirt}" if dirt.kinds else "")
+            f" first missing id {gap}" + (f". Dirty lines: {issues}" if issues.kinds else "")
         )
     items = pd.DataFrame(
         [rows[item_id] for item_id in sorted(rows)], columns=list(COLUMNS), dtype=object
@@ -185,21 +185,21 @@ def _read_items(path, dirt):
     return items.astype({"item_id": np.int64})
 
 
-def _read_sequences(path, n_items, dirt):
+def _read_sequences(path, n_items, issues):
     sequences = {}
     for line_number, line in numbered_lines(path):
         try:
             user, *ids = line.decode().split() or [""]
             ids = [int(item.replace("_", "?")) for item in ids]  # Python reads 1_2 as 12
         except ValueError:  # bad UTF-8, too
-            dirt.add("an id that is no integer", path, line_number, line)
+            issues.add("an id that is no integer", path, line_number, line)
             continue
         if not ids:
-            dirt.add("empty sequence", path, line_number, line)
+            issues.add("empty sequence", path, line_number, line)
         elif user in sequences:
-            dirt.add("duplicate user", path, line_number, line)
+            issues.add("duplicate user", path, line_number, line)
         elif min(ids) < 1 or max(ids) > n_items:
-            dirt.add(f"an item outside 1..{n_items}", path, line_number, line)
+            issues.add(f"an item outside 1..{n_items}", path, line_number, line)
         else:
             sequences[user] = np.array(ids, dtype=np.int64)
     return list(sequences), list(sequences.values())

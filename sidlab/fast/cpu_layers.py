@@ -1,9 +1,9 @@
-"""Dropout and attention as they are cheap on a processor: what `SidT5` uses there in place of
+"""Dropout and attention as they are cheap on a CPU: what `SidT5` uses there in place of
 PyTorch's own.
 
 `F.dropout` draws a number an element, one after the other; in a training step of the paper's size
 that took longer than a third of all products. Here a random word of 64 bits serves eight elements.
-T5's learned position bias leaves PyTorch's attention no fused kernel on a processor, and dropout
+T5's learned position bias leaves PyTorch's attention no fused kernel on a CPU, and dropout
 neither, so attention is written out, with that dropout. Random numbers come from torch's global
 generator: `manual_seed` repeats them and a resumed run goes on with them. On other devices
 everything here is PyTorch's own.
@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 
 def realised(p: float) -> float:
-    """The probability with which `dropout` on a processor zeroes an element: the multiple of 1/256
+    """The probability with which `dropout` on a CPU zeroes an element: the multiple of 1/256
     nearest to `p`.
 
     >>> realised(0.15)
@@ -30,7 +30,7 @@ def realised(p: float) -> float:
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """`x` with each element zeroed with the probability `realised(p)`, independently, and the
     others divided by 1 − `realised(p)`, so that the mean stays. Float tensor of any shape → the
-    same shape and dtype. PyTorch's own dropout on other devices than a processor and where
+    same shape and dtype. PyTorch's own dropout on other devices than a CPU and where
     `realised(p)` is 0 or 1.
     """
     if not training or p == 0 or not _by_byte(x, p):
@@ -157,7 +157,7 @@ def attention(
     **kwargs,
 ):
     """Hugging Face's attention function of the models here: written out where a model trains with
-    dropout on a processor, the library's fused one everywhere else. Keys [B, H, M, dk] may serve b
+    dropout on a CPU, the library's fused one everywhere else. Keys [B, H, M, dk] may serve b
     times as many queries [B · b, H, 1, dk], the beams of a search; then the mask is that of the
     keys, [B, 1, 1, M].
     """

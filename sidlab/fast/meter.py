@@ -121,11 +121,11 @@ class Meter:
 
 
 def device_name() -> str:
-    """The GPU that trains, or "a processor" and its threads, by which `clock` differs."""
+    """The GPU that trains, or "a CPU" and its threads, by which `clock` differs."""
     return (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"a processor (threads: {torch.get_num_threads()})"
+        else f"a CPU (threads: {torch.get_num_threads()})"
     )
 
 

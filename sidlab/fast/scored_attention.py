@@ -160,7 +160,7 @@ def fused_attention(
         scaling=scaling,
         position_bias=position_bias,
     )
-    # What comes behind the history sees it, and does not vote; what stands in front of it sees, and
+    # What comes after the history sees it, and does not vote; what stands in front of it sees, and
     # votes for, itself alone
     if causal:
         query = query[:, :, : history.stop]

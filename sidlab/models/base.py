@@ -47,7 +47,7 @@ class LibraryInit:
 
 def token_levels(widths, further: int = 0) -> Tensor:
     """Level of every token id: int64 [V]. BOS −1 (level 0 comes next), codes 0..L−1, PAD, SEP and
-    `further` ids behind the codes L.
+    `further` ids after the codes L.
     """
     n_levels = len(widths)
     codes = [level for level, width in enumerate(widths) for _ in range(width)]
@@ -117,7 +117,7 @@ class PrunedHistory:
 @dataclasses.dataclass
 class SidLosses:
     """`main_loss` and `map_loss`, the two terms of `loss`, and `encoder_attention_mask` int64 [B,
-    K], the mask of the history behind the pruner.
+    K], the mask of the history after the pruner.
     """
 
     main_loss: Tensor | None = None
@@ -126,7 +126,7 @@ class SidLosses:
 
 
 def check_after_layer(pruning: PruningConfig | None, layers: int, of: str = "encoder ") -> None:
-    """ValueError where `pruning` prunes behind a layer that a model with so many layers does not
+    """ValueError where `pruning` prunes after a layer that a model with so many layers does not
     have.
     """
     if pruning is not None and pruning.after_layer > layers:
@@ -192,8 +192,8 @@ class PrunedStack(LibraryInit):
                 attention.config = copy.copy(self.config)
                 attention.config._attn_implementation = SCORED
 
-    def padded_behind(self, padded: bool) -> bool:
-        """Whether slots may be empty behind the pruner; rows of one length are pruned to one
+    def padded_after(self, padded: bool) -> bool:
+        """Whether slots may be empty after the pruner; rows of one length are pruned to one
         length, unless it goes by their scores.
         """
         return padded or (self.pruning is not None and self.pruning.mass is not None)
@@ -418,7 +418,7 @@ class SidModel(LibraryInit):
         return torch.stack(losses, dim=1)
 
     def masked_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Logits [..., L, V] of the states [..., L, d] behind `tokens` int64 [..., L], −inf off the
+        """Logits [..., L, V] of the states [..., L, d] after `tokens` int64 [..., L], −inf off the
         level that each position predicts.
         """
         level = self.stack.token_level

@@ -3,10 +3,10 @@ layers.
 
 A subclass of Hugging Face's Qwen3. A row is [prompt] history BOS target; the loss is on the
 target's L tokens, as in `SidT5`, and the history comes in the same batches. The pruner stands
-behind layer `after_layer` and touches history tokens alone: never the first token of the row (the
+after layer `after_layer` and touches history tokens alone: never the first token of the row (the
 attention sink), the prompt, BOS or the target. Attention is causal, so labels cannot reach the
 history's states, nor what is kept of it; and only history queries vote. Kept tokens keep the
-rotation of their places in the full history, and what follows goes on at the place behind it
+rotation of their places in the full history, and what follows goes on at the place after it
 (`positions="compact"`: at their places among the kept). Pooling (`reduce="pool"`) averages the
 history alone, too; without a prompt the first token is in the first of its bins.
 
@@ -14,12 +14,12 @@ Causal attention favours early tokens: a later query cannot vote for them alone,
 by all. `scorer="rastp"` is the plain sum of the paper; "rastp-visible" divides it by the number of
 queries that can see the token.
 
-At inference the layers in front of the pruner cache the keys of the whole history, those behind it
+At inference the layers in front of the pruner cache the keys of the whole history, those after it
 only the kept ones. A beam search never copies or reorders that cache: its beams are queries of one
 row, and a mask says which of the new keys are a beam's own past.
 
 There is no text by default. `SidQwen.from_checkpoint` starts from a pretrained Qwen3, whose text
-tokens then stand behind the SID tokens in the vocabulary, for a prompt in front of the history.
+tokens then stand after the SID tokens in the vocabulary, for a prompt in front of the history.
 """
 
 import torch
@@ -54,7 +54,7 @@ from sidlab.sids.table import BOS, PAD, SidTable
 
 
 class PrunedDecoder(PrunedStack, Qwen3Model):
-    """Qwen3's layers with a `TokenPruner` behind layer `pruning.after_layer`."""
+    """Qwen3's layers with a `TokenPruner` after layer `pruning.after_layer`."""
 
     check = staticmethod(check)
     attentions = property(lambda self: [layer.self_attn for layer in self.layers])
@@ -72,7 +72,7 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
                 layer.mlp.down_proj = OutputProjection(layer.mlp.down_proj, config.residual_dropout)
             cpu_layers.replace_dropout(self)
 
-    def padded_behind(self, padded: bool) -> bool:
+    def padded_after(self, padded: bool) -> bool:
         # The token that always stays comes on top of whole items only where its own is not among
         # them (it has no say in that), so rows of one length may differ by one.
         on_top = self.pruning is not None and self.pruning.unit == "item" and self._protects()
@@ -82,7 +82,7 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
             and self.pruning.reduce == "pool"
             and self.config.layout == "stream"
         )
-        return super().padded_behind(padded) or on_top or pools_but_last
+        return super().padded_after(padded) or on_top or pools_but_last
 
     def _protects(self) -> bool:
         """Whether a token of the history always stays: the attention sink, or the one that
@@ -125,7 +125,7 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
         )
         out = PrunedDecoderOutput(attention_mask=attention_mask, past_key_values=past_key_values)
 
-        def around(middle):  # ones before and behind: prompt and tail are real
+        def around(middle):  # ones before and after: prompt and tail are real
             return torch.cat([torch.ones_like(front), middle, torch.ones_like(tail)], dim=1)
 
         hidden = self.embed_tokens(torch.cat([front, input_ids, tail], dim=1))  # [B, P + N + T, d]
@@ -181,7 +181,7 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
             if pruning.positions == "compact":
                 places = (mask.cumsum(1) - 1).clamp_min(0)
                 at[1] = seen[1].sum(1)
-            mask = mask if self.padded_behind(padded) else None
+            mask = mask if self.padded_after(padded) else None
             hidden = self._run(
                 self.layers[split:], hidden, mask, places, past_key_values, {}, **kwargs
             )
@@ -229,9 +229,9 @@ class PrunedDecoder(PrunedStack, Qwen3Model):
         prefix: PrunedDecoderOutput,
         cache: DynamicCache,
     ) -> Tensor:
-        """Tokens behind a prefix that is in `cache`, which takes their keys in.
+        """Tokens after a prefix that is in `cache`, which takes their keys in.
 
-        Args: `tokens` int64 [B, q]; `depth` int64 [q] or [B, q], their places behind the history,
+        Args: `tokens` int64 [B, q]; `depth` int64 [q] or [B, q], their places after the history,
         from 0; `past` bool [B, q, t + q], which of the t new tokens before and of these each one
         sees, itself included. Returns float [B, q, d].
         """
@@ -262,7 +262,7 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         # The parent's own would build and initialise a model that is then thrown away
         Qwen3PreTrainedModel.__init__(self, config)
         if config._attn_implementation == "sdpa":
-            config._attn_implementation = "sidlab"  # the same, but for dropout on a processor
+            config._attn_implementation = "sidlab"  # the same, but for dropout on a CPU
         self.model = PrunedDecoder(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -373,7 +373,7 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         N] for the oracle scorer; `decoder_input_ids` int64 [B, T], BOS and what follows (default:
         `labels` shifted). Without either, as `generate` calls it, `input_ids` are histories that
         end with BOS, all in the same column (layout "stream": that begin with it, padded on the
-        left), or the next token behind `past_key_values`. Returns `SidCausalOutput`; `logits` [B,
+        left), or the next token after `past_key_values`. Returns `SidCausalOutput`; `logits` [B,
         T, V] are −inf off each position's level, and left out (None) while training.
         `num_items_in_batch`, `map_items_in_batch` and `padded` as in `SidT5`.
 
@@ -494,5 +494,5 @@ class SidQwen(SidModel, Qwen3ForCausalLM):
         )
 
     def search(self, encoded: PrunedDecoderOutput) -> "BeamTree":
-        """The state of a beam search behind `encoded`."""
+        """The state of a beam search after `encoded`."""
         return BeamTree(self.model, encoded)

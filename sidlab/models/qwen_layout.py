@@ -115,7 +115,7 @@ def cut_at_bos(input_ids, attention_mask):
     cut = int(columns[0])
     if not (input_ids[:, cut] == BOS).all():
         raise ValueError(
-            "without labels or decoder_input_ids, input_ids must hold BOS behind every history, in"
+            "without labels or decoder_input_ids, input_ids must hold BOS after every history, in"
             " the same column: pad on the left"
         )
     mask = (input_ids != PAD).long() if attention_mask is None else attention_mask
@@ -126,7 +126,7 @@ def cut_at_bos(input_ids, attention_mask):
 class PrunedDecoderOutput(PrunedHistory, BaseModelOutputWithPast):
     """`last_hidden_state` [B, P + K + T, d], of what stands in front (P: prompt, and BOS in the
     layout "stream"), kept history and tail. `masks` and `lengths`: what a later token sees, in
-    front of and behind the pruner: int64 [B, P + N] and [B, P + K]; int64 [B] each, the place at
+    front of and after the pruner: int64 [B, P + N] and [B, P + K]; int64 [B] each, the place at
     which it stands. `next_state` [B, d], of the layout "stream": the state of the history's last
     token, which predicts.
     """

@@ -2,7 +2,7 @@
 
 A subclass of Hugging Face's T5 that overrides three short pieces and nothing else:
 
-* `PrunedEncoder.forward`: the loop over encoder blocks, with the `TokenPruner` behind block
+* `PrunedEncoder.forward`: the loop over encoder blocks, with the `TokenPruner` after block
   `after_layer`;
 * `SidT5.forward`: output heads by level, cross-attention on the pruned mask, the MAP loss;
 * the attention of the one block that scores, registered with `transformers.AttentionInterface`: all
@@ -51,7 +51,7 @@ ITEMS_BACK = 32
 
 
 class PrunedEncoder(PrunedStack, T5Stack):
-    """T5's encoder with a `TokenPruner` behind block `pruning.after_layer`; without `pruning` it is
+    """T5's encoder with a `TokenPruner` after block `pruning.after_layer`; without `pruning` it is
     T5's encoder.
     """
 
@@ -183,15 +183,15 @@ class PrunedEncoder(PrunedStack, T5Stack):
             tokens[:, : pruned.mask.shape[1]].long() if pruning.mode == "reference" else pruned.mask
         )
         out.positions = pruned.positions
-        seen = pruned.mask if self.padded_behind(padded) else None
+        seen = pruned.mask if self.padded_after(padded) else None
         if out.items_back is not None:
             out.items_back = out.items_back.gather(1, pruned.positions)
         mask = self.self_mask(
             pruned.hidden, seen, None if item is None else item.gather(1, pruned.positions)
         )
-        return pruned.hidden, self._bias_behind(bias, pruned), mask
+        return pruned.hidden, self._bias_after(bias, pruned), mask
 
-    def _bias_behind(self, bias, pruned):
+    def _bias_after(self, bias, pruned):
         """Relative position bias of the kept tokens, [B, H, K, K] or [1, H, K, K]."""
         slots = pruned.positions.shape[1]
         if self.pruning.positions == "none" or self.pruning.mode == "reference":
@@ -385,7 +385,7 @@ class SidT5(SidModel, T5ForConditionalGeneration):
             past_key_values=past_key_values,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=self.cross_mask(
-                encoder_outputs, seen if self.encoder.padded_behind(padded) else None
+                encoder_outputs, seen if self.encoder.padded_after(padded) else None
             ),
             use_cache=use_cache,
             **kwargs,
@@ -484,5 +484,5 @@ class SidT5(SidModel, T5ForConditionalGeneration):
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def search(self, encoded: PrunedEncoderOutput) -> "BeamState":
-        """The state of a beam search behind `encoded`."""
+        """The state of a beam search after `encoded`."""
         return BeamState(self, encoded)

@@ -46,7 +46,7 @@ from sidlab.research.timing import (
 
 
 def pruned(config, **changes):
-    """`config`, pruning to a third behind the second layer."""
+    """`config`, pruning to a third after the second layer."""
     return dataclasses.replace(config, pruning=PruningConfig(**changes))
 
 
@@ -81,7 +81,7 @@ FULL = {
     "everything scored and kept": Variant(pruned(OURS, keep=1.0)),
     "a third kept": Variant(pruned(OURS)),
 }
-# A decoder-only model of 24 layers as Qwen's small ones have, narrower to suit a processor; and
+# A decoder-only model of 24 layers as Qwen's small ones have, narrower to suit a CPU; and
 # histories that fill 900 slots.
 QWEN = dataclasses.replace(
     OURS,
@@ -143,7 +143,7 @@ class Report:
                     # The model of what autograd keeps knows the kit's own attention and
                     # dropout, and the published mode's.
                     "activation_mb_predicted": (
-                        None if config.plain else predicted[name].activation_bytes / 2**20
+                        None if config.stock_kernels else predicted[name].activation_bytes / 2**20
                     ),
                     "peak_mb": dict(memory).get(name),
                     "attention": attention_kernel(variants[name], device),
@@ -202,11 +202,11 @@ def run(quick: bool, device: str = "cpu") -> Report:
     # Of Beauty's lengths: as many slots as four batches of full histories
     update = {"batch_tokens": tokens // 4, "accumulation": 16}
 
-    say("the faster precision")
+    log_progress("the faster precision")
     size = tokens // 150
     settled = in_faster_precision(WATERFALL | FULL, size, device)
     waterfall, full = ({name: settled[name] for name in variants} for variants in (WATERFALL, FULL))
-    say(f"training windows of Beauty's lengths, {rounds} rounds")
+    log_progress(f"training windows of Beauty's lengths, {rounds} rounds")
     variants = (on_gpu(waterfall) if gpu else waterfall) | {STOCK: Variant(PUBLISHED, stock=True)}
     times = time_beauty(variants, *update.values(), rounds, device)
     predicted = {
@@ -228,7 +228,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
     real = beauty_batches(dataclasses.replace(OURS, **update), update["accumulation"])[2]
     report.target("real tokens in a batch, share", real, None, at_least=0.95)
 
-    say("full histories, nothing to unpad")
+    log_progress("full histories, nothing to unpad")
     runs = replayed(full) if gpu else full
     times = time_histories(runs, size, 2 * rounds + 1, device)
     items = np.full(size, OURS.max_items)
@@ -264,7 +264,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
         "everything scored and kept ÷ no scores", *ratio(times[scored], times[plain]), at_most=1.08
     )
     for workload, (pair, widths) in OTHERS.items():
-        say(workload)
+        log_progress(workload)
         # On a GPU half as many: the activations of 24 layers are 12 GB then, by the cost model
         few = max(2, size // 4) if quick else size // 2 if gpu else size
         pair = in_faster_precision(pair, few, device, widths)
@@ -286,7 +286,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
             *share,
             at_least=0.9,
         )
-    say("one target a window, and every item")
+    log_progress("one target a window, and every item")
     runs = in_faster_precision(DENSE, size, device)
     runs = replayed(runs) if gpu else runs
     times = time_histories(runs, max(2, size // 4), rounds, device)
@@ -301,7 +301,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
         *ratio(one, every),
         at_least=5,
     )
-    say("recommending")
+    log_progress("recommending")
     by_size = time_recommend((10_000, 1_000_000), 32, 20, rounds, device)
     report.target(
         "recommend(), beam 20, per user: 1,000,000 ÷ 10,000 items",
@@ -332,7 +332,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
     if quick:
         report.skip(figure, "≤ 2.2", "takes minutes: run without --quick")
     else:
-        say("residual k-means on a million items")
+        log_progress("residual k-means on a million items")
         peak, seconds = in_child(kmeans_peak, 1_000_000, 256)
         report.target(figure, peak, None, at_most=2.2)
         report.rows.append({"workload": "ResidualKMeans, fit and encode", "seconds": seconds})
@@ -355,7 +355,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
     return report
 
 
-def say(what):
+def log_progress(what):
     print(f"{time.strftime('%H:%M:%S')}  {what}", file=sys.stderr, flush=True)
 
 

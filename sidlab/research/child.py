@@ -25,7 +25,7 @@ from sidlab.metrics import rank_of_target, stored
 from sidlab.pruning import PruningConfig
 from sidlab.research import sasrec
 from sidlab.research.jobs import MARK, file_of, path_of
-from sidlab.research.runs import CHANGED, fitted, sid_table, truth_for, version
+from sidlab.research.runs import CHANGED, clip_max_items, sid_table, truth_for, version
 from sidlab.research.summary import COSTS, SECONDS, metrics_of
 from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
@@ -36,37 +36,37 @@ def run(folder, name: str) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = path_of(folder, name)
-    one = read_json(file_of(path, ".spec"))
-    if one["code"] != version(one["config"]):
+    spec = read_json(file_of(path, ".spec"))
+    if spec["code"] != version(spec["config"]):
         raise RuntimeError(CHANGED)
-    catalogue = load_catalogue(one["dataset"])
+    catalogue = load_catalogue(spec["dataset"])
     kinds = {"sasrec": _run_sasrec, "recommend": _run_recommend}
-    run_one = next((kinds[kind] for kind in kinds if kind in one["config"]), _run_model)
-    result = run_one(one, catalogue, folder, path)
+    run_one = next((kinds[kind] for kind in kinds if kind in spec["config"]), _run_model)
+    result = run_one(spec, catalogue, folder, path)
     row = result["row"]
-    if one["beside"]:
+    if spec["beside"]:
         # What runs beside it took from its speed nobody knows
         row |= dict.fromkeys(SECONDS)
-    result["busy"] = one["beside"] or result.get("busy", False) or _busy()
+    result["busy"] = spec["beside"] or result.get("busy", False) or _busy()
     write_json(
         file_of(path, ".json"),
         {
-            "key": one["key"],
+            "key": spec["key"],
             "device": device_name(),
-            "precision": one["config"].get("precision"),
-            "beside": one["beside"],
+            "precision": spec["config"].get("precision"),
+            "beside": spec["beside"],
             **result,
         },
     )
     trained = f", trained {row['train_seconds']:.0f} s" if row["train_seconds"] is not None else ""
-    say(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users{trained}")
+    log_progress(f"recall@10 {row['recall@10']:.4f} on {len(result['ranks'])} test users{trained}")
 
 
-def _run_sasrec(one, catalogue, folder, path):
+def _run_sasrec(spec, catalogue, folder, path):
     split = leave_one_out(catalogue.histories)
     meter = Meter()
     meter.resume()
-    model = sasrec.SASRec(**one["config"]["sasrec"]).fit(
+    model = sasrec.SASRec(**spec["config"]["sasrec"]).fit(
         split.train, catalogue.n_items, split.cases("validation")
     )
     meter.pause()
@@ -86,20 +86,20 @@ def _run_sasrec(one, catalogue, folder, path):
     return {"row": row, "curve": None, **stored(ranks)}
 
 
-def _start_of(one, folder):
+def _start_of(spec, folder):
     """The folder of the model that a run starts from, or None."""
-    return path_of(folder, one["start"]) if "start" in one else None
+    return path_of(folder, spec["start"]) if "start" in spec else None
 
 
-def _run_recommend(one, catalogue, folder, path):
+def _run_recommend(spec, catalogue, folder, path):
     """The model of another run, pruned as it never was in training."""
-    pruning = PruningConfig(**one["config"]["pruning"])
-    model = load_model(_start_of(one, folder))
+    pruning = PruningConfig(**spec["config"]["pruning"])
+    model = load_model(_start_of(spec, folder))
     model.set_pruning(pruning)
     histories, targets = leave_one_out(catalogue.histories).cases("test")
     truth = catalogue.truth if pruning.scorer == "oracle" else None
     begin = time.perf_counter()
-    ranks = evaluate(model, histories, targets, beam=one["config"]["recommend"], truth=truth)
+    ranks = evaluate(model, histories, targets, beam=spec["config"]["recommend"], truth=truth)
     row = {
         **metrics_of(ranks),
         **dict.fromkeys(COSTS),
@@ -111,16 +111,16 @@ def _run_recommend(one, catalogue, folder, path):
     return {"row": row, "curve": None, **stored(ranks)}
 
 
-def _run_model(one, catalogue, folder, path):
-    table, report = sid_table(catalogue, folder, one["sids"])
-    config = fitted(TrainConfig.from_dict(one["config"]), catalogue)
+def _run_model(spec, catalogue, folder, path):
+    table, report = sid_table(catalogue, folder, spec["sids"])
+    config = clip_max_items(TrainConfig.from_dict(spec["config"]), catalogue)
     progress = Progress()
     result = train(
         config,
         catalogue,
         table,
         output_dir=path,
-        start_from=_start_of(one, folder),
+        start_from=_start_of(spec, folder),
         progress=False,
         callbacks=[progress],
     )
@@ -202,7 +202,7 @@ def kept_informative(model, truth, histories, batch_size: int = 256) -> dict:
     return {"precision": both / max(kept_total, 1), "recall": both / max(informative_total, 1)}
 
 
-def say(text: str) -> None:
+def log_progress(text: str) -> None:
     """A progress line, marked so that the parent process passes it on."""
     print(MARK + text, flush=True)
 
@@ -220,7 +220,7 @@ class Progress(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         self.busy = self.busy or _busy()
         loss = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), float("nan"))
-        say(
+        log_progress(
             f"update {state.global_step}/{state.max_steps}, loss {loss:.3f}, validation recall@10"
             f" {metrics['eval_recall@10']:.4f}"
         )

@@ -31,9 +31,9 @@ from sidlab.metrics import rank_of_target, stored
 from sidlab.research.baselines import NeighbourTable, Popularity
 from sidlab.research.cost import cost
 from sidlab.research.runs import (
+    clip_max_items,
     code_digest,
     config_with,
-    fitted,
     run_all,
     sid_table,
     sids_of,
@@ -340,7 +340,7 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch,
         config = method_config(name, preset, 0, arch, protocol) if name in names else None
         predicted = None
         if isinstance(config, TrainConfig):
-            config = fitted(config, catalogue)
+            config = clip_max_items(config, catalogue)
             windows = training_windows(leave_one_out(catalogue.histories).train, config)
             # As it was trained, for that says how many bytes are kept.
             in_bf16 = any(r["precision"] == "bf16" for r in runs if r["method"] == name)

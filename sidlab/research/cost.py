@@ -26,11 +26,11 @@ from sidlab.windows import Stretches, Windows
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """`flops`: of a forward pass per window, by part: "encoder" (layers up to the pruner; without
-    one, all), "behind" (layers behind the pruner), "decoder" (self-attention and feed-forward),
+    one, all), "after" (layers after the pruner), "decoder" (self-attention and feed-forward),
     "cross" (its attention to the history), "heads", "map". `activation_bytes`: what autograd keeps
     until the backward pass, in the batch that keeps most. `state_bytes`: parameters, gradients and
     AdamW's two moments in float32 (an upper bound with `muon`, whose matrices have one). `slots`,
-    `kept`: mean encoder slots per window before and behind the pruner. `windows`, `batches`: of an
+    `kept`: mean encoder slots per window before and after the pruner. `windows`, `batches`: of an
     epoch.
     """
 
@@ -60,7 +60,7 @@ def cost(
     `config.windows` is "contiguous") their lengths alone, int [windows], items of history per
     window (cut to `max_items`); with `targets="all"` the `Stretches` or their lengths, and all is
     per target. For the activations: `fused`, whether attention runs in a fused kernel where nothing
-    is scored (as on a GPU; on a processor T5's learned position bias forbids it), and `bf16`, mixed
+    is scored (as on a GPU; on a CPU T5's learned position bias forbids it), and `bf16`, mixed
     precision. None: `fused` on a GPU; `bf16` as `config.precision` says, of which "auto", measured
     by training and not here, counts as float32 on a CPU and as what it takes on a GPU
     (`mode="reference"` is modelled as published, unfused in float32). Raises ValueError where
@@ -189,7 +189,7 @@ def recommend_flops(
     )
     flops = flops_by_part(config, widths, slots, kept)
     rows = 1
-    total = flops["encoder"] + flops["behind"] + config.num_decoder_layers * 4 * kept * d * inner
+    total = flops["encoder"] + flops["after"] + config.num_decoder_layers * 4 * kept * d * inner
     for depth, width in enumerate(widths):  # one token a beam; keys and values are in the cache
         layer = _layer(config, 1, depth + 1) + 4 * inner * (d + kept)
         total = total + rows * (config.num_decoder_layers * layer + 2 * d * width)
@@ -329,7 +329,7 @@ def flops_by_part(config, widths, slots, kept, taught=1):
         kept_all = kept + len(widths)
         return {
             "encoder": before * _layer(config, slots_all, slots_all),
-            "behind": (config.num_layers - before) * _layer(config, kept_all, kept_all),
+            "after": (config.num_layers - before) * _layer(config, kept_all, kept_all),
             "decoder": 0 * slots,
             "cross": 0 * slots,
             "heads": 2 * d * sum(widths) * taught,
@@ -337,7 +337,7 @@ def flops_by_part(config, widths, slots, kept, taught=1):
         }
     return {
         "encoder": before * _layer(config, slots, slots),
-        "behind": (config.num_layers - before) * _layer(config, kept, kept),
+        "after": (config.num_layers - before) * _layer(config, kept, kept),
         "decoder": layers * _layer(config, levels, levels),
         "cross": layers * 4 * inner * (levels * d + kept * d + levels * kept),
         "heads": 2 * d * sum(widths) * taught,

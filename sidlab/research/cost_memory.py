@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def activations(config, widths, slots, kept, padded, padded_behind, fused, bf16, taught=1):
+def activations(config, widths, slots, kept, padded, padded_after, fused, bf16, taught=1):
     """Bytes that autograd keeps per window. Residuals, norms, softmax and loss are float32,
     operands of products take `w` bytes. `padded`: a batch has empty slots; without, there is no
     mask and all its rows share one position bias. `fused` follows the derivative of PyTorch's
@@ -21,7 +21,7 @@ def activations(config, widths, slots, kept, padded, padded_behind, fused, bf16,
     drop = config.dropout > 0
     w = 2 if bf16 else 4
     reference = p is not None and p.mode == "reference"
-    # What dropout drew: a byte, or PyTorch's number on a processor
+    # What dropout drew: a byte, or PyTorch's number on a CPU
     noise = drop * (4 if reference else 1)
     # Of what is not inside a layer
     outer = noise if config.residual_dropout is None else int(config.residual_dropout > 0)
@@ -47,8 +47,8 @@ def activations(config, widths, slots, kept, padded, padded_behind, fused, bf16,
         return norm(n, 3) + attention + norm(n) + n * (outputs * d * outer + kept)
 
     plain = in_kernel if fused and not reference else explicit
-    # A processor's kernel takes no learned bias
-    cross = (plain if drop or reference else in_kernel)(levels, kept, padded_behind)
+    # A CPU's kernel takes no learned bias
+    cross = (plain if drop or reference else in_kernel)(levels, kept, padded_after)
     # A mask of one byte; the library's plain attention adds one instead, and keeps none
     masked = padded & ~np.bool_(reference)
     total = slots * d * outer + masked * slots**2  # with the embeddings
@@ -56,7 +56,7 @@ def activations(config, widths, slots, kept, padded, padded_behind, fused, bf16,
         slots, plain(slots, slots, padded)
     )
     if p is not None:
-        behind = config.num_layers - p.after_layer
+        later = config.num_layers - p.after_layer
         moved = p.positions == "original" and not reference  # each row its own bias, gathered
         # On a GPU scores are computed once more, and nothing of them is kept
         written_out = p.reduce == "select" and plain is explicit
@@ -66,11 +66,11 @@ def activations(config, widths, slots, kept, padded, padded_behind, fused, bf16,
         total = total + (p.reduce == "select") * 4 * slots * d
         total = (
             total
-            + (8 * kept**2 if moved and behind else 0)
-            + (padded_behind & ~np.bool_(reference)) * kept**2
+            + (8 * kept**2 if moved and later else 0)
+            + (padded_after & ~np.bool_(reference)) * kept**2
         )
         attention = in_kernel if p.positions == "none" and not drop and not reference else plain
-        total = total + behind * layer(kept, attention(kept, kept, padded_behind | moved))
+        total = total + later * layer(kept, attention(kept, kept, padded_after | moved))
     # Last norm, read by all cross-attention
     total = total + kept * (8 * d + 4 + d * ((4 * decoders if bf16 else 4) + outer))
     total = total + decoders * (
@@ -93,8 +93,8 @@ def _embedded(config, n):
     return n * config.d_model * (dropped + 4 * config.embedding_norm)
 
 
-def qwen_activations(config, widths, slots, kept, padded, padded_behind, fused, bf16, taught=1):
-    """As `activations`, of a decoder-only model. A processor has a fused kernel for it too, unless
+def qwen_activations(config, widths, slots, kept, padded, padded_after, fused, bf16, taught=1):
+    """As `activations`, of a decoder-only model. A CPU has a fused kernel for it too, unless
     it drops attention weights.
     """
     d = config.d_model
@@ -139,7 +139,7 @@ def qwen_activations(config, widths, slots, kept, padded, padded_behind, fused, 
         total = (
             total + layer(n, explicit(n, padded) if not fused else in_kernel(n, padded)) + 4 * n * d
         )
-    total = total + (config.num_layers - before) * layer(m, plain(m, padded_behind))
+    total = total + (config.num_layers - before) * layer(m, plain(m, padded_after))
     total = total + 8 * config.d_kv * (n + (m if p is not None else 0))  # rotations
     heads_read = (2 * (1 + len(ahead)) if bf16 else 0) + (8 + 2 * w * len(ahead) if ahead else 0)
     total = total + m * (12 * d + 4) + levels * taught * d * heads_read

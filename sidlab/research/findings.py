@@ -209,7 +209,7 @@ def faster(pairs, least):
 
 
 def less_memory(method, base, least):
-    """Judged on a GPU alone: on a processor the resident size of a process is that of its
+    """Judged on a GPU alone: on a CPU the resident size of a process is that of its
     allocator, more than of what is in use. What pruning saves without MAP is told, and decides
     nothing.
     """

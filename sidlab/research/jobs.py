@@ -47,15 +47,15 @@ def file_of(path: pathlib.Path, suffix: str) -> pathlib.Path:
     return path.with_name(path.name + suffix)
 
 
-def result_of(path: pathlib.Path, one: dict) -> dict | None:
-    """The result beside `path`, or None if it isn't what `one` asks for: its "key", and, with
+def result_of(path: pathlib.Path, spec: dict) -> dict | None:
+    """The result beside `path`, or None if it isn't what `spec` asks for: its "key", and, with
     "weights", the model that other runs start from.
     """
     file = file_of(path, ".json")
-    if not file.exists() or one.get("weights") and not (path / "model.safetensors").exists():
+    if not file.exists() or spec.get("weights") and not (path / "model.safetensors").exists():
         return None
     result = json.loads(file.read_text())
-    return result if result["key"] == one["key"] else None
+    return result if result["key"] == spec["key"] else None
 
 
 def run_in_child(folder: str, name: str, ticket: str) -> str:
@@ -67,16 +67,16 @@ def run_in_child(folder: str, name: str, ticket: str) -> str:
     path = path_of(folder, name)
     asked = file_of(path, f".{ticket}")
     with _held(file_of(path, ".lock"), asked):
-        one = read_json(asked)
-        result = result_of(path, one)
+        spec = read_json(asked)
+        result = result_of(path, spec)
         if result is None:
             # A child whose worker was killed ends by itself, if not at once
             with _held(file_of(path, ".alive"), asked):
                 stamp = file_of(path, ".spec")
                 # A killed run of other data, settings or code
-                if stamp.exists() and read_json(stamp)["key"] != one["key"]:
+                if stamp.exists() and read_json(stamp)["key"] != spec["key"]:
                     shutil.rmtree(path, ignore_errors=True)
-                write_json(stamp, one)
+                write_json(stamp, spec)
             start_child(folder, name, ticket)
             result = json.loads(file_of(path, ".json").read_text())
     return json.dumps(result)

@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from sidlab.data.load import load_catalogue
 from sidlab.files import write_json
-from sidlab.research.runs import check_sids, config_with, fitted, sid_table, truth_for
+from sidlab.research.runs import check_sids, clip_max_items, config_with, sid_table, truth_for
 from sidlab.research.summary import metrics_of
 from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out
@@ -52,32 +52,32 @@ def launch(arguments) -> None:
         raise ValueError(f"{path}: output_dir is missing: where checkpoints, model and result go")
     # The others wait for the first process to make SIDs, which takes longer than the 10 minutes
     # that the library allows.
-    one = known | given
+    options = known | given
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6))
-    check_sids(one["sids"])
-    sids = one["sids"] | {
+    check_sids(options["sids"])
+    sids = options["sids"] | {
         name.removeprefix("sids."): value
-        for name, value in one["settings"].items()
+        for name, value in options["settings"].items()
         if name.startswith("sids.")
     }
     check_sids(sids)
     config = config_with(
-        one["preset"],
-        one["seed"],
-        {k: v for k, v in one["settings"].items() if not k.startswith("sids.")},
-        continued=one["start_from"] is not None,
+        options["preset"],
+        options["seed"],
+        {k: v for k, v in options["settings"].items() if not k.startswith("sids.")},
+        continued=options["start_from"] is not None,
     )
-    folder = pathlib.Path(one["output_dir"])
-    catalogue = load_catalogue(one["dataset"])
+    folder = pathlib.Path(options["output_dir"])
+    catalogue = load_catalogue(options["dataset"])
     with state.main_process_first():  # the others read what it made
         table, _ = sid_table(catalogue, folder, sids)
-    config = fitted(config, catalogue)
+    config = clip_max_items(config, catalogue)
     result = train(
         config,
         catalogue,
         table,
         output_dir=folder / "run",
-        start_from=one["start_from"],
+        start_from=options["start_from"],
         progress=state.is_main_process,
     )
     gc.collect()  # the trainer's cycles hold the group of processes

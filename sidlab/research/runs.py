@@ -232,49 +232,50 @@ def run_all(specs: dict[str, dict], folder, executor=None):
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"two runs would share a file: {sorted(p.name for p in paths.values())}")
     catalogues = {
-        dataset: load_catalogue(dataset) for dataset in {one["dataset"] for one in specs.values()}
+        dataset: load_catalogue(dataset) for dataset in {spec["dataset"] for spec in specs.values()}
     }
     specs = dict(specs)
     tables = {}
-    versions = {name: version(one["config"]) for name, one in specs.items()}
-    for name, one in specs.items():  # everything that may be refused is, before anything is trained
-        catalogue = catalogues[one["dataset"]]
-        if '"oracle"' in json.dumps(one["config"]) and catalogue.truth is None:
+    versions = {name: version(spec["config"]) for name, spec in specs.items()}
+    # Everything that may be refused is, before anything is trained.
+    for name, spec in specs.items():
+        catalogue = catalogues[spec["dataset"]]
+        if '"oracle"' in json.dumps(spec["config"]) and catalogue.truth is None:
             raise ValueError(
                 "scorer 'oracle' needs a catalogue whose truth is known: dataset='planted', not"
-                f" {one['dataset']!r}"
+                f" {spec['dataset']!r}"
             )
-        first = one.get("start")
+        first = spec.get("start")
         if first is not None and (first not in specs or "start" in specs[first]):
             raise ValueError(
                 f"start={first!r} of the run {name!r} must name one of these runs, one that starts"
                 " from nothing itself"
             )
         if first is not None and any(
-            one[part] != specs[first][part] for part in ("dataset", "sids")
+            spec[part] != specs[first][part] for part in ("dataset", "sids")
         ):
             raise ValueError(
                 f"the run {name!r} must have the dataset and the sids of its start={first!r}, got"
-                f" {one['dataset']!r} with {one['sids']} and {specs[first]['dataset']!r} with"
+                f" {spec['dataset']!r} with {spec['sids']} and {specs[first]['dataset']!r} with"
                 f" {specs[first]['sids']}"
             )
-        if first is None and "recommend" in one["config"]:
+        if first is None and "recommend" in spec["config"]:
             raise ValueError(
                 f"the run {name!r} recommends with the model of another run: it needs a start"
             )
-        tables[name] = sid_table(catalogue, folder, one["sids"])[0]
-        specs[name] = _in_one_precision(one, catalogue, tables[name], folder)
+        tables[name] = sid_table(catalogue, folder, spec["sids"])[0]
+        specs[name] = _in_one_precision(spec, catalogue, tables[name], folder)
     results = {}
-    starts = {one.get("start") for one in specs.values()}
+    starts = {spec.get("start") for spec in specs.values()}
 
     def request(name):
         """What a worker is asked for; the run that it starts from is done."""
-        one = specs[name]
-        if version(one["config"]) != versions[name]:
+        spec = specs[name]
+        if version(spec["config"]) != versions[name]:
             raise RuntimeError(CHANGED)
-        base = weights_digest(paths[one["start"]]) if "start" in one else None
-        return one | {
-            "key": _key(one, catalogues[one["dataset"]], tables[name], base),
+        base = weights_digest(paths[spec["start"]]) if "start" in spec else None
+        return spec | {
+            "key": _key(spec, catalogues[spec["dataset"]], tables[name], base),
             "code": versions[name],
             "weights": name in starts,
             "beside": executor is not None,
@@ -291,8 +292,8 @@ def run_all(specs: dict[str, dict], folder, executor=None):
                 if queue.full:
                     break
                 left.remove(name)
-                one = request(name)
-                result = result_of(paths[name], one)
+                spec = request(name)
+                result = result_of(paths[name], spec)
                 if result is not None:
                     print(f"{name}: already in {file_of(paths[name], '.json')}")
                     results[name] = result
@@ -300,7 +301,7 @@ def run_all(specs: dict[str, dict], folder, executor=None):
                 else:
                     if file_of(paths[name], ".json").exists():
                         print(f"{name} is done again: data, SIDs, settings or code were others")
-                    queue.submit(name, one, f"[{len(specs) - len(left)}/{len(specs)}] {name}")
+                    queue.submit(name, spec, f"[{len(specs) - len(left)}/{len(specs)}] {name}")
             if queue.running:
                 name, results[name] = queue.next()
                 done.add(name)
@@ -316,14 +317,14 @@ def run_all(specs: dict[str, dict], folder, executor=None):
                 yield results.pop(waiting.pop(0))
 
 
-def _in_one_precision(one, catalogue, table, folder):
+def _in_one_precision(spec, catalogue, table, folder):
     """A spec with "fp32" or "bf16" for "auto", the same for all of a size (see `run_all`)."""
-    if one["config"].get("precision") != "auto":
-        return one
+    if spec["config"].get("precision") != "auto":
+        return spec
     precision = unmeasured("cuda" if torch.cuda.is_available() else "cpu")
     if precision is None:
         path = pathlib.Path(folder) / "precision.json"
-        config = fitted(TrainConfig.from_dict(one["config"]), catalogue)
+        config = clip_max_items(TrainConfig.from_dict(spec["config"]), catalogue)
         # Another sweep in this folder may be measuring the same.
         with FileLock(path.with_suffix(".lock")):
             known = read_json(path) if path.exists() else {}
@@ -333,7 +334,7 @@ def _in_one_precision(one, catalogue, table, folder):
                 known[sizes(config)] = measured_precision(config, table, windows)
                 write_json(path, known)
         precision = known[sizes(config)]
-    return one | {"config": one["config"] | {"precision": precision}}
+    return spec | {"config": spec["config"] | {"precision": precision}}
 
 
 def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[SidTable, dict]:
@@ -402,7 +403,7 @@ def _embeddings(catalogue, behaviour):
     return fuse_embeddings(sources, {"items": 1.0, BEHAVIOUR: behaviour})
 
 
-def fitted(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
+def clip_max_items(config: TrainConfig, catalogue: Catalogue) -> TrainConfig:
     """`config` without slots that no history can fill: padding that nobody would add."""
     longest = max(len(h) for h in catalogue.histories)
     padded = config.padded_items
@@ -426,13 +427,13 @@ def _short(value):
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _key(one, catalogue, table, base=None):
+def _key(spec, catalogue, table, base=None):
     """What a finished run depends on: changes when the data, the SIDs, the configuration, a
     pretrained folder's files, the weights that it starts from (`base`, their digest), the code, a
     custom scorer's or the libraries do, or where a GPU does what a CPU did, for their costs are no
     one's to compare.
     """
-    pretrained = one["config"].get("checkpoint")
+    pretrained = spec["config"].get("checkpoint")
     files = (
         sorted(pathlib.Path(pretrained).glob("*"))
         if pretrained and os.path.isdir(pretrained)
@@ -440,11 +441,11 @@ def _key(one, catalogue, table, base=None):
     )
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     what = [
-        one["config"],
+        spec["config"],
         files,
         catalogue.fingerprint(),
         table.fingerprint(),
-        version(one["config"]),
+        version(spec["config"]),
         torch.__version__,
         transformers.__version__,
         torch.cuda.is_available(),

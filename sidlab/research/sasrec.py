@@ -224,7 +224,7 @@ def _step(model, optimiser, items, rows):
     loss = 0.0
     states = hidden.detach().requires_grad_()
     optimiser.zero_grad()
-    # The scores of 64 windows at a time, forward and backward: they stay in the processor's cache
+    # The scores of 64 windows at a time, forward and backward: they stay in the CPU's cache
     # and need next to no memory.
     for h, t in zip(states.split(64), targets.split(64)):
         part = F.cross_entropy(model.scores(h), t, reduction="sum")

@@ -21,7 +21,7 @@ from sidlab.files import read_json, write_json
 from sidlab.metrics import ranks_of
 from sidlab.research.compare import hardware, versions
 from sidlab.research.cost import cost
-from sidlab.research.runs import config_with, fitted, sids_of, sweep
+from sidlab.research.runs import clip_max_items, config_with, sids_of, sweep
 from sidlab.research.study_settings import STUDIES
 from sidlab.research.summary import COSTS, Run, difference, hits, metrics_of
 from sidlab.research.summary import summarise as summarise_runs
@@ -70,7 +70,7 @@ def run(
 def _mflops(preset, setting, catalogue, result):
     """Of a training window, by the cost model; None where it depends on what the model learns."""
     own = {key: value for key, value in setting.items() if not key.startswith("sids.")}
-    config = fitted(config_with(preset, 0, own), catalogue)
+    config = clip_max_items(config_with(preset, 0, own), catalogue)
     windows = training_windows(leave_one_out(catalogue.histories).train, config)
     try:
         return cost(config, result["sids"]["widths"], windows).training / 1e6

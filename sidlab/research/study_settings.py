@@ -54,7 +54,7 @@ class Study:
         return self.large if self.large is not None and n_items > LARGE else self.settings
 
     def panels(self, gpu: bool) -> list[str]:
-        """What the figure shows: on a processor no memory, which is resident there and hardly
+        """What the figure shows: on a CPU no memory, which is resident there and hardly
         repeats.
         """
         return ["recall@10"] * self.quality + ["seconds_per_1k_windows"] + ["peak_memory_mb"] * gpu
@@ -273,7 +273,7 @@ STUDIES = {
             for label, setting in {
                 "as it is": NOTHING,
                 "fp32": {"precision": "fp32"},
-                "the libraries' attention and dropout": {"plain": True},
+                "the libraries' attention and dropout": {"stock_kernels": True},
                 "a third kept": _pruned(),
                 "mixed lengths, padded to the longest": {"bucketing": False},
                 "padded to the fixed number of slots": {"padding": "fixed"},

@@ -76,9 +76,9 @@ BEAUTY = (
 # the cost
 WIDTHS = (256, 256, 256, 10)
 PUBLISHED = TrainConfig.preset(
-    "paper", windows="prefixes", padding="fixed", precision="fp32", plain=True
+    "paper", windows="prefixes", padding="fixed", precision="fp32", stock_kernels=True
 )
-OURS = dataclasses.replace(PUBLISHED, padding="batch", precision="auto", plain=False)
+OURS = dataclasses.replace(PUBLISHED, padding="batch", precision="auto", stock_kernels=False)
 # Ascending, cut to the published history
 LENGTHS = np.repeat(np.arange(1, len(BEAUTY) + 1), BEAUTY).clip(max=PUBLISHED.max_items)
 

@@ -82,7 +82,7 @@ class AttentionExplorer(HistoryExplorer):
         )
 
     def _without(self, user, layer, tokens):
-        """{item: log-probability}, best first, when `tokens` are taken out behind `layer`; no
+        """{item: log-probability}, best first, when `tokens` are taken out after `layer`; no
         tokens: as it is.
         """
         found = min(SEARCHED, self.model.table.n_items)
@@ -133,7 +133,7 @@ class AttentionExplorer(HistoryExplorer):
         ]
 
     def removed(self) -> tuple[int, ...]:
-        """Places of the tokens that are taken out behind the layer."""
+        """Places of the tokens that are taken out after the layer."""
         item_index = self._probe(self.value("user")).item_index
         token = self.value("token")
         whole = np.flatnonzero(item_index.numpy() == int(item_index[token]))
@@ -177,7 +177,7 @@ class AttentionExplorer(HistoryExplorer):
         behind = (
             "the decoder has"
             if layer == self.model.config.num_layers
-            else f"layer {layer + 1} and all behind it have"
+            else f"layer {layer + 1} and all after it have"
         )
         facts = ", ".join(
             f"{name} {values[token]:.3g} (place {1 + int((values > values[token]).sum())} of {n})"

@@ -265,7 +265,7 @@ class CostCalculator(Explorer):
         rows = [
             (name, form(a), form(b), f"{b / a:.0%}")
             for name, form, a, b in (
-                ("tokens per history, behind the pruner", "{:.0f}".format, full.slots, batch.kept),
+                ("tokens per history, after the pruner", "{:.0f}".format, full.slots, batch.kept),
                 (
                     "milliseconds a training step, here",
                     "{:,.1f}".format,
@@ -321,7 +321,7 @@ class CostCalculator(Explorer):
         return (
             f"<p><b>Pruning {verdict} {abs(1 - after / before):.0%} of the time of a training"
             f" step</b> where it saves {1 - batch.training / full.training:.0%} of the FLOPs,"
-            f" keeping {self.value('keep'):.0%} behind layer {config.pruning.after_layer} of"
+            f" keeping {self.value('keep'):.0%} after layer {config.pruning.after_layer} of"
             f" {config.num_layers}. Unpruned, {full_parts[largest] / before:.0%} of a step is"
             f" {largest}; the pruner itself takes {1000 * parts['pruner']:.1f} ms. It pays"
             f" {when}.</p>{table(head, rows)}<p>The catalogue: {n_items:,} items with random SIDs"

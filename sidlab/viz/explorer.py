@@ -22,7 +22,7 @@ from IPython.display import display
 
 from sidlab.checks import as_histories, one_of
 from sidlab.course.labels import Labels
-from sidlab.course.probe import Probe, on_processor
+from sidlab.course.probe import Probe, on_cpu
 from sidlab.models.t5 import SidT5
 from sidlab.viz.export import write_frames
 from sidlab.viz.view import ChartView, State, looks
@@ -269,7 +269,7 @@ class HistoryExplorer(Explorer):
                     f"a history must hold item ids in 1..{self.catalogue.n_items}, got"
                     f" {history.tolist()}"
                 )
-        self.model, self._probe = on_processor(self.model), functools.lru_cache(8)(self._probe)
+        self.model, self._probe = on_cpu(self.model), functools.lru_cache(8)(self._probe)
 
     def _probe(self, user):
         return Probe(self.model, self.histories[user - 1][:-1], self.catalogue.truth)

@@ -112,7 +112,7 @@ def windows_of_batches(lengths, which: str = "published", seed: int = 0) -> np.n
 
 
 def _training_flops(slots, kept, pruning=None):
-    """FLOPs of a training step of RASTP's model per window of so many slots, kept behind the
+    """FLOPs of a training step of RASTP's model per window of so many slots, kept after the
     pruner: both int64, any shape.
     """
     flops = flops_by_part(

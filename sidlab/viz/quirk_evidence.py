@@ -19,7 +19,7 @@ AFTER = 2
 DROPOUT = 0.15
 
 
-DRAWS = 12  # pruned behind this encoder layer; RASTP's dropout; so many draws of it
+DRAWS = 12  # pruned after this encoder layer; RASTP's dropout; so many draws of it
 
 
 LENGTHS = (10, 6, 4, 2)  # items of the histories; all are padded to the first
@@ -56,7 +56,7 @@ class Evidence(NamedTuple):
 
 class Subject:
     """The longest history of `catalogue`, cut to its last 10, 6, 4 and 2 items and padded to 10, in
-    copies of `model` that keep a third behind the second encoder layer: "reference", "corrected",
+    copies of `model` that keep a third after the second encoder layer: "reference", "corrected",
     and "items" (corrected, by whole items).
 
     `right`, `left` int64 [4, N]: the tokens, padded on that side; `real` bool [4, N], of `right`.
@@ -144,7 +144,7 @@ def padded_length(subject: Subject, mode: str) -> Evidence:
 
 
 def positions(subject: Subject, mode: str) -> Evidence:
-    """Row 2: no position bias behind the pruner. What does it change if kept tokens swap places?"""
+    """Row 2: no position bias after the pruner. What does it change if kept tokens swap places?"""
     model = subject.models[mode]
     seen = {}
     with model.encoder.block[AFTER].register_forward_pre_hook(
@@ -237,7 +237,7 @@ def padded_votes(subject: Subject, mode: str) -> Evidence:
 
 
 def noisy_scores(subject: Subject, mode: str) -> Evidence:
-    """Row 5: scores come from the attention behind its dropout. How much do two draws agree?"""
+    """Row 5: scores come from the attention after its dropout. How much do two draws agree?"""
     model = subject.models[mode]
     _, clean = subject.encode(mode)
     chosen = {}
@@ -364,8 +364,8 @@ QUIRKS = (
     (
         "2 positions are lost",
         positions,
-        "drops the position bias behind the pruner, for only the first layer owns one",
-        "the layers behind the pruner cannot tell in which order the kept tokens came",
+        "drops the position bias after the pruner, for only the first layer owns one",
+        "the layers after the pruner cannot tell in which order the kept tokens came",
         "gathers the bias at the kept tokens' original places",
     ),
     (
@@ -394,7 +394,7 @@ QUIRKS = (
     (
         "5 dropout in the scores",
         noisy_scores,
-        "scores with the attention behind its dropout while training",
+        "scores with the attention after its dropout while training",
         (
             "which tokens are kept is partly chance (dropout elsewhere shakes the choice as well,"
             " in both codes)"
