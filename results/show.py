@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from sidlab.config import TrainConfig
 from sidlab.research import waterfall
 from sidlab.research.claims import evidence, judge
-from sidlab.research.papers import published
+from sidlab.research.papers import data_name, published
 from sidlab.research.studies import STUDIES
 from sidlab.research.study_figures import strata_figure, study_figure
 from sidlab.research.templates import count, environment, render
@@ -26,10 +26,6 @@ PAGE = HERE / "README.md"
 SECTION = re.compile(
     r"(<!-- results: made by results/show.py -->\n).*?(<!-- end of results -->)", re.DOTALL
 )
-# Whose difference to the unpruned model the README tells.
-METHODS = ("rastp", "rastp-visible", "recent", "stamp", "map")
-# The studies of which the README tells what was found.
-FINDINGS = ("strategies", "layer-ratio", "efficiency", "strata", "granularity")
 
 
 def load(*patterns: str) -> list[dict]:
@@ -40,26 +36,34 @@ def load(*patterns: str) -> list[dict]:
 
 
 def section() -> str:
-    """What the README holds: how pruning and MAP change recall, and five findings."""
-    comparisons = _comparisons()
-    studies = load("studies/*.json")
-    ran = {method for results in comparisons for method in _by_method(results)}
+    """What the README holds: the findings, a sentence each."""
+    seconds = {row["variant"]: row.get("seconds_per_1k_windows") for row in _bench_rows()}
+    steps = {
+        "published": seconds["published, without pruning"],
+        "unpadded": seconds["no padding, nothing pruned"],
+        "fast": seconds["mixed precision"],
+        "pruned": seconds["pruning to a third"],
+    }
+    beauty = [r for r in _comparisons() if data_name(r["dataset"]) == "amazon-beauty"]
+    found = [_by_method(results) for results in beauty]
+    baselines = {
+        name: next(rows[name]["recall@10"] for rows in found if name in rows)
+        for name in ("neighbours", "sasrec")
+    }
     return render(
         "readme.md.j2",
-        methods=[method for method in METHODS if method in ran],
-        comparisons=comparisons,
-        beauty=[
-            _by_method(results)["unpadded"]["recall@10"]
-            for results in comparisons
-            if _name(results).startswith("amazon-beauty")
-        ],
-        found=[
-            (name, STUDIES[name].title, [study for study in studies if study["study"] == name])
-            for name in FINDINGS
-        ],
+        steps=steps,
+        baselines=baselines,
+        data_name=data_name,
         **_mature(),
         **HELPERS,
     )
+
+
+def _bench_rows():
+    """What the benchmark measured on a CPU, of Beauty's lengths."""
+    (bench,) = load("bench-cpu.json")
+    return [row for row in bench["rows"] if row["workload"] == waterfall.TRAINING]
 
 
 def page() -> str:
@@ -123,13 +127,6 @@ def _tiger(dataset):
     return list(published(dataset).query("method == 'TIGER'")["recall@10"])
 
 
-def _faster(results):
-    """How many times as fast `rastp` trains; None, where it was timed beside other jobs."""
-    rows = _by_method(results)
-    seconds = [rows.get(name, {}).get("seconds_per_1k_windows") for name in ("unpadded", "rastp")]
-    return None if results.get("busy") or not all(seconds) else seconds[0] / seconds[1]
-
-
 def _same_model(results):
     """`padded` and `unpadded` without dropout are one model in the same batches; how far apart they
     come out, seed by seed, is a measure of chance.
@@ -179,15 +176,6 @@ def _kept_recall(study):
     ]
 
 
-def _served(study, label):
-    """How many users who look for a rare item are served."""
-    return sum(
-        row["recall@10"] * row["users"]
-        for row in study["groups"]
-        if (row["label"], row["group"]) == (label, "tail")
-    )
-
-
 def _title(study):
     return STUDIES[study["study"]].title
 
@@ -201,7 +189,6 @@ HELPERS = {
     for function in (
         _by_label,
         _by_method,
-        _faster,
         _gains,
         _kept_recall,
         _machine,
@@ -210,7 +197,6 @@ HELPERS = {
         _picture_name,
         _plain,
         _same_model,
-        _served,
         _tiger,
         _title,
         _where,

@@ -1,5 +1,5 @@
-"""The README is run: its Python blocks in order, in one namespace, in an empty folder; and its
-relative links exist.
+"""README.md and docs/ are run: the Python blocks of a page in order, in one namespace, in an empty
+folder; and their relative links exist.
 """
 
 import re
@@ -9,6 +9,9 @@ import pytest
 from conftest import ROOT
 
 README = ROOT / "README.md"
+PAGES = {path.name: path for path in (README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))}
+# The pages with Python that needs no GPU and no cluster
+RUN = ("README.md", "package.md", "data.md", "t5-primer.md")
 FENCE = re.compile(r"^(```+|~~~+)[ \t]*(\w*)[^\n]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 SKIP = re.compile(r"<!-- no test: \S(?:(?!-->).)*-->\s*\Z", re.DOTALL)
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|(?:src|href)=[\"']([^\"']+)")
@@ -103,15 +106,23 @@ def test_sample_failures_name_the_line(text, message):
         run_blocks(text)
 
 
-def test_readme_python_blocks(tmp_path, monkeypatch):
+def test_every_page_with_python_is_run():
+    assert {name for name, path in PAGES.items() if python_blocks(path.read_text())} == set(RUN)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_python_blocks(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_blocks(README.read_text(encoding="utf-8"))
+    run_blocks(PAGES[name].read_text(encoding="utf-8"), name)
 
 
-def test_readme_relative_links_exist():
-    missing = [
-        link
-        for link in relative_links(README.read_text(encoding="utf-8"))
-        if not (ROOT / link).exists()
-    ]
-    assert not missing, f"README.md links to what is not there: {missing}"
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_relative_links_exist(name):
+    path = PAGES[name]
+    links = relative_links(path.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert not missing, f"{name} links to what is not there: {missing}"
