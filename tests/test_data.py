@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sidlab.data import load
-from sidlab.data import text as text_module
 from sidlab.data.catalogue import WEIGHTS, Catalogue, compose_text, text_parts
 from sidlab.data.folder import read_folder, save_catalogue
 from sidlab.data.load import load_catalogue
@@ -546,7 +545,9 @@ def test_text_embeddings_come_from_the_cache_unless_it_is_unreadable(monkeypatch
     text_embeddings(TEXTS[::-1])
     assert len(list((tmp_path / "cache").iterdir())) == 3, "other settings or texts, another entry"
     with monkeypatch.context() as patch:
-        patch.setattr(text_module, "TfidfVectorizer", None)  # computing would fail
+        patch.setattr(
+            "sklearn.feature_extraction.text.TfidfVectorizer", None
+        )  # computing would fail
         np.testing.assert_array_equal(text_embeddings(TEXTS), first)
         with pytest.raises(TypeError):
             text_embeddings(TEXTS, cache=False)

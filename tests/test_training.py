@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from sidlab import training
 from sidlab.batches import StratifiedBatches
@@ -498,7 +498,7 @@ def test_a_checkpoint_holds_what_was_counted_before_it_counts_as_one(tmp_path, m
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.Trainer, "_save_checkpoint", killed)
+    monkeypatch.setattr(Trainer, "_save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoint-3").iterdir()] == ["meter.json"]
