@@ -5,6 +5,7 @@ plotly.js is inside, once, so the page needs no network; its tables need no scri
 """
 
 import html
+import math
 import pathlib
 
 import plotly.io as pio
@@ -310,7 +311,8 @@ def _predicted_table(results):
         return ""
     frame = predicted_and_measured(results)
     body = [
-        [escaped(name), *(f"{value:.3g}" for value in row)] for name, *row in frame.itertuples()
+        [escaped(name), *("–" if math.isnan(value) else f"{value:.3g}" for value in row)]
+        for name, *row in frame.itertuples()
     ]
     caption = "Cost as predicted from configuration and lengths alone, beside what was measured"
     return captioned_table(caption, ["method", *frame.columns], body)
