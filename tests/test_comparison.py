@@ -187,6 +187,12 @@ def test_methods_that_were_run_side_by_side_have_no_seconds_beside_those_that_ha
     assert ratios.isna().tolist() == [method in ("stamp", "pool") for method in ratios.index]
     cost_bars(results)
     quality_cost(results)
+    # Nobody has any
+    for run in later:
+        run["row"] = run["row"] | dict.fromkeys(SECONDS)
+    results = comparison.compare("planted", "smoke", METHODS, 2, str(folder), protocol="scratch")
+    assert comparison.predicted_and_measured(results)["measured seconds ×"].isna().all()
+    assert ">nan<" not in page_of(results, tmp_path)
 
 
 def test_a_failing_run_says_so_with_its_output(tmp_path):

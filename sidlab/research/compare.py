@@ -270,6 +270,7 @@ def predicted_and_measured(results: dict) -> pd.DataFrame:
             for title, field in columns.items()
         },
         index=pd.Index([row["method"] for row in rows], name="method"),
+        dtype=float,
     )
     frame.insert(0, "MFLOPs per window", [row["predicted_flops"] / 1e6 for row in rows])
     return frame

@@ -43,8 +43,8 @@ def environment() -> jinja2.Environment:
 
 
 def number(value, spec: str) -> str:
-    """A number by its format specification, "–" where there is none."""
-    return "–" if value is None else format(value, spec)
+    """A number by its format specification, "–" where there is none, of a frame NaN."""
+    return "–" if value is None or value != value else format(value, spec)
 
 
 def short(value) -> str:
