@@ -388,10 +388,7 @@ def test_methods_go_on_from_one_base_and_the_base_itself_is_shown(continued, tmp
         )
     assert digest != weights_digest(jobs.path_of(folder, "unpadded-seed0"))
     summary = {row["method"]: row for row in results["summary"]}
-    assert (
-        summary["base-pool"]["versus_unpadded"]["against"] == "base"
-        and summary["map"]["versus_unpadded"]["against"] == "unpadded"
-    )
+    assert summary["base-pool"]["against"] == "base" and summary["map"]["against"] == "unpadded"
     assert all(summary[name]["predicted_flops"] > 0 for name in ("base", *CONTINUED))
     page = page_of(results, tmp_path)
     assert "base-rastp@1/2" in page and "against base" in page
