@@ -6,6 +6,7 @@ The templates stand beside this file. A template fails on a name it was not give
 
 import functools
 import html
+import math
 import pathlib
 import re
 
@@ -44,7 +45,7 @@ def environment() -> jinja2.Environment:
 
 def number(value, spec: str) -> str:
     """A number by its format specification, "–" where there is none, of a frame NaN."""
-    return "–" if value is None or value != value else format(value, spec)
+    return "–" if value is None or math.isnan(value) else format(value, spec)
 
 
 def short(value) -> str:
