@@ -17,7 +17,7 @@ import numpy as np
 import sidlab
 from sidlab.files import write_json
 from sidlab.metrics import paired_test, recall_at, summary
-from sidlab.research.compare import hardware, versions
+from sidlab.research.machine import hardware, versions
 from sidlab.training import evaluate
 from sidlab.windows import leave_one_out
 
@@ -64,8 +64,8 @@ def main():
     )
     args = parser.parse_args()
     catalogue = sidlab.load_catalogue(args.dataset)
-    sids = sidlab.runs.sids_of(args.sids)
-    table, _ = sidlab.runs.sid_table(catalogue, "runs/levers", sids)
+    sids = sidlab.sid_tables.sids_of(args.sids)
+    table, _ = sidlab.sid_tables.sid_table(catalogue, "runs/levers", sids)
     histories, targets = leave_one_out(catalogue.histories).cases("validation")
 
     path = HERE / "levers.json"

@@ -15,7 +15,7 @@ import pathlib
 import sidlab
 from sidlab.files import write
 from sidlab.metrics import METRICS, ranks_of
-from sidlab.research.compare import hardware, versions
+from sidlab.research.machine import hardware, versions
 from sidlab.research.summary import metrics_of
 
 HERE = pathlib.Path(__file__).parent
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--folder", default="runs/mature")
     args = parser.parse_args()
     setting = {"arch": args.arch, "targets": "all"} | (
-        {f"sids.{name}": value for name, value in sidlab.runs.sids_of(args.sids).items()}
+        {f"sids.{name}": value for name, value in sidlab.sid_tables.sids_of(args.sids).items()}
     )
     frame = sidlab.sweep(
         [setting], args.folder, dataset=args.dataset, preset="long", seeds=args.seeds

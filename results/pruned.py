@@ -19,7 +19,7 @@ import sidlab
 from sidlab.build import load_model, weights_digest
 from sidlab.files import write
 from sidlab.metrics import paired_test, recall_at, summary
-from sidlab.research.compare import hardware, versions
+from sidlab.research.machine import hardware, versions
 from sidlab.training import evaluate
 from sidlab.windows import leave_one_out
 

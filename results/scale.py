@@ -22,7 +22,7 @@ import numpy as np
 
 import sidlab
 from sidlab.files import write_json
-from sidlab.research.compare import hardware, versions
+from sidlab.research.machine import hardware, versions
 from sidlab.research.timing import GIVE_BACK, peak_mb
 from sidlab.sids.fusion import collaborative_embeddings
 from sidlab.windows import leave_one_out

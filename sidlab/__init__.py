@@ -42,7 +42,7 @@ _ROOMS = {
     for room, names in (
         ("", "saliency pruning map_loss windows strategy metrics decoding training viz"),
         ("fast", "kernels"),
-        ("research", "baselines compare cost papers runs"),
+        ("research", "baselines compare cost papers runs sid_tables"),
         ("course", "demo probe teach"),
     )
     for name in names.split()

@@ -21,7 +21,7 @@ from sidlab.metrics import FEW_SEEDS, paired_test
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.research import compare as comparison
-from sidlab.research import jobs
+from sidlab.research import jobs, machine, sid_tables
 from sidlab.research import runs as sweeps
 from sidlab.research.child import kept_informative
 from sidlab.research.figures import cost_bars, quality_cost
@@ -204,7 +204,7 @@ def test_a_failing_run_says_so_with_its_output(tmp_path):
             "sids": {},
             "config": {},
             "key": "",
-            "code": sweeps.code_digest(),
+            "code": machine.code_digest(),
             "cwd": str(ROOT),
         },
     )
@@ -410,7 +410,7 @@ def test_another_base_means_other_runs(continued):
     path = jobs.path_of(folder, "unpadded-seed0")
     spec = json.loads(jobs.file_of(path, ".spec").read_text())
     catalogue = load_catalogue("planted")
-    table, _ = sweeps.sid_table(catalogue, folder, {})
+    table, _ = sid_tables.sid_table(catalogue, folder, {})
     digest = weights_digest(folder / "runs" / "base-seed0")
     assert (
         sweeps._key(spec, catalogue, table, digest)

@@ -20,7 +20,7 @@ from sidlab.data.planted import planted_catalogue
 from sidlab.fast.graphs import GRAPHS, ReplayedPasses, recordable
 from sidlab.map_loss import MapConfig
 from sidlab.pruning import PruningConfig
-from sidlab.research.runs import sid_table
+from sidlab.research.sid_tables import sid_table
 from sidlab.saliency import SCORERS
 from sidlab.training import train
 

@@ -274,7 +274,7 @@ def without_extras(code):
         for top, providers in PROVIDERS.items()
         if not core & {canonicalize_name(name) for name in providers} and top != "sidlab"
     }
-    wanted = {"faiss", "plotly", "ipywidgets", "anywidget", "IPython", "vector_quantize_pytorch"}
+    wanted = {"plotly", "ipywidgets", "anywidget", "IPython", "vector_quantize_pytorch"}
     assert wanted <= absent and not {"torch", "transformers", "pandas"} & absent
     return in_a_new_python(ABSENT.format(absent=absent) + code)
 
@@ -283,8 +283,8 @@ def test_the_core_trains_and_recommends_without_any_extra():
     code = """
 import sidlab
 catalogue = sidlab.load_catalogue("planted", n_users=100)
-tree = catalogue.truth.tree
-table = sidlab.SidTable(tree, tuple(tree.max(axis=0) + 1))
+encoder = sidlab.ResidualKMeans(levels=2, width=8).fit(catalogue.embeddings)
+table = sidlab.SidTable(encoder.encode(catalogue.embeddings), 8)
 pruning = sidlab.PruningConfig(after_layer=1, keep=0.5)
 for arch in ("t5", "qwen"):
     config = sidlab.TrainConfig.preset(

@@ -18,7 +18,7 @@ from conftest import ROOT, instead_of_runs
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.files import write
-from sidlab.research import jobs
+from sidlab.research import jobs, machine, sid_tables
 from sidlab.research import runs as sweeps
 from sidlab.research.child import Progress
 from sidlab.sids.fusion import collaborative_embeddings, fuse_embeddings
@@ -70,7 +70,7 @@ def test_the_sids_are_those_of_the_setting(finished):
         folder / "runs" / "planted-smoke-map.steps=1-sids.levels=2-sids.width=16-seed0"
     )
     assert two.base_levels == 2 and two.widths[:2] == (16, 16)
-    _, report = sweeps.sid_table(load_catalogue("planted"), folder, {"levels": 2, "width": 16})
+    _, report = sid_tables.sid_table(load_catalogue("planted"), folder, {"levels": 2, "width": 16})
     assert (
         report["per_level"][1]["reconstruction_error"] < 0.5
         and len(list(folder.glob("sids/*/"))) == 2
@@ -96,7 +96,7 @@ def test_a_finished_sweep_trains_nothing_and_a_longer_one_only_what_is_new(finis
 def test_other_data_or_settings_make_a_run_anew(finished):
     folder, _ = finished
     catalogue = load_catalogue("planted")
-    table, _ = sweeps.sid_table(catalogue, folder)
+    table, _ = sid_tables.sid_table(catalogue, folder)
     one = sweeps._in_one_precision(
         sweeps.spec("planted", TrainConfig.preset("smoke")), catalogue, table, folder
     )
@@ -115,7 +115,7 @@ def test_a_gpu_does_not_take_what_a_processor_did(finished, monkeypatch):
     what = (
         sweeps.spec("planted", TrainConfig.preset("smoke")),
         catalogue,
-        sweeps.sid_table(catalogue, finished[0])[0],
+        sid_tables.sid_table(catalogue, finished[0])[0],
     )
     on_cpu = sweeps._key(*what)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -126,7 +126,7 @@ def test_other_libraries_and_other_pretrained_weights_make_a_run_anew(
     finished, monkeypatch, tmp_path
 ):
     catalogue = load_catalogue("planted")
-    table, _ = sweeps.sid_table(catalogue, finished[0])
+    table, _ = sid_tables.sid_table(catalogue, finished[0])
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"one")
     one = sweeps.spec("planted", TrainConfig.preset("smoke", arch="qwen", checkpoint=str(tmp_path)))
@@ -272,7 +272,7 @@ def test_two_sweeps_at_once_in_one_folder_share_the_work(tmp_path, monkeypatch):
 
 def test_sids_of_behaviour_are_of_training_histories_alone(tmp_path):
     catalogue = load_catalogue("planted", n_users=300)
-    table, _ = sweeps.sid_table(catalogue, tmp_path, sweeps.sids_of("behaviour"))
+    table, _ = sid_tables.sid_table(catalogue, tmp_path, sid_tables.sids_of("behaviour"))
     sources = {
         "items": catalogue.embeddings,
         "behaviour": collaborative_embeddings(
@@ -285,18 +285,18 @@ def test_sids_of_behaviour_are_of_training_histories_alone(tmp_path):
     # Other validation and test items change nothing.
     others = [np.concatenate([history[:-2], history[:2]]) for history in catalogue.histories]
     other = dataclasses.replace(catalogue, histories=others, truth=None)
-    again, _ = sweeps.sid_table(other, tmp_path, {"behaviour": 1.0, "width": 20})
+    again, _ = sid_tables.sid_table(other, tmp_path, {"behaviour": 1.0, "width": 20})
     assert (again.codes == table.codes).all()
-    plain, _ = sweeps.sid_table(catalogue, tmp_path, {"behaviour": 0.0, "width": 20})
+    plain, _ = sid_tables.sid_table(catalogue, tmp_path, {"behaviour": 0.0, "width": 20})
     assert (plain.codes[:, :3] != table.codes[:, :3]).any()
-    assert sweeps.sids_of("") == {}
+    assert sid_tables.sids_of("") == {}
     for sids, message in (
         ({"behaviour": -1.0}, "must be a weight, finite and at least 0, got -1.0"),
         ({"behaviour": "much"}, "got 'much'"),
         ({"behaviour": 1.0, "file": __file__}, "needs no encoder and no embeddings"),
     ):
         with pytest.raises(ValueError, match=message):
-            sweeps.check_sids(sids)
+            sid_tables.check_sids(sids)
 
 
 def test_published_sids_from_a_file(tmp_path):
@@ -307,14 +307,14 @@ def test_published_sids_from_a_file(tmp_path):
     (tmp_path / "sids.txt").write_text("".join(lines))
     sids = {"file": str(tmp_path / "sids.txt"), "width": 16}
     for _ in range(2):  # made, then read
-        table, report = sweeps.sid_table(catalogue, tmp_path, sids)
+        table, report = sid_tables.sid_table(catalogue, tmp_path, sids)
         assert table.codes[17].tolist() == [1, 1] and report["unique_sids"] == catalogue.n_items
     (tmp_path / "sids.txt").write_text(
         "".join(
             reversed([f"{161 - int(line.split()[0])} {line.split(' ', 1)[1]}" for line in lines])
         )
     )
-    assert sweeps.sid_table(catalogue, tmp_path, sids)[0].codes[17].tolist() == [
+    assert sid_tables.sid_table(catalogue, tmp_path, sids)[0].codes[17].tolist() == [
         8,
         14,
     ], "the file has changed, so has the table"
@@ -392,9 +392,9 @@ def test_results_of_another_preset_in_the_same_folder_are_not_overwritten(tmp_pa
     assert files[0] != files[1]
 
 
-def test_a_docstring_makes_no_other_version_of_the_code(tmp_path, monkeypatch):
+def test_what_is_only_said_makes_no_other_version_of_the_code(tmp_path, monkeypatch):
     (tmp_path / "__init__.py").write_text("")
-    monkeypatch.setattr(sweeps.sidlab, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(machine.sidlab, "__file__", str(tmp_path / "__init__.py"))
     digests = []
     for text in (
         'def f():\n    """One."""\n    return 1',
@@ -402,8 +402,13 @@ def test_a_docstring_makes_no_other_version_of_the_code(tmp_path, monkeypatch):
         "def f():\n    return 2",
     ):
         (tmp_path / "part.py").write_text(text)
-        digests.append(sweeps.code_digest.__wrapped__())
+        digests.append(machine.code_digest.__wrapped__())
     assert digests[0] == digests[1] != digests[2]
+    told = "def f(x):\n    if x:\n        raise ValueError('{}')\n    return 1"
+    for text in (told.format("no"), told.format("x must be 0"), told.replace("if x", "if not x")):
+        (tmp_path / "part.py").write_text(text)
+        digests.append(machine.code_digest.__wrapped__())
+    assert digests[3] == digests[4] != digests[5]
 
 
 @pytest.mark.parametrize(

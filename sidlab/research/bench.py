@@ -23,8 +23,8 @@ from sidlab.fast.scored_attention import attention_path
 from sidlab.files import write_json
 from sidlab.pruning import PruningConfig
 from sidlab.research import waterfall
-from sidlab.research.compare import hardware, versions
 from sidlab.research.cost import cost
+from sidlab.research.machine import hardware, versions
 from sidlab.research.timing import (
     BEAUTY,
     LENGTHS,

@@ -25,7 +25,8 @@ from sidlab.metrics import rank_of_target, stored
 from sidlab.pruning import PruningConfig
 from sidlab.research import sasrec
 from sidlab.research.jobs import MARK, file_of, path_of
-from sidlab.research.runs import CHANGED, clip_max_items, sid_table, truth_for, version
+from sidlab.research.runs import CHANGED, clip_max_items, truth_for, version
+from sidlab.research.sid_tables import sid_table
 from sidlab.research.summary import COSTS, SECONDS, metrics_of
 from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens

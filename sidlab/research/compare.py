@@ -13,16 +13,11 @@ how it is done and kept. There are two protocols, and no table mixes them:
 """
 
 import fractions
-import os
 import pathlib
-import platform
 import re
 import shlex
 
-import numpy as np
 import pandas as pd
-import torch
-import transformers
 
 from sidlab.checks import SHARE, integer, one_of
 from sidlab.config import DENSE, PRESETS, ROWS, TrainConfig
@@ -30,16 +25,9 @@ from sidlab.data.load import load_catalogue
 from sidlab.metrics import rank_of_target, stored
 from sidlab.research.baselines import NeighbourTable, Popularity
 from sidlab.research.cost import cost
-from sidlab.research.runs import (
-    clip_max_items,
-    code_digest,
-    config_with,
-    run_all,
-    sid_table,
-    sids_of,
-    spec,
-    write_json,
-)
+from sidlab.research.machine import hardware, versions
+from sidlab.research.runs import clip_max_items, config_with, run_all, spec, write_json
+from sidlab.research.sid_tables import sid_table, sids_of
 from sidlab.research.summary import COSTS, Run, metrics_of, summarise
 from sidlab.windows import leave_one_out, training_windows
 
@@ -396,47 +384,3 @@ def _baselines(catalogue):
     if catalogue.truth is not None:
         lists["bayes"] = catalogue.truth.recommend(histories, k=10)
     return {name: rank_of_target(items, targets) for name, items in lists.items()}
-
-
-def hardware() -> dict:
-    """What this machine is: processor, cores this process may use, memory in GB, GPU or None."""
-    info = pathlib.Path("/proc/cpuinfo")
-    name = platform.processor() or platform.machine()
-    if info.exists():
-        name = next(
-            (
-                line.split(":")[1].strip()
-                for line in info.read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            name,
-        )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        if hasattr(os, "sysconf")
-        else None
-    )
-    return {
-        "processor": name,
-        "cores": cores,
-        "memory_gb": memory and round(memory, 1),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def versions() -> dict:
-    """Versions of this package and its code (a digest, as in the runs' keys), of Python and of what
-    computes.
-    """
-    import sidlab
-
-    return {
-        "sidlab": sidlab.__version__,
-        "code": code_digest()[:12],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }

@@ -14,7 +14,8 @@ from accelerate import PartialState
 
 from sidlab.data.load import load_catalogue
 from sidlab.files import write_json
-from sidlab.research.runs import check_sids, clip_max_items, config_with, sid_table, truth_for
+from sidlab.research.runs import clip_max_items, config_with, truth_for
+from sidlab.research.sid_tables import check_sids, sid_table
 from sidlab.research.summary import metrics_of
 from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out

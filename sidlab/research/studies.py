@@ -19,9 +19,10 @@ from sidlab.config import PARTS
 from sidlab.data.load import load_catalogue
 from sidlab.files import read_json, write_json
 from sidlab.metrics import ranks_of
-from sidlab.research.compare import hardware, versions
 from sidlab.research.cost import cost
-from sidlab.research.runs import clip_max_items, config_with, sids_of, sweep
+from sidlab.research.machine import hardware, versions
+from sidlab.research.runs import clip_max_items, config_with, sweep
+from sidlab.research.sid_tables import sids_of
 from sidlab.research.study_settings import STUDIES
 from sidlab.research.summary import COSTS, Run, difference, hits, metrics_of
 from sidlab.research.summary import summarise as summarise_runs

@@ -8,7 +8,6 @@ directions of the space, not the item more coarsely.
 
 import numpy as np
 
-from sidlab.checks import from_extra
 from sidlab.sids.encoder import SidEncoder, nearest
 
 
@@ -35,8 +34,7 @@ class OPQ(SidEncoder):
 
     def _fit(self, x):
         # Here: a saved encoder needs no faiss.
-        with from_extra("research"):
-            import faiss
+        import faiss
 
         mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
         x, dim = x - mean, -(-x.shape[1] // self.levels) * self.levels

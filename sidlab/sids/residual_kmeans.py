@@ -9,7 +9,6 @@ split a third, however many restarts; Ward's start rarely does.
 
 import numpy as np
 
-from sidlab.checks import from_extra
 from sidlab.sids.encoder import SidEncoder, distinct, nearest, residual_codes
 
 SUBSET = 256  # embeddings per code that a level learns from, faiss's own limit
@@ -67,8 +66,7 @@ def _codebook(x, width: int, seed: int, iterations: int) -> np.ndarray:
     if len(distinct(x[: 4 * width])) <= width and len(rows := distinct(x)) <= width:
         return np.concatenate([x[rows], np.zeros((width - len(rows), x.shape[1]), np.float32)])
     # Here: a saved encoder needs no faiss, and neither does a model that knows its SIDs.
-    with from_extra("research"):
-        import faiss
+    import faiss
 
     mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
     x = x - mean  # float32 distances lose digits where a common offset dominates

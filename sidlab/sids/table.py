@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sidlab.checks import from_extra, one_of
+from sidlab.checks import one_of
 from sidlab.sids.encoder import CHUNK, checked, load_arrays, save_arrays
 from sidlab.sids.trie import Trie, as_codes
 
@@ -306,8 +306,7 @@ def _neighbours(embeddings):
     others by cosine: [q, k].
     """
     # Here: every model has a table, and only this report needs faiss.
-    with from_extra("research"):
-        import faiss
+    import faiss
 
     norm = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = np.asarray(embeddings / np.where(norm > 0, norm, 1), np.float32)
