@@ -64,6 +64,17 @@ def test_a_row_a_run_with_its_settings(finished):
         assert ((ranks > 0) & (ranks <= 10)).mean() == pytest.approx(recall)
 
 
+def test_a_record_says_what_it_takes_to_repeat_the_run(finished):
+    _, frame = finished
+    record = json.loads(pathlib.Path(frame["file"][1]).read_text())
+    assert record["spec"]["config"]["pruning"]["keep"] == 0.5
+    assert record["spec"]["dataset"] == "planted" and record["spec"]["sids"] == {}
+    assert record["versions"]["code"] == machine.code_digest()[:12]
+    assert record["hardware"]["threads"] >= 1
+    again = sweeps.spec(record["spec"]["dataset"], TrainConfig.from_dict(record["spec"]["config"]))
+    assert again["config"] == record["spec"]["config"]
+
+
 def test_the_sids_are_those_of_the_setting(finished):
     folder, _ = finished
     two = SidTable.load(

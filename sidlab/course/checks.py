@@ -73,8 +73,10 @@ def register(
     """Add a check (or replace it): see `Exercise`. Results are numbers, None, arrays, tensors, or
     nested lists of them.
 
-    >>> register("double", [(1,), (4,)], lambda x: 2 * x, {"This squares.": lambda x: x * x})
-    >>> check("double", lambda x: x ** 2)
+    >>> cases = [(1,), (4,)]
+    >>> mistakes = {"This squares.": lambda x: x * x}
+    >>> register("double", cases, lambda x: 2 * x, mistakes)  # doctest: +SKIP
+    >>> teach.check("double", lambda x: x ** 2)  # doctest: +SKIP
     ✗ double: not passed, max difference 8. This squares.
     """
     if not inputs or not all(isinstance(arguments, tuple) for arguments in inputs):

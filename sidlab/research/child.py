@@ -25,11 +25,14 @@ from sidlab.metrics import rank_of_target, stored
 from sidlab.pruning import PruningConfig
 from sidlab.research import sasrec
 from sidlab.research.jobs import MARK, file_of, path_of
+from sidlab.research.machine import hardware, versions
 from sidlab.research.runs import CHANGED, clip_max_items, truth_for, version
 from sidlab.research.sid_tables import sid_table
 from sidlab.research.summary import COSTS, SECONDS, metrics_of
 from sidlab.training import evaluate, train
 from sidlab.windows import leave_one_out, truth_tokens
+
+SPEC = ("dataset", "sids", "config", "start")  # what `runs.spec` makes
 
 
 def run(folder, name: str) -> None:
@@ -56,6 +59,12 @@ def run(folder, name: str) -> None:
             "device": device_name(),
             "precision": spec["config"].get("precision"),
             "beside": spec["beside"],
+            # What it takes to repeat the run, and to say where it was made.
+            "spec": {
+                part: spec[part] for part in ("dataset", "sids", "config", "start") if part in spec
+            },
+            "hardware": hardware(),
+            "versions": versions(),
             **result,
         },
     )

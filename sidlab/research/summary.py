@@ -39,7 +39,10 @@ class Run:
 
     label: str  # what the runs of several seeds have in common: a method, a setting
     seed: int | None
-    result: dict  # of the run's file, see `runs.run_all`; at least what `metrics.stored` gives
+    # What the run's file holds: "ranks" (`metrics.stored`), the only part that a baseline has,
+    # "row" (metrics and costs), "curve", "sids", "ended" (`child.run`), "device", "precision",
+    # "busy"; and to repeat it, "spec", "hardware" and "versions"
+    result: dict
 
     @property
     def costs(self) -> dict:
