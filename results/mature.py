@@ -45,12 +45,15 @@ def main():
     found = [json.loads(pathlib.Path(file).read_text()) for file in frame["file"]]
     name = pathlib.Path(args.dataset).resolve().name
     sids = f" --sids {args.sids}" if args.sids else ""
+    made_of = {"": "text", "behaviour": "text and behaviour"}.get(args.sids)
+    published = pathlib.Path(args.sids).name.removeprefix("semantic_ids.").partition(".")[0]
     content = {
         "command": (
             f"python results/mature.py {args.dataset} --arch {args.arch} --seeds {args.seeds}{sids}"
         ),
         "dataset": name,
         "arch": args.arch,
+        "sids": made_of or f"published, {published}",
         "preset": "long",
         "hardware": hardware(),
         "versions": versions(),
@@ -69,7 +72,8 @@ def main():
             for seed, one in enumerate(found)
         ],
     }
-    write(HERE / f"mature-{name}-{args.arch}.json", json.dumps(content))
+    kind = f"-{published}" if args.sids else ""
+    write(HERE / f"mature-{name}-{args.arch}{kind}.json", json.dumps(content))
 
 
 if __name__ == "__main__":
