@@ -16,9 +16,9 @@ import pathlib
 import numpy as np
 
 import sidlab
-from sidlab.build import load_model, weights_digest
 from sidlab.files import write
 from sidlab.metrics import paired_test, recall_at, summary
+from sidlab.model_building import load_model, weights_digest
 from sidlab.research.machine import hardware, versions
 from sidlab.training import evaluate
 from sidlab.windows import leave_one_out

@@ -12,8 +12,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from sidlab.build import weights_digest
 from sidlab.files import read_json, write_json
+from sidlab.model_building import weights_digest
 from sidlab.saliency import own_source
 
 # In a checkpoint: the averaged weights, and of how many updates they are.

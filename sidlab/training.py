@@ -26,7 +26,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sidlab.build import build_model, load_model, start_model
 from sidlab.checkpoints import Average, average_as, prune_as, resume_point, stale
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
@@ -35,9 +34,12 @@ from sidlab.fast.meter import Meter
 from sidlab.fast.optimiser import MuonAdamW
 from sidlab.files import read_json
 from sidlab.metrics import rank_of_target, shared_ranks
+from sidlab.model_building import build_model, load_model, start_model
 from sidlab.models.qwen import SidQwen
 from sidlab.models.t5 import SidT5
-from sidlab.plan import (
+from sidlab.sids.table import SidTable
+from sidlab.strategy import SCHEDULES, AdaptPruning
+from sidlab.training_plan import (
     batches_of,
     collator_of,
     precision_of,
@@ -46,8 +48,6 @@ from sidlab.plan import (
     updates_of,
     validation_cases,
 )
-from sidlab.sids.table import SidTable
-from sidlab.strategy import SCHEDULES, AdaptPruning
 from sidlab.windows import (
     add_padding_flag,
     leave_one_out,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sidlab.batches import StratifiedBatches
-from sidlab.build import build_model
 from sidlab.decoding import recommend
 from sidlab.fast import cpu_layers
+from sidlab.model_building import build_model
 from sidlab.research import bench, timing, waterfall
 from sidlab.research.calibration import random_table
 from sidlab.research.cost import cost

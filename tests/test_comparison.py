@@ -14,17 +14,17 @@ import pytest
 import scipy.stats
 from conftest import ROOT, instead_of_runs
 
-from sidlab.build import build_model, weights_digest
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.metrics import FEW_SEEDS, paired_test
+from sidlab.model_building import build_model, weights_digest
 from sidlab.models.t5 import SidT5
 from sidlab.pruning import PruningConfig
 from sidlab.research import compare as comparison
 from sidlab.research import jobs, machine, sid_tables
 from sidlab.research import runs as sweeps
-from sidlab.research.child import kept_informative
 from sidlab.research.figures import cost_bars, quality_cost
+from sidlab.research.one_run import kept_informative
 from sidlab.research.page import write_page
 from sidlab.research.summary import COSTS, SECONDS, metrics_of
 from sidlab.sids.table import SidTable

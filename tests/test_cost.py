@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidlab.batches import LengthBatches, StratifiedBatches
-from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.decoding import recommend
 from sidlab.fast import cpu_layers, kernels, scored_attention
 from sidlab.map_loss import MapConfig
+from sidlab.model_building import build_model
 from sidlab.pruning import PruningConfig
 from sidlab.research.compare import METHODS, method_config
 from sidlab.research.cost import cost, cost_table, recommend_flops

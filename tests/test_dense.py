@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidlab.build import build_model, weights_digest
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.decoding import recommend, score_items
 from sidlab.map_loss import MapConfig
+from sidlab.model_building import build_model, weights_digest
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, PAD, SidTable
 from sidlab.training import train

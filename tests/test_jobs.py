@@ -73,7 +73,7 @@ def runs_below(pid):
     return [
         process
         for process in psutil.Process(pid).children()
-        if "sidlab.research.child" in process.cmdline()
+        if "sidlab.research.one_run" in process.cmdline()
     ]
 
 

@@ -12,18 +12,18 @@ from conftest import ROOT, instead_of_runs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidlab import plan
+from sidlab import training_plan
 from sidlab.config import TrainConfig
 from sidlab.data.planted import planted_catalogue
 from sidlab.fast import precision
 from sidlab.map_loss import MapConfig
-from sidlab.plan import batches_of, measured_precision
 from sidlab.pruning import PruningConfig
 from sidlab.research import runs as sweeps
 from sidlab.research import timing
 from sidlab.research.cost import cost
 from sidlab.sids.table import SidTable
 from sidlab.training import train
+from sidlab.training_plan import batches_of, measured_precision
 from sidlab.windows import Windows, leave_one_out
 
 WORLD = planted_catalogue(60, seed=1, shortest=5, longest=9)
@@ -60,7 +60,7 @@ def cpu_with_bf16(monkeypatch):
     """A CPU on which both precisions are worth a try, and nothing measured on it yet."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(plan, "_measured", {})
+    monkeypatch.setattr(training_plan, "_measured", {})
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def answers(monkeypatch):
             passes(dtype)
         return given_answers.pop(0)
 
-    monkeypatch.setattr(plan, "faster_precision", prescribed)
+    monkeypatch.setattr(training_plan, "faster_precision", prescribed)
     return given_answers
 
 
@@ -157,7 +157,7 @@ def timed(monkeypatch):
     """The models that are timed and, for every pass, its batch and whether it was in bf16."""
     models = []
     inputs = []
-    build = plan.build_model
+    build = training_plan.build_model
 
     def built(one, table):
         model = build(one, table)
@@ -171,14 +171,14 @@ def timed(monkeypatch):
         model.forward = seen
         return model
 
-    monkeypatch.setattr(plan, "build_model", built)
+    monkeypatch.setattr(training_plan, "build_model", built)
     return models, inputs
 
 
 @pytest.mark.parametrize("arch", ["t5", "qwen"])
 @pytest.mark.parametrize("windows", ["prefixes", "contiguous"])
 def test_a_typical_batch_of_an_unpruned_model_is_timed(timed, monkeypatch, arch, windows):
-    monkeypatch.setattr(plan, "TIMED_SLOTS", 100)
+    monkeypatch.setattr(training_plan, "TIMED_SLOTS", 100)
     never = PruningConfig(scorer=lambda signals: pytest.fail("scored"), after_layer=1)
     one = config(arch=arch, windows=windows, pruning=never, map=MapConfig(), padding="fixed")
     own = Windows(leave_one_out(WORLD.histories).train, 6, windows)
@@ -233,7 +233,7 @@ def test_a_resumed_run_keeps_its_precision(tmp_path, answers, monkeypatch, answe
         file.unlink()  # as if it had been killed before
     assert json.loads((folder / "run.json").read_text())["precision"] == answer
     answers += [other] * 2
-    monkeypatch.setattr(plan, "_measured", {})
+    monkeypatch.setattr(training_plan, "_measured", {})
     resumed = run(folder)
     assert resumed.precision == answer and resumed.log == whole.log and len(answers) == 2
     assert run(folder, precision=answer).log == whole.log  # the same run, by name
@@ -281,7 +281,7 @@ def test_a_sweep_measures_once_for_each_size_and_its_runs_are_found_again(
     for name, found in trained.items():
         assert found == ("fp32" if "d_ff" in name or "precision" in name else "bf16"), name
     # Another process would measure otherwise by now, and does not ask.
-    monkeypatch.setattr(plan, "_measured", {})
+    monkeypatch.setattr(training_plan, "_measured", {})
     trained.clear()
     sweeps.sweep([*GRID, {"pruning.keep": 0.7}], tmp_path, preset="smoke", seeds=2)
     assert set(trained.values()) == {"bf16"} and len(trained) == 2

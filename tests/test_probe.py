@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import sidlab
-from sidlab.build import build_model
 from sidlab.course.probe import Probe
 from sidlab.decoding import encode_histories
+from sidlab.model_building import build_model
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.pruning import POSITIONS, UNITS, PruningConfig
 from sidlab.saliency import SCORERS

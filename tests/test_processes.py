@@ -190,14 +190,14 @@ def test_without_a_folder_all_processes_return_the_same_model(tmp_path):
 
 MEASURED = """
 import os, sys
-from sidlab import plan, training
+from sidlab import training_plan, training
 from sidlab.research.launch import launch
 
 def measured(*args):
     assert os.environ["RANK"] == "0", "one process measures for all"
     return "bf16"
 
-plan.measured_precision = measured
+training_plan.measured_precision = measured
 arguments = training._arguments
 
 def told(config, *args, **kwargs):

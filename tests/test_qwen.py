@@ -23,12 +23,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.decoding import beam_search, encode_histories, items_of_leaves, recommend, score_items
 from sidlab.fast.scored_attention import attention_path, fused_attention
 from sidlab.map_loss import MapConfig
+from sidlab.model_building import build_model
 from sidlab.models.qwen import SidQwen, SidQwenConfig
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import BOS, SEP, SidTable

@@ -19,7 +19,8 @@ ROOMS = (
     "map_loss",
     "fast",
     "models",
-    "windows batches strategy config metrics decoding build plan checkpoints trainer training",
+    "windows batches strategy config metrics decoding model_building training_plan checkpoints trainer"
+    " training",
     "figures",
     "research",
     "course",

@@ -20,7 +20,7 @@ from sidlab.data.load import load_catalogue
 from sidlab.files import write
 from sidlab.research import jobs, machine, sid_tables
 from sidlab.research import runs as sweeps
-from sidlab.research.child import Progress
+from sidlab.research.one_run import Progress
 from sidlab.sids.fusion import collaborative_embeddings, fuse_embeddings
 from sidlab.sids.residual_kmeans import ResidualKMeans
 from sidlab.sids.table import SidTable

@@ -14,7 +14,6 @@ from transformers import Trainer, TrainerCallback
 
 from sidlab import training
 from sidlab.batches import StratifiedBatches
-from sidlab.build import build_model
 from sidlab.config import PRESETS, TrainConfig
 from sidlab.data.planted import planted_catalogue
 from sidlab.decoding import encode_histories, recommend, score_items
@@ -22,11 +21,12 @@ from sidlab.fast import meter as meter_module
 from sidlab.fast.meter import Meter
 from sidlab.map_loss import MapConfig
 from sidlab.metrics import summary
-from sidlab.plan import collator_of, validation_cases
+from sidlab.model_building import build_model
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
 from sidlab.strategy import AdaptPruning, Strategy
 from sidlab.training import evaluate, train
+from sidlab.training_plan import collator_of, validation_cases
 from sidlab.windows import Collator, Windows, leave_one_out
 
 WORLD = planted_catalogue(60, seed=1, shortest=5, longest=9)

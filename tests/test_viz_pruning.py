@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from playwright.sync_api import sync_playwright
 
 import sidlab
-from sidlab.build import build_model
 from sidlab.course.demo import load
 from sidlab.course.probe import Probe
 from sidlab.decoding import encode_histories, score_items
+from sidlab.model_building import build_model
 from sidlab.pruning import PruningConfig
 from sidlab.viz import PruningExplorer
 from sidlab.viz.pruning import PruningView

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, connect, frames_of
 
-from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.course.demo import load
+from sidlab.model_building import build_model
 from sidlab.pruning import PruningConfig, kept_count
 from sidlab.sids.table import SidTable
 from sidlab.viz import QuirkExplorer

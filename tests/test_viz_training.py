@@ -20,10 +20,10 @@ from sidlab.data.planted import planted_catalogue
 from sidlab.figures import theme
 from sidlab.figures.theme import looks
 from sidlab.map_loss import MapConfig
-from sidlab.plan import validation_cases
 from sidlab.pruning import PruningConfig
 from sidlab.sids.table import SidTable
 from sidlab.training import train
+from sidlab.training_plan import validation_cases
 from sidlab.viz import training
 from sidlab.viz.training import MUTE, TrainingMonitor
 from sidlab.windows import leave_one_out

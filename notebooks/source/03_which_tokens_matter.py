@@ -30,7 +30,7 @@ import torch
 
 from sidlab import PruningConfig, TrainConfig
 from sidlab.course import teach
-from sidlab.build import build_model
+from sidlab.model_building import build_model
 from sidlab.figures.theme import BLUE, VERMILLION, template
 from sidlab.windows import history_tokens
 

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import sidlab
 from sidlab.course import demo
 from sidlab.course import teach
-from sidlab.build import build_model
+from sidlab.model_building import build_model
 from sidlab.viz import MapExplorer
 from sidlab.figures.theme import template
 from sidlab.windows import Collator, StretchCollator, Stretches, Windows, leave_one_out

@@ -260,7 +260,7 @@ teach.predict(
 
 # %%
 from sidlab.research.calibration import random_table
-from sidlab.build import build_model
+from sidlab.model_building import build_model
 from sidlab.viz.cost import table_bytes
 
 

@@ -38,7 +38,7 @@ from sidlab.models.base import (
     SidEmbedding,
     SidModel,
 )
-from sidlab.models.beam import BeamTree
+from sidlab.models.beam_state import BeamTree
 from sidlab.models.qwen_layout import (
     PrunedDecoderOutput,
     SidCausalOutput,

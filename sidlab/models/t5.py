@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from sidlab.fast import cpu_layers, kernels
 from sidlab.models.base import PrunedStack, SidEmbedding, SidModel
-from sidlab.models.beam import BeamState
+from sidlab.models.beam_state import BeamState
 from sidlab.models.t5_layers import (
     DeepFeedForward,
     NormedProjection,

@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 from scipy.optimize import nnls
 
-from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.fast.graphs import ReplayedPasses
 from sidlab.fast.meter import device_name
 from sidlab.fast.precision import uses_bf16
+from sidlab.model_building import build_model
 from sidlab.pruning import PruningConfig
 from sidlab.research.cost import Cost, cost
 from sidlab.sids.table import SidTable

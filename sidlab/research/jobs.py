@@ -91,7 +91,7 @@ def start_child(folder: str, name: str, ticket: str) -> None:
     with open(log, "w", encoding="utf-8") as output:
         print(ticket, file=output, flush=True)
         with subprocess.Popen(
-            [sys.executable, "-m", "sidlab.research.child", str(folder), name],
+            [sys.executable, "-m", "sidlab.research.one_run", str(folder), name],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

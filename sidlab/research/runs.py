@@ -3,7 +3,7 @@ the notebooks stand on.
 
 A run is a spec, as `spec` makes it. Its result is a file in `folder/runs`, written when the run is
 complete. Results that are there already are read, and a killed run goes on from its last
-checkpoint. What one run does stands in `child`, how runs are handed out to workers in `jobs`.
+checkpoint. What one run does stands in `one_run`, how runs are handed out to workers in `jobs`.
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ import torch
 import transformers
 from filelock import FileLock
 
-from sidlab.build import weights_digest
 from sidlab.checks import integer
 from sidlab.config import PARTS, TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.data.load import load_catalogue
 from sidlab.fast.precision import sizes, unmeasured
 from sidlab.files import read_json, write, write_json
-from sidlab.plan import measured_precision
+from sidlab.model_building import weights_digest
 from sidlab.research import sasrec
 from sidlab.research.jobs import Queue, file_of, path_of, result_of
 from sidlab.research.machine import code_digest
 from sidlab.research.sid_tables import SIDS, check_sids, sid_table
 from sidlab.research.summary import SECONDS
 from sidlab.saliency import named_scorer, own_source
+from sidlab.training_plan import measured_precision
 from sidlab.windows import leave_one_out, training_windows
 
 CHANGED = "the package or the scorer's module has changed since this sweep began: start it again"

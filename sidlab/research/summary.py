@@ -40,7 +40,7 @@ class Run:
     label: str  # what the runs of several seeds have in common: a method, a setting
     seed: int | None
     # What the run's file holds: "ranks" (`metrics.stored`), the only part that a baseline has,
-    # "row" (metrics and costs), "curve", "sids", "ended" (`child.run`), "device", "precision",
+    # "row" (metrics and costs), "curve", "sids", "ended" (`one_run.run`), "device", "precision",
     # "busy"; and to repeat it, "spec", "hardware" and "versions"
     result: dict
 

@@ -18,12 +18,12 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from sidlab.batches import StratifiedBatches
-from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.decoding import recommend
 from sidlab.fast.graphs import ReplayedPasses
 from sidlab.fast.meter import clock, highest_mb, memory_mb, reset_highest_mb
 from sidlab.fast.precision import faster_precision, sizes, uses_bf16
+from sidlab.model_building import build_model
 from sidlab.models.t5 import DeepFeedForward
 from sidlab.research.calibration import random_table
 from sidlab.sids.residual_kmeans import ResidualKMeans

@@ -25,9 +25,9 @@ from sidlab.fast.precision import kept_random_state
 from sidlab.figures.charts import learning_curves
 from sidlab.figures.tables import table as html_table
 from sidlab.figures.theme import MARKS
-from sidlab.plan import planned_updates, validation_cases
 from sidlab.research.baselines import Popularity
 from sidlab.training import TrainResult, result_so_far, train
+from sidlab.training_plan import planned_updates, validation_cases
 from sidlab.viz.explorer import Explorer, alert, chart_state, write_frames
 from sidlab.viz.turns import Turns
 from sidlab.windows import leave_one_out

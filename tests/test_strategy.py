@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_training import STAMP, TABLE, WORLD, Stop, assert_same, config, run
 from transformers import TrainerCallback
 
-from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.map_loss import MapConfig
+from sidlab.model_building import build_model
 from sidlab.pruning import PruningConfig, TokenPruner, kept_count
 from sidlab.strategy import AdaptPruning, Strategy, keep_at, spearman
 from sidlab.windows import Collator, Windows, leave_one_out

@@ -1,6 +1,6 @@
 """The child process of a run: train, test and write its result.
 
-`jobs.start_child` starts `python -m sidlab.research.child FOLDER NAME`, which ends when its
+`jobs.start_child` starts `python -m sidlab.research.one_run FOLDER NAME`, which ends when its
 standard input does.
 """
 
@@ -15,13 +15,13 @@ import transformers
 from filelock import FileLock
 from transformers import TrainerCallback
 
-from sidlab.build import load_model
 from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.decoding import encode_histories
 from sidlab.fast.meter import Meter, device_name
 from sidlab.files import read_json, write_json
 from sidlab.metrics import rank_of_target, stored
+from sidlab.model_building import load_model
 from sidlab.pruning import PruningConfig
 from sidlab.research import sasrec
 from sidlab.research.jobs import MARK, file_of, path_of

@@ -12,10 +12,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from sidlab.batches import LengthBatches, StratifiedBatches, UserBatches
-from sidlab.build import build_model
 from sidlab.config import TrainConfig
 from sidlab.fast.precision import faster_precision, kept_random_state, sizes, unmeasured
 from sidlab.files import read_json
+from sidlab.model_building import build_model
 from sidlab.sids.table import SidTable
 from sidlab.windows import (
     Collator,
