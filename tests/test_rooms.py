@@ -19,8 +19,9 @@ ROOMS = (
     "map_loss",
     "fast",
     "models",
-    "windows batches strategy config metrics decoding model_building training_plan checkpoints trainer"
-    " training",
+    "windows batches strategy config metrics decoding",
+    "model_building training_plan checkpoints trainer",
+    "training",
     "figures",
     "research",
     "course",
