@@ -18,8 +18,6 @@ from sidlab.saliency import own_source
 
 # In a checkpoint: the averaged weights, and of how many updates they are.
 AVERAGE = "average.safetensors"
-
-
 AVERAGED = "updates averaged"
 
 

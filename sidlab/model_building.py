@@ -130,8 +130,6 @@ MUST_MATCH = (
     "intermediate_size",
     "num_hidden_layers",
 )
-
-
 SHARED = (
     "separators",
     "max_items",

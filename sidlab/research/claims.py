@@ -49,8 +49,6 @@ from sidlab.research.papers import PUBLISHED, RASTP_CLAIMS, STAMP_CLAIMS, data_n
 METHODS = f"{DEFAULT_METHODS} rastp-reference"
 NOT_RUN = "not run"
 UNTESTABLE = "not testable here"
-
-
 CLAIMS = (
     Claim(
         "RASTP",

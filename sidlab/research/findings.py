@@ -10,25 +10,13 @@ from sidlab.research.papers import STAMP_CLAIMS, data_name, published
 from sidlab.research.studies import command as study_command
 
 MARGIN = 0.05  # of the unpruned recall
-
-
 LEVEL = 0.05  # of the tests of one claim together
-
-
 # Of the lowest recall@10 published of an unpruned TIGER: what reaches less can't say what pruning
 # costs
 MATURE = 0.9
-
-
 SINGLE = 0.1  # taken for the spread of a single run's seconds, which has none of its own
-
-
 CONFIRMED = "confirmed"
-
-
 REFUTED = "not confirmed"
-
-
 UNDECIDED = "undecided"
 
 

@@ -21,8 +21,6 @@ ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
 from sidlab.research.machine import code_digest
 
 SIDS = ("encoder", "levels", "width", "collisions", "file", "behaviour")
-
-
 BEHAVIOUR = "behaviour"  # in place of a SID file: SIDs made here of text and behaviour
 
 

@@ -29,8 +29,6 @@ LOOKS = [
     )
     for color, symbol in zip((BLUE, VERMILLION, GREEN, ORANGE), symbols)
 ]
-
-
 PANELS = {
     "recall@10": "test recall@10",
     COST: "s per 1,000 windows",

@@ -9,17 +9,9 @@ from sidlab.pruning import PruningConfig
 from sidlab.research.papers import RASTP_CLAIMS, RASTP_POOLING, STAMP_CLAIMS
 
 KEEPS = (0.1, 0.2, 1 / 3, 0.5, 0.7)
-
-
 LARGE = 5000  # items; 16 codes a level would hardly tell more of them apart
-
-
 NOTHING = {}  # pruned; the setting that the others are compared with
-
-
 POOL = {2: "pool", 1: "pool after layer 1", 3: "pool after layer 3"}
-
-
 # Wide enough for mixed precision
 FAST = {"d_model": 128, "d_ff": 256, "dropout": 0.1, "max_updates": 400, "eval_every": 40}
 
@@ -154,8 +146,6 @@ THIRDS = (
     }
     | {POOL[layer]: _pruned(after_layer=layer, reduce="pool") for layer in POOL}
 )
-
-
 STUDIES = {
     "strategies": Study(
         "Which tokens to keep",

@@ -10,12 +10,8 @@ from sidlab.figures.theme import BLUE, GREY, ORANGE, SCALE, VERMILLION, template
 from sidlab.saliency import attention_centrality, semantic_saliency
 
 CELLS = 48
-
-
 # Of a small heatmap: cells on a side at most, and how many shades can be told apart at this size
 SHADES = 100
-
-
 FAINT = 0.02  # what is looked at less than this gets no line
 
 

@@ -17,37 +17,21 @@ from sidlab.pruning import PruningConfig, kept_count
 from sidlab.research.cost import flops_by_part
 from sidlab.viz.explorer import Explorer
 
-MAX_ITEMS = 30
-
-
-TOKENS = 5  # RASTP's: items of history, tokens an item (4 codes and a separator), so 150 slots
-
-
-SLOTS = MAX_ITEMS * TOKENS
-
-
+# RASTP's: items of history, for the target counts among the 30 that 150 slots hold; tokens an item
+# (4 codes and a separator)
+MAX_ITEMS = 29
+TOKENS = 5
+SLOTS = (MAX_ITEMS + 1) * TOKENS
 LAST = 10  # and the cheap alternative: the last ten items only
-
-
 # Its codes; how wide the de-duplication digit is, is not published, and costs next to nothing
 WIDTHS = (256, 256, 256, 10)
-
-
 USERS = 32
-
-
 LIMIT = 512  # of a batch of its: users, and windows drawn from them at most
-
-
 # What the figure can be held against: FLOPs relative to 150 slots always, on Beauty's own lengths
 # in the published batches (tests/test_cost.py computes them), and the share of padding in RASTP's
 # batches of Amazon data.
 ON_BEAUTY = (1.0, 0.65, 0.77, 0.34, 0.28, None)
-
-
 PADDING = (0.73, 0.79)
-
-
 HISTORIES = {
     "published": "training, as published: all stretches",
     "prefixes": "training, as here: all prefixes",

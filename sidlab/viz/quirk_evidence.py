@@ -14,29 +14,13 @@ from sidlab.viz.pruning_game import level_names
 from sidlab.windows import history_tokens, pad_histories
 
 AFTER = 2
-
-
 DROPOUT = 0.15
-
-
 DRAWS = 12  # pruned after this encoder layer; RASTP's dropout; so many draws of it
-
-
 LENGTHS = (10, 6, 4, 2)  # items of the histories; all are padded to the first
-
-
 MODES = ("reference", "corrected")
-
-
 KEPT = 1.0
-
-
 PRUNED = 0.6
-
-
 FILLED = 0.3
-
-
 EMPTY = 0.0  # what becomes of a slot, as numbers for a colour
 
 

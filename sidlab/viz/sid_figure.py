@@ -20,15 +20,9 @@ from sidlab.figures.theme import (
 )
 
 NODES = 300  # of the tree, at most that many on a level
-
-
 # Of codes: as many as the planted widths have
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY, YELLOW)
-
-
 PALE = "#C8C8C8"
-
-
 # None with arcs: between those and others a browser cannot draw a marker that changes on its way.
 SHAPES = (
     "octagon",
@@ -48,18 +42,10 @@ SHAPES = (
     "triangle-right",
     "hexagon",
 )
-
-
 DARK_INK = (ORANGE, SKY, PURPLE, YELLOW)  # the others take white letters
-
-
 # 32 codes can be told apart without their colours
 SYMBOLS = (*SHAPES, *(f"{shape}-open" for shape in SHAPES))
-
-
 AXES = ("of what is left", "of the embeddings")
-
-
 ROOM = 72  # a part of the tree has room for a word if it is one 72nd of the round or more
 
 
