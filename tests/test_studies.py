@@ -20,7 +20,7 @@ from sidlab.config import TrainConfig
 from sidlab.data.load import load_catalogue
 from sidlab.metrics import METRICS
 from sidlab.pruning import PruningConfig
-from sidlab.research import claims, studies
+from sidlab.research import claims, studies, study_settings
 from sidlab.research.compare import compare
 from sidlab.research.cost import cost
 from sidlab.research.runs import config_with
@@ -87,7 +87,7 @@ def test_explorers_show_what_the_planted_settings_hold():
         for s in studies.STUDIES["strategies"].settings.values()
         if s and "pruning.reduce" not in s
     )
-    wanted = set(itertools.product(("rastp", "recent", "random"), studies.KEEPS))
+    wanted = set(itertools.product(("rastp", "recent", "random"), study_settings.KEEPS))
     assert wanted <= shares.keys() and set(shares.values()) == {1}
     for name in ("granularity", "map", "strategies"):
         shown = json.loads((studies.COURSE / f"{name}.json").read_text())
