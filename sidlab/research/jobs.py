@@ -27,6 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sidlab.checks import from_extra
 from sidlab.files import read_json, write_json
 
 POLL = 0.2  # seconds between two looks at what runs
@@ -283,6 +284,7 @@ def cluster(address: str) -> concurrent.futures.Executor | None:
     """
     if not address:
         return None
-    from distributed import Client
+    with from_extra("cluster"):
+        from distributed import Client
 
     return Client(address).get_executor()
