@@ -228,7 +228,7 @@ def test_the_walk_finds_an_import_in_the_wrong_room(tmp_path, monkeypatch):
     path.write_text("import torch\n\ndef f():\n    import plotly, vector_quantize_pytorch.x\n")
     assert undeclared(path, []) == {"core.py: plotly", "core.py: vector_quantize_pytorch"}
     assert undeclared(path, ["course"]) == {"core.py: vector_quantize_pytorch"}
-    path.write_text('with from_extra("research"):\n    import vector_quantize_pytorch\nimport plotly\n')
+    path.write_text('with from_extra("research"):\n    import filelock\nimport plotly\n')
     assert undeclared(path, []) == {"core.py: plotly"}
 
 
