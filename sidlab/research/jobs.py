@@ -27,7 +27,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sidlab.checks import from_extra
 from sidlab.files import read_json, write_json
 
 POLL = 0.2  # seconds between two looks at what runs
@@ -284,6 +283,9 @@ def cluster(address: str) -> concurrent.futures.Executor | None:
     """
     if not address:
         return None
+    # Here, since a worker imports this module, and nothing large with it.
+    from sidlab.checks import from_extra
+
     with from_extra("cluster"):
         from distributed import Client
 
