@@ -29,6 +29,7 @@ sids = ""  # a published SID file; "behaviour": of embeddings and training histo
 output_dir = ""  # empty: runs/studies/<dataset>-<preset>, where studies share their runs
 only = 0  # the first settings only; 0: all
 keep = False  # True: its summary becomes one of this repository's results
+cluster = ""  # address of a Dask scheduler, tcp://…, whose workers do the runs side by side
 
 # %%
 from sidlab.research import compare as comparison
@@ -40,7 +41,7 @@ made_with = {
     "arch": arch,
     "sids": sids,
 }
-valid = ("study", *made_with, "output_dir", "only", "keep")
+valid = ("study", *made_with, "output_dir", "only", "keep", "cluster")
 if unknown := comparison.unknown_parameters(globals(), {*valid, "made_with", "valid"}):
     raise ValueError(f"unknown parameter {', '.join(unknown)}; use {', '.join(valid)}")
 
@@ -50,7 +51,7 @@ import pathlib
 from IPython.display import Markdown, display
 
 from sidlab.checks import one_of
-from sidlab.research import studies
+from sidlab.research import jobs, studies
 
 one_of("study", study, studies.STUDIES)
 if pathlib.Path.cwd().name == "notebooks":
@@ -73,7 +74,9 @@ if "schedules" in chosen.shows:
     display(schedule_figure(chosen.settings))
 
 # %%
-runs = studies.run(study, folder, only=only or None, **made_with)
+runs = studies.run(
+    study, folder, only=only or None, executor=jobs.cluster(cluster), **made_with
+)
 rows = studies.summarise(runs)
 
 # %%
