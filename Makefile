@@ -95,7 +95,7 @@ study: $(READY)
 	@mkdir -p runs/studies
 	$(BIN)/papermill notebooks/study.ipynb "runs/studies/$(or $(STUDY),unnamed).ipynb" -k python3 --cwd . \
 	    --log-output --no-progress-bar -r study "$(STUDY)" -r dataset "$(DATASET)" -r preset "$(PRESET)" -p seeds "$(SEEDS)" \
-	    -r arch "$(ARCH)" -r sids "$(SIDS)" -r output_dir "$(call given,OUTPUT_DIR)" -p only "$(ONLY)" $(if $(KEEP),-p keep True)
+	    -r arch "$(ARCH)" -r sids "$(SIDS)" -r output_dir "$(call given,OUTPUT_DIR)" -p only "$(ONLY)" $(if $(KEEP),-p keep True) $(if $(CLUSTER),-r cluster "$(CLUSTER)")
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
