@@ -930,3 +930,13 @@ def test_figures_show_single_seeds_where_there_are_several():
         (dots,) = (trace for trace in figure.data if trace.name == "single seeds")
         values = dots.x if name == "strategies" else dots.y
         assert list(values) == [0.31, 0.34] and dots.marker.size < 9
+
+
+@pytest.mark.parametrize("name", ["strategies", "map", "efficiency"])
+def test_figures_of_runs_side_by_side_do_without_seconds(name):
+    x = studies.STUDIES[name].x
+    for missing in (None, float("nan")):
+        rows = fake_rows(name).assign(seconds_per_1k_windows=missing)
+        figure = study_figure(rows, x)
+        shown = [value for trace in figure.data if trace.xaxis == "x" for value in trace.x]
+        assert len(shown) >= len(rows) - 1

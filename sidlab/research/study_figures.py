@@ -130,16 +130,18 @@ def study_figure(rows: pd.DataFrame, x: str | None = None, panels=tuple(PANELS))
         sorted(set(places)) if x in ("sids.levels", "pruning.keep", "map.weight") else None
     )
     for place, column in enumerate(panels, start=1):
-        figure.add_hline(
-            first[column],
-            line_dash="dot",
-            line_color=GREY,
-            annotation_text=first["label"],
-            annotation_font_size=11,
-            annotation_position="bottom right",
-            row=1,
-            col=place,
-        )
+        # Runs side by side have no seconds
+        if pd.notna(first[column]):
+            figure.add_hline(
+                first[column],
+                line_dash="dot",
+                line_color=GREY,
+                annotation_text=first["label"],
+                annotation_font_size=11,
+                annotation_position="bottom right",
+                row=1,
+                col=place,
+            )
         figure.update_xaxes(
             title_text=TITLES.get(x, x), tickvals=of_settings, tickformat=".2~f", row=1, col=place
         )
