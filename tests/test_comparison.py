@@ -487,6 +487,35 @@ def test_the_notebook_has_the_parameters_and_stops_at_an_unknown_one(tmp_path):
         )
 
 
+def test_the_notebook_shows_what_is_there(finished, tmp_path):
+    """The runs are done already, so this is about its tables and figures."""
+    folder, results = finished
+    papermill.execute_notebook(
+        str(NOTEBOOK),
+        str(tmp_path / "out.ipynb"),
+        parameters={
+            "preset": "smoke",
+            "methods": " ".join(METHODS),
+            "seeds": 1,
+            "output_dir": str(folder),
+            "protocol": "scratch",
+        },
+        cwd=str(ROOT),
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    shown = " ".join(
+        str(output.get("data", {}).get("text/html", ""))
+        for cell in cells
+        for output in cell.get("outputs", ())
+    )
+    for row in results["summary"]:
+        if row["difference"] is not None:
+            low, high = row["difference_interval"]
+            assert f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]" in shown, row["method"]
+
+
 def test_notebooks_are_committed_clean():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
