@@ -50,8 +50,12 @@ def section() -> str:
         name: next(rows[name]["recall@10"] for rows in found if name in rows)
         for name in ("neighbours", "sasrec")
     }
+    best = {}
+    for file in sorted(load("mature-*.json"), key=lambda file: file["metrics"]["recall@10"]):
+        best[file["dataset"], file["arch"]] = file
     return render(
         "readme.md.j2",
+        best=list(best.values()),
         steps=steps,
         baselines=baselines,
         data_name=data_name,
