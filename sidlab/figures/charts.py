@@ -4,9 +4,6 @@ Nothing rests on colour alone: methods differ by symbol and dash, published numb
 pruned tokens hatched. They are light or dark as `theme.use_theme` says.
 """
 
-import html
-import textwrap
-
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -75,16 +72,6 @@ def learning_curves(results: dict) -> go.Figure:
         seen.add(name)
     figure.update_xaxes(title_text="updates", title_standoff=8)
     return figure.update_layout(template=template(), height=500, legend=legend_below(500, 85))
-
-
-def short_title(title, columns):
-    """An axis label: few columns leave room for three lines, many for one short one."""
-    few = columns <= 6
-    width = 16 if few else 24
-    # Or of a longer word nothing would be left
-    words = " ".join(shorten(word, width - 1) for word in title.split())
-    lines = textwrap.wrap(words, width, max_lines=3 if few else 1, placeholder="…")
-    return "<br>".join(html.escape(line) for line in lines)
 
 
 def shorten(title: str, width: int = 40) -> str:

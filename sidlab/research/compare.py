@@ -61,7 +61,7 @@ BASELINES = {
     "neighbours": "what stood next to the history's items in training: a table, no network",
     "bayes": "the best list for one who knows how the planted world works: a ceiling",
 }
-SETTINGS = {  # by name, as in `sweeps.sweep`, where they are not a scorer's name
+SETTINGS = {  # by name, as in `runs.sweep`, where they are not a scorer's name
     "padded": {"padding": "fixed"},
     "unpadded": {},
     "rastp-reference": {"padding": "fixed", "pruning.mode": "reference"},
@@ -276,7 +276,7 @@ def method_config(
     name: str, preset: str, seed: int, arch: str = "t5", protocol: str = "scratch"
 ) -> TrainConfig | dict:
     """The configuration of a method: `preset` and what the method changes of it; of "sasrec" and
-    "base-METHOD" what `sweeps.spec` takes.
+    "base-METHOD" what `runs.spec` takes.
     """
     if name == BASE:
         return config_with(preset, seed, {"arch": arch, "targets": "all"})

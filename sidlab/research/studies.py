@@ -44,7 +44,7 @@ def run(
     only: int | None = None,
     executor=None,
 ) -> pd.DataFrame:
-    """Do the study's runs that `folder` does not hold yet: a row a run, as `sweeps.sweep` gives it,
+    """Do the study's runs that `folder` does not hold yet: a row a run, as `runs.sweep` gives it,
     its "label", and "mflops", predicted for a training window (None where lengths do not tell). A
     part that is switched on has its defaults, too, so that rows speak for themselves.
 

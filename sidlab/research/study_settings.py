@@ -18,7 +18,7 @@ FAST = {"d_model": 128, "d_ff": 256, "dropout": 0.1, "max_updates": 400, "eval_e
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """`settings`: {label: settings by name, as in `sweeps.sweep`}, the first the one to compare
+    """`settings`: {label: settings by name, as in `runs.sweep`}, the first the one to compare
     with; `large`: those for catalogues of over `LARGE` items, where others are needed. `x`: a
     setting or a cost, the axis of the figure; None: the labels. `published`: what the papers say of
     it, in words, with its source; `values`: {label: recall@5 on Amazon Beauty}, where they give it.
