@@ -74,9 +74,7 @@ if "schedules" in chosen.shows:
     display(schedule_figure(chosen.settings))
 
 # %%
-runs = studies.run(
-    study, folder, only=only or None, executor=jobs.cluster(cluster), **made_with
-)
+runs = studies.run(study, folder, only=only or None, executor=jobs.cluster(cluster), **made_with)
 rows = studies.summarise(runs)
 
 # %%
