@@ -1,10 +1,12 @@
 """Files that are whole or not there."""
 
 import contextlib
+import gzip
 import json
 import os
 import pathlib
 import uuid
+import zlib
 
 from safetensors import SafetensorError
 
@@ -29,14 +31,24 @@ def reading(path):
     """A missing or damaged file becomes a ValueError that names `path`, the file or its folder."""
     try:
         yield
-    except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        SafetensorError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+    ) as error:
         raise ValueError(f"{path} can't be read, it is missing or damaged: {error}") from error
 
 
 def read_json(path, *fields) -> dict:
-    """The object in `path`; ValueError where it can't be read or lacks one of `fields`."""
+    """The object in `path`, which may end in .gz; ValueError where it can't be read or lacks one of
+    `fields`.
+    """
     with reading(path):
-        content = json.loads(pathlib.Path(path).read_text())
+        content = pathlib.Path(path).read_bytes()
+        content = json.loads(gzip.decompress(content) if str(path).endswith(".gz") else content)
     if not isinstance(content, dict) or set(fields) - content.keys():
         raise ValueError(
             f"{path} must hold a JSON object with {', '.join(fields) or 'fields'}, got"

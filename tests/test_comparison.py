@@ -272,22 +272,20 @@ def test_bad_arguments_stop_before_anything_is_written(arguments, message, tmp_p
 
 @pytest.mark.parametrize("seeds", [1, 3, FEW_SEEDS])
 def test_differences_are_paired_and_seeds_are_told_one_by_one(seeds, tmp_path):
-    catalogue = load_catalogue("planted", n_users=200)
+    catalogue = load_catalogue("planted")
+    users = len(catalogue.histories)
     rng = np.random.default_rng(0)
-    table = SidTable(
-        catalogue.truth.tree, tuple(int(w) for w in catalogue.truth.tree.max(axis=0) + 1)
-    )
     names = ["unpadded", "rastp", "sasrec"]
     runs = []
     for name in names:
         for seed in range(seeds):
-            ranks = (rng.random(200) < 0.3 + rng.normal(0, 0.03)).astype(int)
+            ranks = (rng.random(users) < 0.3 + rng.normal(0, 0.03)).astype(int)
             row = metrics_of(ranks) | dict.fromkeys(COSTS, 1.0) | {"kept_informative": None}
             told = {"curve": None, "busy": False, "device": "a CPU", "precision": "fp32"}
             runs.append({"method": name, "seed": seed, "ranks": ranks, "row": row, **told})
-    found = comparison._collect(
-        "planted", "smoke", names, runs, catalogue, table, dict(table.report()), "", "t5", "scratch"
-    )
+    # The same methods and seeds as asked for, seeds outside
+    asked = comparison.Comparison("planted", "smoke", names, seeds, protocol="scratch")
+    found = asked.results(sorted(runs, key=lambda run: run["seed"]), tmp_path)
     rows = {row["method"]: row for row in found["summary"]}
     hits = {
         name: np.array([run["ranks"] for run in runs if run["method"] == name], float)

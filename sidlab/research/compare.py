@@ -111,58 +111,141 @@ def compare(
     but "scratch" for the preset "paper"); `executor`: where runs are done side by side (see
     `runs.run_all`). Raises ValueError naming what is valid before anything is trained.
     """
-    names = methods.split() if isinstance(methods, str) else list(methods)
-    if not names:
-        raise ValueError(f"give at least one method, got methods={methods!r}")
-    if made := [name for name in names if name.partition("-")[0] == BASE]:
-        raise ValueError(
-            f"methods={methods!r} names {made[0]}, a row that protocol='continue' adds by itself;"
-            " leave it out"
-        )
-    seeds = integer("seeds", seeds)
-    one_of("preset", preset, PRESETS)
-    protocol = protocol or default_protocol(preset)
-    one_of("protocol", protocol, PROTOCOLS)
-    if protocol == "continue" and preset not in DENSE:
-        raise ValueError(
-            f"preset={preset!r} trains from scratch, as published: protocol must be 'scratch', got"
-            f" {protocol!r}"
-        )
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"methods={methods!r} names {', '.join(twice)} twice")
-    names = rows_of(names, protocol)
-    # Seeds outside: a comparison cut short compares
-    runs = [(name, seed) for seed in range(seeds) for name in names]
-    source = sids_of(sids)
-    specs = {}
-    for name, seed in runs:
-        start = (
-            f"{BASE}-seed{seed}"
-            if protocol == "continue" and name not in (BASE, "sasrec")
-            else None
-        )
-        specs[f"{name}-seed{seed}"] = spec(
-            dataset, method_config(name, preset, seed, arch, protocol), source, start
-        )
-    folder = folder_of(dataset, preset, output_dir, arch, protocol)
-    catalogue = load_catalogue(dataset)
-    results = [
-        {"method": name, "seed": seed, **result}
-        for (name, seed), result in zip(runs, run_all(specs, folder, executor))
-    ]
-    results = _collect(
-        dataset,
-        preset,
-        names,
-        results,
-        catalogue,
-        *sid_table(catalogue, folder, source),
-        sids,
-        arch,
-        protocol,
-    )
+    asked = Comparison(dataset, preset, methods, seeds, sids, arch, protocol)
+    folder = folder_of(dataset, preset, output_dir, arch, asked.protocol)
+    results = asked.results(list(run_all(asked.specs, folder, executor)), folder)
     write_json(folder / "results.json", results)
     return results
+
+
+class Comparison:
+    """What `compare` was asked for (its arguments), checked. `runs`: a pair (method, seed) each;
+    `specs`: what they are made from, {name: spec}, as `runs.run_all` takes it.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        preset="quick",
+        methods=DEFAULT_METHODS,
+        seeds=3,
+        sids="",
+        arch="t5",
+        protocol="",
+    ):
+        names = methods.split() if isinstance(methods, str) else list(methods)
+        if not names:
+            raise ValueError(f"give at least one method, got methods={methods!r}")
+        if made := [name for name in names if name.partition("-")[0] == BASE]:
+            raise ValueError(
+                f"methods={methods!r} names {made[0]}, a row that protocol='continue' adds by"
+                " itself; leave it out"
+            )
+        seeds = integer("seeds", seeds)
+        one_of("preset", preset, PRESETS)
+        protocol = protocol or default_protocol(preset)
+        one_of("protocol", protocol, PROTOCOLS)
+        if protocol == "continue" and preset not in DENSE:
+            raise ValueError(
+                f"preset={preset!r} trains from scratch, as published: protocol must be 'scratch',"
+                f" got {protocol!r}"
+            )
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"methods={methods!r} names {', '.join(twice)} twice")
+        self.dataset = dataset
+        self.preset = preset
+        self.names = rows_of(names, protocol)
+        self.sids = sids
+        self.arch = arch
+        self.protocol = protocol
+        # Seeds outside: a comparison cut short compares
+        self.runs = [(name, seed) for seed in range(seeds) for name in self.names]
+        self.specs = {f"{name}-seed{seed}": self._spec(name, seed) for name, seed in self.runs}
+
+    def _spec(self, name, seed):
+        continued = self.protocol == "continue" and name not in (BASE, "sasrec")
+        return spec(
+            self.dataset,
+            method_config(name, self.preset, seed, self.arch, self.protocol),
+            sids_of(self.sids),
+            f"{BASE}-seed{seed}" if continued else None,
+        )
+
+    def against(self, name: str) -> str | None:
+        """The method that the differences of a row are to: of a base that is pruned the base, of
+        all others the unpruned model.
+        """
+        other = BASE if name.startswith(f"{BASE}-") else "unpadded"
+        return other if other in self.names and other != name else None
+
+    def results(self, found: list[dict], folder) -> dict:
+        """What `compare` returns, from the result of each of `runs`, in their order, which hold the
+        same seeds for all methods; the SIDs are kept in `folder`.
+        """
+        catalogue = load_catalogue(self.dataset)
+        table, report = sid_table(catalogue, folder, sids_of(self.sids))
+        runs = [
+            {"method": name, "seed": seed, **result}
+            for (name, seed), result in zip(self.runs, found)
+        ]
+        rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
+        baselines = _baselines(catalogue)
+        nothing = dict.fromkeys([*COSTS, "kept_informative"])
+        rows += [
+            {"method": name, "seed": None, **metrics_of(ranks), **nothing}
+            for name, ranks in baselines.items()
+        ]
+        known = [Run(r["method"], r["seed"], r) for r in sorted(runs, key=lambda r: r["seed"])]
+        known += [Run(name, None, stored(ranks)) for name, ranks in baselines.items()]
+        summary = [{"method": row.pop("label"), **row} for row in summarise(known, self.against)]
+        for entry in summary:
+            predicted = self._predicted(entry["method"], runs, catalogue, table)
+            entry["predicted_flops"] = predicted and predicted.training
+            entry["predicted_activation_mb"] = predicted and predicted.activation_bytes / 2**20
+        busy = _busy(runs)
+        return {
+            "dataset": str(self.dataset),
+            "preset": self.preset,
+            "arch": self.arch,
+            "protocol": self.protocol,
+            "hardware": hardware(),
+            "versions": versions(),
+            "command": self.command,
+            "precision": sorted({r["precision"] for r in runs} - {None}),
+            "users": len(runs[0]["ranks"]),
+            "sids": report,
+            "rows": rows,
+            "summary": summary,
+            "curves": [
+                {"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]
+            ],
+        } | ({"busy": busy} if busy else {})
+
+    def _predicted(self, name, runs, catalogue, table):
+        """What the cost model says of a method; None of what it doesn't know."""
+        if name not in self.names:
+            return None
+        config = method_config(name, self.preset, 0, self.arch, self.protocol)
+        if not isinstance(config, TrainConfig):
+            return None
+        config = clip_max_items(config, catalogue)
+        windows = training_windows(leave_one_out(catalogue.histories).train, config)
+        # As it was trained, for that says how many bytes are kept.
+        in_bf16 = any(r["precision"] == "bf16" for r in runs if r["method"] == name)
+        return cost(config, table.widths, windows, bf16=in_bf16)
+
+    @property
+    def command(self) -> str:
+        """What makes these results."""
+        asked = [name for name in self.names if name.partition("-")[0] != BASE]
+        return (
+            f"make reproduce DATASET={shlex.quote(str(self.dataset))} PRESET={self.preset}"
+            f' METHODS="{" ".join(asked)}" '
+            + f"SEEDS={len(self.runs) // len(self.names)}"
+            + f" SIDS={shlex.quote(str(self.sids))}" * bool(self.sids)
+            + f" ARCH={self.arch}" * (self.arch != "t5")
+            + f" PROTOCOL={self.protocol}" * (self.protocol != default_protocol(self.preset))
+        )
 
 
 def folder_of(
@@ -307,36 +390,8 @@ def method_config(
     return config_with(preset, seed, settings, continued=protocol == "continue")
 
 
-def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch, protocol):
-    rows = [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in runs]
-    baselines = _baselines(catalogue)
-    nothing = dict.fromkeys([*COSTS, "kept_informative"])
-    rows += [
-        {"method": name, "seed": None, **metrics_of(ranks), **nothing}
-        for name, ranks in baselines.items()
-    ]
-
-    def against(name):
-        """Of a base that is pruned, the base; of all others the unpruned model."""
-        other = BASE if name.startswith(f"{BASE}-") else "unpadded"
-        return other if other in names and other != name else None
-
-    known = [Run(r["method"], r["seed"], r) for r in sorted(runs, key=lambda r: r["seed"])]
-    known += [Run(name, None, stored(ranks)) for name, ranks in baselines.items()]
-    summary = [{"method": row.pop("label"), **row} for row in summarise(known, against)]
-    for entry in summary:
-        name = entry["method"]
-        config = method_config(name, preset, 0, arch, protocol) if name in names else None
-        predicted = None
-        if isinstance(config, TrainConfig):
-            config = clip_max_items(config, catalogue)
-            windows = training_windows(leave_one_out(catalogue.histories).train, config)
-            # As it was trained, for that says how many bytes are kept.
-            in_bf16 = any(r["precision"] == "bf16" for r in runs if r["method"] == name)
-            predicted = cost(config, table.widths, windows, bf16=in_bf16)
-        entry["predicted_flops"] = predicted and predicted.training
-        entry["predicted_activation_mb"] = predicted and predicted.activation_bytes / 2**20
-    asked = [name for name in names if name.partition("-")[0] != BASE]
+def _busy(runs):
+    """What is to be said of the seconds of runs."""
     others = []
     if any(r.get("beside") for r in runs):
         others.append("Runs were done side by side: those carry no seconds.")
@@ -346,30 +401,7 @@ def _collect(dataset, preset, names, runs, catalogue, table, report, sids, arch,
         others.append(
             f"The runs were made on {' and '.join(devices)}: their seconds do not compare."
         )
-    return {
-        "dataset": str(dataset),
-        "preset": preset,
-        "arch": arch,
-        "protocol": protocol,
-        "hardware": hardware(),
-        "versions": versions(),
-        "command": (
-            f"make reproduce DATASET={shlex.quote(str(dataset))} PRESET={preset}"
-            f' METHODS="{" ".join(asked)}" '
-            + f"SEEDS={len(runs) // len(names)}"
-            + f" SIDS={shlex.quote(str(sids))}" * bool(sids)
-            + f" ARCH={arch}" * (arch != "t5")
-            + f" PROTOCOL={protocol}" * (protocol != default_protocol(preset))
-        ),
-        "precision": sorted({r["precision"] for r in runs} - {None}),
-        "users": len(runs[0]["ranks"]),
-        "sids": report,
-        "rows": rows,
-        "summary": summary,
-        "curves": [
-            {"method": r["method"], "seed": r["seed"], **r["curve"]} for r in runs if r["curve"]
-        ],
-    } | ({"busy": " ".join(others)} if others else {})
+    return " ".join(others)
 
 
 def _baselines(catalogue):

@@ -21,7 +21,7 @@ import transformers
 from filelock import FileLock
 
 from sidlab.checks import integer
-from sidlab.config import PARTS, TrainConfig
+from sidlab.config import PARTS, ROWS, TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.data.load import load_catalogue
 from sidlab.fast.precision import sizes, unmeasured
@@ -50,17 +50,49 @@ def sweep(
 ) -> pd.DataFrame:
     """Train every setting of a grid with every seed, each in a process of its own.
 
-    Args: `grid`: {name: values}, all combinations, or a list of dicts {name: value}. A name is a
-    field of `TrainConfig`, of its parts ("pruning.keep", "strategy.kind", "map.steps") or of the
-    SIDs ("sids.levels", see `sid_table`). `folder`: where results are kept; what is there already
-    is not run again, and two sweeps may work in one folder at the same time. `dataset` and `preset`
-    as in `compare`; `seeds`: how many, from 0 on; `executor`: as in `run_all`.
+    Args: `grid`, `dataset`, `preset` and `seeds`: as in `grid_specs`; `folder`: where results are
+    kept; what is there already is not run again, and two sweeps may work in one folder at the same
+    time; `executor`: as in `run_all`.
     Returns a row a run: the settings, "seed", metrics, costs and "file", which holds ranks and
     learning curve too. The same table grows in `folder/rows.csv` (that of the latest sweep there)
     while it runs. Raises ValueError before anything is trained.
 
     >>> grid = {"pruning.keep": [1 / 3, 2 / 3], "pruning.after_layer": [1, 2, 3]}
     >>> sweep(grid, "runs/layers")  # doctest: +SKIP
+    """
+    specs, rows = grid_specs(grid, dataset=dataset, preset=preset, seeds=seeds)
+    done = []
+    for name, result in zip(specs, run_all(specs, folder, executor)):
+        file = file_of(path_of(folder, name), ".json")
+        done.append({**rows[name], "file": str(file), **result["row"]})
+        frame = frame_of(done)
+        write(pathlib.Path(folder) / "rows.csv", frame.to_csv(index=False))
+    return frame
+
+
+def frame_of(rows: list[dict]) -> pd.DataFrame:
+    """Rows of runs as a table. A column of None alone would be no column of numbers."""
+    frame = pd.DataFrame(rows)
+    return frame.astype({cost: float for cost in SECONDS if cost in frame})
+
+
+def grid_specs(
+    grid,
+    *,
+    dataset: str = "planted",
+    preset: str = "quick",
+    seeds: int = 3,
+    continued: bool = False,
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The runs of a grid by name: their specs, as `run_all` takes them, and rows, which hold the
+    settings and "seed".
+
+    Args: `grid`: {name: values}, all combinations, or a list of dicts {name: value}. A name is a
+    field of `TrainConfig`, of its parts ("pruning.keep", "strategy.kind", "map.steps") or of the
+    SIDs ("sids.levels", see `sid_table`). `dataset` and `preset` as in `compare`; `seeds`: how
+    many, from 0 on. `continued`: every run continues a model with dense targets, as under the
+    protocol "continue" of `compare`: one for each SIDs and seed, whose run comes first and has
+    no row. Raises ValueError for what is no grid.
     """
     for name, values in grid.items() if isinstance(grid, dict) else ():
         if isinstance(values, str) or not np.iterable(values):
@@ -74,10 +106,16 @@ def sweep(
     )
     if not settings:
         raise ValueError(f"give at least one setting, got grid={grid!r}")
-    seeds = integer("seeds", seeds)
-    rows = []
+    # What tells the models apart that runs with other SIDs continue
+    varied = {
+        key
+        for setting in settings
+        for key, value in setting.items()
+        if key.startswith("sids.") and any(other.get(key) != value for other in settings)
+    }
+    rows = {}
     specs = {}
-    for seed in range(seeds):
+    for seed in range(integer("seeds", seeds)):
         for setting in settings:
             setting = {
                 key: value.item() if isinstance(value, np.generic) else value
@@ -91,22 +129,24 @@ def sweep(
             for key, value in setting.items():
                 part = sids if key.startswith("sids.") else fields
                 part[key.removeprefix("sids.")] = value
-            config = config_with(preset, seed, fields)
             if name in specs:
                 raise ValueError(f"the grid holds {name} twice")
-            specs[name] = spec(dataset, config, sids)
-            rows.append(
-                {**setting, "seed": seed, "file": str(file_of(path_of(folder, name), ".json"))}
+            start = None
+            if continued:
+                arch = {"arch": fields.get("arch", "t5")}
+                told = "".join(f"{key}={setting[key]}-" for key in setting if key in varied)
+                start = f"base-{told}seed{seed}"
+                specs[start] = spec(
+                    dataset, config_with(preset, seed, arch | {"targets": "all"}), sids
+                )
+                # Told, so that the cost model knows it too
+                row, _, needed = ROWS[arch["arch"]]
+                fields |= {row: needed}
+            specs[name] = spec(
+                dataset, config_with(preset, seed, fields, continued=continued), sids, start
             )
-
-    done = []
-    for row, result in zip(rows, run_all(specs, folder, executor)):
-        done.append(row | result["row"])
-        frame = pd.DataFrame(done)
-        # A column of None alone would be no column of numbers
-        frame = frame.astype({cost: float for cost in SECONDS if cost in frame})
-        write(pathlib.Path(folder) / "rows.csv", frame.to_csv(index=False))
-    return frame
+            rows[name] = {**setting, "seed": seed}
+    return specs, rows
 
 
 def config_with(preset: str, seed: int, settings: dict, *, continued: bool = False) -> TrainConfig:

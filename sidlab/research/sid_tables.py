@@ -13,13 +13,12 @@ import sidlab
 from sidlab.checks import one_of
 from sidlab.data.catalogue import Catalogue
 from sidlab.files import write_json
+from sidlab.research.machine import code_digest
 from sidlab.sids.fusion import collaborative_embeddings, fuse_embeddings
 from sidlab.sids.table import SidTable
 from sidlab.windows import leave_one_out
 
 ENCODERS = {"residual-kmeans": "ResidualKMeans", "rqvae": "RQVAE", "opq": "OPQ"}
-from sidlab.research.machine import code_digest
-
 SIDS = ("encoder", "levels", "width", "collisions", "file", "behaviour")
 BEHAVIOUR = "behaviour"  # in place of a SID file: SIDs made here of text and behaviour
 

@@ -44,26 +44,49 @@ def run(
     only: int | None = None,
     executor=None,
 ) -> pd.DataFrame:
-    """Do the study's runs that `folder` does not hold yet: a row a run, as `runs.sweep` gives it,
-    its "label", and "mflops", predicted for a training window (None where lengths do not tell). A
-    part that is switched on has its defaults, too, so that rows speak for themselves.
+    """Do the study's runs that `folder` does not hold yet: a row a run, as `described` gives it.
 
     `sids`: as `runs.sids_of` takes it; `only`: the first settings, for a quick look; `executor`:
     where runs are done side by side (see `runs.run_all`). Raises ValueError for an unknown study.
     """
+    settings = settings_of(name, dataset, arch, sids, only)
+    frame = sweep(
+        list(settings.values()),
+        folder,
+        dataset=dataset,
+        preset=preset,
+        seeds=seeds,
+        executor=executor,
+    )
+    return described(frame, settings, dataset, preset)
+
+
+def settings_of(
+    name: str, dataset: str, arch: str = "t5", sids: str = "", only: int | None = None
+) -> dict[str, dict]:
+    """{label: settings by name} of a study on a data set (arguments as in `run`)."""
     one_of("study", name, STUDIES)
     if only is not None:
         integer("only", only)
     shared = ({"arch": arch} if arch != "t5" else {}) | (
         {f"sids.{name}": value for name, value in sids_of(sids).items()}
     )
+    found = STUDIES[name].settings_for(load_catalogue(dataset).n_items)
+    return {label: shared | setting for label, setting in list(found.items())[:only]}
+
+
+def described(
+    frame: pd.DataFrame, settings: dict[str, dict], dataset: str, preset: str
+) -> pd.DataFrame:
+    """The rows of runs, settings inside seeds, as `runs.sweep` gives them, with "label", and
+    "mflops", predicted for a training window (None where lengths do not tell). A part that is
+    switched on has its defaults, too, so that rows speak for themselves.
+    """
     catalogue = load_catalogue(dataset)
-    settings = dict(list(STUDIES[name].settings_for(catalogue.n_items).items())[:only])
-    asked = [shared | setting for setting in settings.values()]
-    frame = sweep(asked, folder, dataset=dataset, preset=preset, seeds=seeds, executor=executor)
+    seeds = len(frame) // len(settings)
     mflops = [
         _mflops(preset, setting, catalogue, read_json(file))
-        for setting, file in zip(asked, frame["file"])
+        for setting, file in zip(settings.values(), frame["file"])
     ]
     return _with_defaults(frame).assign(label=list(settings) * seeds, mflops=mflops * seeds)
 
