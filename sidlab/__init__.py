@@ -17,6 +17,7 @@ import importlib
 _HOME = {
     "Catalogue": "data.catalogue",
     "load_catalogue": "data.load",
+    "catalogue_from_events": "data.events",
     "save_catalogue": "data.folder",
     "algr_catalogue": "data.algr",
     "ResidualKMeans": "sids.residual_kmeans",

@@ -156,7 +156,6 @@ NO_DICT = "no dict with an asin"
 DIRTY_REVIEWS = {
     '{"reviewerID": "u1", "as': NO_REVIEW,
     "[1, 2]": NO_REVIEW,
-    "": NO_REVIEW,
     "[" * 10_000: NO_REVIEW,
     b'{"reviewerID": "\xff"}': NO_REVIEW,
     '{"reviewerID": "u1", "asin": "i1"}': NO_REVIEW,
@@ -168,7 +167,6 @@ DIRTY_REVIEWS = {
 DIRTY_META = {
     "{'asin': 'i4', 'title": NO_DICT,
     "garbage": NO_DICT,
-    "": NO_DICT,
     b"{'asin': 'i4\xff'}": NO_DICT,
     "('asin', 'i4')": NO_DICT,
     "{'title': 'who am I'}": NO_DICT,

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 9. Your own data
 #
-# From two text files to semantic IDs, a trained model, and a scorer of your own that competes with RASTP.
+# From a table of purchases to semantic IDs, a trained model, and a scorer of your own that competes with RASTP.
 #
 # **Goals**
 #
-# * Write a catalogue as a folder of two files, load it, and see what happens to lines that are broken.
+# * Go from a CSV file to recommendations in one screen, and see what happens to lines that are broken.
 # * Judge semantic IDs before anything is trained on them: from TF-IDF, from an encoder of your own, from behaviour.
 # * Write a scorer in a few lines, look at it in the explorer, and compare it fairly with `rastp` and `random`.
 #
@@ -16,31 +16,28 @@
 # **Machine** Two cores, 1.5 GB of memory, no GPU, no network. The trainings take about a minute altogether.
 
 # %% tags=["parameters"]
-folder = ""  # of your own data; empty: a small shop is made in a temporary folder
+data = ""  # your own: a table of events, or a folder; empty: a small shop is made in a temporary folder
 keep = 1 / 3  # the share of tokens that stays
 max_updates = 150  # of each training; more give better models and take longer
 seed = 0
 
 # %% tags=["setup"]
-import json
 import pathlib
 import tempfile
 import warnings
 
 import numpy as np
+import pandas as pd
 import torch
 
 import sidlab
 from sidlab.course import teach
 
 # %% [markdown]
-# ## Two files
+# ## A small shop
 #
-# * `items.jsonl`: a JSON object a line, with `item_id` 1, 2, 3 … and any of `title`, `brand`, `categories` (a list), `text`.
-# * `sequences.txt`: a user a line, `user item item item …`, oldest first.
-# * `embeddings.npy`, if you have vectors of your own: row 0 is item 1. Both text files may be gzipped.
-#
-# Here is a shop of 120 items and 400 users with a simple habit: everybody has a favourite colour and goes round the departments.
+# 120 items, 400 users with a simple habit: everybody has a favourite colour and goes round the departments. As in most shops, the data are two tables: an event
+# a line, and a product a line.
 
 # %%
 rng = np.random.default_rng(seed)
@@ -51,8 +48,8 @@ things = {
     "garden": ("spade", "hose", "pot", "rake", "gloves"),
     "travel": ("bag", "bottle", "towel", "map case", "pillow"),
 }
-items = [
-    {"title": f"{colour} {thing}", "categories": ["home", department]}
+products = [
+    (f"{colour}-{thing}".replace(" ", "-"), f"{colour} {thing}", f"home > {department}")
     for colour in colours
     for department, names in things.items()
     for thing in names
@@ -63,24 +60,70 @@ items = [
 def visit(colour, department):
     """One purchase: nearly always in the favourite colour, always in the department."""
     colour = colour if rng.random() < 0.85 else rng.integers(len(colours))
-    return 1 + colour * 20 + department * 5 + rng.integers(5)
+    return products[colour * 20 + department * 5 + rng.integers(5)][0]
 
 
-users = []
-for _ in range(400):
+sales = []
+for user in range(400):
     favourite = rng.integers(len(colours))
     start = rng.integers(4)
-    users.append([int(visit(favourite, (start + step) % 4)) for step in range(rng.integers(6, 13))])
+    for step in range(rng.integers(6, 13)):
+        sales.append(
+            (f"user{user}", visit(favourite, (start + step) % 4), 20_000 + 7 * step + user % 7)
+        )
 
 # %%
-shop_folder = pathlib.Path(folder or tempfile.mkdtemp())
-if not folder:
-    lines = [json.dumps({"item_id": i, **item}) for i, item in enumerate(items, start=1)]
-    (shop_folder / "items.jsonl").write_text("\n".join(lines) + "\n")
-    (shop_folder / "sequences.txt").write_text(
-        "".join(f"user{u} {' '.join(map(str, h))}\n" for u, h in enumerate(users))
-    )
-print((shop_folder / "items.jsonl").read_text()[:150] if not folder else shop_folder, "…")
+shop_folder = pathlib.Path(tempfile.mkdtemp())
+sales = pd.DataFrame(sales, columns=["customer_id", "sku", "date"]).sort_values("date")
+sales["date"] = pd.to_datetime(sales["date"], unit="D")
+sales.to_csv(shop_folder / "sales.csv", index=False)
+products = pd.DataFrame(products, columns=["sku", "name", "category"])
+products.to_csv(shop_folder / "products.csv", index=False)
+display(sales.head(3), products.head(3))
+
+# %% [markdown]
+# ## From a CSV file to recommendations
+#
+# This is all it takes. What the columns are is told by their names; for other names give `user=`, `item=`, `time=`. Users and items with fewer than five events
+# are left out (`min_interactions=`). JSON lines, Parquet, RecBole's files, MovieLens and Amazon's reviews load the same way, and so does a data frame:
+# `sidlab.catalogue_from_events(frame)`.
+
+# %%
+if data:
+    shop = sidlab.load_catalogue(data)
+else:
+    shop = sidlab.load_catalogue(shop_folder / "sales.csv", items=shop_folder / "products.csv")
+codes = int(min(256, max(4, shop.n_items // 12)))  # of each level
+encoder = sidlab.ResidualKMeans(3, codes, seed=seed).fit(shop.embeddings)
+table = sidlab.SidTable(encoder.encode(shop.embeddings), codes)
+config = sidlab.TrainConfig.preset(
+    "quick", max_updates=max_updates, epochs=100, eval_every=max(1, max_updates // 3), seed=seed
+)
+model = sidlab.train(config, shop, table, progress=False).model
+recommended, scores = sidlab.recommend(model, shop.histories[:3], k=4)
+
+# %%
+for user, history, items in zip(shop.user_ids, shop.histories, recommended):
+    print(f"{user}: … {', '.join(map(str, shop.ids_of(history[-3:])))}")
+    print(f"    → {', '.join(map(str, shop.ids_of(items)))}\n")
+
+# %% [markdown]
+# `ids_of` gives the names that your table has; inside, items are numbers from 1 on.
+#
+# ## Two files
+#
+# `save_catalogue` writes a format that loads faster, and that you can write yourself:
+#
+# * `items.jsonl`: a JSON object a line, with `item_id` 1, 2, 3 … and any of `title`, `brand`, `categories` (a list), `text`.
+# * `sequences.txt`: a user a line, `user item item item …`, oldest first.
+# * `embeddings.npy`, if you have vectors of your own: row 0 is item 1. Both text files may be gzipped.
+
+# %%
+import gzip
+
+sidlab.save_catalogue(shop, shop_folder / "saved")
+for name in ("items.jsonl.gz", "sequences.txt.gz"):
+    print(gzip.decompress((shop_folder / "saved" / name).read_bytes()).decode()[:150], "…\n")
 
 # %% [markdown]
 # ## Real files are dirty
@@ -125,7 +168,7 @@ teach.predict(
 # error, since ids are positions.
 
 # %%
-shop = sidlab.load_catalogue(shop_folder)
+shop = sidlab.load_catalogue(shop_folder / "saved")
 print(shop.n_items, "items,", len(shop.histories), "users, dirty lines:", shop.dirty)
 
 # %% [markdown]
@@ -152,7 +195,7 @@ def my_encoder(texts, dim=32):
     )
 
 
-by_letters = sidlab.load_catalogue(shop_folder, embeddings=my_encoder(shop.items["text"]))
+by_letters = sidlab.load_catalogue(shop_folder / "saved", embeddings=my_encoder(shop.items["text"]))
 
 # %% [markdown]
 # And vectors without any text: items that stand next to each other in the *training part* of many histories are alike.
@@ -167,7 +210,7 @@ behaviour = (
     .fit_transform(np.log1p(beside + beside.T))
     .astype(np.float32)
 )
-by_behaviour = sidlab.load_catalogue(shop_folder, embeddings=behaviour)
+by_behaviour = sidlab.load_catalogue(shop_folder / "saved", embeddings=behaviour)
 
 # %% [markdown]
 # Which of them gives good SIDs? `SidTable.report` answers before anything is trained ([notebook 1](01_semantic_ids.ipynb)): collisions, how evenly codes are used,
@@ -189,8 +232,6 @@ reports = {
 }
 
 # %%
-import pandas as pd
-
 quality = pd.DataFrame(
     {
         name: {

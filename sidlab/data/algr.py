@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 
 from sidlab.data.catalogue import COLUMNS, Catalogue
-from sidlab.data.folder import DataIssues
+from sidlab.data.lines import DataIssues
 from sidlab.sids.table import SidTable
 
 WIDTH = 8192

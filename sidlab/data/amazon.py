@@ -21,7 +21,6 @@ other items, most of the file, is not even parsed.
 
 import array
 import ast
-import html
 import http.client
 import json
 import os
@@ -36,7 +35,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
-from sidlab.data.folder import DataIssues, find_file, numbered_lines
+from sidlab.data.events import k_core, numbered, tidy
+from sidlab.data.lines import DataIssues, find_file, numbered_lines
 from sidlab.data.text import cache_folder
 
 ADDRESS = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
@@ -80,18 +80,16 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
             f"no 5-core in {reviews}: no users and items with 5 events among themselves. Dirty"
             f" lines: {issues}"
         )
-    # Numbers in the order of appearance, here and below
-    users, known_users = pd.factorize(events[:, 0])
-    order = np.lexsort((events[:, 2], users))  # stable, as ties need
-    items, known_items = pd.factorize(events[order, 1])
-    histories = np.split(items + 1, np.flatnonzero(np.diff(users[order])) + 1)
+    known_users, known_items, histories = numbered(events[:, 0], events[:, 1], events[:, 2])
 
     asins = [asins[item] for item in known_items]
     described = _read_meta(meta, set(asins), issues)
-    first_lines = events[order, 3][np.unique(items, return_index=True)[1]]
-    for asin, line_number in zip(asins, first_lines, strict=True):
+    # Where an item is first named
+    first = dict(zip(events[::-1, 1], events[::-1, 3]))
+    for item, asin in zip(known_items, asins, strict=True):
         if asin not in described:
-            issues.add("item without metadata", reviews, line_number, asin.encode(errors="replace"))
+            line = asin.encode(errors="replace")
+            issues.add("item without metadata", reviews, first[item], line)
     issues.warn(folder)
     rows = [
         (item_id, *described.get(asin, (None, None, [], None)))
@@ -100,7 +98,13 @@ def read_amazon(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     items = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).astype({"item_id": np.int64})
     user_ids = [user_names[user] for user in known_users]
     return Catalogue(
-        folder.resolve().name, items, histories, user_ids, dirty=issues.kinds, embeddings=embeddings
+        folder.resolve().name,
+        items,
+        histories,
+        user_ids,
+        dirty=issues.kinds,
+        embeddings=embeddings,
+        item_ids=asins,
     )
 
 
@@ -114,25 +118,6 @@ def find_reviews(folder) -> dict:
         (re.fullmatch(r"reviews_(\w+?)(_5)?\.json(\.gz)?", path.name), path) for path in paths
     ]
     return {match[1]: path for match, path in matches if match}
-
-
-def k_core(users, items, k: int = 5) -> np.ndarray:
-    """bool [n]: which of n events stay when users and items with fewer than `k` events are removed
-    until there are none. users, items: int64 [n], not negative. One (user, item) pair may have
-    several events.
-    """
-    keep = np.ones(len(users), dtype=bool)
-    while True:
-        rare = np.any(
-            [
-                np.bincount(ids[keep], minlength=ids.max(initial=0) + 1)[ids] < k
-                for ids in (users, items)
-            ],
-            axis=0,
-        )
-        if not (keep & rare).any():
-            return keep
-        keep &= ~rare
 
 
 def fetch_amazon(category: str) -> pathlib.Path:
@@ -267,8 +252,8 @@ def _read_meta(path, wanted, issues):
                 if fields[name] is not None and not is_right(fields[name]):
                     issues.add(f"{name} of the wrong type", path, line_number, line)
                     fields[name] = None
-            title, brand = (_tidy(fields[name] or "") or None for name in ("title", "brand"))
-            categories = [_tidy(name) for name in (fields["categories"] or [[]])[0]]
+            title, brand = (tidy(fields[name]) for name in ("title", "brand"))
+            categories = [tidy(name) or "" for name in (fields["categories"] or [[]])[0]]
             described[asin] = (
                 title,
                 brand,
@@ -276,7 +261,3 @@ def _read_meta(path, wanted, issues):
                 compose_text(title, brand, categories, fields["price"]),
             )
     return described
-
-
-def _tidy(text):
-    return " ".join(html.unescape(text).split())

@@ -52,6 +52,7 @@ class Catalogue:
         `text` when first read (`sidlab.data.text`), with `text_encoder` if that is given;
         ValueError then, if no item has a text. In `dataclasses.replace` give `embeddings=None`, or
         what was computed counts as given.
+    item_ids: what the caller's data call each item, str or int, each once; None: 1..n.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Catalogue:
     dirty: dict = field(default_factory=dict)
     embeddings: InitVar[np.ndarray | None] = None
     text_encoder: str | None = None
+    item_ids: list | None = None
 
     def __post_init__(self, embeddings):
         self.items = _checked_items(self.items)
@@ -81,6 +83,14 @@ class Catalogue:
                 f"user_ids must name each of the {len(self.histories)} histories once, got "
                 f"{len(self.user_ids)} ids, {len(set(self.user_ids))} of them different"
             )
+        self.item_ids = list(range(1, self.n_items + 1) if self.item_ids is None else self.item_ids)
+        # "1" and 1 are one id: in files they look alike
+        self._items = {str(one): item for item, one in enumerate(self.item_ids, start=1)}
+        if len(self.item_ids) != self.n_items or len(self._items) != self.n_items:
+            raise ValueError(
+                f"item_ids must name each of the {self.n_items} items once, got"
+                f" {len(self.item_ids)} ids, {len(self._items)} of them different"
+            )
         self.given_embeddings = (
             None if embeddings is None else _checked_embeddings(embeddings, self.n_items)
         )
@@ -96,6 +106,31 @@ class Catalogue:
     @property
     def n_items(self) -> int:
         return len(self.items)
+
+    def ids_of(self, items) -> np.ndarray:
+        """What the caller's data call these items: object, of the shape of `items` (item ids, int),
+        such as what `recommend` returns; None for 0, no item.
+
+        >>> catalogue.ids_of(recommend(model, histories)[0])  # doctest: +SKIP
+        """
+        items = np.asarray(items)
+        if items.size and (items.dtype.kind not in "iu" or not 0 <= items.min() <= items.max()):
+            raise ValueError(f"items must be item ids 0..{self.n_items}, got {str(items)[:80]}")
+        if items.size and items.max() > self.n_items:
+            raise ValueError(f"items must be item ids 0..{self.n_items}, got {items.max()}")
+        return np.array([None, *self.item_ids], dtype=object)[items]
+
+    def items_of(self, ids) -> np.ndarray:
+        """int64 [n], the item ids of n items, given by what the caller's data call them; ValueError
+        for an unknown one.
+        """
+        unknown = [one for one in ids if str(one) not in self._items]
+        if unknown:
+            raise ValueError(
+                f"ids must be among `item_ids` ({str(self.item_ids[:3])[:80]} …), got"
+                f" {str(unknown[0])[:80]!r} and {len(unknown) - 1} more unknown ones"
+            )
+        return np.array([self._items[str(one)] for one in ids], dtype=np.int64)
 
     def fingerprint(self) -> str:
         """16 hex digits of a sha256 over histories, item texts, text encoder and given embeddings:

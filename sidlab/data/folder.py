@@ -1,12 +1,14 @@
 """The open folder format: bring your own data as two text files.
 
     items.jsonl(.gz)     one JSON object a line: item_id 1, 2, 3 …, optional title, brand, text
-                         (str), categories (list)
-    sequences.txt(.gz)   one user a line: user_id item item item …, oldest first
+                         (str), categories (list), source_id (what your data call the item)
+    sequences.txt(.gz)   one user a line: user_id item item item …, oldest first; a tab after an id
+                         that holds spaces
     embeddings.npy       optional: float [n_items, d], row 0 is item 1
 
-Other fields of an item are ignored. Real files have dirty lines: these are counted by kind and the
-first of each kind is named with file and line; what happens to it depends on what it breaks:
+Other fields of an item are ignored, and HTML entities are decoded. Real files have dirty lines:
+these are counted by kind and the first of each kind is named with file and line; what happens to it
+depends on what it breaks:
 
     unparsable JSON, not an object,
     item_id missing, duplicate item_id        the line is skipped
@@ -15,49 +17,25 @@ first of each kind is named with file and line; what happens to it depends on wh
     a non-integer id, an unknown item,
     an empty sequence, a known user           the whole sequence is skipped
 
-Ids are positions, so a gap that is left in the item ids is an error.
+Ids are positions, so a gap that is left in the item ids is an error, and so are ids that start at
+0, and a file with an event a line (`sidlab.data.events` reads those).
 """
 
 import gzip
+import html
 import io
 import json
 import pathlib
-import warnings
+import re
 import zipfile
-import zlib
 
 import numpy as np
 import pandas as pd
 
-from sidlab.checks import one_of
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
+from sidlab.data.events import as_id
+from sidlab.data.lines import DataIssues, find_file, numbered_lines
 from sidlab.files import write
-
-
-class DataIssues:
-    """Counts dirty lines by kind, or stops at the first."""
-
-    def __init__(self, on_dirty):
-        one_of("on_dirty", on_dirty, ("warn", "raise"))
-        self.on_dirty = on_dirty
-        self.kinds = {}
-
-    def add(self, kind, path, line_number, line):
-        first = f"{path.name} line {line_number}: {line[:80].decode(errors='replace').strip()!r}"
-        if self.on_dirty == "raise":
-            raise ValueError(f"{kind}: {path.parent / first}")
-        self.kinds.setdefault(kind, {"count": 0, "first": first})["count"] += 1
-
-    def warn(self, where):
-        """One warning with all that was found in `where`, if anything was."""
-        if self.kinds:
-            warnings.warn(f"dirty lines in {where}: {self}", stacklevel=4)
-
-    def __str__(self):
-        return "; ".join(
-            f"{kind}: {found['count']} (first: {found['first']})"
-            for kind, found in self.kinds.items()
-        )
 
 
 def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
@@ -70,7 +48,7 @@ def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
     """
     folder = pathlib.Path(folder)
     issues = DataIssues(on_dirty)
-    items = _read_items(find_file(folder, "items.jsonl"), issues)
+    items, ids = _read_items(find_file(folder, "items.jsonl"), issues)
     user_ids, histories = _read_sequences(
         path := find_file(folder, "sequences.txt"), len(items), issues
     )
@@ -89,7 +67,13 @@ def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
                 f"{path} must be numbers [items, d], as np.save writes them: {error}"
             ) from error
     return Catalogue(
-        folder.resolve().name, items, histories, user_ids, dirty=issues.kinds, embeddings=embeddings
+        folder.resolve().name,
+        items,
+        histories,
+        user_ids,
+        dirty=issues.kinds,
+        embeddings=embeddings,
+        item_ids=ids,
     )
 
 
@@ -99,15 +83,25 @@ def save_catalogue(catalogue: Catalogue, folder) -> None:
     `truth` is not part of the format.
     """
     for user in catalogue.user_ids:
-        if user.split() != [user]:
+        if user.strip() != user or not user or re.search(r"[\t\r\n\v\f]", user):
             raise ValueError(
-                f"user_ids must not be empty or hold white space in this format, got {user!r}"
+                "user_ids must not be empty, begin or end with a space, or hold tabs or line breaks"
+                f" in this format, got {user[:80]!r}"
             )
     folder = pathlib.Path(folder)
-    records = catalogue.items.to_dict("records")
+    records = [
+        {
+            name: [_escaped(part) for part in value] if name == "categories" else _escaped(value)
+            for name, value in record.items()
+        }
+        for record in catalogue.items.to_dict("records")
+    ]
+    if catalogue.item_ids != [record["item_id"] for record in records]:
+        for record, source_id in zip(records, catalogue.item_ids, strict=True):
+            record["source_id"] = source_id
     items = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     sequences = "".join(
-        f"{user} {' '.join(map(str, history.tolist()))}\n"
+        user + ("\t" if " " in user else " ") + " ".join(map(str, history.tolist())) + "\n"
         for user, history in zip(catalogue.user_ids, catalogue.histories, strict=True)
     )
     for name, text in {"items.jsonl.gz": items, "sequences.txt.gz": sequences}.items():
@@ -121,32 +115,22 @@ def save_catalogue(catalogue: Catalogue, folder) -> None:
         write(folder / "embeddings.npy", array.getvalue())
 
 
-def find_file(folder, name):
-    found = [path for path in (folder / f"{name}.gz", folder / name) if path.exists()]
-    if len(found) != 1:
-        raise ValueError(
-            f"{folder} must hold either {name}.gz or {name}, found {[path.name for path in found]};"
-            f" there are {sorted(path.name for path in folder.iterdir())[:10]}"
-        )
-    return found[0]
-
-
-def numbered_lines(path):
-    try:
-        with (gzip.open if ".gz" in path.suffixes else open)(path, "rb") as file:
-            yield from enumerate(file, start=1)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or cut off: {error}") from error
+def _escaped(value):
+    """A text that reads as it is, although what looks like an HTML entity is decoded."""
+    is_text = isinstance(value, str)
+    return value.replace("&", "&amp;") if is_text and html.unescape(value) != value else value
 
 
 def _read_items(path, issues):
     rows = {}
+    ids = {}
     highest = 0
     for line_number, line in numbered_lines(path):
         try:
             record = json.loads(line)
-        except ValueError:  # bad JSON or bad UTF-8
-            issues.add("unparsable JSON", path, line_number, line)
+        except (ValueError, RecursionError) as error:
+            bad_text = isinstance(error, UnicodeDecodeError)
+            issues.add("not UTF-8" if bad_text else "unparsable JSON", path, line_number, line)
             continue
         item_id = record.get("item_id") if isinstance(record, dict) else None
         if type(item_id) is not int:  # a bool is an int, too
@@ -164,42 +148,75 @@ def _read_items(path, issues):
             if not isinstance(fields[name], str | None):
                 issues.add(f"{name} is not a text", path, line_number, line)
                 fields[name] = None
+            fields[name] = html.unescape(fields[name] or "") or None
         categories = record.get("categories") or []
         if not isinstance(categories, list) or not all(
             isinstance(category, str) for category in categories
         ):
             issues.add("categories are not a list of texts", path, line_number, line)
             categories = []
+        categories = [html.unescape(category) for category in categories]
+        ids[item_id] = as_id(record.get("source_id"))
         text = fields["text"] or compose_text(fields["title"], fields["brand"], categories)
         rows[item_id] = (item_id, fields["title"], fields["brand"], categories, text)
-    if not rows or min(rows) != 1 or highest != len(rows):
-        gap = next((item_id for item_id in range(1, highest) if item_id not in rows), None)
+    dirty = f". Dirty lines: {issues}" if issues.kinds else ""
+    if not rows:
+        raise ValueError(
+            f"{path} holds no item; a line is a JSON object with an integer item_id{dirty}"[:400]
+        )
+    if min(rows) == 0:
+        raise ValueError(
+            f"the ids of {path} seem to start at 0; here they are 1..n, since 0 is padding: add 1"
+            " to each, also in sequences.txt"
+        )
+    if min(rows) != 1 or highest != len(rows):
+        gap = next(item_id for item_id in range(1, highest + 1) if item_id not in rows)
         raise ValueError(
             f"the item ids of {path} must be 1..n without a gap, since ids are positions:"
-            f" {len(rows)} items with ids {min(rows, default=None)}..{max(rows, default=None)},"
-            f" first missing id {gap}" + (f". Dirty lines: {issues}" if issues.kinds else "")
+            f" {len(rows)} items with ids {min(rows)}..{highest}, first missing id {gap}{dirty}"
         )
+    # Without a name of its own an item has its number
+    names = None if None in ids.values() else [ids[item_id] for item_id in sorted(rows)]
     items = pd.DataFrame(
         [rows[item_id] for item_id in sorted(rows)], columns=list(COLUMNS), dtype=object
     )
-    return items.astype({"item_id": np.int64})
+    return items.astype({"item_id": np.int64}), names
 
 
 def _read_sequences(path, n_items, issues):
     sequences = {}
+    again = 0
     for line_number, line in numbered_lines(path):
         try:
-            user, *ids = line.decode().split() or [""]
-            ids = [int(item.replace("_", "?")) for item in ids]  # Python reads 1_2 as 12
-        except ValueError:  # bad UTF-8, too
+            text = line.decode().strip()
+        except UnicodeDecodeError:
+            issues.add("not UTF-8", path, line_number, line)
+            continue
+        # A tab ends an id that holds spaces
+        user, _, rest = text.partition("\t" if "\t" in text else " ")
+        try:
+            ids = [int(item.replace("_", "?")) for item in rest.split()]  # Python reads 1_2 as 12
+        except ValueError:
             issues.add("an id that is no integer", path, line_number, line)
             continue
+        if 0 in ids:
+            raise ValueError(
+                f"{path} line {line_number}: ids seem to start at 0; here items are 1..n, since 0"
+                f" is padding: add 1 to each, got {text[:80]!r}"
+            )
         if not ids:
             issues.add("empty sequence", path, line_number, line)
         elif user in sequences:
+            again += 1
             issues.add("duplicate user", path, line_number, line)
         elif min(ids) < 1 or max(ids) > n_items:
             issues.add(f"an item outside 1..{n_items}", path, line_number, line)
         else:
             sequences[user] = np.array(ids, dtype=np.int64)
+    if again and all(len(history) == 1 for history in sequences.values()):
+        raise ValueError(
+            f"{path} seems to hold an event a line, and not a user a line, `user item item …`:"
+            f" {again} lines repeat a user, and all have one item. Read it with"
+            " sidlab.catalogue_from_events(pandas.read_csv(path, sep=' ', names=['user', 'item']))"
+        )
     return list(sequences), list(sequences.values())

@@ -6,6 +6,7 @@ import pathlib
 
 from sidlab.data.amazon import PREFIX, fetch_amazon, find_reviews, read_amazon
 from sidlab.data.catalogue import Catalogue
+from sidlab.data.events import catalogue_from_events, find_events
 from sidlab.data.folder import read_folder
 from sidlab.data.planted import planted_catalogue
 
@@ -15,11 +16,13 @@ def load_catalogue(
 ) -> Catalogue:
     """A catalogue by name or from a folder.
 
-    name_or_folder: "planted" (the synthetic world; `options` go to `planted_catalogue`), a folder
-        in the open format (`sidlab.data.folder`) or with the raw files of one Amazon category
-        (`sidlab.data.amazon`), or the name of such a folder inside the folder that the environment
-        variable SIDLAB_DATA points to, e.g. "amazon-beauty". Otherwise "amazon-2014-beauty",
-        "-sports", "-toys" or another category, "amazon-2014-Office_Products", is downloaded once.
+    name_or_folder: "planted" (the synthetic world; `options` go to `planted_catalogue`); a folder
+        in the open format (`sidlab.data.folder`) or with the raw files of one Amazon category of
+        2014 (`sidlab.data.amazon`); a table of events, or a folder that holds one (`options` go to
+        `catalogue_from_events`); or the name of such a folder inside the folder that the
+        environment variable SIDLAB_DATA points to, e.g. "amazon-beauty". Otherwise
+        "amazon-2014-beauty", "-sports", "-toys" or another category,
+        "amazon-2014-Office_Products", is downloaded once.
     embeddings: float32 [n_items, d], row 0 is item 1; instead of the folder's embeddings.npy or the
         text embeddings.
     text_encoder: name or local folder of a Hugging Face model that embeds the texts
@@ -40,19 +43,25 @@ def load_catalogue(
             if embeddings is None
             else dataclasses.replace(catalogue, embeddings=embeddings)
         )
-    if options:
-        raise ValueError(
-            f"options {sorted(options)} are for 'planted' only, not for {str(name_or_folder)!r}"
-        )
-
     root = os.environ.get("SIDLAB_DATA")
     tried = [pathlib.Path(name_or_folder)] + ([pathlib.Path(root) / name_or_folder] if root else [])
-    for folder in tried:
-        if folder.is_dir():
-            raw = find_reviews(folder) and not any(folder.glob("items.jsonl*"))
-            return (read_amazon if raw else read_folder)(
-                folder, embeddings=embeddings, on_dirty=on_dirty
-            )
+    shared = dict(embeddings=embeddings, on_dirty=on_dirty)
+    for path in tried:
+        if path.is_file():
+            return catalogue_from_events(path, **shared, **options)
+        if not path.is_dir():
+            continue
+        own = any(path.glob("items.jsonl*")) or any(path.glob("sequences.txt*"))
+        raw = find_reviews(path)
+        table = None if own or raw else find_events(path)
+        if table is not None:
+            options = {"name": path.resolve().name} | options
+            return catalogue_from_events(table, **shared, **options)
+        if not own and not raw:
+            raise ValueError(_not_understood(path))
+        _refuse(options, name_or_folder)
+        return (read_folder if own else read_amazon)(path, **shared)
+    _refuse(options, name_or_folder)
     if str(name_or_folder).startswith(PREFIX):
         return read_amazon(
             fetch_amazon(str(name_or_folder).removeprefix(PREFIX)),
@@ -60,12 +69,34 @@ def load_catalogue(
             on_dirty=on_dirty,
         )
     raise ValueError(
-        f"no catalogue {str(name_or_folder)!r}: neither 'planted' nor a folder (looked at"
-        f" {', '.join(str(folder.absolute()) for folder in tried)}). A folder holds items.jsonl.gz"
-        " (one JSON object a line: item_id 1, 2, 3 …, optional title, brand, categories, text),"
-        " sequences.txt.gz (one user a line: user_id item item …, oldest first) and optionally"
-        " embeddings.npy. Raw Amazon files load from a folder, too, or by a name such as"
-        " 'amazon-2014-beauty' (see sidlab.data.amazon). For a name such as 'amazon-beauty' set"
-        " the environment variable SIDLAB_DATA to the folder that holds amazon-beauty/ (now"
-        f" {root!r})."
+        f"no catalogue {str(name_or_folder)[:80]!r}: neither 'planted' nor a file or folder (looked"
+        f" at {', '.join(str(path.absolute()) for path in tried)}). For a name such as"
+        " 'amazon-beauty' set the environment variable SIDLAB_DATA to the folder that holds"
+        f" amazon-beauty/ (now {root!r}). {FORMATS}"
     )
+
+
+FORMATS = (
+    "A folder holds items.jsonl and sequences.txt (see docs/data.md); or a table of events with"
+    " columns of users, items and times (CSV, TSV, JSON lines, Parquet; RecBole, MovieLens, Amazon"
+    " reviews); or Amazon's raw files of 2014, which 'amazon-2014-beauty' downloads."
+)
+
+
+def _not_understood(folder):
+    """What is said of a folder of another kind."""
+    names = sorted(path.name for path in folder.iterdir())
+    found = ", ".join(names[:8])[:160] or "nothing"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (
+        f"{folder} is no catalogue: it holds {found}{more}. {FORMATS} Anything else goes through"
+        " pandas: sidlab.catalogue_from_events(pandas.read_csv(…), user='…', item='…', time='…')"
+    )
+
+
+def _refuse(options, name):
+    if options:
+        raise ValueError(
+            f"options {sorted(options)} are for 'planted' and tables of events only, not for"
+            f" {str(name)!r}"
+        )

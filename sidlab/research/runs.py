@@ -201,9 +201,9 @@ def spec(
                 )
             named_scorer(config.pruning.scorer)
         config = config.to_dict()
-    folder = dataset != "planted" and os.path.isdir(dataset)
+    found = dataset != "planted" and os.path.exists(dataset)
     made = {
-        "dataset": os.path.abspath(dataset) if folder else dataset,
+        "dataset": os.path.abspath(dataset) if found else dataset,
         "sids": sids or {},
         "config": config,
     }
