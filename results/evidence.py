@@ -170,10 +170,9 @@ def do(part: Part, run: str, tag: str) -> float:
 
 def commit() -> str:
     """The tag or commit of the code here, "-dirty" where it was changed."""
-    asked = ["git", "describe", "--tags", "--always", "--dirty"]
-    return subprocess.run(
-        asked, capture_output=True, text=True, check=True, cwd=HERE
-    ).stdout.strip()
+    where = pathlib.Path(__file__).parent
+    asked = ["git", "-C", where, "describe", "--tags", "--always", "--dirty"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main():

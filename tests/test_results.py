@@ -2,9 +2,17 @@
 
 import importlib.util
 import json
+import shutil
+import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+
+from sidlab import load_catalogue
+from sidlab.files import read_json
+from sidlab.metrics import ranks_of
+from sidlab.research.summary import COSTS, metrics_of
 
 spec = importlib.util.spec_from_file_location("show", ROOT / "results" / "show.py")
 show = importlib.util.module_from_spec(spec)
@@ -115,3 +123,101 @@ def test_what_is_clear_follows_from_the_interval(ends, words):
         "fp32": row | {"label": "fp32", "difference": 0.1, "difference_interval": ends},
     }
     assert f", {words}," in show.sentences()["fast"](rows, {})
+
+
+# --- the evidence
+
+spec = importlib.util.spec_from_file_location("evidence", ROOT / "results" / "evidence.py")
+evidence = importlib.util.module_from_spec(spec)
+sys.modules["evidence"] = evidence  # dataclasses look there
+spec.loader.exec_module(evidence)
+
+
+@pytest.fixture
+def part(tmp_path, monkeypatch):
+    """A small comparison whose records go into a temporary folder."""
+    monkeypatch.setattr(evidence, "RECORDS", tmp_path / "runs")
+    monkeypatch.setattr(evidence, "HERE", tmp_path)
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path / "work")
+    return evidence.comparison("small", "planted", "smoke", "unpadded random", 2)
+
+
+def fake_run_all(asked, folder, executor):
+    """Every run finds the item of two users out of three."""
+    for name, spec in asked.items():
+        asked_of.append(name)
+        ranks = np.arange(len(load_catalogue("planted").histories)) % 3
+        yield {
+            "row": metrics_of(ranks) | dict.fromkeys(COSTS) | {"kept_informative": None},
+            "curve": None,
+            "ranks": ranks.tolist(),
+            "device": "a CPU",
+            "precision": "fp32",
+            "busy": True,
+            "beside": True,
+            "spec": spec,
+        }
+
+
+asked_of = []
+
+
+def test_a_run_of_the_evidence_is_done_once_after_the_one_it_starts_from(
+    part, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evidence, "run_all", fake_run_all)
+    monkeypatch.setattr(evidence, "parts", lambda data: [part])
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--minutes", "200", "--workers", "2"])
+    asked_of.clear()
+    evidence.main()
+    assert part.missing == [] and part.whole_seeds() == 2
+    for seed in (0, 1):
+        base = asked_of.index(f"base-seed{seed}")
+        assert all(asked_of.index(name) > base for name in part.specs if name.endswith(str(seed)))
+    record = read_json(part.record("random-seed1"))
+    assert (
+        record["commit"] and record["minutes"] >= 0 and record["spec"] == part.specs["random-seed1"]
+    )
+    made = json.loads((tmp_path / "planted-smoke.json").read_text())
+    (row,) = [row for row in made["summary"] if row["method"] == "random"]
+    assert row["seeds"] == 2 and row["recall@10"] == pytest.approx(2 / 3, abs=0.001)
+    # Again: nothing is run, and the same is written
+    asked_of.clear()
+    evidence.main()
+    assert asked_of == [] and "8 of 8 runs, 2 of 2 seeds" in capsys.readouterr().out
+    part.record("random-seed1").unlink()
+    assert part.missing == ["random-seed1"] and part.whole_seeds() == 1
+
+
+def test_nothing_begins_that_cannot_end_in_time(part, monkeypatch):
+    monkeypatch.setattr(evidence, "run_all", fake_run_all)
+    monkeypatch.setattr(evidence, "parts", lambda data: [part])
+    asked_of.clear()
+    for minutes, done in (("0", set()), ("59", set()), ("61", {"base-seed0", "base-seed1"})):
+        monkeypatch.setattr(sys, "argv", ["evidence.py", "--minutes", minutes])
+        evidence.main()
+        assert set(asked_of) >= done and bool(asked_of) == bool(done)
+
+
+def test_runs_that_parts_have_in_common_are_one(tmp_path):
+    """Of the whole list: equal names of records mean equal runs."""
+    folder = tmp_path / "amazon-beauty"
+    folder.mkdir()
+    (folder / "items.jsonl").write_text('{"item_id": 1}\n')
+    (folder / "sequences.txt").write_text("u 1 1 1 1\n")
+    shutil.copytree(folder, tmp_path / "amazon-sports")
+    found = {}
+    for part in evidence.parts(tmp_path):
+        for name, spec in part.specs.items():
+            assert found.setdefault(part.record(name).name, spec) == spec
+            assert spec.get("start") is None or spec["start"] in part.specs
+    continued = [part for part in evidence.parts(tmp_path) if "amazon-beauty" in part.title]
+    assert any("base-seed0" in part.specs for part in continued)
+
+
+def test_the_records_that_are_kept_are_of_runs_that_are_asked_for():
+    for path in (ROOT / "results" / "runs").glob("*.json.gz"):
+        record = read_json(path, "spec", "ranks", "row", "commit")
+        assert record["row"]["recall@10"] == pytest.approx(
+            metrics_of(ranks_of([record])[0])["recall@10"]
+        )

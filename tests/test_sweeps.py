@@ -394,6 +394,28 @@ def test_a_sweep_takes_arrays_and_any_number_of_settings(tmp_path, monkeypatch):
     assert len(set(asked)) == 6 and all(len(path.name) < 200 for path in asked)
 
 
+def test_settings_may_continue_a_model_of_their_sids():
+    grid = [
+        {"arch": "qwen", "sids.levels": levels, "pruning.keep": keep}
+        for levels in (2, 3)
+        for keep in (0.3, 0.5)
+    ]
+    specs, rows = sweeps.grid_specs(grid, preset="quick", seeds=2, continued=True)
+    assert len(rows) == 8 and len(specs) == 8 + 4  # a base for each SIDs and seed
+    names = list(specs)
+    for name, row in rows.items():
+        spec = specs[name]
+        base = specs[spec["start"]]
+        assert names.index(spec["start"]) < names.index(name) and "start" not in base
+        assert spec["sids"] == base["sids"] == {"levels": row["sids.levels"]}
+        assert base["config"]["targets"] == "all" and spec["config"]["targets"] == 1
+        assert spec["config"]["layout"] == "stream" and spec["config"]["seed"] == row["seed"]
+        rate = spec["config"]["learning_rate"] / base["config"]["learning_rate"]
+        assert base["config"]["seed"] == row["seed"] and rate < 0.2
+    alone, _ = sweeps.grid_specs(grid, preset="quick", seeds=2)
+    assert alone.keys() == rows.keys() and not any("start" in spec for spec in alone.values())
+
+
 def test_results_of_another_preset_in_the_same_folder_are_not_overwritten(tmp_path, monkeypatch):
     instead_of_runs(monkeypatch, lambda *_: {"row": {}})
     files = [
