@@ -81,19 +81,19 @@ lab: $(READY)
 # The kernel runs in this folder, so that relative paths mean what they mean on the command line.
 reproduce: $(READY)
 	@mkdir -p "$(OUTPUT_DIR)"
-	$(BIN)/papermill notebooks/reproduce.ipynb "$(OUTPUT_DIR)/reproduce.ipynb" -k python3 --cwd . \
+	exec $(BIN)/papermill notebooks/reproduce.ipynb "$(OUTPUT_DIR)/reproduce.ipynb" -k python3 --cwd . \
 	    --log-output --no-progress-bar -r dataset "$(DATASET)" -r preset "$(PRESET)" -r methods "$(METHODS)" \
 	    -p seeds "$(SEEDS)" -r output_dir "$(OUTPUT_DIR)" -r sids "$(SIDS)" -r arch "$(ARCH)" -r protocol "$(PROTOCOL)" \
 	    -r cluster "$(CLUSTER)"
 
 paper: $(READY)
-	$(BIN)/python -m sidlab.research.claims $(DATASETS) --preset $(call given,PRESET,paper) --seeds $(SEEDS) --arch $(ARCH) --output $(call given,OUTPUT_DIR,runs/paper) \
+	exec $(BIN)/python -m sidlab.research.claims $(DATASETS) --preset $(call given,PRESET,paper) --seeds $(SEEDS) --arch $(ARCH) --output $(call given,OUTPUT_DIR,runs/paper) \
 	    $(if $(call given,METHODS),--methods "$(METHODS)") $(if $(SIDS),--sids "$(SIDS)") $(if $(CLUSTER),--cluster "$(CLUSTER)")
 
 # An unknown study is refused by the notebook, which lists the names.
 study: $(READY)
 	@mkdir -p runs/studies
-	$(BIN)/papermill notebooks/study.ipynb "runs/studies/$(or $(STUDY),unnamed).ipynb" -k python3 --cwd . \
+	exec $(BIN)/papermill notebooks/study.ipynb "runs/studies/$(or $(STUDY),unnamed).ipynb" -k python3 --cwd . \
 	    --log-output --no-progress-bar -r study "$(STUDY)" -r dataset "$(DATASET)" -r preset "$(PRESET)" -p seeds "$(SEEDS)" \
 	    -r arch "$(ARCH)" -r sids "$(SIDS)" -r output_dir "$(call given,OUTPUT_DIR)" -p only "$(ONLY)" $(if $(KEEP),-p keep True) $(if $(CLUSTER),-r cluster "$(CLUSTER)")
 
