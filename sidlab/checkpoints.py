@@ -1,9 +1,12 @@
 """What a killed run goes on from, and what a checkpoint holds besides the Trainer's."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
+import shutil
 import sys
+import zlib
 
 import numpy as np
 from safetensors.torch import load_file, save_file
@@ -19,6 +22,7 @@ from sidlab.saliency import own_source
 # In a checkpoint: the averaged weights, and of how many updates they are.
 AVERAGE = "average.safetensors"
 AVERAGED = "updates averaged"
+SEAL = "files.json"  # written last
 
 
 def prune_as(model, checkpoint):
@@ -36,9 +40,7 @@ def average_as(model, checkpoint):
 
 
 def resume_point(folder, config, precision, catalogue, table, base):
-    """The newest checkpoint in `folder` whose state and meter can be read, or None; refuses another
-    run's folder.
-    """
+    """`newest_whole` of `folder`; newer ones are removed. Refuses another run's folder."""
     what = {
         "config": config.to_dict(),
         "catalogue": catalogue.fingerprint(),
@@ -59,22 +61,74 @@ def resume_point(folder, config, precision, catalogue, table, base):
             )
     else:
         write_json(stamp, what)  # every process of a run writes the same
-    checkpoints = [
+    found = newest_whole(folder)
+    # The library would take what was passed over for the newest, and remove those to come
+    for path in itertools.takewhile(lambda path: path != found, _checkpoints(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+    return found and str(found)
+
+
+def newest_whole(folder: pathlib.Path) -> pathlib.Path | None:
+    """The newest checkpoint in `folder` that can be gone on from, or None. Of those that are passed
+    over it is said which file is why.
+    """
+    for path in _checkpoints(folder):
+        fault = fault_in(path)
+        if fault is None:
+            state = read_json(path / "trainer_state.json", "global_step", "max_steps")
+            best = folder / f"checkpoint-{state.get('best_global_step')}"
+            # Training would end with the best one's weights
+            fault = fault_in(best) if best != path else None
+        if fault is None:
+            return path
+        print(f"{path} is passed over: {fault}", file=sys.stderr)
+    return None
+
+
+def _checkpoints(folder):
+    """Newest first."""
+    found = [
         path
         for path in folder.glob("checkpoint-*")
         if path.name.removeprefix("checkpoint-").isdecimal()
     ]
-    for path in sorted(checkpoints, key=lambda p: -int(p.name.split("-")[1])):
-        try:
-            read_json(path / "trainer_state.json", "global_step", "max_steps", "log_history")
-            read_json(
-                path / "meter.json", "seconds", "peak", "windows", "slots", "real", "kept", "device"
-            )
-        except ValueError as error:
-            print(f"{path} is not complete and is passed over: {error}", file=sys.stderr)
-            continue
-        return str(path)
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
+def seal(folder: pathlib.Path) -> None:
+    """Notes the size and a checksum of each file of a checkpoint, which is whole with that."""
+    found = sorted(path for path in folder.iterdir() if path.name != SEAL)
+    write_json(folder / SEAL, {path.name: _state_of(path) for path in found})
+
+
+def fault_in(folder: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint, in words that name the file; None where each file is as it
+    was when it was sealed.
+    """
+    if not (folder / SEAL).exists():
+        return f"{folder} was not written to its end"
+    try:
+        sealed = read_json(folder / SEAL)
+        for name, state in sealed.items():
+            path = folder / name
+            if not path.exists():
+                return f"{path} is missing"
+            if _state_of(path) != state:
+                return f"{path} is damaged: it is not as it was written"
+    except (OSError, ValueError) as error:
+        return str(error)
     return None
+
+
+def _state_of(path):
+    """[bytes, CRC-32]"""
+    size = 0
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            size += len(part)
+            checksum = zlib.crc32(part, checksum)
+    return [size, checksum]
 
 
 def _in_its_precision(stamp):

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import Trainer
 
+from sidlab.checkpoints import seal
 from sidlab.fast.graphs import ReplayedPasses
 from sidlab.metrics import summary
 
@@ -91,12 +92,15 @@ class SidTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         self.meter.pause()
-        # These first: a checkpoint counts once its trainer_state.json, written last, can be read.
         folder = pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self.meter.save(folder)
         if self.average is not None and self.args.should_save:
             self.average.save(folder)
         super()._save_checkpoint(model, trial)
+        # Each process has written its random state
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.meter.resume()  # an update begins; a strategy looks at its probe behind this

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sidlab.checkpoints import Average, average_as, prune_as, resume_point, stale
+from sidlab.checkpoints import Average, average_as, newest_whole, prune_as, resume_point, stale
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
 from sidlab.decoding import recommend
@@ -228,8 +228,9 @@ def train(
 def result_so_far(folder, config: TrainConfig) -> TrainResult:
     """What `train` would return had it ended with the newest checkpoint in its folder; the model is
     on the CPU. `config`: that of the run, with the precision in which it trains."""
-    checkpoints = pathlib.Path(folder).glob("checkpoint-*")
-    newest = max(checkpoints, key=lambda path: int(path.name.split("-")[1]))
+    newest = newest_whole(pathlib.Path(folder))
+    if newest is None:
+        raise ValueError(f"{folder} holds no whole checkpoint: train first, until one is written")
     state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
     meter = Meter()
     meter.load(newest)

@@ -461,10 +461,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, uninterrupted
     newest.write_text(newest.read_text()[:100])
     seen = []
     assert_same(run(tmp_path, [Seen(seen)], **STAMP), uninterrupted)
-    assert (
-        seen[0] == 3
-        and "checkpoint-6 is not complete and is passed over" in capsys.readouterr().err
-    )
+    assert seen[0] == 3 and "checkpoint-6/trainer_state.json is damaged" in capsys.readouterr().err
     for state in tmp_path.glob("checkpoint-*/trainer_state.json"):
         state.unlink()  # killed while the weights were written
     seen.clear()
@@ -472,23 +469,45 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, uninterrupted
     assert seen[0] == 0
 
 
+@pytest.mark.parametrize("left", [None, 0, 0.5], ids=["missing", "empty", "half"])
 @pytest.mark.parametrize(
-    "name, content",
-    [("trainer_state.json", b"\xff\xfe"), ("trainer_state.json", b"{}"), ("meter.json", None)],
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "meter.json",
+        "files.json",
+    ],
 )
-def test_an_incomplete_checkpoint_is_passed_over(tmp_path, capsys, name, content):
+def test_of_a_damaged_checkpoint_the_file_is_named_and_the_one_before_is_taken(
+    tmp_path, uninterrupted, capsys, name, left
+):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [Stop(7)], **STAMP)
+    path = tmp_path / "checkpoint-6" / name
+    content = path.read_bytes()
+    path.unlink() if left is None else path.write_bytes(content[: int(left * len(content))])
+    seen = []
+    assert_same(run(tmp_path, [Seen(seen)], **STAMP), uninterrupted)
+    said = capsys.readouterr().err
+    assert seen[0] == 3 and "checkpoint-6 is passed over" in said
+    assert str(path) in said or name == "files.json" and "not written to its end" in said
+
+
+def test_what_ends_with_a_damaged_best_checkpoint_is_passed_over_too(tmp_path, capsys):
     run(tmp_path)
     (tmp_path / "checkpoint-old").mkdir()
-    path = tmp_path / "checkpoint-8" / name
-    path.unlink() if content is None else path.write_bytes(content)
-    seen = []
     # The newest and the best are kept
     best = next(other for other in (3, 6) if (tmp_path / f"checkpoint-{other}").exists())
+    (tmp_path / f"checkpoint-{best}" / "model.safetensors").write_bytes(b"")
+    seen = []
     run(tmp_path, [Seen(seen)])
-    assert (
-        seen == list(range(best, 8))
-        and "checkpoint-8 is not complete and is passed over" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert seen == list(range(8)) and said.count(f"checkpoint-{best}/model.safetensors") == 2
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="run.json can't be read"):
         run(tmp_path)
