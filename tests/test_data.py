@@ -17,10 +17,12 @@ import transformers
 from conftest import SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sidlab.data import load
 from sidlab.data.catalogue import WEIGHTS, Catalogue, compose_text, text_parts
+from sidlab.data.embeddings import as_embeddings
 from sidlab.data.folder import read_folder, save_catalogue
 from sidlab.data.load import load_catalogue
 from sidlab.data.text import text_embeddings
@@ -301,12 +303,8 @@ def test_missing_doubled_and_damaged_files_are_named(tmp_path):
     write(folder)
     for content in (b"", b"junk", b"PK\x03\x04"):
         (folder / "embeddings.npy").write_bytes(content)
-        with pytest.raises(ValueError, match="embeddings.npy must be numbers"):
+        with pytest.raises(ValueError, match="embeddings.npy can't be read as an array"):
             read_folder(folder)
-    with (folder / "embeddings.npy").open("wb") as file:
-        np.savez(file, a=np.zeros((3, 2)))
-    with pytest.raises(ValueError, match="embeddings.npy must be numbers"):
-        read_folder(folder)
     (folder / "sequences.txt").unlink()
     (folder / "sequences.txt.gz").touch()
     with pytest.raises(ValueError, match="sequences.txt.gz holds no history"):
@@ -759,3 +757,111 @@ def test_text_neighbours_of_real_items_share_their_category():
     similar = embeddings @ embeddings.T - 2 * np.eye(len(embeddings))
     by_chance = np.mean(leaves[:, None] == leaves)
     assert np.mean(leaves[similar.argmax(axis=1)] == leaves) > 0.7 > 10 * by_chance
+
+
+# --- embeddings ---
+
+VECTORS = np.arange(6, dtype=np.float32).reshape(3, 2)
+NAMES = ["B1", 7, "B3"]
+BY_ID = {"B3": VECTORS[2], "7": VECTORS[1], "B1": VECTORS[0], "other": VECTORS[0]}
+
+
+def saved(path, **arrays):
+    """The path of a file of these arrays, or of one alone named "only"."""
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+        return path
+    tensors = {name: torch.tensor(one) for name, one in arrays.items()}
+    if path.suffix == ".npy":
+        np.save(path, arrays["only"])
+    elif path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors.get("only", tensors), path)
+    return path
+
+
+EMBEDDINGS = {
+    "float64": lambda folder: VECTORS.astype(np.float64),
+    "float16": lambda folder: VECTORS.astype(np.float16),
+    "integers": lambda folder: VECTORS.astype(np.int8),
+    "Fortran": lambda folder: np.asfortranarray(VECTORS),
+    "lists": lambda folder: VECTORS.tolist(),
+    "bfloat16": lambda folder: torch.from_numpy(VECTORS).bfloat16().requires_grad_(),
+    "by id": lambda folder: BY_ID,
+    "tensors by id": lambda folder: {name: torch.tensor(one) for name, one in BY_ID.items()},
+    "frame": lambda folder: pd.DataFrame(VECTORS),
+    "frame by id": lambda folder: pd.DataFrame(
+        [(name, *vector) for name, vector in BY_ID.items()], columns=["item_id", "x", "y"]
+    ),
+    "lists by id": lambda folder: pd.DataFrame(
+        {"asin": list(BY_ID), "vector": [list(one) for one in BY_ID.values()]}
+    ),
+    ".npy": lambda folder: saved(folder / "a.npy", only=VECTORS),
+    ".npz": lambda folder: saved(folder / "a.npz", only=VECTORS),
+    ".npz by id": lambda folder: saved(folder / "a.npz", **BY_ID),
+    ".npz, two": lambda folder: saved(
+        folder / "a.npz", ids=np.array(list(BY_ID)), vectors=np.stack(list(BY_ID.values()))
+    ),
+    ".safetensors": lambda folder: saved(folder / "a.safetensors", only=VECTORS),
+    ".safetensors by id": lambda folder: saved(folder / "a.safetensors", **BY_ID),
+    ".pt": lambda folder: saved(folder / "a.pt", only=VECTORS.astype(np.float16)),
+    ".pt by id": lambda folder: str(saved(folder / "a.pt", **BY_ID)),
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_embeddings_of_every_kind_are_put_in_the_items_order(tmp_path, kind):
+    made = Catalogue(
+        "x",
+        frame(["a", "b", "c"]),
+        [np.array([1])],
+        ["u"],
+        embeddings=EMBEDDINGS[kind](tmp_path),
+        item_ids=NAMES,
+    )
+    assert made.embeddings.dtype == np.float32 and made.embeddings.tolist() == VECTORS.tolist()
+
+
+def test_embeddings_in_parquet(tmp_path):
+    EMBEDDINGS["lists by id"](tmp_path).to_parquet(tmp_path / "a.parquet")
+    found = as_embeddings(tmp_path / "a.parquet", NAMES)
+    assert found.tolist() == VECTORS.tolist()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (VECTORS.T, r"shape \[3, d\], got \[2, 3\] .one column an item.*embeddings.T"),
+        (np.zeros((4, 2)), r"one row too many.*embeddings\[1:\]"),
+        (np.zeros(3), r"shape \[3, d\], got \[3\]"),
+        ({"B1": [1, 2], "B3": [1, 2]}, "no row for 1 of 3 items, the first is '7'"),
+        ({"ids": ["B1"], "vectors": VECTORS}, "1 ids in 'ids' for 3 vectors"),
+        (pd.DataFrame({"id": ["B1", "B1"], "x": [1, 2]}), "two rows for id='B1'"),
+        (np.array([[1, 2], [np.nan, 1], [1, 2]]), "finite; item 7 is not"),
+        ([["a", "b"]] * 3, "must be numbers"),
+        ("absent.npy", "embeddings='absent.npy' is no file"),
+        (__file__, "must be a file of the kinds .npy"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_embeddings_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        as_embeddings(given, NAMES)
+    assert len(str(error.value)) < 400
+
+
+def test_embeddings_beside_the_items_are_read_or_named(tmp_path):
+    folder = write(tmp_path / "shop")
+    saved(folder / "embeddings.safetensors", only=VECTORS)
+    assert read_folder(folder).embeddings.tolist() == VECTORS.tolist()
+    saved(folder / "embeddings.pt", only=VECTORS)
+    with pytest.raises(ValueError, match="one file of embeddings, found"):
+        read_folder(folder)
+    for path in folder.glob("embeddings.*"):
+        path.unlink()
+    saved(folder / "sasrec_emb.npy", only=VECTORS)
+    with pytest.warns(UserWarning, match="not read is sasrec_emb.npy; give embeddings="):
+        read_folder(folder)
+    again = load_catalogue(folder, embeddings=folder / "sasrec_emb.npy")
+    assert again.embeddings.tolist() == VECTORS.tolist()

@@ -5,6 +5,8 @@ hand-computed reports.
 import gzip
 import json
 import math
+import pathlib
+import warnings
 from collections import defaultdict
 
 import faiss
@@ -15,6 +17,7 @@ import torch
 from conftest import SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from sidlab.config import TrainConfig
 from sidlab.data.catalogue import Catalogue
@@ -714,11 +717,11 @@ def test_a_published_table_is_as_wide_as_its_highest_code_needs(tmp_path):
     ("text", "complaint"),
     [
         ("1 2 3\n2 x 3\n", "line 2: expected `item_id c1 c2 …`"),
-        ("1 2 3\n\n", "line 2: expected"),
+        ("1 2 3\n\n2 3 4\n", "line 2: expected"),
         ("1 2 1_3\n", "line 1: expected"),
         ("1 2 3\n2\n", "line 2: expected a new item id"),
         ("1 2 3\n1 2 3\n", "line 2: expected a new item id"),
-        ("0 2 3\n", "line 1: expected a new item id"),
+        ("0 2 3\n", "line 1: ids seem to start at 0"),
         ("1 2 3\n2 4\n", "line 2: item 2 has 1 codes, the lines before have 2"),
         ("1 2 3\n4 4 4\n", "2 of the items 1..4 are missing, the first is item 2"),
         ("1 2 3\n2 2 65536\n", "item 2 has code 65536 at level 2"),
@@ -754,3 +757,120 @@ def test_published_beauty_tables_load(variant):
     else:
         assert table.levels == 5 and report["collision_rate"] > 0
     assert table.items_of(table.codes[:3]) == [[1], [2], [3]]
+
+
+INDEX = {
+    "LC-Rec": {"1": ["<a_0>", "<b_3>"], "0": ["<a_200>", "<b_1>"]},
+    "from 1": {"2": ["<a_0>", "<b_3>"], "1": ["<a_200>", "<b_1>"]},
+    "a list": [["<a_200>", "<b_1>"], ["<a_0>", "<b_3>"]],
+    "numbers": {"1": [0, 3], "0": [200, 1]},
+    "names": {"B02": ["<a_0>", "<b_3>"], "B01": ["<a_200>", "<b_1>"]},
+}
+
+
+@pytest.mark.parametrize("kind", INDEX)
+def test_an_index_file_is_read_in_the_order_of_the_items(tmp_path, kind, recwarn):
+    path = tmp_path / "Beauty.index.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(INDEX[kind], indent=1).encode() + b"\r\n\n")
+    table = SidTable.from_file(path, item_ids=["B01", "B02"])
+    assert table.codes.tolist() == [[200, 1], [0, 3]] and table.widths == (256, 256)
+    told = [str(warning.message) for warning in recwarn.list]
+    assert len(told) == (kind in ("LC-Rec", "a list", "numbers"))
+    assert all("ids 0..1 are taken for the items 1..2" in message for message in told)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".pt"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_arrays_are_read_either_way_round(tmp_path, suffix, turned):
+    codes = np.array([[0, 3], [7, 1], [7, 1]], np.int32)
+    given = np.ascontiguousarray(codes.T) if turned else codes
+    path = tmp_path / f"sids{suffix}"
+    if suffix == ".npy":
+        np.save(path, given)
+    elif suffix == ".npz":
+        np.savez(path, codes=given.astype(float))
+    elif suffix == ".safetensors":
+        save_file({"codes": torch.from_numpy(given)}, path)
+    else:
+        torch.save(torch.from_numpy(given), path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = SidTable.from_file(path, collisions="share")
+    assert table.codes.tolist() == codes.tolist()
+    told = [str(warning.message) for warning in caught]
+    assert any("is taken for 2 levels, 3 items" in message for message in told) == turned
+
+
+def test_what_only_code_could_unpack_is_refused(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Malicious:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (ran,))
+
+    torch.save({"codes": Malicious()}, tmp_path / "sids.pt")
+    np.save(tmp_path / "sids.npy", np.array([Malicious()], object), allow_pickle=True)
+    for name in ("sids.pt", "sids.npy"):
+        with pytest.raises(ValueError, match=f"{name} can't be read as an array"):
+            SidTable.from_file(tmp_path / name)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.json", '{"0": ["<a_1>"', "must be JSON"),
+        ("a.json", '{"0": "<a_1>"}', "item '0' must have a list such as"),
+        ("a.json", '{"0": ["<a_1>", "x"]}', "item '0' must have a list such as"),
+        ("a.json", '{"0": []}', "item '0' must have a list such as"),
+        (
+            "a.json",
+            '{"0": ["<a_1>"], "1": ["<a_1>", "<b_2>"]}',
+            "item '1' has 2 codes, those before",
+        ),
+        ("a.json", '{"0": ["<a_1>"], "2": ["<a_2>"]}', "1 of the items 0..2 are missing.*item 1"),
+        ("a.json", '{"B1": ["<a_1>"], "B2": ["<a_2>"]}', "give item_ids=catalogue.item_ids"),
+        ("a.json", '{"0": ["<a_99999999999999999999>"]}', "codes must be below"),
+        ("a.txt", "1 2\nx" + "7" * 100_000, "line 2: expected"),
+        ("a.txt", "1 2\n2 " + "7" * 4000, "line 2: codes must be below"),
+        ("a.txt", "1 2\n2" + " 7" * 100_000, "item 2 has 100000 codes"),
+        ("a.npy", b"junk", "can't be read as an array"),
+        ("a.pt", b"junk", "can't be read as an array"),
+    ],
+)
+def test_a_bad_published_file_is_refused_in_few_words(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=complaint) as error:
+        SidTable.from_file(tmp_path / name)
+    assert len(str(error.value).replace(str(tmp_path), "")) < 400
+
+
+def test_of_items_named_by_the_data_the_missing_one_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"B1": ["<a_1>"], "B2": ["<a_2>"]}')
+    with pytest.raises(ValueError, match="1 of the 3 items are missing, the first is 'B3'"):
+        SidTable.from_file(tmp_path / "a.json", item_ids=["B1", "B2", "B3"])
+
+
+@pytest.mark.parametrize(
+    ("array", "complaint"),
+    [
+        (np.zeros(3, int), r"got the shape \[3\]"),
+        (np.zeros((3, 0), int), r"got the shape \[3, 0\]"),
+        (np.full((3, 2), 0.5), "must hold integers, got float64 such as 0.5"),
+        (np.array([["a"]]), "must hold integers|can't be read"),
+        (np.full((3, 2), -1), "item 1 has code -1"),
+    ],
+    ids=str,
+)
+def test_arrays_that_are_no_codes_are_refused(tmp_path, array, complaint):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match=complaint):
+        SidTable.from_file(tmp_path / "a.npy")
+
+
+def test_many_items_on_one_sid_are_told(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[1, 2]] * 9 + [[1, 3]]))
+    with pytest.warns(UserWarning, match="9 of 10 items share one SID"):
+        SidTable.from_file(tmp_path / "a.npy")
+    with pytest.raises(ValueError, match='70,000 of 70,000 items share one SID.*"share"'):
+        SidTable(np.zeros((70_000, 2), int), width=4)

@@ -348,9 +348,7 @@ def test_a_sid_file_of_another_catalogue_is_refused_before_anything_is_trained(
     ):
         sweeps.sweep([{"sids.file": str(path)}], tmp_path / "out", preset="smoke", seeds=1)
     path.with_suffix(".gz").write_text("1 2 3")
-    with pytest.raises(
-        ValueError, match=r"sids.gz can't be read: .*must be text, or gzip if named .gz"
-    ):
+    with pytest.raises(ValueError, match=r"sids.gz is damaged or cut off"):
         SidTable.from_file(path.with_suffix(".gz"))
 
 

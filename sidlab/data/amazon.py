@@ -36,8 +36,9 @@ from tqdm.auto import tqdm
 
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
 from sidlab.data.events import k_core, numbered, tidy
-from sidlab.data.lines import DataIssues, find_file, numbered_lines
+from sidlab.data.lines import DataIssues, find_file
 from sidlab.data.text import cache_folder
+from sidlab.files import numbered_lines
 
 ADDRESS = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
 PREFIX = "amazon-2014-"  # of the names that `load_catalogue` takes

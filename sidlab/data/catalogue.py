@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sidlab.checks import as_histories
+from sidlab.data.embeddings import as_embeddings
 from sidlab.data.text import text_embeddings
 
 # How much each part of a text weighs in the TF-IDF embeddings. Where categories weigh as much as
@@ -48,7 +49,8 @@ class Catalogue:
     truth: what a synthetic world knows about itself; None for real data.
     dirty: what the reader had to skip or repair,
         `{kind: {"count": int, "first": "file line n: what"}}`.
-    embeddings: float32 [n_items, d], row 0 is item 1. Where none are given, they are computed from
+    embeddings: float32 [n_items, d], row 0 is item 1; given in any form, also by id, or as the path
+        of a file (`embeddings.as_embeddings`). Where none are given, they are computed from
         `text` when first read (`sidlab.data.text`), with `text_encoder` if that is given;
         ValueError then, if no item has a text. In `dataclasses.replace` give `embeddings=None`, or
         what was computed counts as given.
@@ -92,7 +94,7 @@ class Catalogue:
                 f" {len(self.item_ids)} ids, {len(self._items)} of them different"
             )
         self.given_embeddings = (
-            None if embeddings is None else _checked_embeddings(embeddings, self.n_items)
+            None if embeddings is None else as_embeddings(embeddings, self.item_ids)
         )
         self._embeddings = self.given_embeddings
 
@@ -237,26 +239,3 @@ def _checked_items(items):
                     f"items.{column} must be {what} for every item, got {value!r} for item {item}"
                 )
     return items
-
-
-def _checked_embeddings(embeddings, n_items):
-    if callable(embeddings):
-        raise TypeError(
-            "embeddings are an array [n, d]: call the function that makes them with the texts"
-        )
-    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-    if embeddings.ndim != 2 or len(embeddings) != n_items:
-        hint = (
-            " (one row too many: drop the padding row with embeddings[1:])"
-            if len(embeddings) == n_items + 1
-            else ""
-        )
-        raise ValueError(
-            f"embeddings must have the shape [{n_items}, d], got {list(embeddings.shape)}{hint}"
-        )
-    if not np.isfinite(embeddings).all():
-        raise ValueError(
-            f"embeddings must be finite; item {1 + np.argmin(np.isfinite(embeddings).all(axis=1))}"
-            " is not"
-        )
-    return embeddings

@@ -4,7 +4,8 @@
                          (str), categories (list), source_id (what your data call the item)
     sequences.txt(.gz)   one user a line: user_id item item item …, oldest first; a tab after an id
                          that holds spaces
-    embeddings.npy       optional: float [n_items, d], row 0 is item 1
+    embeddings.npy       optional: numbers [n_items, d], row 0 is item 1; .npz, .safetensors, .pt
+                         and .parquet will do, and rows by id (`sidlab.data.embeddings`)
 
 Other fields of an item are ignored, and HTML entities are decoded. Real files have dirty lines:
 these are counted by kind and the first of each kind is named with file and line; what happens to it
@@ -27,15 +28,16 @@ import io
 import json
 import pathlib
 import re
-import zipfile
+import warnings
 
 import numpy as np
 import pandas as pd
 
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
+from sidlab.data.embeddings import beside
 from sidlab.data.events import as_id
-from sidlab.data.lines import DataIssues, find_file, numbered_lines
-from sidlab.files import write
+from sidlab.data.lines import DataIssues, find_file
+from sidlab.files import numbered_lines, write
 
 
 def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
@@ -59,13 +61,19 @@ def read_folder(folder, *, embeddings=None, on_dirty="warn") -> Catalogue:
             f" {str(issues) or 'none'}"
         )
     issues.warn(folder)
-    if embeddings is None and (path := folder / "embeddings.npy").exists():
-        try:
-            embeddings = np.asarray(np.load(path, allow_pickle=False), np.float32)
-        except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path} must be numbers [items, d], as np.save writes them: {error}"
-            ) from error
+    own, others = beside(folder)
+    if len(own) > 1:
+        raise ValueError(
+            f"{folder} must hold one file of embeddings, found {[path.name for path in own]}"
+        )
+    if embeddings is None and own:
+        embeddings = own[0]
+    elif embeddings is None and others:
+        warnings.warn(
+            f"{folder}: not read is {', '.join(path.name for path in others)[:160]}; give"
+            f" embeddings={str(others[0])!r} to use it",
+            stacklevel=3,
+        )
     return Catalogue(
         folder.resolve().name,
         items,

@@ -1,21 +1,8 @@
-"""Lines of text files as people have them, and what is wrong with some."""
+"""What is wrong with some lines of a file."""
 
-import codecs
-import gzip
-import pathlib
 import warnings
-import zlib
-from collections.abc import Iterator
 
 from sidlab.checks import one_of
-
-# Of two that begin alike the longer comes first
-MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 
 
 class DataIssues:
@@ -47,38 +34,6 @@ class DataIssues:
             f"{kind}: {found['count']:,} (first: {found['first']})"
             for kind, found in self.kinds.items()
         )
-
-
-def numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, gzipped or not, with their numbers from 1 on; without the blank ones at
-    the end and without UTF-8's byte-order mark. ValueError for a damaged file, and for one in an
-    encoding of two or four bytes a character, which is named.
-    """
-    with path.open("rb") as file:
-        zipped = ".gz" in path.suffixes or file.read(2) == b"\x1f\x8b"
-    blank = []
-    try:
-        with (gzip.open if zipped else open)(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = _without_mark(line, path)
-                if line.strip():
-                    yield from blank
-                    blank = []
-                    yield number, line
-                else:
-                    blank.append((number, line))
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or cut off: {error}") from error
-
-
-def _without_mark(line, path):
-    encoding = next((name for mark, name in MARKS.items() if line.startswith(mark)), None)
-    if encoding or b"\0" in line:
-        raise ValueError(
-            f"{path} must be UTF-8, it looks like {encoding or 'UTF-16'}: save it anew"
-        )
-    return line.removeprefix(codecs.BOM_UTF8)
 
 
 def find_file(folder, name):

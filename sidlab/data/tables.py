@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from sidlab.checks import from_extra
-from sidlab.data.lines import DataIssues, numbered_lines
+from sidlab.data.lines import DataIssues
+from sidlab.files import numbered_lines
 
 # What columns are called, in lower case, letters and digits alone; of several the first counts
 ROLES = {

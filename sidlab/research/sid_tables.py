@@ -79,7 +79,7 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
 def _make_sids(catalogue, folder, sids):
     collisions = sids.get("collisions", "extend")
     if "file" in sids:
-        table = SidTable.from_file(sids["file"], sids.get("width"), collisions)
+        table = SidTable.from_file(sids["file"], sids.get("width"), collisions, catalogue.item_ids)
         if table.n_items != catalogue.n_items:
             raise ValueError(
                 f"{sids['file']} has {table.n_items} items, the catalogue {catalogue.name!r}"

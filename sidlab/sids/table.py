@@ -6,11 +6,9 @@ Token ids: PAD 0, BOS 1, SEP 2, then the codes level by level: code `c` of level
 """
 
 import functools
-import gzip
 import hashlib
 import json
-import pathlib
-import zlib
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -18,6 +16,7 @@ import torch
 
 from sidlab.checks import one_of
 from sidlab.sids.encoder import CHUNK, checked, load_arrays, save_arrays
+from sidlab.sids.published import read_sids
 from sidlab.sids.trie import Trie, as_codes
 
 PAD = 0
@@ -63,6 +62,11 @@ class SidTable:
         self.codes = base
         self.widths = base_widths
         largest = self._base_trie.max_items
+        if collisions == "extend" and largest > 2**16:
+            raise ValueError(
+                f"codes: {largest:,} of {len(base):,} items share one SID, more than the 65,536"
+                ' that an added level tells apart; use other codes, or collisions="share"'
+            )
         if collisions == "extend" and largest > 1:
             # Among those with its SID
             rank = (
@@ -228,54 +232,27 @@ class SidTable:
         return table
 
     @classmethod
-    def from_file(cls, path, width=None, collisions: str = "extend") -> "SidTable":
-        """Reads a published table: a line `item_id c1 c2 …` per item, ids 1..n in any order; gzip
-        if named .gz. `width`: 256, or as the highest code needs, up to 65,536.
+    def from_file(cls, path, width=None, collisions: str = "extend", item_ids=None) -> "SidTable":
+        """Reads published SIDs: lines `item_id c1 c2 …`, `*.index.json`, an array or a tensor (see
+        `published`). `width`: 256, or as the highest code needs, up to 65,536. `item_ids`: of the
+        catalogue, where the file names items so.
 
-        A line that is not of this form, a missing item or a code outside its width is a ValueError
-        that says where.
+        What is not of this form, a missing item or a code outside its width is a ValueError that
+        says where. Warns where most items share one SID.
         """
-        path = pathlib.Path(path)
-        rows = {}
-        levels = None
+        codes = read_sids(path, item_ids)
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(
-                path, "rt", encoding="utf-8"
-            ) as file:
-                lines = list(file)
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{path} can't be read: {error}. It must be text, or gzip if named .gz"
-            ) from error
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            got = f"got {line.rstrip()!r}"
-            try:
-                item, *sid = map(int, line.replace("_", "?").split())  # Python reads 1_2 as 12
-            except ValueError:
-                raise ValueError(f"{where}: expected `item_id c1 c2 …` (integers), {got}") from None
-            if item < 1 or item in rows or not sid:
-                raise ValueError(f"{where}: expected a new item id from 1 and its codes, {got}")
-            levels = levels or len(sid)
-            if len(sid) != levels:
-                raise ValueError(
-                    f"{where}: item {item} has {len(sid)} codes, the lines before have {levels}"
-                )
-            rows[item] = sid
-        if not rows:
-            raise ValueError(f"{path}: no items, the file is empty")
-        missing = max(rows) - len(rows)
-        if missing:
-            first = next(item for item in range(1, max(rows)) if item not in rows)
-            raise ValueError(
-                f"{path}: {missing} of the items 1..{max(rows)} are missing, the first is item"
-                f" {first}"
-            )
-        codes = np.array([rows[item] for item in range(1, len(rows) + 1)])
-        try:
-            return cls(codes, width or min(max(256, int(codes.max()) + 1), 2**16), collisions)
+            table = cls(codes, width or min(max(256, int(codes.max()) + 1), 2**16), collisions)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        largest = table._base_trie.max_items
+        if largest > 1 and largest > table.n_items / 2:
+            warnings.warn(
+                f"{path}: {largest:,} of {table.n_items:,} items share one SID; such SIDs tell them"
+                " apart no more than chance does",
+                stacklevel=2,
+            )
+        return table
 
 
 class SidReport(dict):
