@@ -39,8 +39,10 @@ def average_as(model, checkpoint):
         model.load_state_dict(load_file(average), strict=False)
 
 
-def resume_point(folder, config, precision, catalogue, table, base):
-    """`newest_whole` of `folder`; newer ones are removed. Refuses another run's folder."""
+def resume_point(folder, config, updates, precision, catalogue, table, base):
+    """`newest_whole` of `folder`; newer ones are removed. Refuses another run's folder, and fewer
+    `updates` than it has done.
+    """
     what = {
         "config": config.to_dict(),
         "catalogue": catalogue.fingerprint(),
@@ -53,15 +55,20 @@ def resume_point(folder, config, precision, catalogue, table, base):
     if config.pruning is not None and (source := own_source(config.pruning.scorer)):
         what["scorer"] = source
     stamp = folder / "run.json"
-    if stamp.exists():
-        if _in_its_precision(read_json(stamp)) != _in_its_precision(json.loads(json.dumps(what))):
-            raise ValueError(
-                f"output_dir={str(folder)!r} holds a run of another configuration, catalogue, table"
-                " or start; choose another folder"
-            )
-    else:
-        write_json(stamp, what)  # every process of a run writes the same
+    asked = _whatever_its_length(json.loads(json.dumps(what)))
+    if stamp.exists() and _whatever_its_length(read_json(stamp)) != asked:
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds a run of another configuration, catalogue, table"
+            " or start; choose another folder"
+        )
     found = newest_whole(folder)
+    done = read_json(found / "trainer_state.json")["global_step"] if found else 0
+    if done > updates:
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds a run of {done} updates already, more than the"
+            f" {updates} asked for by max_updates and epochs; give more, or choose another folder"
+        )
+    write_json(stamp, what)  # every process of a run writes the same
     # The library would take what was passed over for the newest, and remove those to come
     for path in itertools.takewhile(lambda path: path != found, _checkpoints(folder)):
         shutil.rmtree(path, ignore_errors=True)
@@ -131,9 +138,12 @@ def _state_of(path):
     return [size, checksum]
 
 
-def _in_its_precision(stamp):
-    """A run.json with the answer in place of "auto": to ask for that by name is the same run."""
-    return stamp | {"config": stamp.get("config", {}) | {"precision": stamp.get("precision")}}
+def _whatever_its_length(stamp):
+    """What a run.json says of the run but how long it is to be, with the precision in place of
+    "auto": to ask for that by name is the same run.
+    """
+    same = {"precision": stamp.get("precision"), "max_updates": None, "epochs": None}
+    return stamp | {"config": stamp.get("config", {}) | same}
 
 
 class Average(TrainerCallback):

@@ -116,6 +116,7 @@ class TrainConfig:
     # From then on the average is evaluated, and it is what training returns; 0: no average.
     average_last: float = 0.0
     epochs: float = 100  # cut to `max_updates`, if given
+    # May be raised for a run that goes on: its schedule is that of the new length from there on
     max_updates: int | None = None
 
     # --- Evaluation, on validation users

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from sidlab.checkpoints import seal
@@ -89,6 +90,16 @@ class SidTrainer(Trainer):
         for process, share in enumerate(shares):
             ranks[process :: state.num_processes] = share
         return ranks
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # Rates came with the optimiser; where a run is to be longer than before, they are others
+        schedule = self.lr_scheduler
+        if checkpoint is not None and isinstance(schedule, LambdaLR):
+            for group, rate, share in zip(
+                self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * share(schedule.last_epoch)
 
     def _save_checkpoint(self, model, trial):
         self.meter.pause()

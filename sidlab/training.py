@@ -88,13 +88,14 @@ def train(
     """Train `config` on `catalogue` with the SIDs of `table`.
 
     With `output_dir` checkpoints are kept there, and a call with the same arguments goes on from
-    the newest readable one; a folder that holds a different configuration, data or table is
-    refused. Without it nothing is left on disk. `start_from`: the folder of a saved model whose
-    weights training begins with, under a new optimiser and schedule; sizes and SIDs must be the
-    same, layout and mask stay unless `config` names them, and a MAP head that is missing there is
-    drawn as in a fresh model. `callbacks`: further Hugging Face callbacks; each finds the run's
-    `Meter` in its attribute `meter`, to pause it over what is no training. On one GPU the passes
-    are replayed from CUDA graphs (`sidlab.fast.graphs`).
+    the newest whole one, also where more updates are asked for than before; a folder that holds a
+    different configuration, data or table is refused. Without it nothing is left on disk.
+    `start_from`: the folder of a saved model whose weights training begins with, under a new
+    optimiser and schedule; sizes and SIDs must be the same, layout and mask stay unless `config`
+    names them, and a MAP head that is missing there is drawn as in a fresh model. `callbacks`:
+    further Hugging Face callbacks; each finds the run's `Meter` in its attribute `meter`, to pause
+    it over what is no training. On one GPU the passes are replayed from CUDA graphs
+    (`sidlab.fast.graphs`).
 
     `precision="auto"` is measured before the first update (`measured_precision`), by one process
     for all. `output_dir/run.json` keeps the answer, and a run that goes on trains in that.
@@ -157,7 +158,7 @@ def train(
         folder = output_dir or stack.enter_context(temporary_folder())
         precision = precision_of(config, table, windows, pathlib.Path(folder) / "run.json")
         checkpoint = (
-            resume_point(pathlib.Path(folder), config, precision, catalogue, table, base)
+            resume_point(pathlib.Path(folder), config, updates, precision, catalogue, table, base)
             if output_dir
             else None
         )
@@ -202,8 +203,8 @@ def train(
                 os.path.join(checkpoint, "trainer_state.json")
             )
         state = trainer.state
-        if state.max_steps and (
-            state.global_step >= state.max_steps or stale(state) >= config.patience
+        if checkpoint is not None and (
+            state.global_step >= updates or stale(state) >= config.patience
         ):
             # Complete already; the Trainer would add an update.
             state.best_model_checkpoint = os.path.join(

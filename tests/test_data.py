@@ -838,6 +838,7 @@ def test_embeddings_in_parquet(tmp_path):
         ({"B1": [1, 2], "B3": [1, 2]}, "no row for 1 of 3 items, the first is '7'"),
         ({"ids": ["B1"], "vectors": VECTORS}, "1 ids in 'ids' for 3 vectors"),
         (pd.DataFrame({"id": ["B1", "B1"], "x": [1, 2]}), "two rows for id='B1'"),
+        (BY_ID | {"7": [1]}, "vectors of one length.*the item '7'"),
         (np.array([[1, 2], [np.nan, 1], [1, 2]]), "finite; item 7 is not"),
         ([["a", "b"]] * 3, "must be numbers"),
         ("absent.npy", "embeddings='absent.npy' is no file"),

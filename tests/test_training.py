@@ -513,6 +513,39 @@ def test_what_ends_with_a_damaged_best_checkpoint_is_passed_over_too(tmp_path, c
         run(tmp_path)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("stopped", [None, 4])
+def test_more_updates_may_be_asked_of_a_finished_or_stopped_run(tmp_path, schedule, stopped):
+    settings = {**STAMP, "schedule": schedule, "warmup": 0.0}
+    rates = {}
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            rates[state.global_step] = optimizer.param_groups[0]["lr"]
+
+    if stopped is None:
+        run(tmp_path, max_updates=6, **settings)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, [Stop(stopped)], max_updates=6, **settings)
+    longer = run(tmp_path, [Rates()], max_updates=9, **settings)
+    assert longer.timing["updates"] == 9
+    went_on = dict(rates)
+    rates.clear()
+    whole = run(callbacks=[Rates()], max_updates=9, **settings)
+    # From there on the rates are those of a run that was to be as long from the start
+    assert went_on == {step: rate for step, rate in rates.items() if step in went_on}
+    assert min(went_on) == (6 if stopped is None else 3)
+    if schedule == "constant":
+        assert_same(longer, whole)
+    # The same again is only read
+    seen = []
+    run(tmp_path, [Seen(seen)], max_updates=9, **settings)
+    assert seen == []
+    with pytest.raises(ValueError, match="a run of 9 updates already, more than the 6 asked for"):
+        run(tmp_path, max_updates=6, **settings)
+
+
 def test_a_checkpoint_holds_what_was_counted_before_it_counts_as_one(tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt

@@ -95,10 +95,16 @@ def _of_frame(where, frame):
     vectors = rest.iloc[:, 0].tolist() if rest.shape[1] == 1 else rest.to_numpy()
     if key is None:
         return vectors
+    frame = frame.assign(**{key: frame[key].map(_whole)})
     if frame[key].duplicated().any():
         twice = frame[key][frame[key].duplicated()].iloc[0]
         raise ValueError(f"{where} has two rows for {key}={twice!r}")
     return dict(zip(frame[key].tolist(), vectors))
+
+
+def _whole(value):
+    """A float id that is whole is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _of_mapping(where, given, item_ids):
@@ -121,5 +127,14 @@ def _of_mapping(where, given, item_ids):
             f"{where} has no row for {len(missing)} of {len(item_ids)} items, the first is"
             f" {str(missing[0])[:40]!r}; it has rows for {str(list(rows)[:3])[:80]} …"
         )
-    found = [rows[str(one)] for one in item_ids]
-    return np.stack([one.float().numpy() if hasattr(one, "float") else one for one in found])
+    found = []
+    for one in item_ids:
+        row = rows[str(one)]
+        row = row.detach().cpu().float().numpy() if hasattr(row, "detach") else np.asarray(row)
+        if found and row.shape != found[0].shape:
+            raise ValueError(
+                f"{where} must have vectors of one length, got {list(row.shape)} for the item"
+                f" {str(one)[:40]!r} and {list(found[0].shape)} for those before"
+            )
+        found.append(row)
+    return np.stack(found)

@@ -77,9 +77,12 @@ def _of_json(path):
         content = dict(enumerate(content))
     rows = {}
     levels = None
+    if not content:
+        raise ValueError(f"{path}: no items, the file is empty")
     for item, tokens in content.items():
-        matches = [_TOKEN.fullmatch(str(token)) for token in tokens or [None]]
-        if not isinstance(tokens, list) or None in matches:
+        listed = tokens if isinstance(tokens, list) and tokens else [None]
+        matches = [_TOKEN.fullmatch(str(token)) for token in listed]
+        if listed is not tokens or None in matches:
             raise ValueError(
                 f'{path}: item {str(item)[:40]!r} must have a list such as ["<a_12>", "<b_3>"], got'
                 f" {str(tokens)[:80]}"
