@@ -15,6 +15,7 @@ STUDY =
 ONLY = 0
 KEEP =
 QUICK =
+MINUTES = 60
 OUTPUT_DIR = runs/$(shell basename "$(DATASET)")-$(PRESET)$(patsubst %,-%,$(filter-out t5,$(ARCH)) $(PROTOCOL))
 
 # The build of torch: the CPU's, unless another index is named or was named before (.venv remembers it).
@@ -27,13 +28,13 @@ given = $(if $(filter command,$(origin $1)),$($1),$2)
 
 READY = .venv/ready
 BIN = .venv/bin
-VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH PROTOCOL CLUSTER STUDY ONLY KEEP QUICK OUTPUT_DIR
+VARIABLES = PYTHON TORCH_INDEX DATASET DATASETS PRESET METHODS SEEDS SIDS ARCH PROTOCOL CLUSTER STUDY ONLY KEEP QUICK MINUTES OUTPUT_DIR
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 ifneq ($(UNKNOWN),)
 $(error unknown variable: $(UNKNOWN). Valid ones are: $(VARIABLES))
 endif
 
-.PHONY: help setup lab reproduce paper study test notebooks site demo-model bench bench-gpu clean FORCE
+.PHONY: help setup lab reproduce paper study evidence test notebooks site demo-model bench bench-gpu clean FORCE
 help:
 	@echo "make setup      install everything into .venv; on a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cu130"
 	@echo "make lab        open the notebooks in JupyterLab"
@@ -47,6 +48,7 @@ help:
 	@echo "make study      run one of the sweeps that the papers plot: STUDY=map (without a name: which there are) and DATASET=, PRESET=,"
 	@echo "                SEEDS=, ARCH=, SIDS= as above, ONLY=2 (the first settings); KEEP=1 keeps its summary in results/studies and,"
 	@echo "                where the course shows it, in sidlab/course/data"
+	@echo "make evidence   do the next of the runs that results/ stands on, as many as end in MINUTES=60 (0: say how far it is)"
 	@echo "make test       run all tests; the browser test needs Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)"
 	@echo "make notebooks  run all notebooks, small (after a change of notebooks/source: .venv/bin/python tools/build.py)"
 	@echo "make site       run all notebooks and render them to build/site/, which opens from disk"
@@ -96,6 +98,9 @@ study: $(READY)
 	exec $(BIN)/papermill notebooks/study.ipynb "runs/studies/$(or $(STUDY),unnamed).ipynb" -k python3 --cwd . \
 	    --log-output --no-progress-bar -r study "$(STUDY)" -r dataset "$(DATASET)" -r preset "$(PRESET)" -p seeds "$(SEEDS)" \
 	    -r arch "$(ARCH)" -r sids "$(SIDS)" -r output_dir "$(call given,OUTPUT_DIR)" -p only "$(ONLY)" $(if $(KEEP),-p keep True) $(if $(CLUSTER),-r cluster "$(CLUSTER)")
+
+evidence: $(READY)
+	exec $(BIN)/python results/evidence.py --minutes $(MINUTES)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q

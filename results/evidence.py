@@ -69,7 +69,10 @@ def comparison(title, dataset, preset, methods, seeds, sids="", arch="t5", proto
     def write_part(records, seeds):
         whole = Comparison(str(dataset), seeds=seeds, **arguments)
         found = [read_json(records[run]) for run in whole.specs]
-        write_json(HERE / f"{folder.name}.json", whole.results(found, FOLDER / folder.name))
+        results = whole.results(found, FOLDER / folder.name)
+        # Of the machine that ran them, not of the one that writes this
+        made_on = {part: found[0][part] for part in ("hardware", "versions") if part in found[0]}
+        write_json(HERE / f"{folder.name}.json", results | made_on)
 
     return Part(title, folder.name, asked.specs, seeds, 1, write_part)
 
@@ -216,7 +219,7 @@ def main():
         whole = part.whole_seeds()
         there = len(part.specs) - len(part.missing)
         print(f"{part.title}: {there} of {len(part.specs)} runs, {whole} of {part.seeds} seeds")
-        if whole >= part.enough:
+        if args.minutes and whole >= part.enough:
             part.write({run: part.record(run) for run in part.specs}, whole)
 
 
