@@ -35,16 +35,14 @@ UNKNOWN = {"from nothing": 60, "continued": 15, "recommending": 5}
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """`specs`: {name of a run: spec}, those that others start from first; `seeds`: how many;
-    `enough`: from how many on the part is written;
-    `write`: makes the part's file from the records of the runs of the first seeds.
-    """
+    """Runs that are written into one file."""
 
     title: str
     name: str  # of its folder, and in front of the names of its records
-    specs: dict[str, dict]
-    seeds: int
-    enough: int  # seeds that are written
+    specs: dict[str, dict]  # by name of the run, those that others start from first
+    seeds: int  # how many there are to be
+    enough: int  # from how many whole ones on the part is written
+    # Makes the part's file from {run: its record} and the number of whole seeds
     write: Callable[[dict[str, pathlib.Path], int], None]
 
     def record(self, run: str) -> pathlib.Path:

@@ -794,6 +794,10 @@ EMBEDDINGS = {
     "frame by id": lambda folder: pd.DataFrame(
         [(name, *vector) for name, vector in BY_ID.items()], columns=["item_id", "x", "y"]
     ),
+    "frame by float ids": lambda folder: pd.DataFrame(
+        [(name, *vector) for name, vector in zip(["B1", 7.0, "B3"], VECTORS)],
+        columns=["movieId", "x", "y"],
+    ),
     "lists by id": lambda folder: pd.DataFrame(
         {"asin": list(BY_ID), "vector": [list(one) for one in BY_ID.values()]}
     ),

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import sidlab
 from sidlab import catalogue_from_events, load_catalogue, save_catalogue
 from sidlab.data.events import find_events, k_core
+from sidlab.data.lines import DataIssues
+from sidlab.data.tables import Table
 
 # (user, item, time), not in the order of time: four users, five items, five events each
 EVENTS = [
@@ -194,7 +196,7 @@ def test_public_layouts_are_recognised_by_their_folder(tmp_path, layout, recwarn
     item = catalogue.items_of(["1" if numbers else "B00"])[0]
     assert catalogue.items["text"][item - 1] == first
     # The path of the file gives the same
-    events = find_events(tmp_path).path
+    events = find_events(tmp_path)
     assert load_catalogue(events, **WHOLE).fingerprint() == catalogue.fingerprint()
 
 
@@ -263,8 +265,15 @@ def test_ids_are_kept_as_the_caller_has_them(tmp_path, ids, kept):
     assert again.item_ids == kept and again.user_ids == read.user_ids
     with pytest.raises(ValueError, match="ids must be among.*'unknown' and 0 more"):
         read.items_of([kept[0], "unknown"])
-    with pytest.raises(ValueError, match=r"item ids 0..3, got 4"):
+    with pytest.raises(ValueError, match=r"item ids 0..3, got .4"):
         read.ids_of([4])
+
+
+def test_rows_without_an_id_are_left_out():
+    nothing = [None, float("nan"), pd.NA, pd.NaT, "", " "]
+    frame = pd.DataFrame({"user": "u", "item": ["a", *nothing]}, dtype=object)
+    with pytest.warns(UserWarning, match="no item: 6"):
+        assert catalogue_from_events(frame, min_interactions=1).item_ids == ["a"]
 
 
 def test_text_and_number_are_one_id():
@@ -277,6 +286,8 @@ TIMES = {
     "seconds": [3, 1, 2],
     "parts of a second": [1.75, 1.25, 1.5],
     "texts": ["3", "1", "2"],
+    "texts, some with parts of a second": ["3", "1.5", "2"],
+    "with exponents": ["3e9", "1e9", "2.5e9"],
     "nanoseconds": [10**18 + 3, 10**18 + 1, 10**18 + 2],
     "dates": ["2024-05-03", "2023-05-03T10:00:00Z", "2024-05-01 23:59"],
     "datetimes": [
@@ -361,6 +372,33 @@ def test_k_core_keeps_all_of_a_core():
     assert k_core(users, items, 2).tolist() == [True] * 4 + [False]
 
 
+def test_a_quote_within_a_field_takes_no_other_row_with_it(tmp_path):
+    rows = ['1,"two\nlines",a', '2,5" screen,b', "3,plain,c", '4,7" disc,d', '5,"a ""b""",e']
+    (tmp_path / "a.csv").write_text("user,title,item\n" + "\n".join(rows) + "\n")
+    found = [
+        row for _, _, row in Table(tmp_path / "a.csv").rows(("user", "title"), DataIssues("warn"))
+    ]
+    assert found == [
+        ["1", "two\nlines"],
+        ["2", '5" screen'],
+        ["3", "plain"],
+        ["4", '7" disc'],
+        ["5", 'a "b"'],
+    ]
+    # One that does not end takes no more than the library's limit
+    text = '1,"open,a\n' + "2,x,b\n" * 100_000
+    (tmp_path / "a.csv").write_text("user,title,item\n" + text)
+    issues = DataIssues("warn")
+    found = list(Table(tmp_path / "a.csv").rows(("user",), issues))
+    assert len(found) > 70_000 and any("field larger" in kind for kind in issues.kinds)
+
+
+def test_columns_with_names_of_their_own_are_found_in_a_folder(tmp_path):
+    text(tmp_path / "shop.csv", EVENTS, ["who", "what", "when"])
+    named = {"user": "who", "item": "what", "time": "when"}
+    assert histories_of(load_catalogue(tmp_path, **named, **WHOLE)) == expected()
+
+
 # --- descriptions
 
 
@@ -383,6 +421,11 @@ def test_items_come_from_a_frame_a_file_or_the_events_themselves(tmp_path):
         "an item that was there before": 1,
         "items without a description": 3,
     }
+    # Lines of JSON need not have the same keys
+    lines(tmp_path / "some.jsonl", [{"item": "B00"}, {"item": "B01", "title": "Two"}])
+    with pytest.warns(UserWarning):
+        some = catalogue_from_events(events, items=tmp_path / "some.jsonl", **WHOLE)
+    assert dict(zip(some.item_ids, some.items["title"]))["B01"] == "Two"
     about.drop(columns="categories").to_csv(tmp_path / "about.csv", index=False)
     with pytest.warns(UserWarning):
         of_file = catalogue_from_events(events, items=tmp_path / "about.csv", **WHOLE)

@@ -219,7 +219,9 @@ def test_runs_that_parts_have_in_common_are_one(tmp_path):
 
 
 def test_the_records_that_are_kept_are_of_runs_that_are_asked_for():
-    for path in (ROOT / "results" / "runs").glob("*.json.gz"):
+    paths = list((ROOT / "results" / "runs").glob("*.json.gz"))
+    assert paths
+    for path in paths:
         record = read_json(path, "spec", "ranks", "row", "commit")
         assert record["row"]["recall@10"] == pytest.approx(
             metrics_of(ranks_of([record])[0])["recall@10"]

@@ -823,6 +823,7 @@ def test_what_only_code_could_unpack_is_refused(tmp_path):
         ("a.json", '{"0": "<a_1>"}', "item '0' must have a list such as"),
         ("a.json", '{"0": ["<a_1>", "x"]}', "item '0' must have a list such as"),
         ("a.json", "{}", "no items"),
+        ("a.json", '{"0": ["<a_1>"], "0": ["<a_2>"]}', "'0' is named twice"),
         ("a.json", '{"0": 5}', "item '0' must have a list such as"),
         ("a.json", '{"0": []}', "item '0' must have a list such as"),
         (

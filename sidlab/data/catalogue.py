@@ -13,6 +13,7 @@ import pandas as pd
 
 from sidlab.checks import as_histories
 from sidlab.data.embeddings import as_embeddings
+from sidlab.data.tables import as_id
 from sidlab.data.text import text_embeddings
 
 # How much each part of a text weighs in the TF-IDF embeddings. Where categories weigh as much as
@@ -87,11 +88,11 @@ class Catalogue:
             )
         self.item_ids = list(range(1, self.n_items + 1) if self.item_ids is None else self.item_ids)
         # "1" and 1 are one id: in files they look alike
-        self._items = {str(one): item for item, one in enumerate(self.item_ids, start=1)}
-        if len(self.item_ids) != self.n_items or len(self._items) != self.n_items:
+        self._item_of = {str(one): item for item, one in enumerate(self.item_ids, start=1)}
+        if len(self.item_ids) != self.n_items or len(self._item_of) != self.n_items:
             raise ValueError(
                 f"item_ids must name each of the {self.n_items} items once, got"
-                f" {len(self.item_ids)} ids, {len(self._items)} of them different"
+                f" {len(self.item_ids)} ids, {len(self._item_of)} of them different"
             )
         self.given_embeddings = (
             None if embeddings is None else as_embeddings(embeddings, self.item_ids)
@@ -111,28 +112,27 @@ class Catalogue:
 
     def ids_of(self, items) -> np.ndarray:
         """What the caller's data call these items: object, of the shape of `items` (item ids, int),
-        such as what `recommend` returns; None for 0, no item.
+        such as what `recommend` returns; None for 0, no item. ValueError for what is no item id.
 
         >>> catalogue.ids_of(recommend(model, histories)[0])  # doctest: +SKIP
         """
         items = np.asarray(items)
-        if items.size and (items.dtype.kind not in "iu" or not 0 <= items.min() <= items.max()):
+        whole = items.dtype.kind in "iu"
+        if items.size and not (whole and 0 <= items.min() and items.max() <= self.n_items):
             raise ValueError(f"items must be item ids 0..{self.n_items}, got {str(items)[:80]}")
-        if items.size and items.max() > self.n_items:
-            raise ValueError(f"items must be item ids 0..{self.n_items}, got {items.max()}")
         return np.array([None, *self.item_ids], dtype=object)[items]
 
     def items_of(self, ids) -> np.ndarray:
         """int64 [n], the item ids of n items, given by what the caller's data call them; ValueError
         for an unknown one.
         """
-        unknown = [one for one in ids if str(one) not in self._items]
+        unknown = [one for one in ids if str(as_id(one)) not in self._item_of]
         if unknown:
             raise ValueError(
                 f"ids must be among `item_ids` ({str(self.item_ids[:3])[:80]} …), got"
                 f" {str(unknown[0])[:80]!r} and {len(unknown) - 1} more unknown ones"
             )
-        return np.array([self._items[str(one)] for one in ids], dtype=np.int64)
+        return np.array([self._item_of[str(as_id(one))] for one in ids], dtype=np.int64)
 
     def fingerprint(self) -> str:
         """16 hex digits of a sha256 over histories, item texts, text encoder and given embeddings:

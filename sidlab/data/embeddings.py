@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from sidlab.checks import from_extra
+from sidlab.data.tables import ROLES, as_id, parquet_file, plain_name
 from sidlab.files import ARRAYS, read_arrays
 
 NAME = "embeddings"  # of the file in a catalogue's folder
 SUFFIXES = (*ARRAYS, ".parquet")
 # What arrays of ids are called beside one of vectors
-IDS = ("ids", "id", "item_ids", "item_id", "items", "item", "asin", "parent_asin", "keys")
+IDS = {*ROLES["item"].split(), "id", "ids", "itemids", "items", "keys"}
 
 
 def as_embeddings(given, item_ids) -> np.ndarray:
@@ -71,12 +71,7 @@ def _read(path):
     if not path.is_file():
         raise ValueError(f"embeddings={str(path)!r} is no file")
     if path.suffix == ".parquet":
-        with from_extra("research"):
-            import pyarrow
-        try:
-            return pd.read_parquet(path)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{path} can't be read as Parquet: {str(error)[:120]}") from error
+        return parquet_file(path).read().to_pandas()
     if path.suffix not in ARRAYS:
         raise ValueError(
             f"embeddings={str(path)!r} must be a file of the kinds {', '.join(SUFFIXES)}"
@@ -88,29 +83,21 @@ def _read(path):
 def _of_frame(where, frame):
     """{id: vector} where a column holds ids, else the numbers."""
     frame = frame.rename(columns=str)
-    names = {name.lower(): name for name in frame.columns}
-    key = next((names[one] for one in IDS if one in names), None)
+    key = next((name for name in frame.columns if plain_name(name) in IDS), None)
     rest = frame if key is None else frame.drop(columns=key)
     # One column of lists, or a column each dimension
     vectors = rest.iloc[:, 0].tolist() if rest.shape[1] == 1 else rest.to_numpy()
     if key is None:
         return vectors
-    frame = frame.assign(**{key: frame[key].map(_whole)})
     if frame[key].duplicated().any():
         twice = frame[key][frame[key].duplicated()].iloc[0]
         raise ValueError(f"{where} has two rows for {key}={twice!r}")
     return dict(zip(frame[key].tolist(), vectors))
 
 
-def _whole(value):
-    """A float id that is whole is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _of_mapping(where, given, item_ids):
     """The vectors in the order of the items."""
-    names = {str(name).lower(): name for name in given}
-    key = next((names[one] for one in IDS if one in names), None)
+    key = next((name for name in given if plain_name(str(name)) in IDS), None)
     if key is not None and len(given) == 2:
         vectors = next(value for name, value in given.items() if name != key)
         if len(given[key]) != len(vectors):
@@ -120,7 +107,7 @@ def _of_mapping(where, given, item_ids):
         given = dict(zip(np.asarray(given[key]).tolist(), vectors))
     elif len(given) == 1 and np.ndim(next(iter(given.values()))) == 2:
         return next(iter(given.values()))
-    rows = {str(name): value for name, value in given.items()}
+    rows = {str(as_id(name)): value for name, value in given.items()}
     missing = [one for one in item_ids if str(one) not in rows]
     if missing:
         raise ValueError(

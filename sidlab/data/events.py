@@ -23,7 +23,7 @@ import pandas as pd
 from sidlab.checks import integer
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
 from sidlab.data.lines import DataIssues
-from sidlab.data.tables import EVENT, ITEM, SUFFIXES, Table, suffix_of
+from sidlab.data.tables import EVENT, ITEM, SUFFIXES, Table, as_id, suffix_of
 
 LARGEST = 2**63 - 1
 
@@ -62,7 +62,7 @@ def catalogue_from_events(
     """
     min_interactions = integer("min_interactions", min_interactions)
     issues = DataIssues(on_dirty)
-    table = events if isinstance(events, Table) else Table(events, user=user, item=item, time=time)
+    table = Table(events, user=user, item=item, time=time)
     missing = [role for role in ("user", "item") if role not in table.roles]
     if missing:
         raise ValueError(
@@ -70,21 +70,21 @@ def catalogue_from_events(
             f" {', '.join(table.names)[:120]!r}. Name them: user=, item=, time=; where a first line"
             " with names is missing, pass pandas.read_csv(path, names=[…])"
         )
-    users, ids, rows = _read(table, issues)
-    whole = rows
-    rows = rows[k_core(rows[:, 0], rows[:, 1], min_interactions)]
-    if len(rows) == 0:
+    users, ids, rows, times = _read(table, issues)
+    kept = k_core(rows[:, 0], rows[:, 1], min_interactions)
+    if not kept.any():
         raise ValueError(
-            f"min_interactions={min_interactions} leaves nothing of {table}: {len(whole):,} events"
+            f"min_interactions={min_interactions} leaves nothing of {table}: {len(rows):,} events"
             f" of {len(users):,} users and {len(ids):,} items, but none have that many among"
             f" themselves; give a smaller one. Left out: {issues}"
         )
+    rows = rows[kept]
     for column, found, kind in ((0, users, "users"), (1, ids, "items")):
         gone = np.setdiff1d(np.arange(len(found)), rows[:, column])
         if len(gone):
             kind = f"{kind} with fewer than {min_interactions} interactions"
             issues.count(kind, repr(found[gone[0]]), len(gone))
-    known_users, known_items, histories = numbered(rows[:, 0], rows[:, 1], rows[:, 2])
+    known_users, known_items, histories = numbered(rows[:, 0], rows[:, 1], times[kept])
     ids = [ids[one] for one in known_items]
     described = _described(table, items, ids, issues)
     issues.warn(table)
@@ -104,23 +104,24 @@ def catalogue_from_events(
     )
 
 
-def find_events(folder: pathlib.Path) -> Table | None:
-    """The table of events in a folder, None where there is none; ValueError where it is not clear
-    which.
+def find_events(folder: pathlib.Path, **given) -> pathlib.Path | None:
+    """The file with the table of events in a folder, None where there is none; ValueError where it
+    is not clear which. `given`: names of columns, as in `catalogue_from_events`.
     """
     found = []
     for path in sorted(folder.iterdir()):
         if suffix_of(path) in SUFFIXES and path.is_file() and not path.name.startswith("."):
             try:
-                table = Table(path)
+                table = Table(path, **given)
             except ValueError:  # of another kind, whatever its name says
                 continue
             if {"user", "item"} <= table.roles.keys():
-                found.append(table)
+                found.append(path)
     # Ratings stand beside tags, the 5-core beside all reviews
-    usual = [t for t in found if re.match(r"ratings|u\.data|.*_5\.json|.*\.inter$", t.path.name)]
+    names = r"ratings|u\.data|.*_5\.json|.*\.inter$"
+    usual = [path for path in found if re.match(names, path.name)]
     if len(found) > 1 and len(usual) != 1:
-        names = ", ".join(table.path.name for table in found)[:200]
+        names = ", ".join(path.name for path in found)[:200]
         raise ValueError(
             f"{folder} holds several tables of events, {names}: give the path of one of them"
         )
@@ -148,7 +149,7 @@ def k_core(users, items, k: int = 5) -> np.ndarray:
 
 def numbered(users, items, times) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Users, items (the numbers they were given as, in their new order) and histories, item ids
-    from 1 on; see the module's text. users, items, times: int64 [n].
+    from 1 on; see the module's text. users, items: int64 [n]; times [n].
     """
     row_users, known_users = pd.factorize(users)
     order = np.lexsort((times, row_users))  # stable, as ties need
@@ -158,11 +159,12 @@ def numbered(users, items, times) -> tuple[np.ndarray, np.ndarray, list[np.ndarr
 
 
 def _read(table, issues):
-    """Users and items, and int64 [n, 3]: both as positions among these, time."""
+    """Users and items; int64 [n, 2], both as positions among these; and times [n]."""
     users = {}
     items = {}
     given = {}
     rows = array.array("q")
+    times = []
     dated = None
     for number, line, (user, item, time) in table.rows(EVENT, issues):
         user = as_id(user)
@@ -182,47 +184,34 @@ def _read(table, issues):
         # "1" and 1 are one item, known as it was first
         given.setdefault(str(item), item)
         user = users.setdefault(str(user), len(users))
-        rows.extend((user, items.setdefault(str(item), len(items)), moment, number))
+        rows.extend((user, items.setdefault(str(item), len(items)), number))
+        times.append(moment)
     if not rows:
         raise ValueError(f"{table} holds no event. Left out: {str(issues) or 'nothing'}")
-    rows = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    again = pd.DataFrame(rows[:, :3]).duplicated().to_numpy()
+    rows = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    # Integers stay exact, as nanoseconds need, unless there are parts of a second
+    times = np.array(times)
+    again = pd.DataFrame({"user": rows[:, 0], "item": rows[:, 1], "time": times}).duplicated()
+    again = again.to_numpy()
     if again.any():
-        issues.count("rows that were there before", f"row {rows[again][0, 3]}", int(again.sum()))
-    return list(users), list(given.values()), rows[~again, :3]
-
-
-def as_id(value) -> str | int | None:
-    """An id as it is kept: a text without white space around it, or an integer, which whole floats
-    become; None where there is none.
-    """
-    if isinstance(value, str):
-        return value.strip() or None
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if isinstance(value, numbers.Integral):
-            return int(value)
-        if math.isnan(value):
-            return None
-        return int(value) if float(value).is_integer() else str(value)
-    return None if value is None or value is pd.NaT or value is pd.NA else str(value)
+        issues.count("rows that were there before", f"row {rows[again][0, 2]}", int(again.sum()))
+    return list(users), list(given.values()), rows[~again, :2], times[~again]
 
 
 def _moment(value):
-    """An integer that grows with time, and whether it was a date; (None, False) if it is none."""
+    """A number that grows with time, and whether it was a date; (None, False) if it is none."""
     if isinstance(value, str):
         value = value.strip()
         if re.fullmatch(r"[-+]?\d+", value):
             value = int(value)
-        elif re.fullmatch(r"[-+]?\d*\.\d*([eE][-+]?\d+)?", value):
-            value = float(value) if value.strip("+-.") else None
+        elif re.fullmatch(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?", value):
+            value = float(value)
         else:
             value = _date(value)
     if isinstance(value, datetime.date | np.datetime64) and value is not pd.NaT:
         return pd.Timestamp(value).value, True
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
-        # Parts of a second count too; no table mixes both
-        moment = int(value) if isinstance(value, numbers.Integral) else round(value * 1000)
-        return (moment, False) if abs(moment) <= LARGEST else (None, False)
+        return (value, False) if abs(value) <= LARGEST else (None, False)
     return None, False
 
 

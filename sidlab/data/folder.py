@@ -35,8 +35,8 @@ import pandas as pd
 
 from sidlab.data.catalogue import COLUMNS, Catalogue, compose_text
 from sidlab.data.embeddings import beside
-from sidlab.data.events import as_id
 from sidlab.data.lines import DataIssues, find_file
+from sidlab.data.tables import as_id
 from sidlab.files import numbered_lines, write
 
 

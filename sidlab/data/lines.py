@@ -17,7 +17,7 @@ class DataIssues:
         """A dirty line of the file at `path`."""
         shown = line[:80].decode(errors="replace").strip()
         if self.on_dirty == "raise":
-            raise ValueError(f"{kind}: {path.parent / path.name} line {line_number}: {shown!r}")
+            raise ValueError(f"{kind}: {path} line {line_number}: {shown!r}")
         self.count(kind, f"{path.name} line {line_number}: {shown!r}")
 
     def count(self, kind, first, number=1):

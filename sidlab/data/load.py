@@ -9,6 +9,7 @@ from sidlab.data.catalogue import Catalogue
 from sidlab.data.events import catalogue_from_events, find_events
 from sidlab.data.folder import read_folder
 from sidlab.data.planted import planted_catalogue
+from sidlab.data.tables import EVENT
 
 
 def load_catalogue(
@@ -53,7 +54,8 @@ def load_catalogue(
             continue
         own = any(path.glob("items.jsonl*")) or any(path.glob("sequences.txt*"))
         raw = find_reviews(path)
-        table = None if own or raw else find_events(path)
+        names = {role: options.get(role) for role in EVENT}
+        table = None if own or raw else find_events(path, **names)
         if table is not None:
             options = {"name": path.resolve().name} | options
             return catalogue_from_events(table, **shared, **options)

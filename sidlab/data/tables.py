@@ -6,7 +6,10 @@ What a column is tells its name. A name may be given where it is another.
 
 import ast
 import csv
+import itertools
 import json
+import math
+import numbers
 import pathlib
 import re
 from collections.abc import Iterator
@@ -51,6 +54,7 @@ NAMELESS = {
 # MovieLens wrote titles before UTF-8 was common
 LATIN = ("u.item", "movies.dat")
 TAB = (".tsv", ".inter", ".item")
+HEAD = 1000  # lines of JSON that tell which keys there are
 SUFFIXES = (".csv", ".tsv", ".inter", ".item", ".data", ".dat", ".json", ".jsonl", ".parquet")
 
 
@@ -68,10 +72,11 @@ class Table:
         if self.frame is not None:
             self.names = [str(name) for name in self.frame.columns]
         elif self.kind == ".parquet":
-            self.names = _parquet(self.path).schema_arrow.names
+            self.names = parquet_file(self.path).schema_arrow.names
         elif self.kind in (".json", ".jsonl"):
-            records = (record for _, _, record in self._records(DataIssues("warn")))
-            self.names = list(next(records, {}))
+            # Lines need not have the same keys
+            first = itertools.islice(self._records(DataIssues("warn")), HEAD)
+            self.names = list(dict.fromkeys(name for _, _, record in first for name in record))
         else:
             self.names = self._text_names()
         if twice := {name for name in self.names if self.names.count(name) > 1}:
@@ -94,7 +99,7 @@ class Table:
         if self.frame is not None or self.kind == ".parquet":
             frame = self.frame
             if frame is None:
-                frame = pd.read_parquet(self.path, columns=[name for name in columns if name])
+                frame = parquet_file(self.path).read([name for name in columns if name]).to_pandas()
             frame = frame.rename(columns=str)
             nothing = [None] * len(frame)
             values = [nothing if name is None else frame[name].tolist() for name in columns]
@@ -118,7 +123,7 @@ class Table:
         issues.add(kind, self.path or pathlib.Path("data frame"), number, line)
 
     def _find(self, given):
-        plain = {re.sub(r"[\W_]", "", name).lower(): name for name in reversed(self.names)}
+        plain = {plain_name(name): name for name in reversed(self.names)}
         found = {}
         for role, known in ROLES.items():
             name = given.get(role)
@@ -156,33 +161,37 @@ class Table:
 
     def _fields(self, issues):
         """The fields of each row of a file of text."""
-        skip = self.path.name.removesuffix(".gz") not in NAMELESS  # the line of names
-        quoted = self.separator in ",;"
-        pending = ""
-        for number, line in numbered_lines(self.path):
-            if skip:
-                skip = False
-                continue
-            text = self._decoded(line)
-            if text is None:
-                self.add(issues, "not UTF-8", number, line)
-                continue
+        at = 0, b""  # the line that was read last
+
+        def texts():
+            nonlocal at
+            for at in numbered_lines(self.path):
+                text = self._decoded(at[1])
+                if text is None:
+                    self.add(issues, "not UTF-8", *at)
+                else:
+                    yield text
+
+        if len(self.separator) > 1:
+            rows = (text.rstrip("\r\n").split(self.separator) for text in texts())
+        else:
             # A field in quotes may go on in the next line
-            pending += text
-            if quoted and pending.count('"') % 2 and len(pending) < 1_000_000:
+            quoting = csv.QUOTE_MINIMAL if self.separator in ",;" else csv.QUOTE_NONE
+            rows = csv.reader(texts(), delimiter=self.separator, quoting=quoting)
+        if self.path.name.removesuffix(".gz") not in NAMELESS:
+            next(rows, None)
+        while True:
+            try:
+                fields = next(rows, None)
+            except csv.Error as error:  # a quote that does not end
+                self.add(issues, str(error), *at)
                 continue
-            if quoted:
-                fields = next(csv.reader([pending], delimiter=self.separator), [])
-            else:
-                fields = pending.rstrip("\r\n").split(self.separator)
-            pending = ""
+            if fields is None:
+                return
             if len(fields) == len(self.names):
-                yield number, line, fields
+                yield *at, fields
             else:
-                kind = f"{len(fields)} fields in place of {len(self.names)}"
-                self.add(issues, kind, number, line)
-        if pending:
-            self.add(issues, "a quote that does not end", number, line)
+                self.add(issues, f"{len(fields)} fields in place of {len(self.names)}", *at)
 
     def _records(self, issues):
         """The object of each line, or of one list."""
@@ -199,7 +208,7 @@ class Table:
     def _list(self, issues):
         try:
             records = json.loads(b"".join(line for _, line in numbered_lines(self.path)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path} must be JSON, a list of objects: {error}") from error
         for number, record in enumerate(records, start=1):
             line = repr(record)[:80].encode()
@@ -214,6 +223,26 @@ def suffix_of(path) -> str:
     return pathlib.Path(path.name.lower().removesuffix(".gz")).suffix
 
 
+def as_id(value) -> str | int | None:
+    """An id as it is kept: a text without white space around it, or an integer, which whole floats
+    become; None where there is none.
+    """
+    if isinstance(value, str):
+        return value.strip() or None
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if isinstance(value, numbers.Integral):
+            return int(value)
+        if math.isnan(value):
+            return None
+        return int(value) if float(value).is_integer() else str(value)
+    return None if value is None or value is pd.NaT or value is pd.NA else str(value)
+
+
+def plain_name(name: str) -> str:
+    """The name of a column as `ROLES` has it."""
+    return re.sub(r"[\W_]", "", name).lower()
+
+
 def _record(line):
     """The object in a line of JSON, or of Python as in Amazon's metadata of 2014; or None."""
     try:
@@ -226,7 +255,8 @@ def _record(line):
     return record if isinstance(record, dict) else None
 
 
-def _parquet(path):
+def parquet_file(path):
+    """pyarrow's `ParquetFile`; ValueError where it is none."""
     with from_extra("research"):
         import pyarrow.parquet
     try:

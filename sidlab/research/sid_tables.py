@@ -60,11 +60,11 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
     planted tree has.
     """
     sids = dict(sids or {})
-    made_by = (
-        hashlib.sha256(pathlib.Path(sids["file"]).read_bytes()).hexdigest()
-        if "file" in sids
-        else code_digest()
-    )
+    made_by = code_digest()
+    if "file" in sids:
+        # A file may name the items as the caller's data do
+        content = pathlib.Path(sids["file"]).read_bytes() + json.dumps(catalogue.item_ids).encode()
+        made_by = hashlib.sha256(content).hexdigest()
     name = hashlib.sha256(
         json.dumps([sids, catalogue.fingerprint(), made_by]).encode()
     ).hexdigest()[:12]

@@ -70,7 +70,8 @@ def _of_lines(path):
 
 def _of_json(path):
     try:
-        content = json.loads(b"".join(line for _, line in numbered_lines(path)))
+        text = b"".join(line for _, line in numbered_lines(path))
+        content = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, an object of items: {str(error)[:120]}") from error
     if isinstance(content, list):
@@ -99,6 +100,16 @@ def _of_json(path):
     if len(rows) != len(content):
         raise ValueError(f"{path} names an item twice, as in 1 and 01")
     return rows
+
+
+def _once(pairs):
+    """An object without a name twice, of which JSON's reader would keep the last."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is named twice")
+    return made
 
 
 def _within(where, sid):
