@@ -10,7 +10,6 @@ import uuid
 import zlib
 from collections.abc import Iterator
 
-import numpy as np
 from safetensors import SafetensorError
 
 # Of two that begin alike the longer comes first
@@ -108,7 +107,8 @@ def read_arrays(path) -> dict:
     """{name: array} of a file, a tensor alone having the name "": NumPy's, bfloat16 as float32.
     Nothing in the file is run. ValueError where it can't be read or holds something else.
     """
-    # Here, since this module is imported before anything that needs torch
+    # Here, since workers import this module, and nothing large with it
+    import numpy as np
     import torch
     from safetensors.torch import load_file
 

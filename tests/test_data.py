@@ -1,5 +1,6 @@
 """Catalogues: what is checked, what a folder may get wrong, and what the text embeddings are."""
 
+import dataclasses
 import gzip
 import importlib.machinery
 import json
@@ -757,6 +758,19 @@ def test_text_neighbours_of_real_items_share_their_category():
     similar = embeddings @ embeddings.T - 2 * np.eye(len(embeddings))
     by_chance = np.mean(leaves[:, None] == leaves)
     assert np.mean(leaves[similar.argmax(axis=1)] == leaves) > 0.7 > 10 * by_chance
+
+
+def test_ids_stay_when_other_parts_are_replaced(tmp_path):
+    plain = catalogue()
+    assert list(plain.item_ids) == [1, 2, 3]
+    more = dataclasses.replace(plain, items=frame(["a", "b", "c", "d"]), embeddings=np.eye(4))
+    assert list(more.item_ids) == [1, 2, 3, 4]
+    save_catalogue(plain, tmp_path)
+    assert "source_id" not in gzip.decompress((tmp_path / "items.jsonl.gz").read_bytes()).decode()
+    named = dataclasses.replace(plain, item_ids=["x", "y", "z"], embeddings=None)
+    assert dataclasses.replace(named, embeddings=None).item_ids == ["x", "y", "z"]
+    with pytest.raises(ValueError, match="item_ids must name each of the 4 items once, got 3"):
+        dataclasses.replace(named, items=frame(["a", "b", "c", "d"]), embeddings=None)
 
 
 # --- embeddings ---

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 
 import numpy as np
@@ -55,7 +56,8 @@ class Catalogue:
         `text` when first read (`sidlab.data.text`), with `text_encoder` if that is given;
         ValueError then, if no item has a text. In `dataclasses.replace` give `embeddings=None`, or
         what was computed counts as given.
-    item_ids: what the caller's data call each item, str or int, each once; None: 1..n.
+    item_ids: what the caller's data call each item, a list of str or int, each once; where none are
+        given, a range 1..n.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Catalogue:
     dirty: dict = field(default_factory=dict)
     embeddings: InitVar[np.ndarray | None] = None
     text_encoder: str | None = None
-    item_ids: list | None = None
+    item_ids: Sequence | None = None
 
     def __post_init__(self, embeddings):
         self.items = _checked_items(self.items)
@@ -86,7 +88,9 @@ class Catalogue:
                 f"user_ids must name each of the {len(self.histories)} histories once, got "
                 f"{len(self.user_ids)} ids, {len(set(self.user_ids))} of them different"
             )
-        self.item_ids = list(range(1, self.n_items + 1) if self.item_ids is None else self.item_ids)
+        # A range stands for want of ids, also where `dataclasses.replace` hands it on
+        own = self.item_ids is not None and not isinstance(self.item_ids, range)
+        self.item_ids = list(self.item_ids) if own else range(1, self.n_items + 1)
         # "1" and 1 are one id: in files they look alike
         self._item_of = {str(one): item for item, one in enumerate(self.item_ids, start=1)}
         if len(self.item_ids) != self.n_items or len(self._item_of) != self.n_items:
@@ -129,7 +133,7 @@ class Catalogue:
         unknown = [one for one in ids if str(as_id(one)) not in self._item_of]
         if unknown:
             raise ValueError(
-                f"ids must be among `item_ids` ({str(self.item_ids[:3])[:80]} …), got"
+                f"ids must be among `item_ids` ({str(list(self.item_ids[:3]))[:80]} …), got"
                 f" {str(unknown[0])[:80]!r} and {len(unknown) - 1} more unknown ones"
             )
         return np.array([self._item_of[str(as_id(one))] for one in ids], dtype=np.int64)

@@ -104,7 +104,7 @@ def save_catalogue(catalogue: Catalogue, folder) -> None:
         }
         for record in catalogue.items.to_dict("records")
     ]
-    if catalogue.item_ids != [record["item_id"] for record in records]:
+    if not isinstance(catalogue.item_ids, range):
         for record, source_id in zip(records, catalogue.item_ids, strict=True):
             record["source_id"] = source_id
     items = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -63,7 +63,9 @@ def sid_table(catalogue: Catalogue, folder, sids: dict | None = None) -> tuple[S
     made_by = code_digest()
     if "file" in sids:
         # A file may name the items as the caller's data do
-        content = pathlib.Path(sids["file"]).read_bytes() + json.dumps(catalogue.item_ids).encode()
+        content = (
+            pathlib.Path(sids["file"]).read_bytes() + json.dumps(list(catalogue.item_ids)).encode()
+        )
         made_by = hashlib.sha256(content).hexdigest()
     name = hashlib.sha256(
         json.dumps([sids, catalogue.fingerprint(), made_by]).encode()
